@@ -1,0 +1,208 @@
+"""Configuration is a value: one frozen dataclass, loaded once, cross-checked, printed on demand.
+
+Precedence: command line > environment `EXPERTD_*` > YAML file > default. Unknown keys and unknown `EXPERTD_*`
+variables are errors. Every field is declared here once; flags, environment names and documentation derive from it.
+Pure but for reading the file it is told to read; imports neither torch nor sockets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from expertd_engine.errors import ConfigError
+
+ENV_PREFIX = "EXPERTD_"
+
+_UNITS = {
+    "": 1, "b": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A byte budget as the user wrote it: an absolute number of bytes, or a share of all expert bytes."""
+
+    bytes: int | None = None
+    share: float | None = None
+
+    def resolve(self, total_bytes: int) -> int:
+        """The budget in bytes, where a share counts against `total_bytes`."""
+        return self.bytes if self.bytes is not None else int((self.share or 0.0) * total_bytes)
+
+    def __str__(self) -> str:
+        return f"{self.bytes}" if self.bytes is not None else f"{(self.share or 0.0) * 100:g}%"
+
+
+def parse_size(text: str, *, share_allowed: bool = False) -> Size:
+    """`4096`, `512MiB`, `2GB`, or (where a share is allowed) `25%`. Raises ConfigError naming the value."""
+    allowed = "bytes, or a number with a unit such as 512MiB or 2GB" + (", or a share such as 25%" if share_allowed else "")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*|%)\s*", text)
+    if match:
+        number, unit = float(match[1]), match[2].lower()
+        if unit == "%" and share_allowed and 0 < number <= 100:
+            return Size(share=number / 100)
+        if unit in _UNITS and number * _UNITS[unit] >= 1:
+            return Size(bytes=int(number * _UNITS[unit]))
+    raise ConfigError(f"{text!r} is not a size: allowed are {allowed}")
+
+
+def _option(default: Any, help_text: str, *, group: str, share: bool = False, low: float | None = None,
+            high: float | None = None) -> Any:  # fmt: skip
+    return field(default=default, metadata={"help": help_text, "group": group, "share": share, "low": low, "high": high})
+
+
+Policy = Literal["auto", "lru", "lfu", "next-use"]
+Dtype = Literal["auto", "float32", "bf16"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything an operator can set. Units are in the help text and, for plain numbers, in the name."""
+
+    model: str = _option("demo", "store, checkpoint folder, GGUF file, hub id, or `demo`", group="model")
+    served_model_name: str | None = _option(None, "name clients use; default: the model's own", group="model")
+    dtype: Dtype = _option("auto", "weights' format when a checkpoint is prepared on first use", group="model")
+    cache_dir: Path = _option(Path("~/.cache/expertd"), "where prepared models are kept", group="model")
+
+    expert_budget: Size | None = _option(
+        None, "bytes for experts: slots, loads in flight and doomed loads, or a share of all expert bytes",
+        group="budget", share=True)  # fmt: skip
+    memory_budget: Size | None = _option(
+        None, "bytes a cgroup around server, engine and children is charged, less reclaimable page cache", group="budget")
+    kv_budget: Size | None = _option(None, "bytes for keys and values; default: planned", group="budget")
+    expert_policy: Policy = _option("auto", "which resident expert gives way", group="budget")
+    prefetch: bool = _option(True, "load foreseen experts before they are needed", group="budget")
+
+    max_model_len: int | None = _option(None, "tokens of prompt and answer; default: the model's own", group="batch", low=1)
+    max_sequences: int = _option(32, "sequences computed at once", group="batch", low=1, high=4096)
+    max_step_tokens: int = _option(512, "tokens in one step, prompts and answers together", group="batch", low=1, high=65536)
+    max_waiting: int = _option(256, "sequences that may wait; more are refused", group="batch", low=0)
+
+    threads: int | None = _option(None, "compute threads; default: cores this process may use", group="compute", low=1)
+    io_threads: int = _option(2, "threads that read experts from disk", group="compute", low=1, high=64)
+
+    host: str = _option("127.0.0.1", "address to listen on", group="http")
+    port: int = _option(8000, "TCP port; 0 lets the system choose", group="http", low=0, high=65535)
+    max_body: Size = _option(Size(bytes=8 * 2**20), "largest request body", group="http")
+    drain_timeout_s: float = _option(30.0, "seconds that running requests get to finish after SIGTERM", group="http", low=0)
+    log_level: LogLevel = _option("info", "least severe level logged", group="http")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """The configuration and where each value came from: `flag`, `environment`, a file's path, or `default`."""
+
+    config: Config
+    sources: Mapping[str, str]
+
+
+def option_names() -> list[str]:
+    """All option names, in declaration order."""
+    return [f.name for f in fields(Config)]
+
+
+def load_config(
+    flags: Mapping[str, str | None], environment: Mapping[str, str], file: Path | None = None
+) -> LoadedConfig:
+    """Merge the sources into one checked `Config`.
+
+    `flags` maps option names to text (None or absent: not given); `environment` is the process's own. Raises
+    ConfigError for an unknown key, a malformed value (naming option, value and what is allowed) or a contradiction.
+    """
+    values: dict[str, Any] = {}
+    sources = {name: "default" for name in option_names()}
+    for source, given in (
+        (str(file), _read_yaml(file) if file else {}),
+        ("environment", _from_environment(environment)),
+        ("flag", {name: text for name, text in flags.items() if text is not None}),
+    ):
+        for name, raw in given.items():
+            if name not in sources:
+                raise ConfigError(f"unknown option {name!r} in {source}: known are {', '.join(sorted(sources))}")
+            values[name] = _convert(name, raw)
+            sources[name] = source
+    return LoadedConfig(Config(**values), sources)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"configuration file {path} must hold `option: value` lines, not a {type(data).__name__}")
+    return {str(key): value for key, value in data.items()}
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name.removeprefix(ENV_PREFIX).lower(): value
+        for name, value in environment.items()
+        if name.startswith(ENV_PREFIX) and name != ENV_PREFIX + "CONFIG"
+    }
+
+
+def _convert(name: str, raw: Any) -> Any:
+    """`raw` (text from a flag or variable, or a YAML scalar) as the option's declared type."""
+    spec = next(f for f in fields(Config) if f.name == name)
+    kind = get_type_hints(Config)[name]
+    choices = [kind] if get_origin(kind) is Literal else list(get_args(kind)) or [kind]
+    if type(None) in choices:
+        if raw is None or (isinstance(raw, str) and raw.lower() in ("", "none", "null")):
+            return None
+        choices.remove(type(None))
+    return _parse(name, choices[0], raw, spec.metadata)
+
+
+def _parse(name: str, kind: Any, raw: Any, metadata: Mapping[str, Any]) -> Any:
+    if get_origin(kind) is Literal:
+        if raw not in get_args(kind):
+            raise ConfigError(f"{name}: {raw!r} is not allowed: choose from {', '.join(get_args(kind))}")
+        return raw
+    if kind is Size:
+        if isinstance(raw, bool) or not isinstance(raw, (str, int)):
+            raise ConfigError(f"{name}: {raw!r} is not a size such as 512MiB")
+        try:
+            return parse_size(str(raw), share_allowed=metadata["share"])
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    if kind is bool:
+        known = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
+        if isinstance(raw, bool):
+            return raw
+        if str(raw).lower() in known:
+            return known[str(raw).lower()]
+        raise ConfigError(f"{name}: {raw!r} is not allowed: write on or off")
+    if kind in (int, float):
+        return _parse_number(name, kind, raw, metadata)
+    if raw is None or isinstance(raw, (dict, list)) or str(raw) == "":
+        raise ConfigError(f"{name}: {raw!r} is not a text value")
+    return Path(str(raw)).expanduser() if kind is Path else str(raw)
+
+
+def _parse_number(name: str, kind: type[int] | type[float], raw: Any, metadata: Mapping[str, Any]) -> int | float:
+    low, high = metadata["low"], metadata["high"]
+    allowed = f"{'an integer' if kind is int else 'a number'}" + (f" ≥ {low:g}" if low is not None else "")
+    allowed += f" and ≤ {high:g}" if high is not None else ""
+    try:
+        if isinstance(raw, bool) or (kind is int and isinstance(raw, float)):
+            raise ValueError
+        value = kind(raw)
+        if not ((low is None or value >= low) and (high is None or value <= high)):
+            raise ValueError  # NaN fails both comparisons
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name}: {raw!r} is not allowed: give {allowed}") from None
+    return value

@@ -1,0 +1,1 @@
+"""The budgeted expert cache: who is resident (pure) and how bytes move (thin)."""

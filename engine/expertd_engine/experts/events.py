@@ -1,0 +1,170 @@
+"""What goes into the residency ledger and what comes out: the contract between who decides and who acts.
+
+Owner: the engine thread. `Ledger.handle(event)` takes one event and returns instructions, in the order in which they
+must be carried out. Nothing here does I/O, reads a clock or knows torch.
+
+Positions are integers in virtual time: `step × (layers × experts) + layer × experts + expert`. They order uses, past
+and future, without a clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal, NamedTuple
+
+
+class ExpertId(NamedTuple):
+    """An expert's address: MoE layer ordinal (0-based, dense layers not counted) and index in that layer."""
+
+    layer: int
+    expert: int
+
+
+class Priority(IntEnum):
+    """Demand loads overtake prefetches (law 4)."""
+
+    DEMAND = 0
+    PREFETCH = 1
+
+
+LookupResult = Literal["hit", "late", "miss"]
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """The current step needs `expert` and asks for a lease. Answered by `Granted`, now or after later events.
+
+    Counts one lookup. `position` is this use; `next_use` the next known one after it (None: unknown). `scan` marks a
+    use by prompt tokens alone, which must not flush the decode working set (law 5).
+    """
+
+    lease_id: int
+    expert: ExpertId
+    position: int
+    next_use: int | None = None
+    scan: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    expert: ExpertId
+    needed_at: int
+    """Position of the foreseen use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predict:
+    """Foreseen uses, soonest first. May start prefetches; also tells next-use policies what they need to know."""
+
+    hints: tuple[Hint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The load's bytes are all in its slot."""
+
+    load_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The load ended without its bytes. A demanded record is tried once more, then its leases are `Denied`."""
+
+    load_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Answer to `Cancel` for a load that had not begun: nothing was and nothing will be written."""
+
+    load_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The step has done with a granted lease. Releasing twice, or what was never granted, is an error (law 3)."""
+
+    lease_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """The step was given up: end these leases in whatever state they are (waiting, loading, granted)."""
+
+    lease_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetBudget:
+    """A new expert budget in bytes; becomes the limit as soon as unleased bytes allow (law 1)."""
+
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A step has ended at `position`: hints that lie before it are stale, and prefetches for them are given up."""
+
+    position: int
+
+
+Event = Demand | Predict | Loaded | Failed | Cancelled | Release | Abort | SetBudget | Tick
+
+# ---------------------------------------------------------------- instructions
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Read `expert`'s record into `slot`. The slot's earlier content is dead from now on."""
+
+    load_id: int
+    expert: ExpertId
+    slot: int
+    priority: Priority
+
+
+@dataclass(frozen=True, slots=True)
+class Promote:
+    """A prefetch under way is now demanded: move it ahead of all prefetches."""
+
+    load_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Give the load up if it has not begun (answer `Cancelled`); else let it end (`Loaded` or `Failed`) as doomed."""
+
+    load_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Return the slot's memory from byte `keep_bytes` on to the system. The bytes stop being charged at once."""
+
+    slot: int
+    keep_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """The lease holds: the record stays in `slot`, unchanged, until `Release`."""
+
+    lease_id: int
+    expert: ExpertId
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """The lease cannot be had: the record could not be loaded. The lease has ended."""
+
+    lease_id: int
+    expert: ExpertId
+    reason: str
+
+
+Instruction = Load | Promote | Cancel | Drop | Granted | Denied

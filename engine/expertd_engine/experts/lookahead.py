@@ -1,0 +1,77 @@
+"""What is known, or believed, of future routes. One protocol, three sources (none, exact, predicted).
+
+Pure: positions in, positions out. The native router stays the authority; what a lookahead says only decides when
+bytes move, never which expert computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
+
+from expertd_engine.experts.events import ExpertId, Hint
+
+Exactness = Literal["none", "predicted", "exact"]
+
+
+class Lookahead(Protocol):
+    """A source of foreseen uses. `exactness` is reported to users; `exact` sources must never be wrong."""
+
+    exactness: Exactness
+
+    def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
+        """Uses foreseen from the step's tokens alone, before its first layer; soonest first."""
+
+    def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
+        """Uses foreseen once `layer` has routed to `experts` (ascending); soonest first."""
+
+    def next_use(self, expert: ExpertId, after: int) -> int | None:
+        """Position of the expert's next known use later than position `after`; None if unknown."""
+
+
+class NoLookahead:
+    """Nothing is foreseen: eviction by history alone, no prefetch."""
+
+    exactness: Exactness = "none"
+
+    def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
+        return ()
+
+    def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
+        return ()
+
+    def next_use(self, expert: ExpertId, after: int) -> int | None:
+        return None
+
+
+class EveryExpert:
+    """Exact routes of a model whose tokens choose every expert of every layer (`top_k = E`): a fixed cycle.
+
+    The position of (layer l, expert e) in step s is `s·L·E + l·E + e`, so each use recurs after exactly `L·E`.
+    `window` is how many uses ahead are named as hints after each layer: what the transfer threads can have in flight.
+    """
+
+    exactness: Exactness = "exact"
+
+    def __init__(self, num_layers: int, num_experts: int, window: int) -> None:
+        self.num_layers = num_layers
+        self.num_experts = num_experts
+        self.window = window
+        self.period = num_layers * num_experts
+
+    def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
+        return self._following(step * self.period)
+
+    def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
+        return self._following(step * self.period + (layer + 1) * self.num_experts)
+
+    def next_use(self, expert: ExpertId, after: int) -> int | None:
+        offset = expert.layer * self.num_experts + expert.expert
+        cycles = (after - offset) // self.period + 1
+        return cycles * self.period + offset
+
+    def _following(self, start: int) -> list[Hint]:
+        return [
+            Hint(ExpertId(*divmod(position % self.period, self.num_experts)), position)
+            for position in range(start, start + self.window)
+        ]

@@ -1,0 +1,289 @@
+"""The wire contract between the server and the engine process. Plain data, no behaviour, no torch.
+
+One ZeroMQ PAIR socket over `ipc://`; every frame is one msgpack-encoded message of the unions `ToEngine` or
+`ToServer`. An unknown tag is an error, never ignored. Ids are chosen by the server and unique over its lifetime;
+nothing assumes a single engine: a server with several engines keeps one socket and one snapshot for each.
+
+Counters in a `Snapshot` are cumulative since the engine process started; the server keeps the offset of earlier
+engine processes, so that what `/metrics` shows never falls.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+"""`stop`: end-of-sequence or stop token; `length`: max_tokens or context; `abort`: asked for; `error`: see `error`."""
+
+ExpertMode = Literal["exact", "virtual"]
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True, array_like=False):
+    pass
+
+
+# ---------------------------------------------------------------- server → engine
+
+
+class TextInput(_Message):
+    """Token ids of a prompt, already inside the vocabulary and the context window. Other input kinds join the union."""
+
+    token_ids: list[int]
+
+
+class Sampling(_Message):
+    """How to choose tokens. Values were validated by the server; `None` means off.
+
+    Noise is a counter-based function of (seed, choice index, position): the same seed gives the same text whatever
+    else runs. A request without a seed gets a random one from the server.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 means off."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Number of top alternatives to report for each generated token; 0 reports the chosen token alone."""
+    prompt_logprobs: int | None = None
+    """The same for each prompt token (the first has none)."""
+
+
+class Submit(_Message):
+    """Start one sequence. A request of n choices or several prompts is several sequences, each with its own id."""
+
+    sequence_id: int
+    inputs: list[TextInput]
+    sampling: Sampling
+    choice_index: int = 0
+    """Position among the choices of one prompt; part of the noise's counter."""
+    priority: int = 0
+    """Lower runs first; ties by arrival."""
+    arrival_s: float = 0.0
+    """Server's `time.monotonic()` at arrival (one box, one clock)."""
+    mode: ExpertMode = "exact"
+
+
+class Abort(_Message):
+    """End sequences now. The engine answers each live one with a `Finished(reason="abort")`; unknown ids are ignored,
+    because a sequence may finish while the abort is under way."""
+
+    sequence_ids: list[int]
+
+
+class SetBudget(_Message):
+    """Change a budget while serving. Answered by `BudgetSet`."""
+
+    expert_budget_bytes: int
+
+
+class Shutdown(_Message):
+    """Finish nothing more: abort what runs and exit 0. (The server drains before it sends this.)"""
+
+
+ToEngine = Submit | Abort | SetBudget | Shutdown
+
+# ---------------------------------------------------------------- engine → server
+
+
+class Progress(_Message):
+    """Start-up is under way: what is being done and how much of it, 0 to 1."""
+
+    stage: str
+    fraction: float
+
+
+class EngineInfo(_Message):
+    """What the engine serves, fixed for its lifetime. `numerics` is `invariant` or `per-batch` (law 7)."""
+
+    protocol: int
+    pid: int
+    model_type: str
+    store_path: str
+    store_id: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    max_sequences: int
+    max_step_tokens: int
+    eos_token_ids: list[int]
+    num_moe_layers: int
+    num_experts: int
+    """Experts per MoE layer (the largest, where layers differ)."""
+    top_k: int
+    expert_record_bytes: int
+    expert_bytes_total: int
+    expert_budget_bytes: int
+    minimum_expert_budget_bytes: int
+    memory_budget_bytes: int | None
+    kv_block_tokens: int
+    kv_blocks: int
+    kv_bytes: int
+    policy: str
+    lookahead: str
+    """`exact`, `predicted` or `none`."""
+    prefetch: bool
+    numerics: str
+    direct_io: bool
+    fallbacks: list[str]
+    """Every path that runs slower or weaker than designed, in one sentence each."""
+    torch_version: str
+    transformers_version: str
+
+
+class Ready(_Message):
+    """The engine takes requests from now on. Sent once."""
+
+    info: EngineInfo
+
+
+class TopLogprob(_Message):
+    token_id: int
+    logprob: float
+
+
+class TokenLogprob(_Message):
+    """The chosen (or prompt) token's log-probability and the alternatives asked for, best first."""
+
+    token_id: int
+    logprob: float
+    top: list[TopLogprob]
+
+
+class Output(_Message):
+    """New tokens of one sequence, in order. `logprobs` runs parallel to `token_ids` when asked for."""
+
+    sequence_id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """All prompt tokens at once, first entry None; sent with or before the first token."""
+
+
+class SequenceStats(_Message):
+    """What one sequence met, for the usage block and the request log."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    preemptions: int = 0
+    cached_tokens: int = 0
+    expert_hits: int = 0
+    expert_late: int = 0
+    expert_misses: int = 0
+    loaded_bytes: int = 0
+    stall_s: float = 0.0
+    """Sums over the steps this sequence took part in; steps are shared, so sums over sequences exceed the totals."""
+
+
+class Finished(_Message):
+    """The sequence has ended; nothing follows for it. Sent exactly once for each `Submit`."""
+
+    sequence_id: int
+    reason: FinishReason
+    stop_token_id: int | None = None
+    error: str | None = None
+    stats: SequenceStats = SequenceStats()
+
+
+class Steps(_Message):
+    """All that one step brought, in one frame."""
+
+    outputs: list[Output]
+    finished: list[Finished]
+
+
+class BudgetSet(_Message):
+    """Answer to `SetBudget`: the target now in force, or why it was refused (then nothing changed)."""
+
+    expert_budget_bytes: int
+    error: str | None = None
+
+
+class LayerLookups(_Message):
+    """Lookups of one MoE layer since start: one per distinct (step, layer, expert)."""
+
+    hit: int
+    late: int
+    miss: int
+    activations: int
+    """(token, choice) pairs routed."""
+
+
+class HistogramData(_Message):
+    """Cumulative since start. `counts[i]` counts values ≤ `bounds[i]` and > `bounds[i-1]`; the last is the overflow."""
+
+    bounds: list[float]
+    counts: list[int]
+    total: float
+
+
+class Snapshot(_Message):
+    """Counters and gauges, sent every 250 ms while they change and every second otherwise: also the heartbeat."""
+
+    time_s: float
+    """Engine's `time.monotonic()`."""
+    lookups: list[LayerLookups]
+    demand_loads: int
+    demand_bytes: int
+    prefetch_loads: int
+    prefetch_bytes: int
+    prefetch_used: int
+    prefetch_late: int
+    prefetch_wasted: int
+    prefetch_cancelled: int
+    prefetch_pending: int
+    load_seconds: float
+    """Busy time of the transfer threads, summed over threads."""
+    load_failures: int
+    stall_seconds: dict[str, float]
+    """By cause: `expert_wait`."""
+    evictions: dict[str, int]
+    """By reason: `capacity`, `budget_change`."""
+    expert_budget_bytes: int
+    expert_limit_bytes: int
+    """≥ budget only while a lowered budget waits for leases to end."""
+    resident_bytes: int
+    loading_bytes: int
+    """Loads in flight, doomed ones included."""
+    peak_expert_bytes: int
+    residents_by_layer: list[int]
+    memory_used_bytes: int
+    memory_peak_bytes: int
+    memory_source: str
+    """Where the two figures above come from: `cgroup` or `process`."""
+    dense_bytes: int
+    kv_capacity_bytes: int
+    kv_used_bytes: int
+    running: int
+    waiting: int
+    preemptions: int
+    steps: dict[str, int]
+    """By phase: `prefill` (any prompt token in the step) or `decode`."""
+    step_seconds: HistogramData
+    step_tokens: HistogramData
+    load_latency_seconds: HistogramData
+
+
+class Fatal(_Message):
+    """The engine cannot go on (or start). Last message before the process exits with `exit_code`."""
+
+    exit_code: int
+    error: str
+
+
+ToServer = Progress | Ready | Steps | BudgetSet | Snapshot | Fatal
