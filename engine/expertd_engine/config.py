@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import msgspec
 import yaml
 
 from expertd_engine.errors import ConfigError
@@ -24,6 +25,9 @@ _UNITS = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
+
+
+_TRUTH = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,8 @@ class Size:
 
 def parse_size(text: str, *, share_allowed: bool = False) -> Size:
     """`4096`, `512MiB`, `2GB`, or (where a share is allowed) `25%`. Raises ConfigError naming the value."""
-    allowed = "bytes, or a number with a unit such as 512MiB or 2GB" + (", or a share such as 25%" if share_allowed else "")
+    allowed = "bytes, or a number with a unit such as 512MiB or 2GB"
+    allowed += ", or a share such as 25%" if share_allowed else ""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*|%)\s*", text)
     if match:
         number, unit = float(match[1]), match[2].lower()
@@ -54,9 +59,17 @@ def parse_size(text: str, *, share_allowed: bool = False) -> Size:
     raise ConfigError(f"{text!r} is not a size: allowed are {allowed}")
 
 
-def _option(default: Any, help_text: str, *, group: str, share: bool = False, low: float | None = None,
-            high: float | None = None) -> Any:  # fmt: skip
-    return field(default=default, metadata={"help": help_text, "group": group, "share": share, "low": low, "high": high})
+def _option(
+    default: Any,
+    help_text: str,
+    *,
+    group: str,
+    share: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    metadata = {"help": text, "group": group, "share": share, "low": low, "high": high}
+    return field(default=default, metadata=metadata)
 
 
 Policy = Literal["auto", "lru", "lfu", "next-use"]
@@ -74,17 +87,23 @@ class Config:
     cache_dir: Path = _option(Path("~/.cache/expertd"), "where prepared models are kept", group="model")
 
     expert_budget: Size | None = _option(
-        None, "bytes for experts: slots, loads in flight and doomed loads, or a share of all expert bytes",
-        group="budget", share=True)  # fmt: skip
+        None,
+        "bytes for experts: slots, loads in flight and doomed loads, or a share of all expert bytes",
+        group="budget",
+        share=True,
+    )
     memory_budget: Size | None = _option(
-        None, "bytes a cgroup around server, engine and children is charged, less reclaimable page cache", group="budget")
+        None,
+        "bytes a cgroup around server, engine and children is charged, less reclaimable page cache",
+        group="budget",
+    )
     kv_budget: Size | None = _option(None, "bytes for keys and values; default: planned", group="budget")
     expert_policy: Policy = _option("auto", "which resident expert gives way", group="budget")
     prefetch: bool = _option(True, "load foreseen experts before they are needed", group="budget")
 
-    max_model_len: int | None = _option(None, "tokens of prompt and answer; default: the model's own", group="batch", low=1)
+    max_model_len: int | None = _option(None, "tokens of prompt and answer; default: the model's", group="batch", low=1)
     max_sequences: int = _option(32, "sequences computed at once", group="batch", low=1, high=4096)
-    max_step_tokens: int = _option(512, "tokens in one step, prompts and answers together", group="batch", low=1, high=65536)
+    max_step_tokens: int = _option(512, "tokens in one step, prompt and answer alike", group="batch", low=1, high=65536)
     max_waiting: int = _option(256, "sequences that may wait; more are refused", group="batch", low=0)
 
     threads: int | None = _option(None, "compute threads; default: cores this process may use", group="compute", low=1)
@@ -93,7 +112,7 @@ class Config:
     host: str = _option("127.0.0.1", "address to listen on", group="http")
     port: int = _option(8000, "TCP port; 0 lets the system choose", group="http", low=0, high=65535)
     max_body: Size = _option(Size(bytes=8 * 2**20), "largest request body", group="http")
-    drain_timeout_s: float = _option(30.0, "seconds that running requests get to finish after SIGTERM", group="http", low=0)
+    drain_timeout_s: float = _option(30.0, "seconds running requests get to finish after SIGTERM", group="http", low=0)
     log_level: LogLevel = _option("info", "least severe level logged", group="http")
 
 
@@ -103,6 +122,19 @@ class LoadedConfig:
 
     config: Config
     sources: Mapping[str, str]
+
+
+def config_to_json(config: Config) -> str:
+    """One line that `config_from_json` reads back: how the server hands its configuration to the engine process."""
+    return msgspec.json.encode(config, enc_hook=str).decode()
+
+
+def config_from_json(text: str) -> Config:
+    """Inverse of `config_to_json`. Raises ConfigError."""
+    try:
+        return msgspec.json.decode(text, type=Config, dec_hook=lambda kind, value: kind(value))
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"not a configuration in JSON: {error}") from error
 
 
 def option_names() -> list[str]:
@@ -119,7 +151,7 @@ def load_config(
     ConfigError for an unknown key, a malformed value (naming option, value and what is allowed) or a contradiction.
     """
     values: dict[str, Any] = {}
-    sources = {name: "default" for name in option_names()}
+    sources = dict.fromkeys(option_names(), "default")
     for source, given in (
         (str(file), _read_yaml(file) if file else {}),
         ("environment", _from_environment(environment)),
@@ -180,11 +212,10 @@ def _parse(name: str, kind: Any, raw: Any, metadata: Mapping[str, Any]) -> Any:
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
     if kind is bool:
-        known = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
         if isinstance(raw, bool):
             return raw
-        if str(raw).lower() in known:
-            return known[str(raw).lower()]
+        if str(raw).lower() in _TRUTH:
+            return _TRUTH[str(raw).lower()]
         raise ConfigError(f"{name}: {raw!r} is not allowed: write on or off")
     if kind in (int, float):
         return _parse_number(name, kind, raw, metadata)

@@ -22,20 +22,20 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 ExpertMode = Literal["exact", "virtual"]
 
 
-class _Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True, array_like=False):
+class _Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     pass
 
 
 # ---------------------------------------------------------------- server → engine
 
 
-class TextInput(_Message):
+class TextInput(_Message, frozen=True):
     """Token ids of a prompt, already inside the vocabulary and the context window. Other input kinds join the union."""
 
     token_ids: list[int]
 
 
-class Sampling(_Message):
+class Sampling(_Message, frozen=True):
     """How to choose tokens. Values were validated by the server; `None` means off.
 
     Noise is a counter-based function of (seed, choice index, position): the same seed gives the same text whatever
@@ -63,7 +63,7 @@ class Sampling(_Message):
     """The same for each prompt token (the first has none)."""
 
 
-class Submit(_Message):
+class Submit(_Message, frozen=True):
     """Start one sequence. A request of n choices or several prompts is several sequences, each with its own id."""
 
     sequence_id: int
@@ -78,20 +78,20 @@ class Submit(_Message):
     mode: ExpertMode = "exact"
 
 
-class Abort(_Message):
+class Abort(_Message, frozen=True):
     """End sequences now. The engine answers each live one with a `Finished(reason="abort")`; unknown ids are ignored,
     because a sequence may finish while the abort is under way."""
 
     sequence_ids: list[int]
 
 
-class SetBudget(_Message):
+class SetBudget(_Message, frozen=True):
     """Change a budget while serving. Answered by `BudgetSet`."""
 
     expert_budget_bytes: int
 
 
-class Shutdown(_Message):
+class Shutdown(_Message, frozen=True):
     """Finish nothing more: abort what runs and exit 0. (The server drains before it sends this.)"""
 
 
@@ -100,14 +100,14 @@ ToEngine = Submit | Abort | SetBudget | Shutdown
 # ---------------------------------------------------------------- engine → server
 
 
-class Progress(_Message):
+class Progress(_Message, frozen=True):
     """Start-up is under way: what is being done and how much of it, 0 to 1."""
 
     stage: str
     fraction: float
 
 
-class EngineInfo(_Message):
+class EngineInfo(_Message, frozen=True):
     """What the engine serves, fixed for its lifetime. `numerics` is `invariant` or `per-batch` (law 7)."""
 
     protocol: int
@@ -145,18 +145,18 @@ class EngineInfo(_Message):
     transformers_version: str
 
 
-class Ready(_Message):
+class Ready(_Message, frozen=True):
     """The engine takes requests from now on. Sent once."""
 
     info: EngineInfo
 
 
-class TopLogprob(_Message):
+class TopLogprob(_Message, frozen=True):
     token_id: int
     logprob: float
 
 
-class TokenLogprob(_Message):
+class TokenLogprob(_Message, frozen=True):
     """The chosen (or prompt) token's log-probability and the alternatives asked for, best first."""
 
     token_id: int
@@ -164,7 +164,7 @@ class TokenLogprob(_Message):
     top: list[TopLogprob]
 
 
-class Output(_Message):
+class Output(_Message, frozen=True):
     """New tokens of one sequence, in order. `logprobs` runs parallel to `token_ids` when asked for."""
 
     sequence_id: int
@@ -174,7 +174,7 @@ class Output(_Message):
     """All prompt tokens at once, first entry None; sent with or before the first token."""
 
 
-class SequenceStats(_Message):
+class SequenceStats(_Message, frozen=True):
     """What one sequence met, for the usage block and the request log."""
 
     queue_s: float = 0.0
@@ -190,7 +190,7 @@ class SequenceStats(_Message):
     """Sums over the steps this sequence took part in; steps are shared, so sums over sequences exceed the totals."""
 
 
-class Finished(_Message):
+class Finished(_Message, frozen=True):
     """The sequence has ended; nothing follows for it. Sent exactly once for each `Submit`."""
 
     sequence_id: int
@@ -200,21 +200,21 @@ class Finished(_Message):
     stats: SequenceStats = SequenceStats()
 
 
-class Steps(_Message):
+class Steps(_Message, frozen=True):
     """All that one step brought, in one frame."""
 
     outputs: list[Output]
     finished: list[Finished]
 
 
-class BudgetSet(_Message):
+class BudgetSet(_Message, frozen=True):
     """Answer to `SetBudget`: the target now in force, or why it was refused (then nothing changed)."""
 
     expert_budget_bytes: int
     error: str | None = None
 
 
-class LayerLookups(_Message):
+class LayerLookups(_Message, frozen=True):
     """Lookups of one MoE layer since start: one per distinct (step, layer, expert)."""
 
     hit: int
@@ -224,7 +224,7 @@ class LayerLookups(_Message):
     """(token, choice) pairs routed."""
 
 
-class HistogramData(_Message):
+class HistogramData(_Message, frozen=True):
     """Cumulative since start. `counts[i]` counts values ≤ `bounds[i]` and > `bounds[i-1]`; the last is the overflow."""
 
     bounds: list[float]
@@ -232,7 +232,7 @@ class HistogramData(_Message):
     total: float
 
 
-class Snapshot(_Message):
+class Snapshot(_Message, frozen=True):
     """Counters and gauges, sent every 250 ms while they change and every second otherwise: also the heartbeat."""
 
     time_s: float
@@ -279,7 +279,7 @@ class Snapshot(_Message):
     load_latency_seconds: HistogramData
 
 
-class Fatal(_Message):
+class Fatal(_Message, frozen=True):
     """The engine cannot go on (or start). Last message before the process exits with `exit_code`."""
 
     exit_code: int

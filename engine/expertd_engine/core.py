@@ -1,0 +1,167 @@
+"""The engine core: what a step is, when a sequence ends, and what is told about it. Pure: time comes in as arguments.
+
+Owns the scheduler; the forward pass is behind `Forward`. Every sequence submitted gets exactly one `Finished`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from expertd_engine.messages import Finished, FinishReason, Output, Steps, Submit, TokenLogprob
+from expertd_engine.request import ExpertCounts, Sequence
+from expertd_engine.scheduler import Chunk, Scheduler, SequenceRefused, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    token_id: int
+    logprob: TokenLogprob | None = None
+    """Where `sampling.logprobs` asked for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a forward pass brought. All mappings are by sequence id."""
+
+    sampled: Mapping[int, SampledToken]
+    """One for every chunk that samples."""
+    duration_s: float
+    prompt_logprobs: Mapping[int, list[TokenLogprob]] = field(default_factory=dict)
+    """For every chunk with `prompt_logprob_positions`: the entry of the token after each of them, in order."""
+    experts: ExpertCounts = field(default_factory=ExpertCounts)
+
+
+class StepFailed(Exception):
+    """The forward pass was given up because of these sequences; the others can be tried again as they are."""
+
+    def __init__(self, sequence_ids: Collection[int], reason: str) -> None:
+        self.sequence_ids = frozenset(sequence_ids)
+        self.reason = reason
+        super().__init__(f"sequences {sorted(self.sequence_ids)}: {reason}")
+
+
+class Forward(Protocol):
+    """Computes a plan. Raises StepFailed; anything else it raises ends the engine."""
+
+    def __call__(self, plan: StepPlan) -> StepResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Why a sequence ends. `stop_token_id` is set where one of `sampling.stop_token_ids` ended it, not for eos."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None
+
+
+class EngineCore:
+    """Called by one thread, between steps. All times are seconds of one monotonic clock, the caller's."""
+
+    def __init__(self, scheduler: Scheduler, forward: Forward, eos_token_ids: Iterable[int]) -> None:
+        self.scheduler = scheduler
+        self._forward = forward
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._outputs: list[Output] = []
+        self._finished: list[Finished] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to compute or to tell."""
+        return self.scheduler.has_sequences or bool(self._finished)
+
+    def submit(self, message: Submit, now_s: float) -> None:
+        """Take a sequence. One that can never run is answered with `error` by the next step."""
+        max_model_len = self.scheduler.limits.max_model_len
+        sequence = Sequence.from_submit(
+            message, eos_token_ids=self._eos_token_ids, max_model_len=max_model_len, now_s=now_s
+        )
+        try:
+            self.scheduler.add(sequence)
+        except SequenceRefused as refusal:
+            sequence.finish("error")
+            self._tell_finished(sequence, now_s, error=str(refusal))
+
+    def abort(self, sequence_ids: Iterable[int], now_s: float) -> None:
+        """End these now; ids that are not live are ignored. Told by the next step."""
+        for sequence_id in sequence_ids:
+            sequence = self.scheduler.abort(sequence_id)
+            if sequence is not None:
+                self._tell_finished(sequence, now_s)
+
+    def step(self, now_s: float) -> Steps:
+        """Form, compute and apply one step that begins at `now_s`; tells all that has happened since the last.
+
+        An end-of-sequence or stop token is the last entry of its `Output.token_ids`: the server keeps it out of the
+        text.
+        """
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            for chunk in plan.chunks:
+                chunk.sequence.stats.mark_scheduled(now_s)
+            try:
+                result = self._forward(plan)
+            except StepFailed as failure:
+                self._apply_failure(plan, failure, now_s)
+            else:
+                self._apply(plan, result, now_s + result.duration_s)
+        if not self.scheduler.has_sequences:
+            self.scheduler.check()
+        return self._take_told()
+
+    def _apply(self, plan: StepPlan, result: StepResult, now_s: float) -> None:
+        token_ids = {sequence_id: sampled.token_id for sequence_id, sampled in result.sampled.items()}
+        for chunk in self.scheduler.update_from_output(plan, token_ids):
+            sequence = chunk.sequence
+            sequence.stats.experts += result.experts
+            if chunk.samples:
+                sequence.stats.mark_token(now_s)
+            self._tell_output(chunk, result)
+            end = find_end(sequence)
+            if end is not None:
+                self.scheduler.finish(sequence, end.reason)
+                self._tell_finished(sequence, now_s, stop_token_id=end.stop_token_id)
+
+    def _apply_failure(self, plan: StepPlan, failure: StepFailed, now_s: float) -> None:
+        for sequence in self.scheduler.step_failed(plan, failure.sequence_ids):
+            self._tell_finished(sequence, now_s, error=failure.reason)
+
+    def _tell_output(self, chunk: Chunk, result: StepResult) -> None:
+        sequence_id = chunk.sequence.sequence_id
+        chunk.sequence.add_prompt_logprobs(result.prompt_logprobs.get(sequence_id, ()))
+        prompt_logprobs = chunk.sequence.take_prompt_logprobs()
+        if chunk.samples:
+            sampled = result.sampled[sequence_id]
+            logprobs = None if sampled.logprob is None else [sampled.logprob]
+            self._outputs.append(Output(sequence_id, [sampled.token_id], logprobs, prompt_logprobs))
+        elif prompt_logprobs is not None:
+            self._outputs.append(Output(sequence_id, [], None, prompt_logprobs))
+
+    def _tell_finished(
+        self, sequence: Sequence, now_s: float, *, stop_token_id: int | None = None, error: str | None = None
+    ) -> None:
+        assert sequence.finish_reason is not None
+        stats = sequence.stats.result(now_s)
+        self._finished.append(Finished(sequence.sequence_id, sequence.finish_reason, stop_token_id, error, stats))
+
+    def _take_told(self) -> Steps:
+        told = Steps(self._outputs, self._finished)
+        self._outputs, self._finished = [], []
+        return told
+
+
+def find_end(sequence: Sequence) -> End | None:
+    """Whether a sequence ends after the step just applied to it.
+
+    Before `min_tokens` outputs the sampler masks what would end it, so such a token is no end then. A sequence that
+    has no room for output ends once its prompt is computed.
+    """
+    outputs = sequence.output_token_ids
+    if len(outputs) > sequence.sampling.min_tokens:
+        if outputs[-1] in sequence.eos_token_ids:
+            return End("stop")
+        if outputs[-1] in sequence.sampling.stop_token_ids:
+            return End("stop", outputs[-1])
+    no_more_wanted = sequence.num_tokens >= sequence.max_length
+    return End("length") if no_more_wanted and (outputs or not sequence.num_uncomputed_tokens) else None

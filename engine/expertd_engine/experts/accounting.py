@@ -1,0 +1,158 @@
+"""What the ledger counts: bytes by slot, loads and lookups since start, and the recent story of each expert. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from expertd_engine.experts.events import Drop, ExpertId, Instruction
+
+PrefetchOutcome = Literal["used", "late", "wasted", "cancelled"]
+
+
+class LedgerError(AssertionError):
+    """A bug of ours: an event that cannot be, or a law that does not hold. Carries the expert's recent story."""
+
+
+class Story:
+    """The last transitions of all experts, kept so that an error can tell how it came about."""
+
+    def __init__(self, length: int = 2048) -> None:
+        self._lines: deque[tuple[ExpertId, str, int]] = deque(maxlen=length)
+
+    def tell(self, expert: ExpertId, what: str, number: int) -> None:
+        self._lines.append((expert, what, number))
+
+    def error(self, message: str, expert: ExpertId | None = None) -> LedgerError:
+        """The error to raise: `message` and the recent lines about `expert` (None: about all)."""
+        lines = [line for line in self._lines if expert is None or line[0] == expert][-20:]
+        told = "".join(f"\n  {of.layer}/{of.expert}: {what} {number}" for of, what, number in lines)
+        return LedgerError(f"{message}; recently:{told or ' nothing'}")
+
+
+@dataclass(slots=True)
+class Counters:
+    """Cumulative since start, but for `prefetch_pending`. Loads and bytes count when the load has ended well.
+
+    Every prefetch issued ends as exactly one of used (first demand after it was loaded), late (demanded before),
+    wasted (read in vain: given up or evicted before any demand, or failed) or cancelled (given up before it began);
+    until then it is pending.
+    """
+
+    hits: list[int]
+    late: list[int]
+    misses: list[int]
+    demand_loads: int = 0
+    demand_bytes: int = 0
+    prefetch_loads: int = 0
+    prefetch_bytes: int = 0
+    prefetch_issued: int = 0
+    prefetch_used: int = 0
+    prefetch_late: int = 0
+    prefetch_wasted: int = 0
+    prefetch_cancelled: int = 0
+    prefetch_pending: int = 0
+    load_failures: int = 0
+    evictions: dict[str, int] = field(default_factory=lambda: {"capacity": 0, "budget_change": 0})
+
+    def end_prefetch(self, outcome: PrefetchOutcome) -> None:
+        """A pending prefetch has ended."""
+        self.prefetch_pending -= 1
+        if outcome == "used":
+            self.prefetch_used += 1
+        elif outcome == "late":
+            self.prefetch_late += 1
+        elif outcome == "wasted":
+            self.prefetch_wasted += 1
+        else:
+            self.prefetch_cancelled += 1
+
+    def prefetch_ended_or_pending(self) -> int:
+        """Equals `prefetch_issued`."""
+        ended = self.prefetch_used + self.prefetch_late + self.prefetch_wasted + self.prefetch_cancelled
+        return ended + self.prefetch_pending
+
+    def lookups(self) -> int:
+        """Of all layers and results."""
+        return sum(self.hits) + sum(self.late) + sum(self.misses)
+
+
+def slots_needed(record_bytes: Sequence[int], budget_bytes: int) -> int:
+    """The most records that `budget_bytes` can hold at once, given the length of each: the smallest first."""
+    count = 0
+    for nbytes in sorted(record_bytes):
+        budget_bytes -= nbytes
+        if budget_bytes < 0:
+            break
+        count += 1
+    return count
+
+
+class Slots:
+    """Room for records, each slot as long as the largest; memory is committed by what is written and dropped.
+
+    `charged` is the sum over slots of the most bytes written since the slot was last dropped, so it is what the
+    system has committed, between any two instructions too. A free slot is dropped and costs nothing. A *vacated*
+    slot has lost its record but is still charged: it is reused, or dropped before the event's handling ends.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.charged = 0
+        self.peak = 0
+        self.vacated_bytes = 0
+        self._bytes = [0] * count
+        self._free = list(range(count - 1, -1, -1))
+        self._vacated: list[int] = []
+
+    @property
+    def occupied(self) -> int:
+        """Bytes that belong to a record, present or on its way."""
+        return self.charged - self.vacated_bytes
+
+    def vacate(self, slot: int) -> None:
+        self._vacated.append(slot)
+        self.vacated_bytes += self._bytes[slot]
+
+    def take(self, nbytes: int, limit: int, out: list[Instruction]) -> int:
+        """A slot to write `nbytes` into, which must fit `limit` together with all that is occupied.
+
+        Prefers a vacated slot (its pages are there already) and drops what would push `charged` over the limit.
+        """
+        slot = self._reuse() if self._vacated else self._free.pop()
+        held = self._bytes[slot]
+        while self._vacated and self.charged - held + nbytes > limit:
+            self._drop(self._reuse(), out)
+        if self.charged - held + nbytes > limit:
+            raise LedgerError(f"law 1: a load of {nbytes} bytes on top of {self.charged - held} is above {limit}")
+        if held > nbytes:
+            out.append(Drop(slot, nbytes))
+        self._bytes[slot] = nbytes
+        self.charged += nbytes - held
+        self.peak = max(self.peak, self.charged)
+        return slot
+
+    def drop_vacated(self, out: list[Instruction]) -> None:
+        while self._vacated:
+            self._drop(self._reuse(), out)
+
+    def check(self, owned: dict[int, int], story: Story) -> None:
+        """`owned` maps slots to the bytes of the record in each. Raises LedgerError where they differ from ours."""
+        if {slot: nbytes for slot, nbytes in enumerate(self._bytes) if nbytes} != owned or self._vacated:
+            raise story.error(f"slots hold {self._bytes}, vacated {self._vacated}, but records own {owned}")
+        if sorted([*self._free, *owned]) != list(range(len(self._bytes))):
+            raise story.error(f"free slots {sorted(self._free)} and owned ones {sorted(owned)} are not all slots")
+        if self.charged != sum(owned.values()) or self.charged > self.peak:
+            raise story.error(f"charged {self.charged} of peak {self.peak} bytes, records hold {sum(owned.values())}")
+
+    def _reuse(self) -> int:
+        slot = self._vacated.pop()
+        self.vacated_bytes -= self._bytes[slot]
+        return slot
+
+    def _drop(self, slot: int, out: list[Instruction]) -> None:
+        self.charged -= self._bytes[slot]
+        self._bytes[slot] = 0
+        self._free.append(slot)
+        out.append(Drop(slot))

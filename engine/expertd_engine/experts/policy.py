@@ -1,0 +1,162 @@
+"""Which resident expert gives way: pure rankings behind one protocol, and the queue of experts that may give way.
+
+Owner: the ledger. It tells `Victims` which experts are resident and unleased; nothing else is ever looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from typing import Protocol
+
+from expertd_engine.errors import ConfigError
+from expertd_engine.experts.events import ExpertId
+
+
+@dataclass(slots=True, eq=False)
+class Facts:
+    """What is known of one expert's uses, past and future, whether it is resident or not.
+
+    `last_use` counts lookups; `next_use` is the position of the soonest known use. `weight` belongs to the policy: an aged count of uses, or an
+    importance. `probation` puts the expert before all others when room is needed: prompt tokens alone brought it in
+    (law 5), or the use it was loaded for did not come. `ticket` belongs to `Victims`.
+    """
+
+    expert: ExpertId
+    last_use: int = -1
+    next_use: int | None = None
+    weight: float = -math.inf
+    probation: bool = False
+    ticket: int = 0
+
+
+class Policy(Protocol):
+    """A ranking. Whoever ranks lowest gives way first; ties go to the least recently used.
+
+    A policy by predicted next use reads `Facts.next_use` like the exact one (hints write it); a policy by importance
+    ranks by `Facts.weight`, whose owner offers the expert again when it changes.
+    """
+
+    name: str
+
+    def used(self, facts: Facts) -> None:
+        """A use by a decoding token has happened; `facts.last_use` says when. May update `facts.weight`."""
+
+    def rank(self, facts: Facts) -> float:
+        """The expert's rank. Constant between changes of `facts`: ageing must not depend on when it is asked."""
+
+
+class LRU:
+    """Least recently used first."""
+
+    name = "lru"
+
+    def used(self, facts: Facts) -> None:
+        return None
+
+    def rank(self, facts: Facts) -> float:
+        return facts.last_use
+
+
+class LFU:
+    """Least frequently used first; a use counts half as much after every `half_life` lookups.
+
+    The weight is log2 of the sum over uses of 2^(lookup / half_life): all weights age by the same factor, so their
+    order stands without ever being touched, and the logarithm keeps the sum finite.
+    """
+
+    name = "lfu"
+
+    def __init__(self, half_life: int = 16384) -> None:
+        self.half_life = half_life
+
+    def used(self, facts: Facts) -> None:
+        now = facts.last_use / self.half_life
+        high, low = max(facts.weight, now), min(facts.weight, now)
+        facts.weight = high + math.log2(1.0 + 2.0 ** (low - high))
+
+    def rank(self, facts: Facts) -> float:
+        return facts.weight
+
+
+class NextUse:
+    """Belady: furthest known next use first; an unknown one counts as never."""
+
+    name = "next-use"
+
+    def used(self, facts: Facts) -> None:
+        return None
+
+    def rank(self, facts: Facts) -> float:
+        return -math.inf if facts.next_use is None else -facts.next_use
+
+
+_POLICIES: dict[str, Callable[[], Policy]] = {"lru": LRU, "lfu": LFU, "next-use": NextUse}
+
+
+def make_policy(name: str) -> Policy:
+    """A fresh policy by its name. Raises ConfigError for an unknown one."""
+    if name not in _POLICIES:
+        raise ConfigError(f"expert policy {name!r} is not known: choose from {', '.join(_POLICIES)}")
+    return _POLICIES[name]()
+
+
+class Victims:
+    """Experts that may give way, in the policy's order: a heap with lazy deletion, O(log n) a change.
+
+    An entry is valid while its ticket is the one in the expert's facts.
+    """
+
+    LOOK = 4
+    """How many experts a prefetch may look at for one that is needed later than the prefetched."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._rank = policy.rank
+        self._heap: list[tuple[bool, float, int, int, Facts]] = []
+        self._last_ticket = 0
+        self._live = 0
+
+    def __len__(self) -> int:
+        return self._live
+
+    def offer(self, facts: Facts) -> None:
+        """The expert may give way; or it already might, and its facts have changed."""
+        self.withdraw(facts)
+        self._live += 1
+        self._last_ticket += 1
+        facts.ticket = self._last_ticket
+        entry = (not facts.probation, self._rank(facts), facts.last_use, facts.ticket, facts)
+        heappush(self._heap, entry)
+        if len(self._heap) > 2 * self._live + 64:
+            self._heap = [entry for entry in self._heap if entry[3] == entry[4].ticket]
+            heapify(self._heap)
+
+    def withdraw(self, facts: Facts) -> None:
+        """The expert may not give way any more, if it might."""
+        if facts.ticket:
+            facts.ticket = 0
+            self._live -= 1
+
+    def take(self) -> Facts:
+        """Take out the expert that gives way first. There must be one."""
+        while True:
+            entry = heappop(self._heap)
+            if entry[3] == entry[4].ticket:
+                self.withdraw(entry[4])
+                return entry[4]
+
+    def take_needed_after(self, position: int) -> Facts | None:
+        """Take out the first of the `LOOK` next experts with no known use up to `position`; None if there is none."""
+        spared: list[Facts] = []
+        found = None
+        while found is None and self._live and len(spared) < self.LOOK:
+            facts = self.take()
+            if facts.next_use is None or facts.next_use > position:
+                found = facts
+            else:
+                spared.append(facts)
+        for facts in spared:
+            self.offer(facts)
+        return found

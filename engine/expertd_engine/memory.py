@@ -1,0 +1,158 @@
+"""What the processes really occupy, as the kernel says it. Reads /proc and the memory cgroup; decides nothing.
+
+*Used* is what a cgroup around server, engine and children is charged, less page cache that can be reclaimed without
+refaulting code (inactive and unmapped file pages). In a memory cgroup that holds these processes and no others the
+figures are the cgroup's own; elsewhere they are the processes' proportional set sizes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes. `source` is `cgroup` or `process`; a cgroup's peak includes page cache, a process's peak does not."""
+
+    used_bytes: int
+    peak_bytes: int
+    source: str
+
+
+def fields_kib(path: Path) -> dict[str, int]:
+    """`Name:  123 kB` lines of a /proc file, in bytes."""
+    values = {}
+    for line in path.read_text().splitlines():
+        parts = line.split()
+        if len(parts) == 3 and parts[2] == "kB":
+            values[parts[0].rstrip(":")] = int(parts[1]) * 1024
+    return values
+
+
+def process_tree(root: int) -> list[int]:
+    """`root` and all its living descendants."""
+    children: dict[int, list[int]] = {}
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue  # ended while we looked
+            parent = int(stat.rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.name))
+    tree, pending = [], [root]
+    while pending:
+        pid = pending.pop()
+        tree.append(pid)
+        pending += children.get(pid, [])
+    return tree
+
+
+def proportional_bytes(pid: int) -> int:
+    """Proportional set size: private pages plus this process's share of the pages it shares. 0 once it has ended."""
+    try:
+        return fields_kib(_PROC / str(pid) / "smaps_rollup")["Pss"]
+    except OSError:
+        return 0
+
+
+def peak_rss_bytes(pid: int | str = "self") -> int:
+    """The kernel's high-water mark of the resident set (`VmHWM`)."""
+    try:
+        return fields_kib(_PROC / str(pid) / "status")["VmHWM"]
+    except OSError:
+        return 0
+
+
+def rss_bytes() -> int:
+    """This process's resident set."""
+    return fields_kib(_PROC / "self" / "status")["VmRSS"]
+
+
+def reset_peak_rss() -> None:
+    """Set this process's high-water mark back to its present resident set (proc(5), clear_refs 5)."""
+    (_PROC / "self" / "clear_refs").write_text("5")
+
+
+def available_bytes() -> int:
+    """What could be allocated now without swapping: the system's estimate or the cgroup's headroom, if smaller."""
+    available = fields_kib(_PROC / "meminfo")["MemAvailable"]
+    group = find_cgroup(os.getpid())
+    limit = group.limit_bytes() if group else None
+    return available if group is None or limit is None else min(available, limit - group.used_bytes())
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCgroup:
+    """A memory cgroup's folder, version 1 or 2."""
+
+    folder: Path
+    version: int
+
+    def pids(self) -> set[int]:
+        return {int(pid) for pid in (self.folder / "cgroup.procs").read_text().split()}
+
+    def limit_bytes(self) -> int | None:
+        text = (self.folder / ("memory.max" if self.version == 2 else "memory.limit_in_bytes")).read_text().strip()
+        return None if text == "max" or int(text) >= 2**62 else int(text)
+
+    def used_bytes(self) -> int:
+        stat = self._stat()
+        total = "" if self.version == 2 else "total_"
+        current = "memory.current" if self.version == 2 else "memory.usage_in_bytes"
+        mapped = stat["file_mapped" if self.version == 2 else "total_mapped_file"]
+        cache = stat[f"{total}inactive_file"] + stat[f"{total}active_file"]
+        reclaimable = max(0, cache - mapped) + stat.get("slab_reclaimable", 0)
+        return max(0, int((self.folder / current).read_text()) - reclaimable)
+
+    def peak_bytes(self) -> int:
+        name = "memory.peak" if self.version == 2 else "memory.max_usage_in_bytes"
+        return int((self.folder / name).read_text())
+
+    def _stat(self) -> dict[str, int]:
+        lines = (line.split() for line in (self.folder / "memory.stat").read_text().splitlines())
+        return {name: int(value) for name, value in lines}
+
+
+def find_cgroup(pid: int) -> MemoryCgroup | None:
+    """The memory cgroup of a process; None where there is no controller or it is the root group."""
+    for line in (_PROC / str(pid) / "cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if path == "/":
+            continue
+        if controllers == "":
+            folder, version = Path("/sys/fs/cgroup" + path), 2
+        elif "memory" in controllers.split(","):
+            folder, version = Path("/sys/fs/cgroup/memory" + path), 1
+        else:
+            continue
+        # A container sees its own group at the mount's root, whatever path the host calls it by.
+        for candidate in (folder, Path("/sys/fs/cgroup") if version == 2 else Path("/sys/fs/cgroup/memory")):
+            group = MemoryCgroup(candidate, version)
+            if (candidate / ("memory.current" if version == 2 else "memory.usage_in_bytes")).exists():
+                return group
+    return None
+
+
+class MemoryMeter:
+    """Measures server, engine and their children. `server_pid` is the root of the tree."""
+
+    def __init__(self, server_pid: int) -> None:
+        self.server_pid = server_pid
+
+    def own_cgroup(self) -> MemoryCgroup | None:
+        """The cgroup that holds exactly our processes, if there is one."""
+        group = find_cgroup(self.server_pid)
+        return group if group is not None and group.pids() <= set(process_tree(self.server_pid)) else None
+
+    def measure(self) -> MemoryUse:
+        group = self.own_cgroup()
+        if group is not None:
+            return MemoryUse(group.used_bytes(), group.peak_bytes(), "cgroup")
+        tree = process_tree(self.server_pid)
+        used = sum(proportional_bytes(pid) for pid in tree)
+        return MemoryUse(used, sum(peak_rss_bytes(pid) for pid in tree), "process")

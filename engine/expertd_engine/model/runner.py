@@ -1,0 +1,126 @@
+"""Runs one planned step: flattens its chunks into one row of tokens, calls the model, samples. Decides nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from expertd_engine.core import SampledToken, StepFailed, StepResult
+from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError
+from expertd_engine.messages import TokenLogprob
+from expertd_engine.model.attention import Attend, AttentionBatch, KVStorage, Span
+from expertd_engine.model.loader import LoadedModel
+from expertd_engine.model.moe import ROW_MULTIPLE, MoELayer, StepRoutes
+from expertd_engine.model.sampler import SampleRow, sample, token_logprob
+from expertd_engine.request import ExpertCounts
+from expertd_engine.scheduler import Chunk, StepPlan
+
+
+@torch.inference_mode()
+def forward(
+    loaded: LoadedModel,
+    layers: Sequence[MoELayer],
+    routes: StepRoutes,
+    attend: Attend,
+    token_ids: Sequence[int],
+    positions: Sequence[int],
+    logit_rows: Sequence[int],
+) -> torch.Tensor:
+    """Logits `[len(logit_rows), V]` in float32 for the flattened `token_ids` `[T]` at `positions` `[T]`.
+
+    In float32 tokens and logit rows are padded to a multiple of four (see `moe.ROW_MULTIPLE`); the padding reaches
+    neither experts nor keys and values.
+    """
+    multiple = ROW_MULTIPLE if loaded.dtype == torch.float32 else 1
+    for layer in layers:
+        layer.step = routes
+    output = loaded.model(
+        input_ids=_padded(token_ids, multiple)[None],
+        position_ids=_padded(positions, multiple)[None],
+        use_cache=False,
+        logits_to_keep=_padded(logit_rows or [0], multiple),
+        expertd_batch=attend,
+    )
+    logits: torch.Tensor = output.logits[0, : len(logit_rows)].float()
+    return logits
+
+
+class Runner:
+    """The engine's `Forward`: owns nothing but the connections between model, KV storage and expert cache."""
+
+    def __init__(self, loaded: LoadedModel, layers: Sequence[MoELayer], storage: KVStorage, cache: ExpertCache) -> None:
+        self.activations = [0] * len(layers)
+        """(token, choice) pairs by MoE layer, since start."""
+        self._loaded = loaded
+        self._layers = layers
+        self._storage = storage
+        self._cache = cache
+
+    def __call__(self, plan: StepPlan) -> StepResult:
+        began = time.perf_counter()
+        token_ids = [t for chunk in plan.chunks for t in chunk.sequence.tokens(chunk.start, chunk.stop)]
+        prefill_rows = sum(chunk.num_tokens for chunk in plan.chunks if chunk.is_prefill)
+        routes = StepRoutes(len(token_ids), self._cache, scan_rows=prefill_rows)
+        self._cache.begin_step(token_ids)
+        failure = None
+        try:
+            logits = self._logits(plan, routes, token_ids)
+            sampled, prompt_logprobs = _read_out(plan, logits)
+        except (ExpertUnavailableError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+                raise
+            failure = error
+        experts = self._cache.end_step()
+        if failure is not None:
+            raise StepFailed([chunk.sequence.sequence_id for chunk in plan.chunks], str(failure)) from failure
+        for layer, pairs in routes.activations.items():
+            self.activations[layer] += pairs
+        counts = ExpertCounts(experts.hits, experts.late, experts.misses, experts.loaded_bytes, experts.stall_s)
+        return StepResult(sampled, time.perf_counter() - began, prompt_logprobs, counts)
+
+    def _logits(self, plan: StepPlan, routes: StepRoutes, token_ids: list[int]) -> torch.Tensor:
+        spans: list[Span] = []
+        rows: list[int] = []
+        row = 0
+        for chunk in plan.chunks:
+            spans.append(Span(row, chunk.start, chunk.num_tokens, chunk.sequence.block_table))
+            rows += [row + position - chunk.start for position in _logit_positions(chunk)]
+            row += chunk.num_tokens
+        positions = [p for chunk in plan.chunks for p in range(chunk.start, chunk.stop)]
+        batch = AttentionBatch(spans, self._storage)
+        return forward(self._loaded, self._layers, routes, batch, token_ids, positions, rows)
+
+
+def _logit_positions(chunk: Chunk) -> list[int]:
+    """Positions whose logits are read: those that score prompt tokens, then the one that chooses the next token."""
+    return [*chunk.prompt_logprob_positions, *([chunk.stop - 1] if chunk.samples else [])]
+
+
+def _read_out(plan: StepPlan, logits: torch.Tensor) -> tuple[dict[int, SampledToken], dict[int, list[TokenLogprob]]]:
+    sampled: dict[int, SampledToken] = {}
+    scored: dict[int, list[TokenLogprob]] = {}
+    row = 0
+    for chunk in plan.chunks:
+        sequence = chunk.sequence
+        for position in chunk.prompt_logprob_positions:
+            token_id = sequence.prompt_token_ids[position + 1]
+            num_top = sequence.sampling.prompt_logprobs or 0
+            scored.setdefault(sequence.sequence_id, []).append(token_logprob(logits[row], token_id, num_top))
+            row += 1
+        if chunk.samples:
+            what = SampleRow(
+                sequence.sampling,
+                sequence.choice_index,
+                sequence.prompt_token_ids,
+                sequence.output_token_ids,
+                sequence.banned_until_min(),
+            )
+            sampled[sequence.sequence_id] = SampledToken(*sample(logits[row], what))
+            row += 1
+    return sampled, scored
+
+
+def _padded(values: Sequence[int], multiple: int) -> torch.Tensor:
+    return torch.tensor([*values, *[0] * (-len(values) % multiple)], dtype=torch.long)

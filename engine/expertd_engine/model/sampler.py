@@ -1,0 +1,101 @@
+"""From logits to tokens, one row at a time, so that a row's result depends on nothing but the row.
+
+Noise is a counter-based function of (seed, choice index, position): Philox, one uniform number a token. The same seed
+gives the same text whatever else runs, after preemption, and in any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy
+import torch
+
+from expertd_engine.messages import Sampling, TokenLogprob, TopLogprob
+
+_MASK64 = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """What decides one row besides its logits. `position` is the index the new token will have in the sequence."""
+
+    sampling: Sampling
+    choice_index: int
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    banned: Collection[int]
+    """Token ids that may not come now, such as end-of-sequence before `min_tokens`."""
+
+    @property
+    def position(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+
+def sample(logits: torch.Tensor, row: SampleRow) -> tuple[int, TokenLogprob | None]:
+    """Choose a token from `logits` `[V]` (float32). The log-probability reported is of the unmodified distribution."""
+    adjusted = _adjust(logits, row)
+    sampling = row.sampling
+    token = int(adjusted.argmax()) if sampling.temperature == 0 else _draw(adjusted, row)
+    if sampling.logprobs is None:
+        return token, None
+    return token, token_logprob(logits, token, sampling.logprobs)
+
+
+def token_logprob(logits: torch.Tensor, token: int, num_top: int) -> TokenLogprob:
+    """Log-probability of `token` under `logits` `[V]` and the `num_top` best, best first, ties by lower id."""
+    logprobs = logits.log_softmax(-1)
+    top: list[TopLogprob] = []
+    if num_top:
+        values, ids = logprobs.topk(min(num_top, len(logprobs)))
+        ranked = sorted(zip(values.tolist(), ids.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1]))
+        top = [TopLogprob(token_id, value) for value, token_id in ranked]
+    return TokenLogprob(token, float(logprobs[token]), top)
+
+
+def uniform(seed: int, choice_index: int, position: int) -> float:
+    """A number in [0, 1) that is a function of its arguments alone (Philox 4x64, Salmon et al. 2011)."""
+    generator = numpy.random.Philox(key=[seed & _MASK64, choice_index], counter=[position, 0, 0, 0])
+    return float(int(generator.random_raw()) >> 11) * 2.0**-53
+
+
+def _adjust(logits: torch.Tensor, row: SampleRow) -> torch.Tensor:
+    """Penalties, bias and bans, in the order of OpenAI's and vLLM's servers."""
+    sampling = row.sampling
+    adjusted = logits.clone()
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*row.prompt_token_ids, *row.output_token_ids}), dtype=torch.long)
+        scores = adjusted[seen]
+        penalty = sampling.repetition_penalty
+        adjusted[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
+    if row.output_token_ids and (sampling.frequency_penalty or sampling.presence_penalty):
+        ids, counts = torch.tensor(row.output_token_ids, dtype=torch.long).unique(return_counts=True)
+        adjusted[ids] -= counts * sampling.frequency_penalty + sampling.presence_penalty
+    if sampling.logit_bias:
+        adjusted[list(sampling.logit_bias)] += torch.tensor(list(sampling.logit_bias.values()))
+    if row.banned:
+        adjusted[list(row.banned)] = -torch.inf
+    return adjusted
+
+
+def _draw(adjusted: torch.Tensor, row: SampleRow) -> int:
+    """Inverse of the cumulative distribution over candidates sorted by probability, after top-k, min-p and top-p."""
+    sampling = row.sampling
+    logits = adjusted / sampling.temperature
+    if 0 < sampling.top_k < len(logits):
+        values, ids = logits.topk(sampling.top_k)
+    else:
+        values, ids = logits, torch.arange(len(logits))
+    order = torch.argsort(values, descending=True, stable=True)
+    probabilities = values[order].softmax(-1).double()
+    keep = len(probabilities)
+    if sampling.min_p > 0:
+        keep = int((probabilities >= sampling.min_p * probabilities[0]).sum())
+    if sampling.top_p < 1:
+        before = probabilities.cumsum(0) - probabilities  # mass of the better candidates
+        keep = min(keep, int((before < sampling.top_p).sum()))
+    cumulative = probabilities[: max(1, keep)].cumsum(0)
+    target = uniform(sampling.seed, row.choice_index, row.position) * float(cumulative[-1])
+    chosen = min(int(torch.searchsorted(cumulative, target, right=True)), len(cumulative) - 1)
+    return int(ids[order[chosen]])

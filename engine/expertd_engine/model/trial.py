@@ -1,0 +1,133 @@
+"""Trial steps before serving: learn the shapes, check that numerics are invariant, measure the largest step.
+
+Experts come from stand-in records of random numbers, so that a trial costs no reads, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import torch
+
+from expertd_engine.experts.slab import Slab
+from expertd_engine.experts.store import ExpertStore
+from expertd_engine.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
+from expertd_engine.messages import Sampling
+from expertd_engine.model.attention import AttentionBatch, KVStorage, LayerShape, ShapeRecorder, Span
+from expertd_engine.model.loader import LoadedModel, attach_experts
+from expertd_engine.model.moe import MoELayer, SlotViews, StepRoutes
+from expertd_engine.model.runner import forward
+from expertd_engine.model.sampler import SampleRow, sample
+
+_PROBE_TOKENS = 41
+_PROBE_CUTS = ((20, 9, 1, 1, 3, 7), (41,), (2, 39))
+_LONG_ROWS = 64
+"""Query rows of the longest-context trial: kernel calls are cut to a size, so more rows take time but no memory."""
+
+
+class StandIns:
+    """A lease source with one slot for each record layout; every expert of a layer is the layer's stand-in."""
+
+    def __init__(self, store: ExpertStore) -> None:
+        layouts = store.index.layouts
+        slab = Slab(len(layouts), max(layout.bytes for layout in layouts))
+        self.views = SlotViews(slab.whole, slab.slot_bytes, layouts)
+        self._slot_of_layer = [layer.layout for layer in store.index.layers]
+        generator = torch.Generator().manual_seed(0)
+        for slot in range(len(layouts)):
+            for tensor in self.views.get(slot, slot).values():
+                tensor.normal_(0, 0.02, generator=generator)
+
+    def lease_each(self, layer: int, experts: Sequence[int], *, scan: bool) -> Generator[tuple[int, int]]:
+        for expert in experts:
+            yield expert, self._slot_of_layer[layer]
+
+
+class Trial:
+    """Runs trial steps on a loaded model; leaves nothing attached that serving would use."""
+
+    def __init__(self, loaded: LoadedModel, store: ExpertStore, block_tokens: int) -> None:
+        self._loaded = loaded
+        self._stand_ins = StandIns(store)
+        self._layers: list[MoELayer] = attach_experts(loaded, store, self._stand_ins.views)
+        self._block_tokens = block_tokens
+        recorder = ShapeRecorder()
+        self._forward(recorder, [0], [0], [0])
+        self.shapes: list[LayerShape] = recorder.in_order()
+
+    def is_invariant(self) -> bool:
+        """Whether one sequence's logits keep their bits over several cuts into steps, alone and beside others."""
+        tokens = [(7919 * i + 13) % self._loaded.vocab_size for i in range(_PROBE_TOKENS)]
+        results = [self._probe(tokens, cuts, beside) for beside in (False, True) for cuts in _PROBE_CUTS]
+        return all(torch.equal(results[0], other) for other in results[1:])
+
+    def largest_step_bytes(self, max_step_tokens: int, max_sequences: int, max_model_len: int) -> int:
+        """Bytes that the largest step adds at its peak, from the kernel's high-water mark of this process.
+
+        A full step of one token repeated, which sends every row to the same experts; reads logits for all sequences;
+        samples with every option on; and, since attention's memory grows with context alone, one layer's attention
+        over the longest context.
+        """
+        reset_peak_rss()
+        before = rss_bytes()
+        self._full_step(max_step_tokens, max_sequences)
+        step = peak_rss_bytes() - before
+        reset_peak_rss()
+        before = rss_bytes()
+        self._longest_attention(max_model_len)
+        return max(0, step) + max(0, peak_rss_bytes() - before)
+
+    def _full_step(self, max_step_tokens: int, max_sequences: int) -> None:
+        storage = self._storage(max_step_tokens)
+        batch = AttentionBatch([Span(0, 0, max_step_tokens, self._blocks(max_step_tokens))], storage)
+        rows = [i % max_step_tokens for i in range(max_sequences)]
+        positions = list(range(max_step_tokens))
+        logits = self._forward(batch, [1] * max_step_tokens, positions, rows)
+        options = Sampling(top_p=0.9, min_p=0.01, repetition_penalty=1.1, frequency_penalty=0.1, logprobs=20)
+        for row in logits:
+            sample(row, SampleRow(options, 0, [1], [1], ()))
+
+    def _longest_attention(self, max_model_len: int) -> None:
+        shape = max(self.shapes, key=lambda s: s.kv_heads * (s.key_dim + s.value_dim + s.group))
+        rows = min(_LONG_ROWS, max_model_len)
+        storage = KVStorage([shape], 2, self._block_tokens, self._loaded.dtype)
+        blocks = [1] * -(-max_model_len // self._block_tokens)
+        batch = AttentionBatch([Span(0, max_model_len - rows, rows, blocks)], storage)
+        query = torch.ones(rows, shape.kv_heads, shape.group, shape.key_dim, dtype=self._loaded.dtype)
+        key, value = query[:, :, 0], query.new_ones(rows, shape.kv_heads, shape.value_dim)
+        with torch.inference_mode():
+            batch.attend(0, query, key, value, 0.1, None, None)
+
+    def _probe(self, tokens: list[int], cuts: Sequence[int], beside: bool) -> torch.Tensor:
+        storage = self._storage(2 * _PROBE_TOKENS + 2 * self._block_tokens)
+        size = self._block_tokens
+        mine = self._blocks(_PROBE_TOKENS)
+        others = list(range(len(mine) + 1, 2 * len(mine) + 1))
+        logits = []
+        start = 0
+        for length in cuts:
+            spans = [Span(0, start, length, mine)]
+            step_tokens, positions = tokens[start : start + length], list(range(start, start + length))
+            if beside:
+                count = 1 + start % 3
+                spans.append(Span(length, start, count, others))
+                step_tokens = step_tokens + tokens[:count]
+                positions = positions + list(range(start, start + count))
+                assert start + count <= len(others) * size
+            batch = AttentionBatch(spans, storage)
+            logits.append(self._forward(batch, step_tokens, positions, list(range(length))))
+            start += length
+        return torch.cat(logits)
+
+    def _forward(
+        self, attend: AttentionBatch | ShapeRecorder, tokens: list[int], positions: list[int], rows: list[int]
+    ) -> torch.Tensor:
+        routes = StepRoutes(len(tokens), self._stand_ins)
+        return forward(self._loaded, self._layers, routes, attend, tokens, positions, rows)
+
+    def _storage(self, num_tokens: int) -> KVStorage:
+        num_blocks = 1 + -(-num_tokens // self._block_tokens)
+        return KVStorage(self.shapes, num_blocks, self._block_tokens, self._loaded.dtype)
+
+    def _blocks(self, num_tokens: int) -> list[int]:
+        return list(range(1, 1 + -(-num_tokens // self._block_tokens)))

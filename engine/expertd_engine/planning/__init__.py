@@ -1,0 +1,1 @@
+"""From measured bytes to a plan: what the engine allots inside the budget."""

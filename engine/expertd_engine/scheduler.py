@@ -1,0 +1,319 @@
+"""The scheduler: who computes how many tokens in the next step. Owns the queues and, through the KV pool, all blocks.
+
+One rule: every sequence has computed tokens that catch up with its known tokens, and a step hands out one token
+budget. A decode is a sequence one token behind; a prefill chunk is as much of the rest as the budget holds.
+
+Why nobody starves. All sequences stand in one order, `rank`, fixed when they are added: arrival, with one unit of
+priority worth `ageing_steps` steps of waiting, so only finitely many can ever overtake a given one. Waiting sequences
+are admitted in that order and nobody passes one that does not fit. Blocks are given in that order, and whoever is
+last in it gives way, so the first running one always gets what it asks for, ends, and makes room.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from expertd_engine.errors import EngineError, ExpertdError
+from expertd_engine.kv_pool import KVPool
+from expertd_engine.messages import ExpertMode, FinishReason
+from expertd_engine.request import Sequence, SequenceState
+
+Phase = Literal["prefill", "decode"]
+
+
+class SequenceRefused(ExpertdError):
+    """The sequence can never run here. The message names what it needs and what there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    max_sequences: int
+    """Rows in one step."""
+    max_step_tokens: int
+    max_model_len: int
+    """Tokens of prompt and output together."""
+    ageing_steps: int = 256
+    """Steps of waiting that outweigh one unit of priority."""
+    max_mode_steps: int = 8
+    """Steps in a row of one mode while sequences of the other wait."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+    @property
+    def max_running(self) -> int:
+        """No more rows than tokens: so decodes leave a token for every row that prefills."""
+        return min(self.max_sequences, self.max_step_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Positions `start` to `stop` (exclusive) of one sequence; its block table covers them."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+    """The last position's logits choose the next token."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.start < self.sequence.prefill_end
+
+    @property
+    def prompt_logprob_positions(self) -> range:
+        """Positions of this chunk whose logits score the prompt token after them; empty unless asked for."""
+        return self.sequence.unscored(self.start, self.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: its rows, all of one mode and at most one for each sequence, and who had to give way for it."""
+
+    step: int
+    """Counts from 0."""
+    mode: ExpertMode
+    chunks: tuple[Chunk, ...]
+    preempted: tuple[Sequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def phase(self) -> Phase:
+        return "prefill" if any(chunk.is_prefill for chunk in self.chunks) else "decode"
+
+
+class Scheduler:
+    """`schedule()` gives a plan; exactly one of `update_from_output` and `step_failed` answers it."""
+
+    def __init__(self, limits: SchedulerLimits, pool: KVPool) -> None:
+        self.limits = limits
+        self.pool = pool
+        self.num_preemptions = 0
+        """Since start."""
+        self._sequences: dict[int, Sequence] = {}
+        """All and only the live ones."""
+        self._waiting: list[Sequence] = []
+        """`WAITING` and `PREEMPTED`, by rank; they hold no blocks."""
+        self._running: list[Sequence] = []
+        """`RUNNING`, by rank."""
+        self._in_flight: StepPlan | None = None
+        self._arrivals = 0
+        self._step = 0
+        self._mode: ExpertMode = "exact"
+        self._mode_steps = 0
+
+    # ------------------------------------------------------------ sequences come and go
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_sequences(self) -> bool:
+        return bool(self._sequences)
+
+    def add(self, sequence: Sequence) -> None:
+        """Take `sequence` into the waiting queue. Raises SequenceRefused if it could never finish."""
+        if sequence.sequence_id in self._sequences:
+            raise EngineError(f"{sequence}: its id is in use")
+        self._refuse_impossible(sequence)
+        sequence.rank = (sequence.priority * self.limits.ageing_steps + self._step, self._arrivals)
+        self._arrivals += 1
+        self._sequences[sequence.sequence_id] = sequence
+        self._enqueue(sequence)
+
+    def abort(self, sequence_id: int) -> Sequence | None:
+        """End a live sequence at any point, between `schedule` and its answer too; None if it is not live.
+
+        Its blocks are free at once: none is handed out again before the step in flight has been answered.
+        """
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None:
+            self.finish(sequence, "abort")
+        return sequence
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a live sequence, once, and free what it held."""
+        queue = self._running if sequence.state is SequenceState.RUNNING else self._waiting
+        self.pool.free(sequence.finish(reason))
+        queue.remove(sequence)
+        del self._sequences[sequence.sequence_id]
+
+    def resize_pool(self, num_blocks: int) -> None:
+        """Change the pool's limit. Raises ValueError below what a live sequence may still need: none is lost to it."""
+        needed = 1 + max((self._blocks_needed(sequence) for sequence in self._sequences.values()), default=1)
+        if num_blocks < needed:
+            raise ValueError(f"num_blocks is {num_blocks}: the live sequences need at least {needed}")
+        self.pool.resize(num_blocks)
+
+    # ------------------------------------------------------------ a step
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, with blocks allocated for it; None if no sequence is live."""
+        if self._in_flight is not None:
+            raise EngineError(f"step {self._in_flight.step} has not been answered")
+        preempted: list[Sequence] = []
+        for mode in self._turns():
+            chunks = self._continue_running(mode, preempted)
+            if not preempted:
+                chunks += self._admit_waiting(mode, self.limits.max_step_tokens - sum(c.num_tokens for c in chunks))
+            if chunks:
+                return self._begin_step(StepPlan(self._step, mode, tuple(chunks), tuple(preempted)))
+        if self._sequences:
+            raise EngineError(f"no step can be formed for {len(self._sequences)} live sequences")
+        return None
+
+    def update_from_output(self, plan: StepPlan, sampled_token_ids: Mapping[int, int]) -> list[Chunk]:
+        """Advance the plan's sequences and append their sampled tokens (by sequence id).
+
+        Returns the chunks whose sequence is still live; what was computed for the others is dropped.
+        """
+        self._end_step(plan)
+        live = [chunk for chunk in plan.chunks if chunk.sequence.state is SequenceState.RUNNING]
+        for chunk in live:
+            chunk.sequence.advance(chunk.num_tokens)
+            if chunk.samples:
+                chunk.sequence.append(sampled_token_ids[chunk.sequence.sequence_id])
+        return live
+
+    def step_failed(self, plan: StepPlan, sequence_ids: Collection[int]) -> list[Sequence]:
+        """End those of the plan's sequences with `error`; returns the ones that were live. The others are as before.
+
+        Raises EngineError if none of `sequence_ids` is in the plan: then the same step would fail for ever.
+        """
+        self._end_step(plan)
+        named = [chunk.sequence for chunk in plan.chunks if chunk.sequence.sequence_id in sequence_ids]
+        if not named:
+            raise EngineError(f"step {plan.step} failed by sequences {list(sequence_ids)}, none of which it holds")
+        live = [sequence for sequence in named if sequence.state is SequenceState.RUNNING]
+        for sequence in live:
+            self.finish(sequence, "error")
+        return live
+
+    def check(self) -> None:
+        """Raise EngineError unless blocks balance: the pool's law, and every used block in one running table."""
+        self.pool.check()
+        held = [block for sequence in self._sequences.values() for block in sequence.block_table]
+        if len(held) != self.pool.used_blocks or len(held) != len(set(held)):
+            raise EngineError(f"{len(held)} blocks in tables, {self.pool.used_blocks} in use")
+
+    # ------------------------------------------------------------ forming a step
+
+    def _turns(self) -> tuple[ExpertMode, ...]:
+        """The modes of live sequences, the one whose turn it is first."""
+        modes: set[ExpertMode] = {sequence.mode for sequence in self._sequences.values()}
+        if len(modes) < 2:
+            return tuple(modes)
+        other: ExpertMode = "virtual" if self._mode == "exact" else "exact"
+        return (self._mode, other) if self._mode_steps < self.limits.max_mode_steps else (other, self._mode)
+
+    def _continue_running(self, mode: ExpertMode, preempted: list[Sequence]) -> list[Chunk]:
+        """Chunks of running sequences: a token for every decode, the rest of the budget to prefills by rank.
+
+        Blocks are given by rank, so who gives way (the last in rank) has never been given its chunk before.
+        """
+        rows = [sequence for sequence in self._running if sequence.mode == mode]
+        left = self.limits.max_step_tokens - sum(sequence.num_uncomputed_tokens == 1 for sequence in rows)
+        chunks: list[Chunk] = []
+        for sequence in rows:
+            num_tokens = sequence.num_uncomputed_tokens
+            if num_tokens > 1:
+                num_tokens = min(num_tokens, left)
+                left -= num_tokens
+            if num_tokens and self._make_room(sequence, num_tokens, preempted):
+                chunks.append(_chunk(sequence, num_tokens))
+        return chunks
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, preempted: list[Sequence]) -> bool:
+        """Blocks for the next tokens of `sequence`, at the cost of those after it; False if it had to go itself."""
+        if sequence.state is not SequenceState.RUNNING:
+            return False
+        count = self.pool.blocks_for(sequence.num_computed_tokens + num_tokens) - len(sequence.block_table)
+        while not self.pool.can_allocate(count):
+            victim = self._running[-1]
+            self._preempt(victim)
+            preempted.append(victim)
+            if victim is sequence:
+                return False
+        sequence.block_table += self.pool.allocate(max(count, 0))
+        return True
+
+    def _admit_waiting(self, mode: ExpertMode, tokens: int) -> list[Chunk]:
+        """Admit by rank while there are tokens, rows, and blocks for *all* known tokens of the next one.
+
+        With blocks for a first chunk alone, sequences admitted together would starve each other and be computed
+        twice. One of the other mode gets its row and blocks here too, in its place, and its tokens at its turn.
+        """
+        chunks: list[Chunk] = []
+        while self._waiting and tokens and len(self._running) < self.limits.max_running:
+            sequence = self._waiting[0]
+            count = self.pool.blocks_for(sequence.num_tokens)
+            if not self.pool.can_allocate(count):
+                break
+            sequence.admit(self.pool.allocate(count))
+            insort(self._running, self._waiting.pop(0), key=_rank)
+            if sequence.mode == mode:
+                chunks.append(_chunk(sequence, min(sequence.num_uncomputed_tokens, tokens)))
+                tokens -= chunks[-1].num_tokens
+        return chunks
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        self._running.remove(sequence)
+        self.pool.free(sequence.preempt())
+        self._enqueue(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        insort(self._waiting, sequence, key=_rank)
+
+    def _begin_step(self, plan: StepPlan) -> StepPlan:
+        self._mode_steps = self._mode_steps + 1 if plan.mode == self._mode else 1
+        self._mode = plan.mode
+        self._step += 1
+        self._in_flight = plan
+        return plan
+
+    def _end_step(self, plan: StepPlan) -> None:
+        if plan is not self._in_flight:
+            raise EngineError(f"step {plan.step} is not in flight")
+        self._in_flight = None
+
+    def _blocks_needed(self, sequence: Sequence) -> int:
+        return self.pool.blocks_for(sequence.max_computed_tokens)
+
+    def _refuse_impossible(self, sequence: Sequence) -> None:
+        prompt, limit = sequence.num_prompt_tokens, self.limits.max_model_len
+        if not 1 <= prompt <= limit:
+            raise SequenceRefused(f"a prompt of {prompt} tokens: allowed are 1 to {limit}")
+        needed, capacity = self._blocks_needed(sequence), self.pool.capacity
+        if needed > capacity:
+            raise SequenceRefused(
+                f"a sequence of up to {sequence.max_length} tokens needs {needed} KV blocks of "
+                f"{self.pool.block_tokens} tokens: there are {capacity}"
+            )
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank
+
+
+def _chunk(sequence: Sequence, num_tokens: int) -> Chunk:
+    reaches_end = num_tokens == sequence.num_uncomputed_tokens
+    samples = reaches_end and sequence.num_tokens < sequence.max_length
+    return Chunk(sequence, sequence.num_computed_tokens, num_tokens, samples)

@@ -1,0 +1,218 @@
+"""From a store and a configuration to an engine that can take steps: load, try, measure, plan, allot. Runs once."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import transformers
+
+from expertd_engine.config import Config
+from expertd_engine.core import EngineCore, Forward
+from expertd_engine.errors import ConfigError
+from expertd_engine.experts.cache import ExpertCache
+from expertd_engine.experts.ledger import Ledger
+from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead
+from expertd_engine.experts.policy import make_policy
+from expertd_engine.experts.slab import Slab
+from expertd_engine.experts.store import ExpertStore, RecordFile
+from expertd_engine.experts.store_format import StoreIndex
+from expertd_engine.experts.transfer import Transfers
+from expertd_engine.kv_pool import KVPool
+from expertd_engine.memory import MemoryMeter, available_bytes
+from expertd_engine.messages import PROTOCOL_VERSION, EngineInfo
+from expertd_engine.model.attention import KVStorage, LayerShape, block_bytes
+from expertd_engine.model.loader import LoadedModel, attach_experts, load_model
+from expertd_engine.model.moe import MoELayer, SlotViews
+from expertd_engine.model.runner import Runner
+from expertd_engine.model.trial import Trial
+from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
+from expertd_engine.scheduler import Scheduler, SchedulerLimits
+
+logger = logging.getLogger(__name__)
+
+BLOCK_TOKENS = 16
+VERIFY_AT_START_BYTES = 4 * 2**30
+"""Stores up to this size are read and checked whole at start; larger ones record by record, on first load."""
+
+Report = Callable[[str, float], None]
+"""Told the stage of start-up and how much of it is done, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """All parts of a running engine, owned by the engine thread."""
+
+    core: EngineCore
+    runner: Runner
+    cache: ExpertCache
+    pool: KVPool
+    storage: KVStorage
+    meter: MemoryMeter
+    dense_bytes: int
+    info: EngineInfo
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    config: Config
+    store: ExpertStore
+    loaded: LoadedModel
+    shapes: list[LayerShape]
+    max_model_len: int
+    fallbacks: list[str]
+    numerics: str
+
+
+def start_engine(
+    store: ExpertStore, config: Config, server_pid: int, report: Report, wrap: Callable[[Runner], Forward]
+) -> Engine:
+    """Raises StoreError, ModelError, ConfigError or BudgetError; nothing is left behind then but this process.
+
+    `wrap` puts the caller's own measuring around the runner.
+    """
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    _verify(store, report)
+    report("load", 0.0)
+    loaded = load_model(store)
+    max_model_len = _max_model_len(config, loaded)
+    meter = MemoryMeter(server_pid)
+    report("trial", 0.0)
+    trial = Trial(loaded, store, BLOCK_TOKENS)
+    fallbacks: list[str] = []
+    invariant = trial.is_invariant()
+    if not invariant:
+        fallbacks.append("numerics are per batch: this box's libraries do not give a row the same bits in every batch")
+    report("trial", 0.5)
+    base = meter.measure().used_bytes
+    step = trial.largest_step_bytes(config.max_step_tokens, config.max_sequences, max_model_len)
+    numerics = "invariant" if invariant else "per-batch"
+    context = _Context(config, store, loaded, trial.shapes, max_model_len, fallbacks, numerics)
+    plan = plan_memory(_measured(context, base, step), _asked(config, max_model_len))
+    report("allot", 0.0)
+    return _assemble(context, plan, meter, wrap)
+
+
+def _verify(store: ExpertStore, report: Report) -> None:
+    if store.index.expert_bytes_total() <= VERIFY_AT_START_BYTES:
+        store.verify(lambda _, fraction: report("verify", fraction))
+    else:
+        logger.info("store %s is large: each record is checked when it is first read", store.path)
+
+
+def _max_model_len(config: Config, loaded: LoadedModel) -> int:
+    asked = config.max_model_len or loaded.context_tokens
+    if asked > loaded.context_tokens:
+        raise ConfigError(f"max_model_len: {asked} is not allowed: give at most the model's {loaded.context_tokens}")
+    return asked
+
+
+def _measured(context: _Context, base: int, step: int) -> Measured:
+    index = context.store.index
+    records = [index.record_bytes(layer) for layer in range(len(index.layers))]
+    experts_total = index.expert_bytes_total()
+    return Measured(
+        base=base,
+        step=step,
+        experts_minimum=min(2 * max(records), experts_total),
+        experts_total=experts_total,
+        kv_block=block_bytes(context.shapes, BLOCK_TOKENS, context.loaded.dtype),
+        block_tokens=BLOCK_TOKENS,
+        available=available_bytes(),
+    )
+
+
+def _asked(config: Config, max_model_len: int) -> Asked:
+    return Asked(config.expert_budget, config.memory_budget, config.kv_budget, max_model_len, config.max_sequences)
+
+
+def _assemble(context: _Context, plan: StartupPlan, meter: MemoryMeter, wrap: Callable[[Runner], Forward]) -> Engine:
+    config, store, loaded = context.config, context.store, context.loaded
+    storage = KVStorage(context.shapes, plan.kv_blocks + 1, BLOCK_TOKENS, loaded.dtype)
+    pool = KVPool(plan.kv_blocks + 1, BLOCK_TOKENS)
+    records = store.open_records()
+    if records.fallback_reason:
+        context.fallbacks.append(f"experts are read through the page cache: {records.fallback_reason}")
+    cache, layers = _expert_cache(context, plan, records)
+    runner = Runner(loaded, layers, storage, cache)
+    limits = SchedulerLimits(config.max_sequences, config.max_step_tokens, context.max_model_len)
+    core = EngineCore(Scheduler(limits, pool), wrap(runner), loaded.eos_token_ids)
+    for fallback in context.fallbacks:
+        logger.warning("fallback: %s", fallback)
+    info = _describe(context, plan, cache, pool, storage, records)
+    return Engine(core, runner, cache, pool, storage, meter, loaded.dense_bytes, info)
+
+
+def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile) -> tuple[ExpertCache, list[MoELayer]]:
+    config, index = context.config, context.store.index
+    lookahead = lookahead_for(index, 2 * config.io_threads)
+    record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
+    ledger = Ledger(
+        record_bytes,
+        [layer.num_experts for layer in index.layers],
+        plan.expert_budget_bytes,
+        make_policy(policy_name(config, lookahead)),
+        max_budget_bytes=index.expert_bytes_total(),
+        prefetch=config.prefetch,
+        prefetch_depth=2 * config.io_threads,
+    )
+    slab = Slab(ledger.num_slots, max(record_bytes))
+    views = SlotViews(slab.whole, slab.slot_bytes, index.layouts)
+    cache = ExpertCache(ledger, slab, Transfers(records, config.io_threads), lookahead, record_bytes)
+    return cache, attach_experts(context.loaded, context.store, views)
+
+
+def lookahead_for(index: StoreIndex, window: int) -> Lookahead:
+    """Exact where every token chooses every expert; none otherwise."""
+    counts = {layer.num_experts for layer in index.layers}
+    if counts == {index.top_k}:
+        return EveryExpert(len(index.layers), index.top_k, window)
+    return NoLookahead()
+
+
+def policy_name(config: Config, lookahead: Lookahead) -> str:
+    """`auto`: next-use where the future is known, else least recently used."""
+    if config.expert_policy != "auto":
+        return config.expert_policy
+    return "next-use" if lookahead.exactness == "exact" else "lru"
+
+
+def _describe(
+    context: _Context, plan: StartupPlan, cache: ExpertCache, pool: KVPool, storage: KVStorage, records: RecordFile
+) -> EngineInfo:
+    config, index, loaded = context.config, context.store.index, context.loaded
+    return EngineInfo(
+        protocol=PROTOCOL_VERSION,
+        pid=os.getpid(),
+        model_type=index.model_type,
+        store_path=str(context.store.path),
+        store_id=index.store_id,
+        dtype=index.experts_format,
+        vocab_size=loaded.vocab_size,
+        max_model_len=context.max_model_len,
+        max_sequences=config.max_sequences,
+        max_step_tokens=config.max_step_tokens,
+        eos_token_ids=list(loaded.eos_token_ids),
+        num_moe_layers=len(index.layers),
+        num_experts=max(layer.num_experts for layer in index.layers),
+        top_k=index.top_k,
+        expert_record_bytes=max(layout.bytes for layout in index.layouts),
+        expert_bytes_total=index.expert_bytes_total(),
+        expert_budget_bytes=plan.expert_budget_bytes,
+        minimum_expert_budget_bytes=cache.ledger.minimum_bytes,
+        memory_budget_bytes=plan.memory_budget_bytes,
+        kv_block_tokens=BLOCK_TOKENS,
+        kv_blocks=pool.capacity,
+        kv_bytes=pool.capacity * storage.block_bytes,
+        policy=policy_name(config, cache.lookahead),
+        lookahead=cache.lookahead.exactness,
+        prefetch=config.prefetch,
+        numerics=context.numerics,
+        direct_io=records.direct,
+        fallbacks=context.fallbacks,
+        torch_version=torch.__version__,
+        transformers_version=transformers.__version__,
+    )

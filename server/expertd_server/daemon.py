@@ -1,0 +1,142 @@
+"""The life of the server process: bind, answer, load, serve, drain, exit. Owner of the HTTP server and the signals.
+
+bind ─> /live answers ─> model loads ─> ready ─> signal ─> drain ─> engine stops ─> exit 0
+                                                    └─ second signal ─> exit 128 + its number
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Iterator
+
+import uvicorn
+
+from expertd_engine.config import Config
+from expertd_engine.errors import EngineError, ResourceError
+from expertd_engine.messages import BudgetSet
+from expertd_server.admission import Admission
+from expertd_server.app import create_app
+from expertd_server.engine_client import EngineClient, Handlers
+from expertd_server.errors import Draining
+from expertd_server.metrics import Metrics
+from expertd_server.service import Service
+from expertd_server.supervisor import Launcher, RestartPolicy, Supervisor
+
+logger = logging.getLogger("expertd.daemon")
+
+GOODBYE_S = 2.0
+"""Seconds for the last error events to reach their clients."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ResourceError naming host and port."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ResourceError(f"cannot listen on {host}:{port}: {reason}") from error
+
+
+class _Server(uvicorn.Server):
+    """uvicorn closes its socket on the first signal, so that nobody could be told of draining: signals are ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Daemon:
+    """One server process. `run` returns its exit code, or raises the ExpertdError that ends it."""
+
+    def __init__(
+        self, config: Config, listening: socket.socket, launcher: Launcher, policy: RestartPolicy = RestartPolicy()
+    ) -> None:
+        self._config = config
+        self._listening = listening
+        engine = EngineClient(
+            Handlers(
+                progress=lambda m: self.service.progressed(m.stage, m.fraction),
+                ready=lambda m: self.supervisor.ready(m),
+                snapshot=lambda m: self.service.metrics.engine.observe(m),
+                budget_set=_log_budget,
+                fatal=lambda m: self.supervisor.fatal(m),
+            )
+        )
+        self.service = Service(config, engine, Metrics(), Admission(config.max_sequences + config.max_waiting))
+        self.supervisor = Supervisor(self.service, launcher, policy)
+        self._http = _Server(
+            uvicorn.Config(
+                create_app(self.service), log_config=None, access_log=False, server_header=False, lifespan="off",
+                ws="none", timeout_graceful_shutdown=int(GOODBYE_S), timeout_keep_alive=75,
+            )
+        )  # fmt: skip
+        self._stop = asyncio.Event()
+        self._abort = asyncio.Event()
+        self._signals: list[int] = []
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """A signal came: the first drains, the second gives up at once."""
+        self._signals.append(number)
+        (self._stop if len(self._signals) == 1 else self._abort).set()
+
+    def handle_signals(self) -> None:
+        """Make SIGTERM and SIGINT call `stop`. Main thread only."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop, number)
+
+    async def run(self) -> int:
+        http = asyncio.create_task(self._http.serve([self._listening]))
+        life = asyncio.create_task(self.supervisor.run())
+        stopped = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((http, life, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if not stopped.done():
+                await (life if life.done() else http)
+                raise EngineError("the HTTP server ended by itself")
+            return await self._drain_or_abort(life)
+        finally:
+            stopped.cancel()
+            self.supervisor.kill()
+            life.cancel()
+            await asyncio.gather(life, return_exceptions=True)
+            self._http.should_exit = True
+            self._http.force_exit = self._abort.is_set()
+            await http
+
+    async def _drain_or_abort(self, life: asyncio.Task[None]) -> int:
+        draining = asyncio.create_task(self._drain(life))
+        aborted = asyncio.create_task(self._abort.wait())
+        await asyncio.wait((draining, aborted), return_when=asyncio.FIRST_COMPLETED)
+        if aborted.done():
+            draining.cancel()
+            return 128 + self._signals[-1]
+        aborted.cancel()
+        await draining
+        return 0
+
+    async def _drain(self, life: asyncio.Task[None]) -> None:
+        service = self.service
+        service.set_state("draining")
+        logger.info("draining", extra={"fields": {"sequences": service.admission.used}})
+        await self._until_idle(self._config.drain_timeout_s)
+        service.engine.fail_all(Draining())
+        await self._until_idle(GOODBYE_S)
+        await self.supervisor.stop()
+
+    async def _until_idle(self, timeout_s: float) -> None:
+        """Wait until no request is left. Polled: it happens once in the life of the process."""
+        end_s = time.monotonic() + timeout_s
+        while self.service.admission.used and time.monotonic() < end_s:
+            await asyncio.sleep(0.02)
+
+
+def _log_budget(message: BudgetSet) -> None:
+    logger.info(
+        "budget", extra={"fields": {"expert_budget_bytes": message.expert_budget_bytes, "error": message.error}}
+    )

@@ -1,0 +1,207 @@
+"""The asynchronous side of the seam: submit sequences, follow them, abort them, hear of counters.
+
+`EngineClient` owns the socket and the table of live sequences, on the event loop. Each request owns its `Reply`. A
+dead engine answers everybody: those who wait now, and (through `Service`) those who come later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from expertd_engine.messages import (
+    Abort,
+    BudgetSet,
+    Fatal,
+    Finished,
+    Output,
+    Progress,
+    Ready,
+    Snapshot,
+    Steps,
+    Submit,
+    ToEngine,
+    ToServer,
+)
+from expertd_server.errors import ApiError
+
+MAX_BUFFERED_TOKENS = 4096
+"""Tokens kept for a client that does not read. A client this far behind has stopped, and is cut off."""
+
+
+class Update(NamedTuple):
+    """What one step brought for one sequence: new tokens, its end, or both."""
+
+    sequence_id: int
+    output: Output | None
+    finished: Finished | None
+
+
+class SlowReader(ApiError):
+    """The client did not read its stream, and what waits for it has reached the bound."""
+
+    code = "slow_reader"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the stream was not read: more than {limit} tokens were waiting for the client")
+
+
+class Reply:
+    """The updates of one request's sequences, in order, for the one task that owns the request."""
+
+    def __init__(self, max_buffered_tokens: int) -> None:
+        self._updates: deque[Update] = deque()
+        self._buffered = 0
+        self._limit = max_buffered_tokens
+        self._failure: ApiError | None = None
+        self._news = asyncio.Event()
+
+    async def next(self) -> Update:
+        """The next update. Raises the failure that ended the request, at once, even before what is buffered."""
+        while self._failure is None and not self._updates:
+            self._news.clear()
+            await self._news.wait()
+        if self._failure is not None:
+            raise self._failure
+        update = self._updates.popleft()
+        self._buffered -= _tokens(update)
+        return update
+
+    def put(self, update: Update) -> bool:
+        """Add an update; False when this made the reply fail because nobody reads it."""
+        self._updates.append(update)
+        self._buffered += _tokens(update)
+        if self._buffered > self._limit:
+            self.fail(SlowReader(self._limit))
+        self._news.set()
+        return self._failure is None
+
+    def fail(self, error: ApiError) -> None:
+        """End the request with `error`; what is buffered is dropped."""
+        self._failure = self._failure or error
+        self._updates.clear()
+        self._buffered = 0
+        self._news.set()
+
+
+def _tokens(update: Update) -> int:
+    return len(update.output.token_ids) if update.output is not None else 0
+
+
+@dataclass(slots=True)
+class Handlers:
+    """Who hears of the messages that belong to no request."""
+
+    progress: Callable[[Progress], None]
+    ready: Callable[[Ready], None]
+    snapshot: Callable[[Snapshot], None]
+    budget_set: Callable[[BudgetSet], None]
+    fatal: Callable[[Fatal], None]
+
+
+class EngineClient:
+    """Speaks to one engine process at a time. Sequence ids are never used twice, also not across engines."""
+
+    def __init__(self, handlers: Handlers, max_buffered_tokens: int = MAX_BUFFERED_TOKENS) -> None:
+        self._handlers = handlers
+        self._max_buffered_tokens = max_buffered_tokens
+        self._socket: zmq.asyncio.Socket | None = None
+        self._live: dict[int, Reply] = {}
+        self._last_id = 0
+        self._decoder = msgspec.msgpack.Decoder(ToServer)
+        self._encoder = msgspec.msgpack.Encoder()
+        self.heard_s = time.monotonic()
+        """When the engine last said anything, on this process's monotonic clock."""
+
+    @property
+    def live_sequences(self) -> int:
+        return len(self._live)
+
+    def new_ids(self, count: int) -> list[int]:
+        """Ids for `count` sequences."""
+        first, self._last_id = self._last_id + 1, self._last_id + count
+        return list(range(first, self._last_id + 1))
+
+    @contextmanager
+    def submit(self, sequences: Sequence[Submit]) -> Iterator[Reply]:
+        """Start sequences and follow them while the block runs; whatever still lives at its end is aborted."""
+        reply = Reply(self._max_buffered_tokens)
+        for sequence in sequences:
+            self._live[sequence.sequence_id] = reply
+            self.send(sequence)
+        try:
+            yield reply
+        finally:
+            self.abort([sequence.sequence_id for sequence in sequences])
+
+    def abort(self, sequence_ids: Sequence[int]) -> None:
+        """End those that still live. Nothing more is heard of them."""
+        live = [i for i in sequence_ids if self._live.pop(i, None) is not None]
+        if live and self._socket is not None:
+            self.send(Abort(live))
+
+    def fail_all(self, error: ApiError) -> None:
+        """End every live request with `error` and tell the engine, if there is one."""
+        for reply in set(self._live.values()):
+            reply.fail(error)
+        self.abort(list(self._live))
+
+    def send(self, message: ToEngine) -> None:
+        """Hand a message to the socket, whose queue is unbounded: admission bounds what gets here."""
+        if self._socket is None:
+            raise RuntimeError("no engine is connected")
+        self._socket.send(self._encoder.encode(message))
+
+    async def serve(self, socket: zmq.asyncio.Socket) -> None:
+        """Read everything one engine process sends, until cancelled. Raises msgspec.ValidationError when it speaks
+        another protocol."""
+        self._socket = socket
+        self.heard_s = time.monotonic()
+        try:
+            while True:
+                frame = await socket.recv()
+                self.heard_s = time.monotonic()
+                self._dispatch(self._decoder.decode(frame))
+        finally:
+            self._socket = None
+
+    def _dispatch(self, message: ToServer) -> None:
+        match message:
+            case Steps():
+                self._deliver(message)
+            case Snapshot():
+                self._handlers.snapshot(message)
+            case Progress():
+                self._handlers.progress(message)
+            case Ready():
+                self._handlers.ready(message)
+            case BudgetSet():
+                self._handlers.budget_set(message)
+            case Fatal():
+                self._handlers.fatal(message)
+
+    def _deliver(self, steps: Steps) -> None:
+        """Pair each sequence's tokens with its end, so that the reader knows which token is the last."""
+        finished = {f.sequence_id: f for f in steps.finished}
+        for output in steps.outputs:
+            self._put(Update(output.sequence_id, output, finished.pop(output.sequence_id, None)))
+        for sequence_id, end in finished.items():
+            self._put(Update(sequence_id, None, end))
+
+    def _put(self, update: Update) -> None:
+        reply = self._live.get(update.sequence_id)
+        if reply is None:  # ended while its abort was under way
+            return
+        if update.finished is not None:
+            del self._live[update.sequence_id]
+        if not reply.put(update):
+            self.abort([i for i, other in self._live.items() if other is reply])

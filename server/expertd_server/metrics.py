@@ -1,0 +1,141 @@
+"""The server's own metrics, and the registry that /metrics renders. Label sets are closed; zeros exist from the start.
+
+Names and meanings follow the operator's table in the README. What the engine counts is in `engine_metrics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+
+from expertd_engine.messages import EngineInfo
+from expertd_server import __version__
+from expertd_server.engine_metrics import EngineCounters
+
+TTFT_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)  # fmt: skip
+TOKEN_GAP_BUCKETS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640,
+)  # fmt: skip
+REQUEST_BUCKETS = (
+    0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
+)  # fmt: skip
+TOKEN_COUNT_BUCKETS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
+
+ENDPOINTS = ("/v1/completions",)
+FINISH_REASONS = ("stop", "length", "abort", "error")
+REJECTIONS = ("queue_full", "draining", "loading", "engine_dead", "too_large", "invalid")
+RESTARTS = ("exit", "wedged")
+
+disable_created_metrics()  # a `_created` gauge beside every counter is noise in every browser of series
+
+
+class Metrics:
+    """Owner of the registry and of every metric the server counts itself."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.engine = EngineCounters()
+        self.registry.register(self.engine)
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self._add_requests()
+        self._add_latencies()
+        self._add_state()
+
+    def _add_requests(self) -> None:
+        self.requests = self._counter(
+            "requests_total", "Requests ended, by how.", ("endpoint", "finish_reason"),
+            [(e, r) for e in ENDPOINTS for r in FINISH_REASONS])  # fmt: skip
+        self.rejected = self._counter(
+            "requests_rejected_total", "Requests refused before any work.", ("reason",), [(r,) for r in REJECTIONS])  # fmt: skip
+        self.prompt_tokens = self._counter("prompt_tokens_total", "Tokens of prompts accepted.")
+        self.generation_tokens = self._counter("generation_tokens_total", "Tokens generated.")
+        self.http_requests = self._counter(
+            "http_requests_total", "HTTP requests answered; route is the template.", ("route", "method", "status"))  # fmt: skip
+        self.http_in_flight = Gauge(
+            "expertd_http_requests_in_flight", "HTTP requests being answered.", registry=self.registry
+        )
+
+    def _add_latencies(self) -> None:
+        self.queue = self._histogram("request_queue_seconds", "Arrival of a sequence to its first step.", TTFT_BUCKETS)
+        self.ttft = self._histogram(
+            "time_to_first_token_seconds", "Arrival of a request to its first token.", TTFT_BUCKETS
+        )
+        self.inter_token = self._histogram(
+            "inter_token_latency_seconds", "Gap between the tokens of a sequence.", TOKEN_GAP_BUCKETS
+        )
+        self.per_output_token = self._histogram(
+            "time_per_output_token_seconds", "Mean gap between tokens, once per ended sequence.", TOKEN_GAP_BUCKETS
+        )
+        self.e2e = self._histogram(
+            "e2e_request_latency_seconds", "Arrival of a request to its end, aborted ones left out.", REQUEST_BUCKETS
+        )
+        self.prefill = self._histogram("prefill_seconds", "Prefill of a sequence.", REQUEST_BUCKETS)
+        self.decode = self._histogram("decode_seconds", "Decode of a sequence.", REQUEST_BUCKETS)
+        self.request_prompt_tokens = self._histogram(
+            "request_prompt_tokens", "Prompt tokens of a request.", TOKEN_COUNT_BUCKETS
+        )
+        self.request_generation_tokens = self._histogram(
+            "request_generation_tokens", "Tokens generated for a request.", TOKEN_COUNT_BUCKETS
+        )
+
+    def _add_state(self) -> None:
+        self.ready = Gauge("expertd_ready", "1 while requests are taken.", registry=self.registry)
+        self.engine_up = Gauge("expertd_engine_up", "1 while an engine process serves.", registry=self.registry)
+        self.restarts = self._counter(
+            "engine_restarts_total", "Engine processes started again, by why.", ("reason",), [(r,) for r in RESTARTS])  # fmt: skip
+        self.build_info = self._gauge("build_info", "Version of the server.", ("version",))
+        self.build_info.labels(__version__).set(1)
+        self.model_info = self._gauge(
+            "model_info", "The model served.",
+            ("model_name", "model_type", "dtype", "layers", "experts", "top_k", "numerics"))  # fmt: skip
+        self.budget_info = self._gauge("budget_info", "How the budget is used.", ("policy", "lookahead", "prefetch"))
+        self.fallback_info = self._gauge(
+            "fallback_info", "A path that runs slower or weaker than designed.", ("fallback",)
+        )
+
+    def engine_ready(self, model_name: str, info: EngineInfo) -> None:
+        """An engine serves: say what, and begin its counters."""
+        self.engine.engine_started(info)
+        self.engine_up.set(1)
+        self._only(
+            self.model_info,
+            (model_name, info.model_type, info.dtype, info.num_moe_layers, info.num_experts, info.top_k, info.numerics),
+        )
+        self._only(self.budget_info, (info.policy, info.lookahead, str(info.prefetch).lower()))
+        self.fallback_info.clear()
+        for fallback in info.fallbacks:
+            self.fallback_info.labels(fallback).set(1)
+
+    def engine_ended(self) -> None:
+        self.engine.engine_ended()
+        self.engine_up.set(0)
+
+    def _only(self, gauge: Gauge, labels: Iterable[object]) -> None:
+        gauge.clear()
+        gauge.labels(*labels).set(1)
+
+    def _counter(
+        self, name: str, text: str, labels: tuple[str, ...] = (), children: Iterable[tuple[str, ...]] = ()
+    ) -> Counter:
+        counter = Counter("expertd_" + name, text, labels, registry=self.registry)
+        for child in children:
+            counter.labels(*child)
+        return counter
+
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...]) -> Gauge:
+        return Gauge("expertd_" + name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
+        return Histogram("expertd_" + name, text, buckets=tuple(buckets), registry=self.registry)

@@ -1,0 +1,131 @@
+"""Prompts to token ids: the four forms a completion prompt may take, and the model's own tokenizer.
+
+The tokenizer belongs to the store. Text is encoded on a worker thread (`encode_batch_fast` releases the interpreter
+lock), and only after a bound on its characters, so that no prompt can hold up the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tokenizers import Tokenizer
+
+from expertd_engine.errors import StoreError
+from expertd_server.errors import ContextLengthExceeded, InvalidRequest, clip
+
+MAX_PROMPTS = 1024
+
+_FORMS = "a string, a list of strings, a list of token ids or a list of lists of token ids"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """One prompt: its ids, and its text as an echo shows it."""
+
+    token_ids: list[int]
+    text: str
+
+
+def parse(prompt: object) -> list[str] | list[list[int]]:
+    """The prompts of a request, all text or all ids, none empty. Raises InvalidRequest naming the item at fault."""
+    if isinstance(prompt, str):
+        return _texts([prompt])
+    if not isinstance(prompt, list):
+        raise _bad(f"prompt: got {clip(repr(prompt))}; allowed is {_FORMS}")
+    if not prompt:
+        raise _bad(f"prompt: the list is empty; allowed is {_FORMS}")
+    kinds = {type(item) for item in prompt}
+    if kinds == {int}:
+        return [prompt]
+    if len(prompt) > MAX_PROMPTS:
+        raise _bad(f"prompt: {len(prompt)} prompts in one request; at most {MAX_PROMPTS} are allowed")
+    if kinds == {str}:
+        return _texts(prompt)
+    if kinds == {list}:
+        return [_ids(item, f"prompt[{i}]") for i, item in enumerate(prompt)]
+    odd = next(item for item in prompt if type(item) is not type(prompt[0]) or type(item) not in (int, str, list))
+    raise _bad(f"prompt: {clip(repr(odd))} does not fit in the list; allowed is {_FORMS}")
+
+
+def _bad(message: str) -> InvalidRequest:
+    return InvalidRequest(message, param="prompt")
+
+
+def _texts(texts: list[str]) -> list[str]:
+    if not all(texts):
+        raise _bad("prompt: an empty string; send at least one character")
+    return texts
+
+
+def _ids(ids: list[Any], name: str) -> list[int]:
+    if not ids:
+        raise _bad(f"{name}: the list is empty; send at least one token id")
+    if {type(item) for item in ids} != {int}:
+        odd = next(item for item in ids if type(item) is not int)
+        raise _bad(f"{name}: {clip(repr(odd))} is not a token id; ids are integers")
+    return ids
+
+
+class TextCodec:
+    """Text ⇄ ids of the served model. Thread-safe: the tokenizer is never changed after loading."""
+
+    def __init__(self, tokenizer: Tokenizer, model_name: str) -> None:
+        self._tokenizer = tokenizer
+        self.model_name = model_name
+        self._longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
+
+    @classmethod
+    def load(cls, store: Path) -> TextCodec:
+        """From a store's files. Raises StoreError when they are missing or unreadable."""
+        try:
+            index = msgspec.json.decode((store / "store.json").read_bytes(), type=dict[str, Any])
+            text = (store / "tokenizer.json").read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise StoreError(f"store {store} cannot be read: {error}") from error
+        try:
+            tokenizer = Tokenizer.from_str(text)
+        except Exception as error:
+            raise StoreError(f"store {store}: tokenizer.json is not a tokenizer: {error}") from error
+        return cls(tokenizer, str(index.get("name") or store.name))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def token_text(self, token_id: int) -> str:
+        """One token alone, special tokens shown: for logprobs."""
+        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+
+    async def encode(self, prompts: list[str] | list[list[int]], vocab_size: int, window: int) -> list[EncodedPrompt]:
+        """Ids for all prompts, in order. Text gets what the tokenizer's own post-processor adds (such as BOS);
+        ids are taken as they are. Raises InvalidRequest for ids outside the vocabulary, ContextLengthExceeded for
+        text that cannot fit `window` tokens."""
+        for prompt in prompts:
+            self._check(prompt, vocab_size, window)
+        return await asyncio.to_thread(self._encode, prompts)
+
+    def _check(self, prompt: str | list[int], vocab_size: int, window: int) -> None:
+        if isinstance(prompt, str):
+            if len(prompt) > window * self._longest_token:
+                raise ContextLengthExceeded(len(prompt) // self._longest_token, window, at_least=True)
+        elif len(prompt) > window:
+            raise ContextLengthExceeded(len(prompt), window)
+        elif not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            odd = next(item for item in prompt if not 0 <= item < vocab_size)
+            raise _bad(f"prompt: token id {clip(odd)} is not in the vocabulary; allowed are 0 to {vocab_size - 1}")
+
+    def _encode(self, prompts: list[str] | list[list[int]]) -> list[EncodedPrompt]:
+        return [self._encode_one(prompt) for prompt in prompts]
+
+    def _encode_one(self, prompt: str | list[int]) -> EncodedPrompt:
+        if isinstance(prompt, list):
+            return EncodedPrompt(prompt, self.decode(prompt))
+        ids = list(self._tokenizer.encode_batch_fast([prompt])[0].ids)
+        if not ids:
+            raise _bad("prompt: the tokenizer makes no token of this text")
+        return EncodedPrompt(ids, prompt)

@@ -1,0 +1,84 @@
+"""What every route may reach: one typed object for the server's life, owned by the daemon."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from expertd_engine.config import Config
+from expertd_engine.messages import EngineInfo
+from expertd_server import __version__
+from expertd_server.admission import Admission
+from expertd_server.engine_client import EngineClient
+from expertd_server.errors import Draining, EngineDead, ModelNotFound, Unavailable
+from expertd_server.metrics import Metrics
+from expertd_server.prompts import TextCodec
+
+State = Literal["loading", "ready", "engine_dead", "draining"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What there is to know of the model once an engine serves it."""
+
+    name: str
+    codec: TextCodec
+    info: EngineInfo
+    loaded_unix_s: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the same request may bring other tokens."""
+        parts = (self.info.store_id, self.info.dtype, self.info.numerics, self.info.torch_version)
+        return f"expertd-{__version__}-{hashlib.sha256('/'.join(parts).encode()).hexdigest()[:10]}"
+
+
+@dataclass(slots=True)
+class Service:
+    """The state of the server as requests see it. Written by the supervisor and the daemon, read by the routes."""
+
+    config: Config
+    engine: EngineClient
+    metrics: Metrics
+    admission: Admission
+    state: State = "loading"
+    stage: str = "starting"
+    progress: float = 0.0
+    model: ServedModel | None = None
+    unknown_fields: set[str] = field(default_factory=set)
+    """Unknown request fields already logged."""
+
+    def set_state(self, state: State) -> None:
+        """Change the state; a server that drains never comes back."""
+        if self.state != "draining":
+            self.state = state
+        self.metrics.ready.set(self.state == "ready")
+
+    def progressed(self, stage: str, fraction: float) -> None:
+        self.stage, self.progress = stage, fraction
+
+    def serving(self) -> ServedModel:
+        """The model, if requests can be taken now. Raises Unavailable saying why not."""
+        if self.state == "draining":
+            raise Draining
+        if self.state == "engine_dead":
+            raise EngineDead("the engine process has ended and is being restarted")
+        if self.model is None or self.state == "loading":
+            raise Unavailable(
+                f"the model is loading: {self.stage}, {self.progress:.0%}", code="model_loading", retry_after_s=5
+            )
+        return self.model
+
+    def check_model(self, name: str, model: ServedModel) -> None:
+        """Raises ModelNotFound unless `name` is empty or the one served."""
+        if name not in ("", model.name):
+            raise ModelNotFound(name, model.name)
+
+    def became_ready(self, codec: TextCodec, info: EngineInfo) -> None:
+        name = self.config.served_model_name or codec.model_name
+        loaded = self.model.loaded_unix_s if self.model else int(time.time())
+        self.model = ServedModel(name, codec, info, loaded)
+        self.metrics.engine_ready(name, info)
+        self.set_state("ready")

@@ -1,0 +1,298 @@
+"""Preparing the model, starting the engine process, watching it, starting it again. Owner of the child processes.
+
+    resolve the store ─> start engine ─> Ready ─> watch ─┬─ exit ───┐
+                           ^                             └─ wedged ─┤ (kill)
+                           └──────── back-off, bounded tries <──────┘
+
+What fails before the first `Ready` ends the server with the child's exit code; what fails later ends the live
+requests with `engine_dead` at once and is tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+import zmq.asyncio
+
+from expertd_engine.config import Config, config_to_json
+from expertd_engine.errors import EngineError, ExpertdError
+from expertd_engine.messages import PROTOCOL_VERSION, EngineInfo, Fatal, Ready, Shutdown
+from expertd_server.errors import EngineDead
+from expertd_server.prompts import TextCodec
+from expertd_server.service import Service
+
+logger = logging.getLogger("expertd.supervisor")
+
+HEARTBEAT_S = 30.0
+"""A busy engine that says nothing for this long is taken for wedged; it reports every 250 ms, or after each step."""
+
+STOP_TIMEOUT_S = 5.0
+"""Seconds an engine gets to exit after `Shutdown`, or to write its stacks after SIGABRT."""
+
+
+class ChildFailed(ExpertdError):
+    """A child process ended the server. `exit_code` is the child's; an empty message was printed by the child."""
+
+    def __init__(self, exit_code: int, message: str = "") -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # the class's default, here known for one instance
+
+
+class Process(Protocol):
+    """What is asked of a child process; `asyncio.subprocess.Process` is one."""
+
+    @property
+    def returncode(self) -> int | None: ...
+    async def wait(self) -> int: ...
+    def send_signal(self, signal: int) -> None: ...
+
+
+class Launcher(Protocol):
+    """How children come to be."""
+
+    async def resolve_store(self, service: Service) -> Path:
+        """The store to serve, prepared if need be. Raises ChildFailed."""
+
+    async def start_engine(self, store: Path, endpoint: str) -> Process:
+        """An engine process that connects to the ZeroMQ `endpoint`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    """How often a dead engine is started again. The count begins anew once one has served for `healthy_s`."""
+
+    tries: int = 5
+    first_delay_s: float = 0.5
+    max_delay_s: float = 30.0
+    healthy_s: float = 60.0
+
+    def delay_s(self, attempt: int) -> float:
+        return min(self.first_delay_s * 2.0**attempt, self.max_delay_s)
+
+
+class SubprocessLauncher:
+    """Children as Python modules of this installation."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    async def resolve_store(self, service: Service) -> Path:
+        config = self._config
+        process = await asyncio.create_subprocess_exec(
+            *_module("expertd_engine.sources"), config.model, "--cache-dir", str(config.cache_dir.expanduser()),
+            "--dtype", config.dtype, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            return await self._read_store(process, service)
+        finally:
+            if process.returncode is None:
+                process.terminate()
+                await process.wait()
+
+    async def _read_store(self, process: asyncio.subprocess.Process, service: Service) -> Path:
+        assert process.stdout is not None
+        store: str | None = None
+        async for line in process.stdout:
+            said = json.loads(line)
+            store = said.get("store", store)
+            if "stage" in said:
+                service.progressed(str(said["stage"]), float(said["fraction"]))
+        code = await process.wait()
+        if code != 0:
+            raise ChildFailed(code if code > 0 else EngineError.exit_code)
+        if store is None:
+            raise ChildFailed(EngineError.exit_code, "preparing the model ended without naming a store")
+        return Path(store)
+
+    async def start_engine(self, store: Path, endpoint: str) -> Process:
+        return await asyncio.create_subprocess_exec(
+            *_module("expertd_engine"), "--connect", endpoint, "--store", str(store),
+            "--config", config_to_json(self._config), "--server-pid", str(os.getpid()),
+        )  # fmt: skip
+
+
+def _module(name: str) -> Sequence[str]:
+    return sys.executable, "-m", name
+
+
+class Supervisor:
+    """Keeps one engine process serving. `run` ends only by raising what the server has to exit with."""
+
+    def __init__(
+        self,
+        service: Service,
+        launcher: Launcher,
+        policy: RestartPolicy = RestartPolicy(),
+        heartbeat_s: float = HEARTBEAT_S,
+    ) -> None:
+        self._service = service
+        self._launcher = launcher
+        self._policy = policy
+        self._heartbeat_s = heartbeat_s
+        self._process: Process | None = None
+        self._codec: TextCodec | None = None
+        self._fatal: Fatal | None = None
+        self._stopping = False
+        self._served_since_s: float | None = None
+
+    async def run(self) -> None:
+        store = await self._launcher.resolve_store(self._service)
+        self._codec = await asyncio.to_thread(TextCodec.load, store)
+        attempt = 0
+        while True:
+            reason = await self._run_engine(store)
+            if self._stopping:
+                return
+            attempt = 0 if self._was_healthy() else attempt + 1
+            if attempt > self._policy.tries:
+                raise EngineError(f"the engine failed {attempt} times in a row; the last time: {self._last_words()}")
+            self._service.metrics.restarts.labels(reason).inc()
+            logger.warning("engine ended, starting it again", extra={"fields": {"reason": reason, "attempt": attempt}})
+            await asyncio.sleep(self._policy.delay_s(attempt))
+
+    async def stop(self) -> None:
+        """End the engine: ask, wait, then kill."""
+        self._stopping = True
+        if self._process is None or self._process.returncode is not None:
+            return
+        with contextlib.suppress(RuntimeError):  # it never connected, or has gone
+            self._service.engine.send(Shutdown())
+        await self._end(self._process, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the engine without waiting."""
+        self._stopping = True
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signal.SIGKILL)
+
+    # ------------------------------------------------------------ messages, called by the client
+
+    def ready(self, message: Ready) -> None:
+        if message.info.protocol != PROTOCOL_VERSION:
+            self._fatal = Fatal(
+                EngineError.exit_code,
+                f"the engine speaks protocol {message.info.protocol}, the server {PROTOCOL_VERSION}",
+            )
+            self._signal(signal.SIGKILL)
+            return
+        self._served(message.info)
+
+    def _served(self, info: EngineInfo) -> None:
+        assert self._codec is not None
+        self._served_since_s = time.monotonic()
+        self._service.became_ready(self._codec, info)
+        logger.info("ready", extra={"fields": {"model": info.model_type, "numerics": info.numerics}})
+        for fallback in info.fallbacks:
+            logger.warning("fallback", extra={"fields": {"fallback": fallback}})
+
+    def fatal(self, message: Fatal) -> None:
+        self._fatal = message
+
+    # ------------------------------------------------------------ one engine process
+
+    async def _run_engine(self, store: Path) -> str:
+        """Serve with one engine process until it ends; says why. Raises ChildFailed if it never got ready the first
+        time."""
+        self._fatal, self._served_since_s = None, None
+        async with _private_socket() as (socket, endpoint):
+            reading = asyncio.create_task(self._service.engine.serve(socket))
+            try:
+                self._process = await self._launcher.start_engine(store, endpoint)
+                reason = await self._watch(self._process, reading)
+                await self._hear_the_rest(reading)
+            finally:
+                reading.cancel()
+                await asyncio.gather(reading, return_exceptions=True)
+                self._ended()
+        if self._service.model is None and not self._stopping:
+            raise ChildFailed(self._fatal.exit_code if self._fatal else EngineError.exit_code, self._last_words())
+        return reason
+
+    async def _watch(self, process: Process, reading: asyncio.Task[None]) -> str:
+        """Wait for the end of the process, or bring it about when it is wedged or speaks gibberish."""
+        exited = asyncio.create_task(process.wait())
+        try:
+            while not exited.done():
+                await asyncio.wait((exited, reading), timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+                if exited.done():
+                    break
+                if reading.done() or self._is_wedged():
+                    self._fail_requests()
+                    await self._end(process, signal.SIGABRT)
+                    return "wedged"
+            return "exit"
+        finally:
+            exited.cancel()
+
+    async def _hear_the_rest(self, reading: asyncio.Task[None]) -> None:
+        """The last words of a process that has ended may still be in the socket: `Fatal`, the last tokens."""
+        await asyncio.wait((reading,), timeout=0.2)
+
+    def _is_wedged(self) -> bool:
+        engine = self._service.engine
+        return engine.live_sequences > 0 and time.monotonic() - engine.heard_s > self._heartbeat_s
+
+    def _ended(self) -> None:
+        self._fail_requests()
+        if self._served_since_s is not None:
+            self._service.metrics.engine_ended()
+
+    def _fail_requests(self) -> None:
+        if self._service.model is not None:
+            self._service.set_state("engine_dead")
+        self._service.engine.fail_all(EngineDead())
+
+    async def _end(self, process: Process, gently: signal.Signals) -> None:
+        """Wait for the process, with `gently` once half the time is over or at once for SIGABRT, then SIGKILL."""
+        waiting = asyncio.create_task(process.wait())
+        if gently is not signal.SIGABRT:
+            await asyncio.wait((waiting,), timeout=STOP_TIMEOUT_S / 2)
+        for number in (gently, signal.SIGKILL):
+            if not waiting.done():
+                self._signal(number)
+                await asyncio.wait((waiting,), timeout=STOP_TIMEOUT_S / 2)
+        await waiting
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(number)
+
+    def _was_healthy(self) -> bool:
+        return self._served_since_s is not None and time.monotonic() - self._served_since_s > self._policy.healthy_s
+
+    def _last_words(self) -> str:
+        if self._fatal is not None:
+            return self._fatal.error
+        code = self._process.returncode if self._process is not None else None
+        return f"the engine process ended with status {code} and said nothing; its own output is above"
+
+
+@asynccontextmanager
+async def _private_socket() -> AsyncIterator[tuple[zmq.asyncio.Socket, str]]:
+    """A bound PAIR socket that only this user can reach: its folder has mode 0700 and goes with it."""
+    with tempfile.TemporaryDirectory(prefix="expertd-") as folder:
+        endpoint = f"ipc://{folder}/engine"
+        with zmq.asyncio.Context() as context:
+            socket = context.socket(zmq.PAIR)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.SNDHWM, 0)
+            socket.setsockopt(zmq.RCVHWM, 0)
+            socket.bind(endpoint)
+            try:
+                yield socket, endpoint
+            finally:
+                socket.close()

@@ -1,0 +1,290 @@
+"""Tiny random checkpoints of every MoE family we promise, with every switch on that changes what a layer computes.
+
+Each is a real checkpoint folder as `save_pretrained` writes it (original tensor names, one tensor per expert where the
+family has that), with a byte-level tokenizer. No parameter keeps a default value: a bias of zero would hide a loader
+that forgets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Ernie4_5_MoeConfig,
+    FlexOlmoConfig,
+    Glm4MoeConfig,
+    GptOssConfig,
+    GraniteMoeConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PhimoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+
+SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", "<turn>")
+VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+WINDOW = 6
+"""Tokens that a sliding-window layer sees; prompts longer than this tell a window from none."""
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+_DENSE_FFN, _EXPERT_FFN = 96, 32
+
+
+def _mixtral() -> PreTrainedConfig:
+    return MixtralConfig(
+        **COMMON, intermediate_size=_EXPERT_FFN, num_local_experts=8, num_experts_per_tok=2, sliding_window=WINDOW
+    )
+
+
+def _qwen2_moe() -> PreTrainedConfig:
+    # No sliding window: transformers' mask knows it, its attention call does not pass it on.
+    return Qwen2MoeConfig(
+        **COMMON,
+        intermediate_size=_DENSE_FFN,
+        moe_intermediate_size=_EXPERT_FFN,
+        shared_expert_intermediate_size=48,
+        num_experts=12,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        mlp_only_layers=[0],
+        qkv_bias=True,
+    )
+
+
+def _qwen3_moe() -> PreTrainedConfig:
+    return Qwen3MoeConfig(
+        **COMMON,
+        intermediate_size=_DENSE_FFN,
+        moe_intermediate_size=_EXPERT_FFN,
+        head_dim=24,
+        num_experts=12,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        mlp_only_layers=[0],
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        tie_word_embeddings=True,
+    )
+
+
+def _olmoe() -> PreTrainedConfig:
+    return OlmoeConfig(
+        **COMMON,
+        intermediate_size=_EXPERT_FFN,
+        num_experts=12,
+        num_experts_per_tok=4,
+        norm_topk_prob=False,
+        attention_bias=True,
+        clip_qkv=0.8,
+    )
+
+
+def _flex_olmo() -> PreTrainedConfig:
+    return FlexOlmoConfig(
+        **COMMON,
+        intermediate_size=_EXPERT_FFN,
+        num_experts=9,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+        attention_bias=True,
+    )
+
+
+_MLA: dict[str, Any] = {
+    **COMMON,
+    "num_key_value_heads": 4,
+    "intermediate_size": _DENSE_FFN,
+    "moe_intermediate_size": _EXPERT_FFN,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "attention_bias": True,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 4,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 256,
+        "mscale": 0.7,
+        "mscale_all_dim": 0.7,
+    },
+}
+
+
+def _deepseek_v2() -> PreTrainedConfig:
+    return DeepseekV2Config(
+        **_MLA, topk_method="group_limited_greedy", n_group=3, topk_group=2, routed_scaling_factor=1.7, mlp_bias=True
+    )
+
+
+def _deepseek_v3() -> PreTrainedConfig:
+    return DeepseekV3Config(**_MLA, n_group=4, topk_group=2, routed_scaling_factor=2.5, norm_topk_prob=True)
+
+
+def _gpt_oss() -> PreTrainedConfig:
+    # Four layers, so that windowed and full attention each come twice; sinks and biases are always on.
+    return GptOssConfig(
+        **{**COMMON, "num_hidden_layers": 4},
+        intermediate_size=_EXPERT_FFN,
+        head_dim=16,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        sliding_window=WINDOW,
+        attention_bias=True,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 256,
+        },
+    )
+
+
+def _granitemoe() -> PreTrainedConfig:
+    return GraniteMoeConfig(
+        **COMMON,
+        intermediate_size=_EXPERT_FFN,
+        num_local_experts=10,
+        num_experts_per_tok=3,
+        attention_bias=True,
+        embedding_multiplier=6.0,
+        logits_scaling=2.0,
+        residual_multiplier=0.6,
+        attention_multiplier=0.3,
+    )
+
+
+def _phimoe() -> PreTrainedConfig:
+    return PhimoeConfig(
+        **COMMON,
+        intermediate_size=_EXPERT_FFN,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        # Wide enough that several experts share the softmax of one pick.
+        router_jitter_noise=0.3,
+        sliding_window=WINDOW,
+        attention_bias=True,
+        lm_head_bias=True,
+    )
+
+
+def _glm4_moe() -> PreTrainedConfig:
+    return Glm4MoeConfig(
+        **COMMON,
+        intermediate_size=_DENSE_FFN,
+        moe_intermediate_size=_EXPERT_FFN,
+        head_dim=24,
+        partial_rotary_factor=0.5,
+        n_routed_experts=12,
+        num_experts_per_tok=3,
+        n_shared_experts=1,
+        n_group=3,
+        topk_group=2,
+        routed_scaling_factor=1.5,
+        norm_topk_prob=True,
+        first_k_dense_replace=1,
+        attention_bias=True,
+        use_qk_norm=True,
+    )
+
+
+def _ernie4_5_moe() -> PreTrainedConfig:
+    return Ernie4_5_MoeConfig(
+        **COMMON,
+        intermediate_size=_DENSE_FFN,
+        moe_intermediate_size=_EXPERT_FFN,
+        moe_num_experts=12,
+        moe_k=4,
+        moe_num_shared_experts=2,
+        moe_layer_start_index=1,
+        use_bias=True,
+        tie_word_embeddings=True,
+    )
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
+    "olmoe": _olmoe,
+    "flex_olmo": _flex_olmo,
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _deepseek_v3,
+    "gpt_oss": _gpt_oss,
+    "granitemoe": _granitemoe,
+    "phimoe": _phimoe,
+    "glm4_moe": _glm4_moe,
+    "ernie4_5_moe": _ernie4_5_moe,
+}
+
+
+def make_model(family: str, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of `FAMILIES[family]` in eval mode, every parameter and persistent buffer random from `seed`."""
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32).eval()
+    randomise(model, seed)
+    for parameter in model.parameters():
+        # Buffers (the selection biases) stay in float32, as the checkpoints of these families hold them.
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """Fill all floating tensors of `module`'s state: norms near one, vectors (biases, sinks) and matrices near zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in module.state_dict().items():
+        is_norm = "norm" in name and name.endswith("weight")
+        noise = torch.randn(tensor.shape, generator=generator)
+        tensor.copy_(1.0 + 0.1 * noise if is_norm else (0.3 if _is_vector(tensor) else 0.15) * noise)
+
+
+def _is_vector(tensor: torch.Tensor) -> bool:
+    return tensor.numel() == tensor.shape[-1]
+
+
+def make_checkpoint(family: str, path: Path, seed: int, dtype: torch.dtype = torch.float32) -> None:
+    """Write a checkpoint of `family` with config, weights and tokenizer into the folder `path`."""
+    make_model(family, seed, dtype).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, ids 0 to 255 in the byte-level alphabet's order, then `SPECIAL_TOKENS`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    bos, eos, pad, turn = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, additional_special_tokens=[turn]
+    )

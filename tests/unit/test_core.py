@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertd_engine.core import EngineCore, StepFailed
+from expertd_engine.errors import EngineError
+from expertd_engine.messages import ExpertMode, SequenceStats, Steps, Submit
+from expertd_engine.scheduler import StepPlan
+from support.builders_core import (
+    EOS,
+    STEP_EXPERTS,
+    STEP_S,
+    HashForward,
+    Told,
+    fail_once,
+    make_core,
+    make_scheduler,
+    make_submit,
+    next_token,
+    run_alone,
+    run_to_end,
+)
+
+PROMPT = [5, 6, 7]
+
+
+def outputs_of(num_tokens: int) -> list[int]:
+    """The first tokens that the toy model says after PROMPT, none of them masked."""
+    history = list(PROMPT)
+    for _ in range(num_tokens):
+        history.append(next_token(history))
+    return history[len(PROMPT) :]
+
+
+def core_with(eos_token_id: int) -> EngineCore:
+    return EngineCore(make_scheduler(), HashForward(), [eos_token_id])
+
+
+def run_one(core: EngineCore, message: Submit) -> Told:
+    core.submit(message, 0.0)
+    return run_to_end(core)
+
+
+def test_ends_with_length_at_max_tokens() -> None:
+    told = run_alone(make_submit(max_tokens=4))
+    assert told.tokens == {1: outputs_of(4)}
+    assert told.reasons() == {1: "length"}
+
+
+def test_ends_with_stop_at_eos_which_is_the_last_token_told() -> None:
+    expected = outputs_of(3)
+    told = run_one(core_with(expected[2]), make_submit(max_tokens=9))
+    assert told.tokens == {1: expected}
+    assert (told.finished[1].reason, told.finished[1].stop_token_id) == ("stop", None)
+
+
+def test_a_stop_token_is_named() -> None:
+    expected = outputs_of(3)
+    told = run_alone(make_submit(max_tokens=9, stop_token_ids=[expected[2]]))
+    assert told.tokens == {1: expected}
+    assert (told.finished[1].reason, told.finished[1].stop_token_id) == ("stop", expected[2])
+
+
+def test_eos_goes_on_when_ignored() -> None:
+    expected = outputs_of(5)
+    told = run_one(core_with(expected[2]), make_submit(max_tokens=5, ignore_eos=True))
+    assert (told.tokens, told.reasons()) == ({1: expected}, {1: "length"})
+
+
+def test_no_stop_before_min_tokens() -> None:
+    expected = outputs_of(3)
+    told = run_one(core_with(expected[2]), make_submit(max_tokens=9, min_tokens=6))
+    assert expected[2] not in told.tokens[1][:6]
+    assert len(told.tokens[1]) >= 6
+
+
+def test_stop_wins_over_length_on_the_last_token() -> None:
+    expected = outputs_of(3)
+    assert run_one(core_with(expected[2]), make_submit(max_tokens=3)).reasons() == {1: "stop"}
+
+
+@pytest.mark.parametrize("max_model_len", [3, 4, 6])
+def test_ends_with_length_where_the_context_is_full(max_model_len: int) -> None:
+    told = run_one(make_core(make_scheduler(max_model_len=max_model_len)), make_submit(max_tokens=99))
+    assert told.tokens.get(1, []) == outputs_of(max_model_len - len(PROMPT))
+    assert told.reasons() == {1: "length"}
+
+
+def test_no_tokens_wanted_means_the_prompt_alone_in_chunks() -> None:
+    core = make_core(make_scheduler(max_step_tokens=2))
+    told = run_one(core, make_submit(max_tokens=0, prompt_logprobs=0))
+    assert told.tokens == {1: []}
+    assert told.reasons() == {1: "length"}
+    assert [entry and entry.token_id for entry in told.prompt_logprobs[1]] == [None, 6, 7]
+
+
+@pytest.mark.parametrize("max_step_tokens", [1, 2, 3, 64])
+def test_prompt_logprobs_come_once_and_not_after_the_first_token(max_step_tokens: int) -> None:
+    core = make_core(make_scheduler(max_step_tokens=max_step_tokens))
+    core.submit(make_submit(max_tokens=3, prompt_logprobs=0), 0.0)
+    seen = []
+    while core.has_work:
+        seen += [(output.prompt_logprobs is not None, len(output.token_ids)) for output in core.step(0.0).outputs]
+    assert sum(has_prompt for has_prompt, _ in seen) == 1
+    assert seen[0][0]
+
+
+def test_a_refused_sequence_is_answered_with_its_reason() -> None:
+    core = make_core(make_scheduler(max_model_len=2))
+    told = run_one(core, make_submit(prompt=PROMPT))
+    assert told.reasons() == {1: "error"}
+    assert told.finished[1].error == "a prompt of 3 tokens: allowed are 1 to 2"
+
+
+def test_a_failing_sequence_ends_and_its_batch_mates_go_on() -> None:
+    scheduler = make_scheduler()
+    core = make_core(scheduler, HashForward(before=fail_once(1, "disk on fire")))
+    core.submit(make_submit(1), 0.0)
+    core.submit(make_submit(2), 0.0)
+    told = run_to_end(core)
+    assert (told.finished[1].reason, told.finished[1].error) == ("error", "disk on fire")
+    assert told.tokens == run_alone(make_submit(2)).tokens
+
+
+def test_a_failure_of_nobody_is_not_retried_for_ever() -> None:
+    def before(plan: StepPlan) -> None:
+        raise StepFailed([], "shrug")
+
+    core = make_core(forward=HashForward(before=before))
+    core.submit(make_submit(), 0.0)
+    with pytest.raises(EngineError, match="none of which it holds"):
+        core.step(0.0)
+
+
+def test_abort_of_a_live_and_an_unknown_id() -> None:
+    core = make_core()
+    core.submit(make_submit(1), 0.0)
+    core.abort([1, 2], 1.0)
+    assert core.has_work
+    steps = core.step(2.0)
+    assert [(f.sequence_id, f.reason) for f in steps.finished] == [(1, "abort")]
+    assert (core.has_work, core.step(3.0)) == (False, Steps([], []))
+
+
+def test_abort_in_the_middle_of_a_step_drops_its_token() -> None:
+    core = make_core(forward=(forward := HashForward()))
+    forward.before = lambda plan: core.abort([1], 0.0)
+    core.submit(make_submit(1, max_tokens=2), 0.0)
+    core.submit(make_submit(2, max_tokens=2), 0.0)
+    told = run_to_end(core)
+    assert told.reasons() == {1: "abort", 2: "length"}
+    assert set(told.tokens) == {2}
+
+
+def test_abort_and_failure_of_the_same_step_end_it_once() -> None:
+    core = make_core(forward=(forward := HashForward()))
+
+    def before(plan: StepPlan) -> None:
+        core.abort([1], 0.0)
+        raise StepFailed([1], "too late")
+
+    forward.before = before
+    core.submit(make_submit(1), 0.0)
+    assert run_to_end(core).reasons() == {1: "abort"}
+
+
+def test_stats_of_a_whole_life() -> None:
+    core = make_core(make_scheduler(max_step_tokens=2))
+    core.submit(make_submit(max_tokens=3), 1.0)
+    told = Told()
+    for now_s in (3.0, 4.0, 5.0, 6.0):
+        told.take(core.step(now_s))
+    stats = told.finished[1].stats
+    assert (stats.queue_s, stats.prefill_s, stats.decode_s) == (2.0, 1.0 + STEP_S, 2.0)
+    assert (stats.expert_hits, stats.expert_late, stats.expert_misses) == (12, 8, 4)
+    assert (stats.loaded_bytes, stats.stall_s) == (4 * 4096, 4 * STEP_EXPERTS.stall_s)
+
+
+def test_stats_of_one_that_never_ran() -> None:
+    core = make_core()
+    core.submit(make_submit(), 1.0)
+    core.abort([1], 4.0)
+    assert core.step(5.0).finished[0].stats == SequenceStats(queue_s=3.0)
+
+
+def test_preemptions_are_counted_and_change_no_token() -> None:
+    core = make_core(make_scheduler(num_blocks=6))
+    for sequence_id in (1, 2):
+        core.submit(make_submit(sequence_id, max_tokens=12, ignore_eos=True), 0.0)
+    told = run_to_end(core)
+    assert [told.finished[i].stats.preemptions for i in (1, 2)] == [0, 1]
+    alone = run_alone(make_submit(max_tokens=12, ignore_eos=True)).tokens[1]
+    assert told.tokens == {1: alone, 2: alone}
+
+
+def test_a_leak_is_found_when_idle() -> None:
+    core = make_core(scheduler := make_scheduler())
+    scheduler.pool.allocate(1)
+    with pytest.raises(EngineError, match="1 in use"):
+        core.step(0.0)
+
+
+# ---------------------------------------------------------------- the cramped world equals the roomy one
+
+
+@dataclass(frozen=True)
+class Arrival:
+    at_step: int
+    prompt: list[int]
+    max_tokens: int
+    min_tokens: int
+    priority: int
+    mode: ExpertMode
+    prompt_logprobs: int | None
+    abort_at: int | None
+    fails: bool
+
+    def submit(self, sequence_id: int) -> Submit:
+        return make_submit(
+            sequence_id, self.prompt, priority=self.priority, mode=self.mode, max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens, prompt_logprobs=self.prompt_logprobs, stop_token_ids=[3],
+        )  # fmt: skip
+
+
+arrivals = st.lists(
+    st.builds(
+        Arrival,
+        at_step=st.integers(0, 12),
+        prompt=st.lists(st.integers(1, 49), min_size=1, max_size=16),
+        max_tokens=st.integers(0, 16),
+        min_tokens=st.integers(0, 4),
+        priority=st.integers(-2, 2),
+        mode=st.sampled_from(["exact", "virtual"]),
+        prompt_logprobs=st.sampled_from([None, 0]),
+        abort_at=st.none() | st.integers(0, 30),
+        fails=st.booleans(),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrivals=arrivals,
+    spare_blocks=st.integers(0, 6),
+    block_tokens=st.integers(1, 5),
+    max_sequences=st.integers(1, 5),
+    max_step_tokens=st.integers(1, 12),
+    mid_step=st.booleans(),
+)
+def test_room_time_and_company_change_no_token(
+    arrivals: list[Arrival],
+    spare_blocks: int,
+    block_tokens: int,
+    max_sequences: int,
+    max_step_tokens: int,
+    mid_step: bool,
+) -> None:
+    """The pool holds the longest possible sequence and `spare_blocks` more."""
+    num_blocks = 1 + -(-31 // block_tokens) + spare_blocks
+    scheduler = make_scheduler(
+        num_blocks=num_blocks, block_tokens=block_tokens, max_sequences=max_sequences, max_step_tokens=max_step_tokens,
+        max_model_len=32, ageing_steps=5, max_mode_steps=3,
+    )  # fmt: skip
+    core = make_core(scheduler, forward := HashForward(block_tokens))
+    told, step = Told(), 0
+
+    def abort_due() -> None:
+        core.abort([i for i, a in enumerate(arrivals) if a.abort_at == step], step)
+
+    def before(plan: StepPlan) -> None:
+        if mid_step:
+            abort_due()
+        failing = {c.sequence.sequence_id for c in plan.chunks if arrivals[c.sequence.sequence_id].fails and step > 20}
+        if failing:
+            raise StepFailed(failing, "seeded")
+
+    forward.before = before
+    while core.has_work or step <= 12:
+        assert step < 2000
+        for sequence_id, arrival in enumerate(arrivals):
+            if arrival.at_step == step:
+                core.submit(arrival.submit(sequence_id), step)
+        if not mid_step:
+            abort_due()
+        told.take(core.step(step))
+        scheduler.check()
+        step += 1
+
+    for plan in forward.plans:
+        assert len(plan.chunks) <= max_sequences
+        assert 0 < plan.num_tokens <= max_step_tokens
+        assert {c.sequence.mode for c in plan.chunks} == {plan.mode}
+    for sequence_id, arrival in enumerate(arrivals):
+        alone = run_alone(arrival.submit(sequence_id))
+        tokens, reason = told.tokens.get(sequence_id, []), told.finished[sequence_id].reason
+        if reason in ("abort", "error"):
+            assert reason == "error" if arrival.abort_at is None else True
+            assert tokens == alone.tokens.get(sequence_id, [])[: len(tokens)]
+        else:
+            assert (tokens, reason) == (alone.tokens.get(sequence_id, []), alone.finished[sequence_id].reason)
+            assert told.prompt_logprobs.get(sequence_id) == alone.prompt_logprobs.get(sequence_id)
+    assert EOS not in [token_id for tokens in told.tokens.values() for token_id in tokens[:-1]]
