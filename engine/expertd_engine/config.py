@@ -68,7 +68,7 @@ def _option(
     low: float | None = None,
     high: float | None = None,
 ) -> Any:
-    metadata = {"help": text, "group": group, "share": share, "low": low, "high": high}
+    metadata = {"help": help_text, "group": group, "share": share, "low": low, "high": high}
     return field(default=default, metadata=metadata)
 
 
