@@ -8,15 +8,16 @@ Owns the reading of dense models; weights pass through one tensor at a time (a G
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, MixtralConfig
-from transformers.utils import logging as transformers_logging
 
 from expertd_engine.checkpoint import Checkpoint, copy_text_files, save_tokenizer
 from expertd_engine.console import Progress, progress_bar, run_command, silent
@@ -71,6 +72,7 @@ def convert_blocks(
     config = load_dense_config(source)
     blocks = choose_blocks(config, blocks)
     torch_dtype = _dtype_of(config, dtype)
+    progress("read", 0.0)
     weights = _open_weights(source, config, torch_dtype)
     parts = _plan(config, blocks, torch_dtype)
     shards = _shards(parts)
@@ -161,10 +163,11 @@ def _open_weights(source: Path, config: Config, dtype: torch.dtype) -> _Weights:
         return Checkpoint(source, build_meta_model(config, dtype), dtype)
     if _has_rope_factors(source):
         raise ModelError(f"{source}: its rope_freqs cannot be read from a GGUF file; use the safetensors checkpoint")
-    transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, config=config, dtype=torch.float32, local_files_only=True
-    )
+    # transformers draws bars on stderr, terminal or not; its warnings go through logging and are not lost here.
+    with redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, config=config, dtype=torch.float32, local_files_only=True
+        )
     return _LoadedWeights(model.state_dict())
 
 

@@ -154,14 +154,13 @@ class EngineCore:
 def find_end(sequence: Sequence) -> End | None:
     """Whether a sequence ends after the step just applied to it.
 
-    Before `min_tokens` outputs the sampler masks what would end it, so such a token is no end then. A sequence that
-    has no room for output ends once its prompt is computed.
+    No token ends it before `min_tokens`: the sampler masks those (`Sequence.banned_until_min`). A sequence that has no
+    room for output ends once its prompt is computed.
     """
     outputs = sequence.output_token_ids
-    if len(outputs) > sequence.sampling.min_tokens:
-        if outputs[-1] in sequence.eos_token_ids:
-            return End("stop")
-        if outputs[-1] in sequence.sampling.stop_token_ids:
-            return End("stop", outputs[-1])
-    no_more_wanted = sequence.num_tokens >= sequence.max_length
-    return End("length") if no_more_wanted and (outputs or not sequence.num_uncomputed_tokens) else None
+    if outputs and outputs[-1] in sequence.eos_token_ids:
+        return End("stop")
+    if outputs and outputs[-1] in sequence.sampling.stop_token_ids:
+        return End("stop", outputs[-1])
+    is_full = sequence.num_tokens >= sequence.max_length
+    return End("length") if is_full and (outputs or not sequence.num_uncomputed_tokens) else None

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from expertd_engine.checkpoint import Checkpoint, copy_text_files
 from expertd_engine.console import Progress, progress_bar, run_command, silent
@@ -45,8 +47,11 @@ from expertd_engine.families import (
     load_config,
     weight_dtypes,
 )
+from expertd_engine.model.router_kinds import adapt_router, check_adapter, router_kind_of
 from expertd_engine.publish import publish
 from expertd_engine.tensor_file import TensorFileWriter, TensorShape
+
+logger = logging.getLogger(__name__)
 
 _TENSOR_ALIGNMENT = 64
 
@@ -88,12 +93,12 @@ def prepare(
             source=described_as or str(source.resolve()),
             model_type=config.model_type,
             architecture=type(model).__name__,
-            dense_dtype=_name_of(dtype),
+            dense_dtype=experts_format,
             experts_format=experts_format,
             top_k=_top_k(config),
             layouts=layouts,
             layers=entries,
-            router_kind=None,
+            router_kind=_router_kind(model, folder / DENSE_NAME),
             files=_describe_files(folder),
             created_by=_created_by(),
         )
@@ -191,6 +196,31 @@ def _write_record(
         place.view(dtype).reshape(tensor.shape).copy_(tensor)
     file.write(record.data)
     return zlib.crc32(record.data)
+
+
+def _router_kind(model: Model, dense: Path) -> str | None:
+    """The routers' declared kind if adapters of it agree bit for bit with the model's own routers, else None."""
+    kind = router_kind_of(model)
+    if kind is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    with safe_open(dense, framework="pt") as file:
+        for name, _ in find_experts(model):
+            adapter = adapt_router(model, name)
+            if adapter is None:
+                return None
+            _load_router(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[0], adapter.module, file)
+            if not check_adapter(adapter, generator):
+                logger.warning("%s: routers do not act as %s; served in exact mode without prediction", name, kind)
+                return None
+    return kind.value
+
+
+def _load_router(block: torch.nn.Module, prefix: str, router: torch.nn.Module, file: Any) -> None:
+    """Give `router`, and what of the selection lies on `block` itself, the stored weights."""
+    own = next(name for name, child in block.named_children() if child is router)
+    names = [name for name in block.state_dict() if "." not in name or name.startswith(f"{own}.")]
+    block.load_state_dict({name: file.get_tensor(f"{prefix}.{name}") for name in names}, strict=False, assign=True)
 
 
 def _describe_files(folder: Path) -> dict[str, FileEntry]:

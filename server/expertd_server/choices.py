@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -138,7 +138,7 @@ class Choice:
 
     def _add_tokens(self, delta: Delta, output: Output, finished: Finished | None) -> None:
         stop_token_id = finished.stop_token_id if finished is not None else None
-        logprobs = output.logprobs or [None] * len(output.token_ids)
+        logprobs: Sequence[TokenLogprob | None] = output.logprobs or [None] * len(output.token_ids)
         for token_id, logprob in zip(output.token_ids, logprobs, strict=True):
             if self.finished:  # the rest was computed after the token that completed a stop string
                 return

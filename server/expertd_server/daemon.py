@@ -25,7 +25,7 @@ from expertd_server.engine_client import EngineClient, Handlers
 from expertd_server.errors import Draining
 from expertd_server.metrics import Metrics
 from expertd_server.service import Service
-from expertd_server.supervisor import Launcher, RestartPolicy, Supervisor
+from expertd_server.supervisor import DEFAULT_RESTARTS, Launcher, RestartPolicy, Supervisor
 
 logger = logging.getLogger("expertd.daemon")
 
@@ -55,7 +55,7 @@ class Daemon:
     """One server process. `run` returns its exit code, or raises the ExpertdError that ends it."""
 
     def __init__(
-        self, config: Config, listening: socket.socket, launcher: Launcher, policy: RestartPolicy = RestartPolicy()
+        self, config: Config, listening: socket.socket, launcher: Launcher, policy: RestartPolicy = DEFAULT_RESTARTS
     ) -> None:
         self._config = config
         self._listening = listening

@@ -54,7 +54,7 @@ class UnsupportedParameter(InvalidRequest):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Prompt and answer do not fit the window; both numbers go in the message and, as agents parse them, in extra keys."""
+    """Prompt and answer do not fit the window; both numbers are in the message and, for agents, in extra keys."""
 
     code = "context_length_exceeded"
 

@@ -37,7 +37,7 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 REJECTIONS = ("queue_full", "draining", "loading", "engine_dead", "too_large", "invalid")
 RESTARTS = ("exit", "wedged")
 
-disable_created_metrics()  # a `_created` gauge beside every counter is noise in every browser of series
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a `_created` gauge beside every counter is noise in every browser of series
 
 
 class Metrics:
@@ -55,14 +55,19 @@ class Metrics:
 
     def _add_requests(self) -> None:
         self.requests = self._counter(
-            "requests_total", "Requests ended, by how.", ("endpoint", "finish_reason"),
-            [(e, r) for e in ENDPOINTS for r in FINISH_REASONS])  # fmt: skip
+            "requests_total",
+            "Requests ended, by how.",
+            ("endpoint", "finish_reason"),
+            [(e, r) for e in ENDPOINTS for r in FINISH_REASONS],
+        )
         self.rejected = self._counter(
-            "requests_rejected_total", "Requests refused before any work.", ("reason",), [(r,) for r in REJECTIONS])  # fmt: skip
+            "requests_rejected_total", "Requests refused before any work.", ("reason",), [(r,) for r in REJECTIONS]
+        )
         self.prompt_tokens = self._counter("prompt_tokens_total", "Tokens of prompts accepted.")
         self.generation_tokens = self._counter("generation_tokens_total", "Tokens generated.")
         self.http_requests = self._counter(
-            "http_requests_total", "HTTP requests answered; route is the template.", ("route", "method", "status"))  # fmt: skip
+            "http_requests_total", "HTTP requests answered; route is the template.", ("route", "method", "status")
+        )
         self.http_in_flight = Gauge(
             "expertd_http_requests_in_flight", "HTTP requests being answered.", registry=self.registry
         )
@@ -94,12 +99,15 @@ class Metrics:
         self.ready = Gauge("expertd_ready", "1 while requests are taken.", registry=self.registry)
         self.engine_up = Gauge("expertd_engine_up", "1 while an engine process serves.", registry=self.registry)
         self.restarts = self._counter(
-            "engine_restarts_total", "Engine processes started again, by why.", ("reason",), [(r,) for r in RESTARTS])  # fmt: skip
+            "engine_restarts_total", "Engine processes started again, by why.", ("reason",), [(r,) for r in RESTARTS]
+        )
         self.build_info = self._gauge("build_info", "Version of the server.", ("version",))
         self.build_info.labels(__version__).set(1)
         self.model_info = self._gauge(
-            "model_info", "The model served.",
-            ("model_name", "model_type", "dtype", "layers", "experts", "top_k", "numerics"))  # fmt: skip
+            "model_info",
+            "The model served.",
+            ("model_name", "model_type", "dtype", "layers", "experts", "top_k", "numerics"),
+        )
         self.budget_info = self._gauge("budget_info", "How the budget is used.", ("policy", "lookahead", "prefetch"))
         self.fallback_info = self._gauge(
             "fallback_info", "A path that runs slower or weaker than designed.", ("fallback",)

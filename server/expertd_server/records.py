@@ -108,7 +108,7 @@ class RequestRecord:
 
     def _log(self, reason: str, error: BaseException | None) -> None:
         def total(name: str) -> float:
-            return round(sum(getattr(stats, name) for stats in self._stats), 4)
+            return round(sum(float(getattr(stats, name)) for stats in self._stats), 4)
 
         now = time.monotonic()
         status = 499 if reason == "abort" else error.status if isinstance(error, ApiError) else 500 if error else 200

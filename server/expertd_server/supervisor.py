@@ -84,6 +84,9 @@ class RestartPolicy:
         return min(self.first_delay_s * 2.0**attempt, self.max_delay_s)
 
 
+DEFAULT_RESTARTS = RestartPolicy()
+
+
 class SubprocessLauncher:
     """Children as Python modules of this installation."""
 
@@ -136,7 +139,7 @@ class Supervisor:
         self,
         service: Service,
         launcher: Launcher,
-        policy: RestartPolicy = RestartPolicy(),
+        policy: RestartPolicy = DEFAULT_RESTARTS,
         heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
         self._service = service

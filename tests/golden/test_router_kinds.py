@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from expertd_engine.families import find_experts
 from expertd_engine.model.router import RouterAdapter, RouterKind
 from expertd_engine.model.router_kinds import ModuleRouterAdapter, adapt_router, check_adapter, router_kind_of
 from support.tiny_families import COMMON, FAMILIES, make_checkpoint, make_model, randomise
@@ -91,7 +92,7 @@ def _model(family: str) -> nn.Module:
 
 
 def _experts(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if name.endswith(".experts")}
+    return dict(find_experts(model))
 
 
 def _adapters(model: nn.Module) -> list[ModuleRouterAdapter]:

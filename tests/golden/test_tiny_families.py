@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from expertd_engine.families import find_experts
 from support.tiny_families import FAMILIES, VOCAB_SIZE, make_checkpoint, make_model, make_tokenizer
 
 PROMPT = torch.arange(40, 68)[None]
@@ -24,10 +24,6 @@ def _logits(model: nn.Module) -> Tensor:
     return logits
 
 
-def _experts(model: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if name.endswith(".experts")}
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpoint_loads_back(family: str, tmp_path: Path) -> None:
     made = make_model(family, seed=4)
@@ -36,7 +32,7 @@ def test_checkpoint_loads_back(family: str, tmp_path: Path) -> None:
     state = loaded.state_dict()
     assert state.keys() == made.state_dict().keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in made.state_dict().items())
-    # Not bit for bit: float32 products depend on how the loader happened to align a tensor in memory.
+    # Not bit for bit: granitemoe moves by 4e-7 although every tensor is equal.
     torch.testing.assert_close(_logits(loaded), _logits(made), rtol=0, atol=2e-6)
 
 
@@ -52,12 +48,13 @@ def test_experts_lie_on_disk_under_their_original_names(family: str, tmp_path: P
 def test_zeroing_one_routed_expert_changes_the_logits(family: str) -> None:
     model = make_model(family, seed=4)
     before = _logits(model)
-    for experts in _experts(model).values():
+    for _, experts in find_experts(model):
         chosen = _most_chosen(model, experts)
-        kept = experts.down_proj[chosen].clone()
-        experts.down_proj.data[chosen] = 0
+        down = experts.state_dict()["down_proj"]
+        kept = down[chosen].clone()
+        down[chosen] = 0
         assert (_logits(model) - before).abs().max() > 1e-3
-        experts.down_proj.data[chosen] = kept
+        down[chosen] = kept
     assert torch.equal(_logits(model), before)
 
 

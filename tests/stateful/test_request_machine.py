@@ -17,7 +17,7 @@ class SequenceMachine(RuleBasedStateMachine):
     """Every rule may be tried at any time; the twin says whether it is legal."""
 
     @initialize(
-        prompt=st.lists(st.integers(0, 49), min_size=1, max_size=6), max_tokens=st.integers(0, 4), scored=st.booleans()
+        prompt=st.lists(st.integers(0, 49), min_size=1, max_size=8), max_tokens=st.integers(0, 4), scored=st.booleans()
     )
     def begin(self, prompt: list[int], max_tokens: int, scored: bool) -> None:
         self.sequence = make_sequence(1, prompt, max_tokens=max_tokens, prompt_logprobs=0 if scored else None)
@@ -54,8 +54,11 @@ class SequenceMachine(RuleBasedStateMachine):
         self.preemptions += 1
         assert self.sequence.prefill_end == len(self.known())
 
-    @rule(reason=st.sampled_from(["stop", "length", "abort", "error"]))
-    def finish(self, reason: FinishReason) -> None:
+    @rule(reason=st.sampled_from(["stop", "length", "abort", "error"]), patience=st.integers(0, 7))
+    def finish(self, reason: FinishReason, patience: int) -> None:
+        """Seldom, so that there is a life to end."""
+        if patience:
+            return
         if self.word == "finished":
             with pytest.raises(EngineError):
                 self.sequence.finish(reason)
@@ -64,7 +67,7 @@ class SequenceMachine(RuleBasedStateMachine):
         self.word, self.blocks = "finished", []
         self.reasons.append(reason)
 
-    @rule(count=st.integers(0, 7))
+    @rule(count=st.integers(1, 3) | st.integers(0, 7))
     def advance(self, count: int) -> None:
         if self.word != "running" or not 0 < count <= len(self.known()) - self.computed:
             with pytest.raises(EngineError):
@@ -113,4 +116,4 @@ class SequenceMachine(RuleBasedStateMachine):
 
 
 TestSequence = SequenceMachine.TestCase
-TestSequence.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestSequence.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from expertd_engine.errors import EngineError
@@ -8,7 +10,7 @@ from expertd_engine.request import LEGAL_TRANSITIONS, Sequence, SequenceState, S
 from support.builders_core import EOS, make_sequence
 
 
-def running(**sampling: int) -> Sequence:
+def running(**sampling: Any) -> Sequence:
     sequence = make_sequence(**sampling)
     sequence.admit([1])
     return sequence

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from expertd_engine.errors import EngineError
+from expertd_engine.messages import ExpertMode
 from expertd_engine.request import Sequence, SequenceState
 from expertd_engine.scheduler import Scheduler, SchedulerLimits, SequenceRefused, StepPlan
 from support.builders_core import make_scheduler, make_sequence
@@ -287,7 +288,7 @@ def finishes_within(scheduler: Scheduler, sequence: Sequence, rival_priority: in
     """Whether `sequence` ends although two rivals arrive before every step, more than there is room for."""
     for step in range(steps):
         for rival in range(2):
-            mode = "virtual" if step % 2 else "exact"
+            mode: ExpertMode = "virtual" if step % 2 else "exact"
             scheduler.add(
                 make_sequence(100 + 2 * step + rival, range(6), max_tokens=4, priority=rival_priority, mode=mode)
             )
@@ -300,10 +301,10 @@ def finishes_within(scheduler: Scheduler, sequence: Sequence, rival_priority: in
 
 @pytest.mark.parametrize("mode", ["exact", "virtual"])
 @pytest.mark.parametrize("rival_priority", [0, -3])
-def test_nobody_starves_under_endless_arrivals(rival_priority: int, mode: str) -> None:
+def test_nobody_starves_under_endless_arrivals(rival_priority: int, mode: ExpertMode) -> None:
     """The pool holds exactly the longest sequence, so every rival is in its way."""
     scheduler = make_scheduler(num_blocks=6, max_step_tokens=5, ageing_steps=4, max_mode_steps=2)
-    sequence = make_sequence(1, range(14), max_tokens=7, mode="virtual" if mode == "virtual" else "exact")
+    sequence = make_sequence(1, range(14), max_tokens=7, mode=mode)
     scheduler.add(make_sequence(2, range(6), max_tokens=8))
     scheduler.add(sequence)
     assert finishes_within(scheduler, sequence, rival_priority, 200)

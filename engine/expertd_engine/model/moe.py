@@ -21,7 +21,7 @@ ROW_MULTIPLE = 4
 """float32 matrix products give other bits for the last `rows mod 4` rows, and for fewer than four; so rows are padded
 to a multiple of four there. bfloat16 products do not depend on the number of rows."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TENSOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class LeaseSource(Protocol):
@@ -48,7 +48,7 @@ class SlotViews:
             self._views[key] = {
                 spec.name: torch.frombuffer(
                     self._slab,
-                    dtype=_DTYPES[spec.dtype],
+                    dtype=TENSOR_DTYPES[spec.dtype],
                     count=_product(spec.shape),
                     offset=slot * self._slot_bytes + spec.offset,
                 ).view(spec.shape)

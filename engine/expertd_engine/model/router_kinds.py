@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import linear
 
+from expertd_engine.families import find_experts
 from expertd_engine.model.router import RouterKind
 from expertd_engine.model.router_rules import (
     Groups,
@@ -252,8 +253,7 @@ def _adapt(router: Any, block: Any, model: Any) -> ModuleRouterAdapter | None:
 
 def router_kind_of(model: nn.Module) -> RouterKind | None:
     """The kind that all of the model's routers share; None if there are none, or one is of no kind or of another."""
-    names = [name for name, module in model.named_modules() if hasattr(module, "_apply_gate")]
-    adapters = [adapt_router(model, name) for name in names]
+    adapters = [adapt_router(model, name) for name, _ in find_experts(model)]
     kinds = {None if adapter is None else adapter.kind for adapter in adapters}
     return kinds.pop() if len(kinds) == 1 else None
 

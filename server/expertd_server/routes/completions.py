@@ -145,7 +145,7 @@ async def _follow(job: Job) -> AsyncGenerator[Delta, None]:
     engine = job.service.engine
     ids = engine.new_ids(len(job.planned))
     choices = dict(zip(ids, job.choices, strict=True))
-    reasons = []
+    reasons: list[str] = []
     with engine.submit(_submits(job, ids)) as reply:
         job.record.start(sum(len(prompt.token_ids) for prompt in job.prompts))
         while len(reasons) < len(choices):

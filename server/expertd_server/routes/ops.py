@@ -1,4 +1,4 @@
-"""What operators and probes ask: alive, ready, healthy, which version, which numbers. No route here reaches the engine."""
+"""What operators and probes ask: alive, ready, which version, which numbers. No route here reaches the engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def router(service: Service) -> APIRouter:
         return {"status": "ok"}
 
     async def ready() -> Response:
-        """Requests are taken: 200, or 503 with the reason (`loading` with stage and progress, `draining`, `engine_dead`)."""
+        """Requests are taken: 200, or 503 with the reason (loading, draining, engine_dead)."""
         return _readiness(service)
 
     async def metrics(request: Request) -> Response:

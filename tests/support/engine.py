@@ -1,0 +1,69 @@
+"""A real engine inside the test process: what the engine's main does, without its socket."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from expertd_engine.config import Config, parse_size
+from expertd_engine.experts.store import ExpertStore
+from expertd_engine.messages import Finished, Output, Sampling, Submit, TextInput
+from expertd_engine.startup import Engine, start_engine
+
+
+def make_config(**options: Any) -> Config:
+    """A configuration for tests: small batch limits, budgets given as text."""
+    for name in ("expert_budget", "memory_budget", "kv_budget"):
+        if isinstance(options.get(name), str):
+            options[name] = parse_size(options[name], share_allowed=name == "expert_budget")
+    return Config(**{"max_model_len": 256, "kv_budget": None, **options})
+
+
+@contextmanager
+def running_engine(store: Path, **options: Any) -> Iterator[Engine]:
+    """An engine over `store`; its transfer threads end with the block."""
+    config = make_config(**options)
+    engine = start_engine(ExpertStore.open(store), config, os.getpid(), lambda stage, fraction: None, lambda r: r)
+    try:
+        yield engine
+    finally:
+        engine.cache.close()
+
+
+@dataclass
+class Generated:
+    token_ids: list[int] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+    finished: Finished | None = None
+
+
+def submit_of(sequence_id: int, prompt: Sequence[int], sampling: Sampling) -> Submit:
+    return Submit(sequence_id, [TextInput(list(prompt))], sampling)
+
+
+def generate(
+    engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], *, first_id: int = 1
+) -> list[Generated]:
+    """Submit all prompts at once and step until each has ended; results in the order of `prompts`."""
+    each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+    results = {first_id + i: Generated() for i in range(len(prompts))}
+    for (sequence_id, _), prompt, how in zip(results.items(), prompts, each, strict=True):
+        engine.core.submit(submit_of(sequence_id, prompt, how), 0.0)
+    collect(engine, results)
+    return list(results.values())
+
+
+def collect(engine: Engine, results: dict[int, Generated]) -> None:
+    """Step until nothing is left, filling `results` by sequence id."""
+    while engine.core.has_work:
+        told = engine.core.step(0.0)
+        for output in told.outputs:
+            results[output.sequence_id].token_ids += output.token_ids
+            results[output.sequence_id].outputs.append(output)
+        for finished in told.finished:
+            assert results[finished.sequence_id].finished is None, "a sequence ended twice"
+            results[finished.sequence_id].finished = finished
