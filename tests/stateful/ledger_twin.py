@@ -43,6 +43,7 @@ class Twin:
 
     sizes: dict[ExpertId, int]
     ledger: Ledger
+    thorough: bool = True  # compare everything after each event; else the instructions alone are checked
     committed: dict[int, int] = field(default_factory=dict)  # slot → bytes the system has given it
     content: dict[int, ExpertId] = field(default_factory=dict)  # slot → whole record
     flights: dict[int, Flight] = field(default_factory=dict)
@@ -70,8 +71,9 @@ class Twin:
         out = self.ledger.handle(event)
         for instruction in out:
             self._follow(instruction)
-        self._check_event(event, out, idle_before, over_before)
-        self.compare()
+        if self.thorough:
+            self._check_event(event, out, idle_before, over_before)
+            self.compare()
         return out
 
     # ------------------------------------------------------------ what the twin believes

@@ -1,0 +1,293 @@
+"""A store holds exactly the model's weights; incomplete checkpoints, full disks and killed runs leave none behind."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedModel
+
+from expertd_engine.errors import ModelError, ResourceError, StoreError, UsageError
+from expertd_engine.experts.store import ExpertStore, is_store
+from expertd_engine.families import dense_dtype_plan, find_experts, tied_names
+from expertd_engine.prepare import main, prepare
+from support.tiny_families import FAMILIES, make_checkpoint, make_model
+from support.tiny_mixtral import EXPERTS, make_llama, make_mixtral
+
+Record = dict[str, torch.Tensor]
+
+
+def _records(store: ExpertStore) -> Iterator[tuple[str, int, Record]]:
+    """`(experts module, expert, its tensors)` of every record, through the reader and the index alone."""
+    with store.open_records() as records:
+        for address in store.experts():
+            layer = store.index.layers[address.layer]
+            buffer = memoryview(mmap.mmap(-1, store.index.record_bytes(address.layer)))
+            records.read_record(address, buffer)
+            tensors = {}
+            for spec in store.index.layouts[layer.layout].tensors:
+                dtype: torch.dtype = getattr(torch, spec.dtype)
+                assert spec.offset % 64 == 0
+                size = torch.Size(spec.shape)
+                flat = torch.frombuffer(buffer, dtype=dtype, count=size.numel(), offset=spec.offset)
+                tensors[spec.name] = flat.view(size)
+            yield layer.module, address.expert, tensors
+
+
+def _assert_holds(store: ExpertStore, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Every weight of `model`, cast to `dtype` as transformers would, is in the store; and nothing else."""
+    seen = 0
+    for module, expert, tensors in _records(store):
+        parameters = dict(model.get_submodule(module).named_parameters())
+        assert tensors.keys() == parameters.keys()
+        for name, parameter in parameters.items():
+            assert torch.equal(tensors[name], parameter[expert].to(dtype)), (module, expert, name)
+        seen += 1
+    assert seen == sum(next(module.parameters()).shape[0] for _, module in find_experts(model))
+    dense, plan, state = load_file(store.dense_path), dense_dtype_plan(model.to(dtype), dtype), model.state_dict()
+    assert dense.keys() == plan.keys()
+    for name, tensor in dense.items():
+        assert torch.equal(tensor, state[name].to(plan[name])) and tensor.dtype == plan[name], name
+
+
+@contextmanager
+def _rewritten(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The checkpoint's tensors, stored again in one file with whatever changes the block makes."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        tensors.update({name: tensor.clone() for name, tensor in load_file(path).items()})
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    yield tensors
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_records_equal_the_models_slices(tmp_path: Path) -> None:
+    model = make_mixtral(tmp_path / "checkpoint")
+    assert len(list((tmp_path / "checkpoint").glob("*.safetensors"))) > 2
+    store = prepare(tmp_path / "checkpoint", tmp_path / "store", "float32")
+    index = store.index
+    assert (index.name, index.model_type, index.architecture) == ("checkpoint", "mixtral", "MixtralForCausalLM")
+    assert (index.top_k, index.router_kind, index.experts_format) == (2, "softmax-topk", "float32")
+    assert [layer.num_experts for layer in index.layers] == [EXPERTS] * 3
+    store.verify()
+    _assert_holds(store, model, torch.float32)
+
+
+def test_bf16_rounds_as_transformers_does(tmp_path: Path) -> None:
+    model = make_mixtral(tmp_path / "checkpoint")
+    store = prepare(tmp_path / "checkpoint", tmp_path / "store", "bf16", name="tiny")
+    assert store.index.name == "tiny"
+    _assert_holds(store, model, torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_stored_whole(family: str, tmp_path: Path) -> None:
+    make_checkpoint(family, tmp_path / "checkpoint", seed=1)
+    store = prepare(tmp_path / "checkpoint", tmp_path / "store", "float32")
+    assert store.index.router_kind is not None
+    _assert_holds(store, make_model(family, seed=1), torch.float32)
+
+
+def test_what_must_stay_float32_does(tmp_path: Path) -> None:
+    make_checkpoint("deepseek_v3", tmp_path / "checkpoint", seed=1)
+    dense = load_file(prepare(tmp_path / "checkpoint", tmp_path / "store", "bf16").dense_path)
+    kept = {name for name, tensor in dense.items() if tensor.dtype == torch.float32}
+    assert kept == {name for name in dense if name.endswith("e_score_correction_bias")} != set()
+
+
+def test_block_scaled_fp8_is_dequantised(tmp_path: Path) -> None:
+    source = tmp_path / "checkpoint"
+    make_checkpoint("qwen3_moe", source, seed=1)
+    expected: dict[str, torch.Tensor] = {}
+    with _rewritten(source) as tensors:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            scale = torch.tensor([[0.5 + len(expected) % 7]])
+            quantised = (tensors[name] / scale).to(torch.float8_e4m3fn)
+            expected[name] = quantised.float() * scale
+            tensors |= {name: quantised, f"{name}_scale_inv": scale}
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (source / "config.json").write_text(json.dumps(config))
+    store = prepare(source, tmp_path / "store", "float32")
+    for module, expert, record in _records(store):
+        stored = {name: expected[f"{module}.{expert}.{name}_proj.weight"] for name in ("gate", "up", "down")}
+        assert torch.equal(record["gate_up_proj"], torch.cat([stored["gate"], stored["up"]]))
+        assert torch.equal(record["down_proj"], stored["down"])
+    attention = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(load_file(store.dense_path)[attention], expected[attention])
+    assert "quantization_config" not in json.loads((store.path / "config.json").read_text())
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    model = make_mixtral(tmp_path / "checkpoint", tie_word_embeddings=True)
+    assert tied_names(model) == {"lm_head.weight": "model.embed_tokens.weight"}
+    _assert_holds(prepare(tmp_path / "checkpoint", tmp_path / "store", "float32"), model, torch.float32)
+    with _rewritten(tmp_path / "checkpoint") as tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    _assert_holds(prepare(tmp_path / "checkpoint", tmp_path / "again", "float32"), model, torch.float32)
+    with _rewritten(tmp_path / "checkpoint") as tensors:
+        tensors["lm_head.weight"][3, 3] += 1
+    with pytest.raises(ModelError, match=r"lm_head.weight and model.embed_tokens.weight are tied but differ"):
+        prepare(tmp_path / "checkpoint", tmp_path / "differing", "float32")
+
+
+def test_tokenizer_and_settings_come_along(tmp_path: Path) -> None:
+    make_mixtral(tmp_path / "checkpoint")
+    prepare(tmp_path / "checkpoint", tmp_path / "store")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "store")("a few words").input_ids
+    assert ids == AutoTokenizer.from_pretrained(tmp_path / "checkpoint")("a few words").input_ids
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "store" / name).read_bytes() == (tmp_path / "checkpoint" / name).read_bytes()
+
+
+EXPERT_11 = "model.layers.2.block_sparse_moe.experts.11.w3.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.norm.weight": None}, r"lacks 1 weights of the model: model.norm.weight"),
+        ({EXPERT_11: None}, r"has 11 of 12 experts"),
+        ({EXPERT_11: None, EXPERT_11.replace("11", "12"): torch.zeros(48, 32)}, r"has 12 of 12 experts"),
+        ({EXPERT_11: torch.zeros(40, 32)}, r"mlp.experts.gate_up_proj has shape \[88, 32\], .* wants \[96, 32\]"),
+        ({"model.norm.weight": torch.zeros(31)}, r"model.norm.weight has shape \[31\], but the model wants \[32\]"),
+        ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, r"does not know: .*q_proj.bias"),
+        ({"model.norm.weight_scale_inv": torch.zeros(1)}, r"does not know: model.norm.weight_scale_inv"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_the_model_are_refused(
+    changes: dict[str, torch.Tensor | None], message: str, tmp_path: Path
+) -> None:
+    make_mixtral(tmp_path / "checkpoint")
+    with _rewritten(tmp_path / "checkpoint") as tensors:
+        for name, tensor in changes.items():
+            if tensor is None:
+                del tensors[name]
+            else:
+                tensors[name] = tensor
+    with pytest.raises(ModelError, match=message):
+        prepare(tmp_path / "checkpoint", tmp_path / "store")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_old_rotary_frequencies_are_ignored(tmp_path: Path) -> None:
+    make_mixtral(tmp_path / "checkpoint")
+    with _rewritten(tmp_path / "checkpoint") as tensors:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    assert is_store(prepare(tmp_path / "checkpoint", tmp_path / "store").path)
+
+
+def test_unreadable_checkpoints_are_named(tmp_path: Path) -> None:
+    make_mixtral(tmp_path / "truncated")
+    shard = next((tmp_path / "truncated").glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 10)
+    with pytest.raises(ModelError, match=shard.name):
+        prepare(tmp_path / "truncated", tmp_path / "store")
+    make_mixtral(tmp_path / "lacking")
+    shard = next((tmp_path / "lacking").glob("*.safetensors"))
+    shard.unlink()
+    with pytest.raises(ModelError, match=shard.name):
+        prepare(tmp_path / "lacking", tmp_path / "store")
+    with pytest.raises(ModelError, match=r"it has no config.json"):
+        prepare(tmp_path / "absent", tmp_path / "store")
+    make_mixtral(tmp_path / "mute")
+    for path in (tmp_path / "mute").glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="tokenizer"):
+        prepare(tmp_path / "mute", tmp_path / "store")
+    with pytest.raises(UsageError, match="'int3' is not known"):
+        prepare(tmp_path / "mute", tmp_path / "store", "int3")
+    assert not (tmp_path / "store").exists()
+
+
+KILLED_HALFWAY = """
+import os, signal, sys
+from pathlib import Path
+from expertd_engine.prepare import prepare
+
+def killing(stage, fraction):
+    if stage == "experts" and fraction > 0.5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+prepare(Path(sys.argv[1]), Path(sys.argv[2]), progress=killing)
+"""
+
+
+def test_a_killed_run_leaves_nothing_that_opens_and_the_next_one_tidies(tmp_path: Path) -> None:
+    make_mixtral(tmp_path / "checkpoint")
+    store = tmp_path / "store"
+    command = [sys.executable, "-c", KILLED_HALFWAY, str(tmp_path / "checkpoint"), str(store)]
+    assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
+    leftovers = {path for path in tmp_path.iterdir() if path.name != "checkpoint"}
+    assert leftovers and not any(is_store(path) for path in leftovers)
+    with pytest.raises(StoreError):
+        ExpertStore.open(store)
+    prepare(tmp_path / "checkpoint", store).verify()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "store"}
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
+    make_mixtral(tmp_path / "checkpoint")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        with pytest.raises(ResourceError, match=r"disk full while writing .*store"):
+            prepare(tmp_path / "checkpoint", tmp_path / "store")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_only_a_store_is_ever_replaced_and_only_when_told(tmp_path: Path) -> None:
+    make_mixtral(tmp_path / "checkpoint")
+    first = prepare(tmp_path / "checkpoint", tmp_path / "store", "bf16")
+    with pytest.raises(ModelError, match="exists already"):
+        prepare(tmp_path / "checkpoint", tmp_path / "store", "float32")
+    assert ExpertStore.open(first.path).index == first.index
+    replaced = prepare(tmp_path / "checkpoint", tmp_path / "store", "float32", force=True)
+    assert replaced.index.experts_format == "float32"
+    with pytest.raises(ModelError, match="exists already"):
+        prepare(tmp_path / "checkpoint", tmp_path / "checkpoint", force=True)
+    (tmp_path / "empty").mkdir()
+    assert is_store(prepare(tmp_path / "checkpoint", tmp_path / "empty").path)
+
+
+def test_the_same_checkpoint_gives_the_same_store_id(tmp_path: Path) -> None:
+    make_mixtral(tmp_path / "checkpoint")
+    ids = {prepare(tmp_path / "checkpoint", tmp_path / name).index.store_id for name in ("one", "two")}
+    assert len(ids) == 1
+
+
+def test_command_prepares_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_mixtral(tmp_path / "checkpoint")
+    checkpoint, store = str(tmp_path / "checkpoint"), str(tmp_path / "store")
+    assert main([checkpoint, store, "--experts", "float32", "--name", "mine", "--verify"]) == 0
+    assert ExpertStore.open(tmp_path / "store").index.name == "mine"
+    assert main([store, "--verify"]) == 0
+    with (tmp_path / "store" / "experts.bin").open("r+b") as file:
+        file.write(b"\xff" * 8)
+    capsys.readouterr()
+    assert main([store, "--verify"]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("expertd: error: ") and error.count("\n") == 1 and "layer 0, expert 0" in error
+
+
+def test_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_llama(tmp_path / "dense")
+    assert main([str(tmp_path / "dense"), str(tmp_path / "store")]) == 3
+    assert "dense model without experts; `expertd convert`" in capsys.readouterr().err
+    assert main([str(tmp_path / "dense"), "--verify"]) == 3
+    assert "is not an expert store" in capsys.readouterr().err
+    assert main([str(tmp_path / "dense")]) == 2
