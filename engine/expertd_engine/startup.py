@@ -213,6 +213,6 @@ def _describe(
         numerics=context.numerics,
         direct_io=records.direct,
         fallbacks=context.fallbacks,
-        torch_version=torch.__version__,
+        torch_version=str(torch.__version__),
         transformers_version=transformers.__version__,
     )

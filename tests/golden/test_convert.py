@@ -62,7 +62,8 @@ def test_blocks_are_exact_slices_and_down_proj_is_scaled_exactly(dtype: torch.dt
             expert = f"{moe}.experts.{block}"
             assert torch.equal(stored[f"{expert}.w1.weight"], state[f"{dense}.gate_proj.weight"][rows])
             assert torch.equal(stored[f"{expert}.w3.weight"], state[f"{dense}.up_proj.weight"][rows])
-            assert torch.equal(stored[f"{expert}.w2.weight"].double(), state[f"{dense}.down_proj.weight"][:, rows].double() * 4)  # fmt: skip
+            columns = state[f"{dense}.down_proj.weight"][:, rows]
+            assert torch.equal(stored[f"{expert}.w2.weight"].double(), columns.double() * 4)
         assert not stored[f"{moe}.gate.weight"].any()
     assert all(tensor.dtype == dtype for tensor in stored.values())
     assert torch.equal(stored["lm_head.weight"], state["lm_head.weight"])

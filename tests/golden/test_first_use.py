@@ -51,7 +51,8 @@ def test_module_prints_progress_and_the_store(tmp_path: Path, capsys: pytest.Cap
 
 def test_two_at_once_make_one_store(tmp_path: Path) -> None:
     make_llama(tmp_path / "dense")
-    command = [sys.executable, "-m", "expertd_engine.sources", str(tmp_path / "dense"), "--cache-dir", str(tmp_path / "cache")]  # fmt: skip
+    dense, cache = str(tmp_path / "dense"), str(tmp_path / "cache")
+    command = [sys.executable, "-m", "expertd_engine.sources", dense, "--cache-dir", cache]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     answers = [process.communicate(timeout=120)[0].splitlines()[-1] for process in both]
     assert [process.returncode for process in both] == [0, 0] and answers[0] == answers[1]

@@ -60,19 +60,19 @@ class Twin:
     peak: int = 0
 
     def __post_init__(self) -> None:
-        self.budget = self.ledger.budget_bytes
+        self.budget = self.limit = self.ledger.budget_bytes
 
     def send(self, event: Event) -> list[Instruction]:
         """Hand the event to the ledger, follow its instructions one by one, compare."""
         idle_before = self.idle()
-        over_before = self.charged() > self.budget
+        self.limit = max(self.budget, self.limit)
         self.evicted, self.unwanted = [], None
         self._learn(event)
         out = self.ledger.handle(event)
         for instruction in out:
             self._follow(instruction)
         if self.thorough:
-            self._check_event(event, out, idle_before, over_before)
+            self._check_event(event, out, idle_before)
             self.compare()
         return out
 
@@ -129,6 +129,7 @@ class Twin:
                     (self.asked if lease_id in self.asked else self.granted).pop(lease_id)
             case SetBudget(budget_bytes):
                 self.budget = budget_bytes
+                self.limit = max(self.limit, budget_bytes)
             case Tick(position):
                 self._learn_tick(position)
 
@@ -195,11 +196,13 @@ class Twin:
             assert flight.expert != load.expert, "law 3: two loads in flight for one expert"
             assert flight.slot != load.slot, "law 3: two loads into one slot"
         victim = self.content.get(load.slot)
+        above = self.charged() > self.budget
         self._evict(load.slot)
         assert load.expert not in self.resident(), "law 3: load of a resident expert"
         self.committed[load.slot] = max(self.committed.get(load.slot, 0), self.sizes[load.expert])
-        assert self.charged() <= self.budget, f"law 1: {self.charged()} bytes charged of {self.budget}"
+        assert self.charged() <= self.limit, f"law 1: {self.charged()} bytes charged of {self.limit}"
         self.peak = max(self.peak, self.charged())
+        assert not above or load.priority is Priority.DEMAND, "law 1: prefetch above the budget"
         self.flights[load.load_id] = Flight(load.expert, load.slot, load.priority)
         if load.priority is Priority.DEMAND:
             assert load.expert in self.asked.values(), "law 4: demand load without a demand"
@@ -227,10 +230,8 @@ class Twin:
 
     # ------------------------------------------------------------ comparisons
 
-    def _check_event(self, event: Event, out: list[Instruction], idle_before: set[ExpertId], over: bool) -> None:
+    def _check_event(self, event: Event, out: list[Instruction], idle_before: set[ExpertId]) -> None:
         loads = [i for i in out if isinstance(i, Load)]
-        if over and not isinstance(event, SetBudget) and self.charged() > self.budget:
-            assert not loads, "law 1: load issued above the budget"
         if not any(load.priority is Priority.PREFETCH for load in loads):
             spared = idle_before & self.idle() & self.on_probation
             gone = [e for e in self.evicted if e in idle_before and e not in self.on_probation]
@@ -246,7 +247,11 @@ class Twin:
         loading = sum(self.sizes[flight.expert] for flight in self.flights.values())
         assert self.charged() == resident + loading, "law 1: a free slot keeps memory"
         assert (ledger.resident_bytes, ledger.loading_bytes, ledger.peak_bytes) == (resident, loading, self.peak)
-        assert ledger.limit_bytes == max(self.budget, self.charged()), "law 1: the limit"
+        assert self.charged() <= ledger.limit_bytes <= max(self.limit, self.budget), "law 1: the limit rises"
+        if not any(self.state(expert) in ("absent", "doomed") for expert in self.asked.values()):
+            at_once = len(set(self.sizes.values())) == 1
+            assert not at_once or ledger.limit_bytes == max(self.budget, self.charged()), "law 1: the limit stays high"
+        self.limit = ledger.limit_bytes
         assert ledger.budget_bytes == self.budget
         assert sum(ledger.residents_by_layer()) == len(self.content)
         counted = {

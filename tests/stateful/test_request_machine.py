@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from expertd_engine.errors import EngineError
 from expertd_engine.messages import FinishReason, TokenLogprob
@@ -53,6 +53,14 @@ class SequenceMachine(RuleBasedStateMachine):
         self.word, self.blocks, self.computed = "preempted", [], 0
         self.preemptions += 1
         assert self.sequence.prefill_end == len(self.known())
+
+    @precondition(lambda self: self.word == "running" and self.computed)
+    @rule()
+    def lose_its_blocks_and_return(self) -> None:
+        """Of its own parts, but otherwise rare."""
+        self.preempt()
+        self.admit([1])
+        self.advance(1)
 
     @rule(reason=st.sampled_from(["stop", "length", "abort", "error"]), patience=st.integers(0, 7))
     def finish(self, reason: FinishReason, patience: int) -> None:

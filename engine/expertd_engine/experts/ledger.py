@@ -3,8 +3,9 @@
 Owner: the engine thread; whoever carries out the instructions owns nothing. Laws (numbers as in the error messages):
 
 1. charged bytes ≤ limit at every instant, between two instructions too; the limit is the budget, or, after the budget
-   was lowered below what leases hold, what is still charged: it falls as they end, and no load is issued meanwhile.
-   Charged are, for each slot, the most bytes written since it was last dropped; at the end of an event that is the
+   was lowered below what leases hold, what is still charged: it falls as they end, and meanwhile no load is issued
+   but the second try of a failed one, in its own slot, and one for the first demand in line, within the old limit,
+   where it would otherwise wait for ever. Charged are, for each slot, the most bytes written since it was last dropped; at the end of an event that is the
    sum of the records resident, loading and doomed.
 2. A leased expert is never evicted.
 3. One owner for each slot, at most one load in flight for each expert, and a lease ends once.
@@ -58,6 +59,10 @@ from expertd_engine.experts.events import (
 from expertd_engine.experts.policy import Facts, Policy, Victims
 
 __all__ = ["Ledger", "LedgerError", "State"]
+
+_LOADS = {Priority.DEMAND: "demand load", Priority.PREFETCH: "prefetch load"}
+
+_EVICTIONS = {"capacity": "evicted for room from slot", "budget_change": "evicted for the budget from slot"}
 
 ATTEMPTS = 2
 """Loads tried for a demanded record before its leases are denied."""
@@ -124,6 +129,8 @@ class Ledger:
         self.minimum_bytes = min(2 * max(sizes), sum(sizes))
         self.max_budget_bytes = budget_bytes if max_budget_bytes is None else max_budget_bytes
         self.budget_bytes = self._checked_budget(budget_bytes)
+        self._cap = self.budget_bytes
+        """What loads may fill: the budget, unless it was lowered while demands wait."""
         self.num_slots = slots_needed(sizes, self.max_budget_bytes)
         self.counters = Counters([0] * len(layers), [0] * len(layers), [0] * len(layers))
         self._slots = Slots(self.num_slots)
@@ -154,7 +161,9 @@ class Ledger:
         out: list[Instruction] = []
         self._out = out
         self._handlers[type(event)](event)
-        if self._slots.occupied > self.budget_bytes:
+        if self._cap != self.budget_bytes:
+            self._follow_budget()
+        if self._slots.occupied > self._cap:
             self._shrink()
         if self._queue:
             self._serve_waiting()
@@ -168,7 +177,7 @@ class Ledger:
     @property
     def limit_bytes(self) -> int:
         """What charged bytes may not exceed now (law 1)."""
-        return max(self.budget_bytes, self._slots.charged)
+        return max(self._cap, self._slots.charged)
 
     @property
     def resident_bytes(self) -> int:
@@ -245,14 +254,13 @@ class Ledger:
         record = self._end_load(event.load_id)
         self.counters.load_failures += 1
         self._settle_prefetch(record, "wasted")
-        self._vacate(record)
-        if not record.leases:
+        record.failures += bool(record.leases)
+        held = record.state is State.LOADING and record.leases and record.expert not in self._queue
+        if held and record.failures < ATTEMPTS:
+            self._issue_load(record, Priority.DEMAND)  # in its own slot: above a lowered budget there is no other
             return
-        record.failures += 1
-        if record.failures < ATTEMPTS:
-            self._queue[record.expert] = record
-            self._queue.move_to_end(record.expert, last=False)
-        else:
+        self._vacate(record)
+        if record.failures >= ATTEMPTS:
             self._deny(record, event.reason)
 
     def _cancelled(self, event: Cancelled) -> None:
@@ -357,8 +365,11 @@ class Ledger:
         if not self._queue or len(record.leases) > 1:
             return False
         first = next(iter(self._queue.values()))
-        held = self._slots.occupied - self._idle_bytes - self._prefetching_bytes - self._doomed_bytes
-        return held + record.nbytes + first.nbytes > self.budget_bytes
+        return self._held_bytes() + record.nbytes + first.nbytes > self._cap
+
+    def _held_bytes(self) -> int:
+        """Bytes that only the end of a lease can free: leased, or loading on demand."""
+        return self._slots.occupied - self._idle_bytes - self._prefetching_bytes - self._doomed_bytes
 
     def _hold(self, record: _Record, lease_ids: Sequence[int]) -> None:
         """Give the leases a resident record, or let them wait for one that is loading."""
@@ -418,9 +429,9 @@ class Ledger:
 
     def _make_room(self, nbytes: int) -> bool:
         """Evict for a demand. Where that is not enough but giving up prefetches would be, give up just enough."""
-        missing = self._slots.occupied - self._idle_bytes + nbytes - self.budget_bytes
+        missing = self._slots.occupied - self._idle_bytes + nbytes - self._cap
         if missing <= 0:
-            while self._slots.occupied + nbytes > self.budget_bytes:
+            while self._slots.occupied + nbytes > self._cap:
                 self._evict(self._victims.take(), "capacity")
             return True
         if missing - self._doomed_bytes <= self._prefetching_bytes:
@@ -458,18 +469,27 @@ class Ledger:
             self._evict(facts, "capacity")
         return True
 
+    def _follow_budget(self) -> None:
+        """Take a changed budget as the limit; a lowered one only as far as the first demand in line can still load.
+
+        Leases asked for after it may hold all that the lowered budget leaves, and their consumer waits for it first.
+        """
+        first = next(iter(self._queue.values()), None)
+        needed = self._held_bytes() + first.nbytes if first else 0
+        self._cap = max(self.budget_bytes, min(self._cap, needed))
+
     def _shrink(self) -> None:
         """Come down to a lowered budget as far as leases and demanded loads allow."""
-        while self._slots.occupied > self.budget_bytes and len(self._victims):
+        while self._slots.occupied > self._cap and len(self._victims):
             self._evict(self._victims.take(), "budget_change")
-        self._cancel_prefetches(self._slots.occupied - self._doomed_bytes - self.budget_bytes)
+        self._cancel_prefetches(self._slots.occupied - self._doomed_bytes - self._cap)
 
     def _evict(self, facts: Facts, reason: str) -> None:
         record = self._records[facts.expert]
         self._idle_bytes -= record.nbytes
         self._resident_bytes -= record.nbytes
         self.counters.evictions[reason] += 1
-        self._story.tell(record.expert, f"evicted ({reason}) from slot", record.slot)
+        self._story.tell(record.expert, _EVICTIONS[reason], record.slot)
         self._settle_prefetch(record, "wasted")
         self._vacate(record)
 
@@ -492,12 +512,7 @@ class Ledger:
     # ------------------------------------------------------------ loads
 
     def _load(self, record: _Record, priority: Priority) -> None:
-        self._last_load += 1
-        record.load_id = self._last_load
-        record.slot = self._slots.take(record.nbytes, self.budget_bytes, self._out)
-        record.state = State.LOADING
-        record.priority = priority
-        self._loads[record.load_id] = record
+        record.slot = self._slots.take(record.nbytes, self._cap, self._out)
         if priority is Priority.PREFETCH:
             record.pending = True
             record.facts.probation = False
@@ -506,7 +521,15 @@ class Ledger:
             self.counters.prefetch_pending += 1
             self._prefetching[record.expert] = record
             self._prefetching_bytes += record.nbytes
-        self._story.tell(record.expert, f"{priority.name.lower()} load into slot {record.slot}, load", record.load_id)
+        self._issue_load(record, priority)
+
+    def _issue_load(self, record: _Record, priority: Priority) -> None:
+        self._last_load += 1
+        record.load_id = self._last_load
+        record.state = State.LOADING
+        record.priority = priority
+        self._loads[record.load_id] = record
+        self._story.tell(record.expert, _LOADS[priority], record.load_id)
         self._out.append(Load(record.load_id, record.expert, record.slot, priority))
 
     def _end_load(self, load_id: int) -> _Record:
@@ -541,7 +564,7 @@ class Ledger:
 
     def _may_revive(self, record: _Record) -> bool:
         """A doomed record that was loaded after all may stay if it is what the first demand in line waits for."""
-        return next(iter(self._queue.values()), None) is record and self._slots.occupied <= self.budget_bytes
+        return next(iter(self._queue.values()), None) is record and self._slots.occupied <= self._cap
 
     def _settle_prefetch(self, record: _Record, outcome: PrefetchOutcome) -> None:
         if record.pending:

@@ -178,13 +178,15 @@ def _cut(tiles: list[_Tile], bytes_each: int) -> list[list[_Tile]]:
 class _Call:
     """Tiles that go through one kernel call: all over the same number of keys.
 
-    They are of one sequence and share its keys, or each of another sequence.
+    They all share the same keys of one sequence, or each brings its own.
     """
 
     def __init__(self, tiles: Sequence[_Tile], window: int | None, block_tokens: int) -> None:
         self.num_tiles = len(tiles)
-        sources = tiles[:1] if len({tile.span.row for tile in tiles}) == 1 else tiles
         ranges = [_key_range(tile, window) for tile in tiles]
+        # With a window, tiles of one sequence may be over equally many keys that are not the same.
+        keys_of = {(tile.span.row, *keys) for tile, keys in zip(tiles, ranges, strict=True)}
+        sources = tiles[:1] if len(keys_of) == 1 else tiles
         self.num_keys = ranges[0][1] - ranges[0][0]
         tables: list[int] = []
         stale: list[int] = []
