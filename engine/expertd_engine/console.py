@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,6 +71,8 @@ def run_command(command: Callable[[], None]) -> int:
     """Run `command`; an error meant for the user becomes one line on stderr and its exit code."""
     try:
         command()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except ExpertdError as error:
         print(f"expertd: error: {error}", file=sys.stderr)
         return error.exit_code

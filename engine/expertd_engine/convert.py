@@ -66,8 +66,9 @@ def convert_blocks(
 ) -> None:
     """Write the block model of `source` (checkpoint folder or GGUF file) to the new folder `destination`.
 
-    `blocks` None means 16, or the most that the FFN allows below. `dtype` is `float32`, `bf16`, or `auto`: bf16 if the source is, float32 otherwise. Raises ModelError for a model
-    that Mixtral cannot express and for a `blocks` that its FFN does not divide into, naming what is allowed.
+    `blocks` None means 16, or the most that the FFN allows below. `dtype` is `float32`, `bf16`, or `auto`: bf16 if the
+    source is, float32 otherwise. Raises ModelError for a model that Mixtral cannot express and for a `blocks` that its
+    FFN does not divide into, naming what is allowed; ResourceError for a full disk.
     """
     config = load_dense_config(source)
     blocks = choose_blocks(config, blocks)

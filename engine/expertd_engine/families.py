@@ -36,6 +36,9 @@ LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 """Left out are `dynamic` and `longrope`, whose frequencies follow the longest sequence of the batch."""
 
+_WINDOW_IN_MASK_ALONE = frozenset({"phimoe", "qwen2_moe"})
+"""Model types whose masks have the sliding window while their attention calls are not told of it."""
+
 _OWN_EXPERTS = frozenset({
     "dbrx", "jetmoe", "llama4", "llama4_text", "longcat_flash", "nllb_moe", "nllb-moe", "step3p7",
     "switch_transformers",
@@ -76,6 +79,15 @@ def check_rope(config: Config) -> None:
                 f"{config.model_type} with rope type {kind!r} cannot be served: allowed are {_names(ROPE_TYPES)} "
                 f"(others depend on the longest sequence of the batch)"
             )
+
+
+def untold_window(config: Config, layer: int) -> int | None:
+    """Tokens that attention layer `layer` sees though its call names no window; None where calls say what they mean."""
+    if config.model_type not in _WINDOW_IN_MASK_ALONE:
+        return None
+    kinds = getattr(config, "layer_types", None)
+    windowed = kinds is None or kinds[layer] == "sliding_attention"
+    return config.sliding_window if windowed else None
 
 
 def build_meta_model(
@@ -179,8 +191,6 @@ def _fault_of_layers(config: Config) -> str | None:
     others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if others:
         return f"it has layers of type {_names(others)}; allowed are {_names(LAYER_TYPES)}"
-    if config.model_type == "qwen2_moe" and getattr(config, "use_sliding_window", False):
-        return "with a sliding window in use, its attention is not told of the window; set use_sliding_window to false"
     return None
 
 

@@ -119,6 +119,4 @@ def _as_user_errors(destination: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise ResourceError(f"disk full while writing {destination}: {error.strerror}; nothing was kept") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise ResourceError(f"cannot write {destination}: {error.strerror} ({error.filename})") from error
-        raise
+        raise ResourceError(f"cannot write {destination}: {error}") from error

@@ -160,8 +160,10 @@ def _check_together(request: CompletionRequest) -> None:
 
 
 def _invalid(error: ValidationError) -> InvalidRequest:
-    """The first problem in words. `loc` may end in the name of a union's branch: only the field's own path is told."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    """The first field's problem in words; where it has several forms, that of the form which came nearest. `loc` may
+    hold the name of a form: only the path that the client knows is told."""
+    problems = error.errors(include_url=False, include_context=False)
+    first = max((p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))
     path = [str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "list[", "function-"))]
     name = ".".join(path) or "body"
     if first["type"] == "missing":

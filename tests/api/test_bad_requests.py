@@ -144,7 +144,7 @@ def test_a_long_value_is_clipped_in_the_message(server: Server) -> None:
     ("given", "answered"), [("abc-1.2:3_4", "abc-1.2:3_4"), ("a b\tc/é", "abc"), ("x" * 1000, "x" * 128)]
 )
 def test_a_request_id_is_sanitised_and_echoed(server: Server, given: str, answered: str) -> None:
-    response = server.http.get("/live", headers={"x-request-id": given.encode()})
+    response = server.http.get("/live", headers={b"x-request-id": given.encode()})
     assert response.headers["x-request-id"] == answered
 
 

@@ -6,12 +6,14 @@ import json
 import mmap
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -248,6 +250,20 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_too_little_space_is_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_mixtral(tmp_path / "checkpoint")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ResourceError, match=r"not enough disk space for .*store: \d{6} bytes needed, 1000 free"):
+        prepare(tmp_path / "checkpoint", tmp_path / "store")
+
+
+def test_a_place_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
+    make_mixtral(tmp_path / "checkpoint")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ResourceError, match=r"cannot write .*file/store"):
+        prepare(tmp_path / "checkpoint", tmp_path / "file" / "store")
 
 
 def test_only_a_store_is_ever_replaced_and_only_when_told(tmp_path: Path) -> None:

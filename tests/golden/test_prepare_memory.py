@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -37,8 +38,9 @@ print(json.dumps({"anonymous": peak, "experts": store.index.expert_bytes_total()
 def _write_sparse_checkpoint(folder: Path) -> int:
     """A Mixtral of zeros that takes no disk space; returns its length. Read, it fills memory as any other would."""
     config = MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=8,
-        num_key_value_heads=8, num_local_experts=EXPERTS, architectures=["MixtralForCausalLM"], dtype="bfloat16",
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS,
+        num_attention_heads=8, num_key_value_heads=8, num_local_experts=EXPERTS, dtype="bfloat16",
+        architectures=["MixtralForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -75,5 +77,6 @@ def test_checkpoint_three_times_as_big_as_memory(tmp_path: Path) -> None:
         assert group.num_kills == 0
         figures = json.loads(done.stdout)
         print(f"limit {LIMIT_BYTES}, charged at most {group.peak_bytes}, checkpoint {size}, {figures}")
+    shutil.rmtree(tmp_path / "store")  # pytest keeps the folders of its last runs, and this one is large
     assert figures["experts"] == LAYERS * LAYER_BYTES
     assert figures["anonymous"] < LIMIT_BYTES

@@ -71,7 +71,8 @@ def _byte_ids() -> list[int]:
     """Token id of each byte: printable bytes stand for themselves in the alphabet, the others come after Latin-1."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
-    return [TOKENIZER.token_to_id(chr(b if b in printable else next(others))) for b in range(256)]
+    vocabulary = TOKENIZER.get_vocab()
+    return [vocabulary[chr(b if b in printable else next(others))] for b in range(256)]
 
 
 BYTE_IDS = _byte_ids()

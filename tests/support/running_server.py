@@ -89,7 +89,8 @@ class Server:
 
     def close(self) -> None:
         self.http.close()
-        self._loop.call_soon_threadsafe(lambda: (self.daemon.stop(), self.daemon.stop()))
+        self.signal()
+        self.signal()
         self.join()
 
 

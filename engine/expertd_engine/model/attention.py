@@ -20,6 +20,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from expertd_engine.errors import ModelError
 from expertd_engine.experts.slab import PAGE, Slab
+from expertd_engine.families import untold_window
 
 ATTENTION_NAME = "expertd_paged"
 TILE_QUERIES = 8
@@ -280,13 +281,14 @@ def paged_attention(
     Returns `[1, T, heads, value_dim]`. `s_aux` `[heads]` are attention sinks: one more key of that score and no value.
     """
     heads, kv_heads = query.shape[1], key.shape[1]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module of transformers has it
     out = expertd_batch.attend(
-        int(module.layer_idx),  # type: ignore[arg-type]  # every attention module of transformers has it
+        layer,
         query[0].transpose(0, 1).unflatten(1, (kv_heads, heads // kv_heads)),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
         query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window,
+        untold_window(module.config, layer) if sliding_window is None else sliding_window,
         None if s_aux is None else s_aux.view(kv_heads, -1),
     )
     return out.flatten(1, 2).unsqueeze(0), None

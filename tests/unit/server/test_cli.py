@@ -1,0 +1,86 @@
+"""The command line: effective values with their source, one line for every error, the right exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from expertd_engine.config import Config
+from expertd_server.cli import main
+from expertd_server.daemon import bind
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("EXPERTD_CONFIG", "EXPERTD_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def effective(capsys: pytest.CaptureFixture[str]) -> dict[str, tuple[str, str]]:
+    lines = [line.partition("#") for line in capsys.readouterr().out.splitlines()]
+    return {key.partition(":")[0]: (key.partition(":")[2].strip(), source.strip()) for key, _, source in lines}
+
+
+def test_every_option_is_shown_with_its_source(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("io_threads: 3\nport: 1\nthreads: 7\n")
+    monkeypatch.setenv("EXPERTD_PORT", "2")
+    monkeypatch.setenv("EXPERTD_THREADS", "5")
+    assert main(["check-config", "m", "--config", str(file), "--threads", "4", "--no-prefetch"]) == 0
+    shown = effective(capsys)
+    assert shown.keys() == {option.name for option in dataclasses.fields(Config)}
+    assert shown["io_threads"] == ("3", str(file))
+    assert shown["port"] == ("2", "environment")
+    assert shown["threads"] == ("4", "flag")
+    assert shown["prefetch"] == ("off", "flag")
+    assert shown["model"] == ("m", "flag")
+    assert shown["expert_budget"] == ("null", "default")
+
+
+def test_the_file_may_be_named_by_the_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("max_waiting: 9")
+    monkeypatch.setenv("EXPERTD_CONFIG", str(file))
+    assert main(["check-config"]) == 0
+    assert effective(capsys)["max_waiting"] == ("9", str(file))
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "named"),
+    [
+        ([], 2, "COMMAND"),
+        (["fly"], 2, "fly"),
+        (["serve", "--bogus"], 2, "--bogus"),
+        (["check-config", "--port", "99999"], 3, "99999"),
+        (["check-config", "--expert-budget", "lots"], 3, "lots"),
+        (["check-config", "--config", "/nowhere.yaml"], 3, "/nowhere.yaml"),
+    ],
+)
+def test_an_error_is_one_line_with_its_code(
+    capsys: pytest.CaptureFixture[str], argv: list[str], code: int, named: str
+) -> None:
+    assert main(argv) == code
+    error = capsys.readouterr().err
+    assert error.startswith("expertd: error: ")
+    assert error.count("\n") == 1
+    assert named in error
+
+
+def test_a_taken_port_is_a_resource_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "demo", "--port", str(port)]) == 4
+    assert f"127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("expertd ")
