@@ -78,7 +78,7 @@ class StoreIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     architecture: str
     """Class in transformers that builds the model."""
     dense_dtype: str
-    """`float32` or `bfloat16`: what the model computes in."""
+    """`float32` or `bf16`: what the model computes in."""
     experts_format: str
     top_k: int
     layouts: list[RecordLayout]

@@ -21,9 +21,9 @@ from expertd_engine.errors import StoreError
 from expertd_engine.experts.slab import PAGE, Slab
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import DENSE_NAME
-from expertd_engine.families import Model, build_meta_model, find_experts, load_config
+from expertd_engine.families import DTYPES, Model, build_meta_model, find_experts, load_config
 from expertd_engine.model.attention import ATTENTION_NAME, paged_attention
-from expertd_engine.model.moe import EXPERTS_NAME, TENSOR_DTYPES, MoELayer, SlotViews, experts_function
+from expertd_engine.model.moe import EXPERTS_NAME, MoELayer, SlotViews, experts_function
 from expertd_engine.model.numerics import make_invariant
 
 _CHUNK_BYTES = 8 * 2**20
@@ -52,7 +52,7 @@ def load_model(store: ExpertStore) -> LoadedModel:
     AttentionInterface.register(ATTENTION_NAME, paged_attention)
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, experts_function)
     config = load_config(store.path)
-    dtype = TENSOR_DTYPES[store.index.dense_dtype]
+    dtype = DTYPES[store.index.dense_dtype]
     model = build_meta_model(config, dtype, attn_implementation=ATTENTION_NAME, experts_implementation=EXPERTS_NAME)
     modules = dict(find_experts(model))
     if list(modules) != [layer.module for layer in store.index.layers]:
