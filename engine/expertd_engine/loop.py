@@ -110,8 +110,10 @@ class EngineLoop:
     def run(self) -> None:
         core = self._engine.core
         self._snapshot(time.monotonic())
-        while not self._stopping:
+        while True:
             self._take_inbox(0.0 if core.has_work else SNAPSHOT_BUSY_S)
+            if self._stopping:
+                break
             if core.has_work:
                 steps = core.step(time.monotonic())
                 if steps.outputs or steps.finished:

@@ -61,9 +61,9 @@ def proportional_bytes(pid: int) -> int:
 
 
 def peak_rss_bytes(pid: int | str = "self") -> int:
-    """The kernel's high-water mark of the resident set (`VmHWM`)."""
+    """The kernel's high-water mark of the resident set (`VmHWM`). 0 once it has ended, reaped or not."""
     try:
-        return fields_kib(_PROC / str(pid) / "status")["VmHWM"]
+        return fields_kib(_PROC / str(pid) / "status").get("VmHWM", 0)
     except OSError:
         return 0
 
@@ -119,11 +119,13 @@ class MemoryCgroup:
 
 
 def find_cgroup(pid: int) -> MemoryCgroup | None:
-    """The memory cgroup of a process; None where there is no controller or it is the root group."""
+    """The memory cgroup of a process; None where there is no controller.
+
+    A container with a cgroup namespace calls its own group `/`. So does a box its root group, which in version 1 has
+    no limit and holds other processes, and in version 2 has no `memory.current`.
+    """
     for line in (_PROC / str(pid) / "cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if path == "/":
-            continue
         if controllers == "":
             folder, version = Path("/sys/fs/cgroup" + path), 2
         elif "memory" in controllers.split(","):

@@ -37,6 +37,8 @@ class SchedulerLimits:
     """Tokens of prompt and output together."""
     ageing_steps: int = 256
     """Steps of waiting that outweigh one unit of priority."""
+    max_scored_tokens: int = 64
+    """Prompt tokens whose log-probabilities one step computes: each needs a row of logits, a vocabulary long."""
     max_mode_steps: int = 8
     """Steps in a row of one mode while sequences of the other wait."""
 
@@ -172,7 +174,7 @@ class Scheduler:
         for mode in self._turns():
             chunks = self._continue_running(mode, preempted)
             if not preempted:
-                chunks += self._admit_waiting(mode, self.limits.max_step_tokens - sum(c.num_tokens for c in chunks))
+                chunks += self._admit_waiting(mode, chunks)
             if chunks:
                 return self._begin_step(StepPlan(self._step, mode, tuple(chunks), tuple(preempted)))
         if self._sequences:
@@ -234,11 +236,18 @@ class Scheduler:
         for sequence in rows:
             num_tokens = sequence.num_uncomputed_tokens
             if num_tokens > 1:
-                num_tokens = min(num_tokens, left)
+                num_tokens = self._scorable(sequence, min(num_tokens, left), chunks)
                 left -= num_tokens
             if num_tokens and self._make_room(sequence, num_tokens, preempted):
                 chunks.append(_chunk(sequence, num_tokens))
         return chunks
+
+    def _scorable(self, sequence: Sequence, num_tokens: int, chunks: Collection[Chunk]) -> int:
+        """At most `num_tokens`, so few that their prompt log-probabilities fit into the step beside those of `chunks`."""
+        start = sequence.num_computed_tokens
+        wanted = sequence.unscored(start, start + num_tokens)
+        left = self.limits.max_scored_tokens - sum(len(chunk.prompt_logprob_positions) for chunk in chunks)
+        return num_tokens if len(wanted) <= left else wanted.start + left - start
 
     def _make_room(self, sequence: Sequence, num_tokens: int, preempted: list[Sequence]) -> bool:
         """Blocks for the next tokens of `sequence`, at the cost of those after it; False if it had to go itself."""
@@ -254,12 +263,13 @@ class Scheduler:
         sequence.block_table += self.pool.allocate(max(count, 0))
         return True
 
-    def _admit_waiting(self, mode: ExpertMode, tokens: int) -> list[Chunk]:
+    def _admit_waiting(self, mode: ExpertMode, running: Collection[Chunk]) -> list[Chunk]:
         """Admit by rank while there are tokens, rows, and blocks for *all* known tokens of the next one.
 
         With blocks for a first chunk alone, sequences admitted together would starve each other and be computed
         twice. One of the other mode gets its row and blocks here too, in its place, and its tokens at its turn.
         """
+        tokens = self.limits.max_step_tokens - sum(chunk.num_tokens for chunk in running)
         chunks: list[Chunk] = []
         while self._waiting and tokens and len(self._running) < self.limits.max_running:
             sequence = self._waiting[0]
@@ -268,9 +278,12 @@ class Scheduler:
                 break
             sequence.admit(self.pool.allocate(count))
             insort(self._running, self._waiting.pop(0), key=_rank)
-            if sequence.mode == mode:
-                chunks.append(_chunk(sequence, min(sequence.num_uncomputed_tokens, tokens)))
-                tokens -= chunks[-1].num_tokens
+            if sequence.mode != mode:
+                continue
+            num_tokens = self._scorable(sequence, min(sequence.num_uncomputed_tokens, tokens), [*running, *chunks])
+            if num_tokens:
+                chunks.append(_chunk(sequence, num_tokens))
+                tokens -= num_tokens
         return chunks
 
     def _preempt(self, sequence: Sequence) -> None:

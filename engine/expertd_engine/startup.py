@@ -62,7 +62,7 @@ class _Context:
     store: ExpertStore
     loaded: LoadedModel
     shapes: list[LayerShape]
-    max_model_len: int
+    limits: SchedulerLimits
     fallbacks: list[str]
     numerics: str
 
@@ -88,9 +88,10 @@ def start_engine(
         fallbacks.append("numerics are per batch: this box's libraries do not give a row the same bits in every batch")
     report("trial", 0.5)
     base = meter.measure().used_bytes
-    step = trial.largest_step_bytes(config.max_step_tokens, config.max_sequences, max_model_len)
+    limits = SchedulerLimits(config.max_sequences, config.max_step_tokens, max_model_len)
+    step = trial.largest_step_bytes(limits)
     numerics = "invariant" if invariant else "per-batch"
-    context = _Context(config, store, loaded, trial.shapes, max_model_len, fallbacks, numerics)
+    context = _Context(config, store, loaded, trial.shapes, limits, fallbacks, numerics)
     plan = plan_memory(_measured(context, base, step), _asked(config, max_model_len))
     report("allot", 0.0)
     return _assemble(context, plan, meter, wrap)
@@ -138,8 +139,7 @@ def _assemble(context: _Context, plan: StartupPlan, meter: MemoryMeter, wrap: Ca
         context.fallbacks.append(f"experts are read through the page cache: {records.fallback_reason}")
     cache, layers = _expert_cache(context, plan, records)
     runner = Runner(loaded, layers, storage, cache)
-    limits = SchedulerLimits(config.max_sequences, config.max_step_tokens, context.max_model_len)
-    core = EngineCore(Scheduler(limits, pool), wrap(runner), loaded.eos_token_ids)
+    core = EngineCore(Scheduler(context.limits, pool), wrap(runner), loaded.eos_token_ids)
     for fallback in context.fallbacks:
         logger.warning("fallback: %s", fallback)
     info = _describe(context, plan, cache, pool, storage, records)
@@ -192,7 +192,7 @@ def _describe(
         store_id=index.store_id,
         dtype=index.experts_format,
         vocab_size=loaded.vocab_size,
-        max_model_len=context.max_model_len,
+        max_model_len=context.limits.max_model_len,
         max_sequences=config.max_sequences,
         max_step_tokens=config.max_step_tokens,
         eos_token_ids=list(loaded.eos_token_ids),

@@ -216,6 +216,7 @@ class Supervisor:
             try:
                 self._process = await self._launcher.start_engine(store, endpoint)
                 reason = await self._watch(self._process, reading)
+                self._mark_dead()
                 await self._hear_the_rest(reading)
             finally:
                 reading.cancel()
@@ -254,9 +255,12 @@ class Supervisor:
         if self._served_since_s is not None:
             self._service.metrics.engine_ended()
 
-    def _fail_requests(self) -> None:
+    def _mark_dead(self) -> None:
         if self._service.model is not None:
             self._service.set_state("engine_dead")
+
+    def _fail_requests(self) -> None:
+        self._mark_dead()
         self._service.engine.fail_all(EngineDead())
 
     async def _end(self, process: Process, gently: signal.Signals) -> None:

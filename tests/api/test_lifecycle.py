@@ -73,9 +73,11 @@ def test_a_client_that_leaves_has_its_sequences_aborted(
 
 
 def test_a_stop_string_aborts_the_sequence_in_the_engine(start: Start) -> None:
-    server = start(Script(answer=b"a.bcdefgh"))
-    assert server.complete(stop=".").json()["choices"][0]["text"] == "a"
-    server.engine.wait_for(lambda: bool(server.engine.aborted) or not server.engine._live)
+    server = start(Script(answer=b"a.bcdefgh", held=True))
+    waiting = background(server, stop=".")
+    server.engine.allow(2)
+    assert waiting.result().json()["choices"][0]["text"] == "a"
+    server.engine.wait_for(lambda: server.engine.aborted == list(server.engine.submitted))
 
 
 @pytest.mark.parametrize("body", [{"n": 9}, {"prompt": ["a"] * 9}, {"prompt": ["a"] * 3, "n": 3}])

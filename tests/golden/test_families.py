@@ -30,7 +30,6 @@ from support.tiny_families import FAMILIES
         ("switch_transformers", {}, "encoder-decoder"),
         ("qwen3_vl_moe", {}, "images"),
         ("clip_text_model", {}, "no causal language model"),
-        ("qwen2_moe", {"use_sliding_window": True}, "not told of the window"),
         ("mixtral", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'"),
         ("cohere2_moe", {"layer_types": ["chunked_attention"], "num_hidden_layers": 1}, "chunked_attention"),
     ],

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from expertd_engine.families import find_experts
 from expertd_engine.model.router import RouterAdapter, RouterKind
 from expertd_engine.model.router_kinds import ModuleRouterAdapter, adapt_router, check_adapter, router_kind_of
-from support.tiny_families import COMMON, FAMILIES, make_checkpoint, make_model, randomise
+from support.tiny_families import COMMON, FAMILIES, OTHERS, make_checkpoint, make_model, randomise
 
 ROWS = 48
 
@@ -58,24 +58,6 @@ SUM_TO = {
 }
 UNNORMALISED_SCALE = {"olmoe": 1.0, "deepseek_v2": 1.7}
 
-_SPLIT = {"moe_intermediate_size": 32, "intermediate_size": 64, "num_experts_per_tok": 3, "head_dim": 16}
-_GROUPED = {**_SPLIT, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5}
-OTHERS: dict[str, dict[str, Any]] = {
-    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 3, "head_dim": 16, "intermediate_size": 32},
-    "mellum": {**_SPLIT, "num_experts": 8},
-    "granitemoeshared": {"num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32},
-    "cohere2_moe": {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32},
-    "minimax_m2": {**_SPLIT, "num_local_experts": 8, "rotary_dim": 8},
-    "exaone_moe": {**_GROUPED, "num_experts": 8, "num_shared_experts": 1},
-    "solar_open": {**_GROUPED, "n_routed_experts": 8, "n_shared_experts": 1},
-    "afmoe": {**_SPLIT, "num_experts": 8, "num_shared_experts": 1, "num_dense_layers": 1, "route_scale": 1.5},
-    "dots1": {**_GROUPED, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1},
-    "glm4_moe_lite": {
-        **{key: value for key, value in _GROUPED.items() if key != "head_dim"},
-        **{"n_routed_experts": 8, "n_shared_experts": 1, "num_key_value_heads": 4},
-        **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
-    },
-}
 EVERY = [*FAMILIES, *OTHERS]
 
 

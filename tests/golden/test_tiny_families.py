@@ -88,6 +88,7 @@ def _matters(model: nn.Module, tensor: Tensor, before: Tensor) -> bool:
     [
         ("mixtral", "sliding_window", None),
         ("qwen2_moe", "norm_topk_prob", False),
+        ("qwen2_moe", "sliding_window", 1000),
         ("qwen3_moe", "norm_topk_prob", False),
         ("qwen3_moe", "sliding_window", None),
         ("olmoe", "clip_qkv", None),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
@@ -58,7 +59,7 @@ def _mixtral() -> PreTrainedConfig:
 
 
 def _qwen2_moe() -> PreTrainedConfig:
-    # No sliding window: transformers' mask knows it, its attention call does not pass it on.
+    # Of the windowed and full layers that alternate, none is told of the window: only transformers' masks have it.
     return Qwen2MoeConfig(
         **COMMON,
         intermediate_size=_DENSE_FFN,
@@ -69,6 +70,8 @@ def _qwen2_moe() -> PreTrainedConfig:
         norm_topk_prob=True,
         mlp_only_layers=[0],
         qkv_bias=True,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
     )
 
 
@@ -247,10 +250,67 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "ernie4_5_moe": _ernie4_5_moe,
 }
 
+_SPLIT = {
+    "moe_intermediate_size": _EXPERT_FFN,
+    "intermediate_size": _DENSE_FFN,
+    "num_experts_per_tok": 3,
+    "head_dim": 16,
+}
+_GROUPED = {**_SPLIT, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 1.5, "norm_topk_prob": True}
+_WINDOWED = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "hunyuan_v1_moe": {
+        "num_experts": 8,
+        "moe_topk": 3,
+        "num_shared_expert": 1,
+        "head_dim": 16,
+        "intermediate_size": _EXPERT_FFN,
+        "attention_bias": True,
+    },
+    "minimax_m2": {**_SPLIT, "intermediate_size": _EXPERT_FFN, "num_local_experts": 8, "rotary_dim": 8},
+    "exaone_moe": {**_GROUPED, **_WINDOWED, "num_experts": 12, "num_shared_experts": 1, "first_k_dense_replace": 1},
+    "solar_open": {**_GROUPED, "n_routed_experts": 12, "n_shared_experts": 1},
+    "afmoe": {
+        **_SPLIT,
+        **_WINDOWED,
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "num_dense_layers": 1,
+        "route_scale": 1.5,
+    },
+    "cohere2_moe": {
+        **_WINDOWED,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 1,
+        "intermediate_size": _EXPERT_FFN,
+        "logit_scale": 1.0,
+    },
+    "mellum": {**_SPLIT, **_WINDOWED, "num_experts": 8},
+    "granitemoeshared": {"num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": _EXPERT_FFN},
+    "dots1": {**_GROUPED, "n_routed_experts": 12, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "glm4_moe_lite": {
+        **_MLA,
+        **_GROUPED,
+        "head_dim": 8,
+    },
+}
+"""Settings, beside `COMMON`, of families that share all but details with one of `FAMILIES`."""
+
+
+def make_config(family: str) -> PreTrainedConfig:
+    """The tiny configuration of a family of `FAMILIES` or `OTHERS`."""
+    if family in FAMILIES:
+        return FAMILIES[family]()
+    return AutoConfig.for_model(family, **{**COMMON, **OTHERS[family]})
+
 
 def make_model(family: str, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of `FAMILIES[family]` in eval mode, every parameter and persistent buffer random from `seed`."""
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32).eval()
+    """A model of that family in eval mode, every parameter and persistent buffer random from `seed`."""
+    model = AutoModelForCausalLM.from_config(make_config(family), dtype=torch.float32).eval()
     randomise(model, seed)
     for parameter in model.parameters():
         # Buffers (the selection biases) stay in float32, as the checkpoints of these families hold them.

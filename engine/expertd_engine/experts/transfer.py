@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Protocol
 
-from expertd_engine.errors import ExpertdError
 from expertd_engine.experts.events import Cancelled, ExpertId, Failed, Load, Loaded, Priority
 
 Completion = Loaded | Failed | Cancelled
@@ -108,7 +107,7 @@ class Transfers:
             try:
                 self._reader.read_record(job.load.expert, job.buffer)
                 completion = Loaded(job.load.load_id)
-            except (OSError, ExpertdError) as error:
+            except Exception as error:  # a thread's loop top: a thread that dies leaves the engine waiting for ever
                 completion = Failed(job.load.load_id, f"{type(error).__name__}: {error}")
             self._count(time.perf_counter() - began)
             self.completions.put(completion)

@@ -334,7 +334,8 @@ def _kernel(
     """One key/value head: query `[tiles, rows, key_dim]`, keys `[1 or tiles, keys, dim]` to `[tiles, rows, value_dim]`.
 
     A sink is one more key of zeros whose score stands in the mask and whose value is zero. The fused CPU kernel wants
-    equal head sizes, so the smaller of key and value is padded with zeros.
+    equal head sizes, so the smaller of key and value is padded with zeros. It gives each tile to one thread, but a
+    tile that is alone to all threads, which split its products and so give other bits: that one runs twice.
     """
     value_dim = values.shape[-1]
     if sinks is not None:
@@ -345,7 +346,9 @@ def _kernel(
     width = max(query.shape[-1], value_dim)
     if query.shape[-1] != value_dim:
         query, keys, values = (pad(t, (0, width - t.shape[-1])) for t in (query, keys, values))
-    tiles = len(query)
+    num_tiles = len(query)
+    tiles = max(num_tiles, 2 if torch.get_num_threads() > 1 else 1)
+    query, mask = (t.expand(tiles, *t.shape[1:]) if num_tiles == 1 else t for t in (query, mask))
     keys, values = (t.unsqueeze(1).expand(tiles, -1, -1, -1) for t in (keys, values))
     mixed: torch.Tensor = scaled_dot_product_attention(query.unsqueeze(1), keys, values, attn_mask=mask, scale=scale)
-    return mixed[:, 0, :, :value_dim]
+    return mixed[:num_tiles, 0, :, :value_dim]

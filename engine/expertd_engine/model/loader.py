@@ -65,8 +65,7 @@ def load_model(store: ExpertStore) -> LoadedModel:
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
         raise StoreError(f"store {store.path} lacks {len(missing)} dense weights, the first is {missing[0]}")
-    if dtype == torch.float32:
-        make_invariant(model)
+    make_invariant(model, dtype)
     model.requires_grad_(False)
     return LoadedModel(
         model=model,
@@ -127,5 +126,7 @@ def _read_json(store: ExpertStore, name: str) -> dict[str, Any]:
 
 def _eos_token_ids(config: Any, generation: Mapping[str, Any]) -> tuple[int, ...]:
     """The generation configuration's word, which chat models extend, else the model's."""
-    eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
+    eos = generation.get("eos_token_id")
+    if eos is None:
+        eos = getattr(config, "eos_token_id", None)
     return tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)

@@ -1,41 +1,43 @@
-"""What makes float32 on the CPU give a token the same bits in any batch, where the libraries alone do not.
+"""What makes a token's activations the same bits in any batch on the CPU, where the libraries alone do not.
 
-bfloat16 needs nothing. In float32, matrix products want rows in multiples of four (`moe.ROW_MULTIPLE`), and
-elementwise functions are cut by the library into one share per thread whose last, partial vector goes through scalar
-code with other bits: so they are applied to pieces small enough that the library does not cut them.
+Matrix products in float32 want rows in multiples of four (`moe.ROW_MULTIPLE`); in bfloat16 they need nothing.
+Elementwise functions are cut by the library into one share per thread, and the last, partial vector of a share goes
+through scalar code with other bits: so activations are applied to pieces that are whole vectors and are never cut.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 PIECE_ELEMENTS = 32_768
 """The library's grain size for elementwise CPU kernels: what is not larger runs on one thread, uncut."""
+VECTOR_ELEMENTS = 64
+"""A multiple of what any CPU kernel takes at once: two vectors of 512 bits, of 2 bytes an element."""
+_SAME_BITS_IN_BF16 = ("SiLU", "SiLUActivation", "ReLU")
+"""Classes, torch's and transformers', whose scalar and vector code agree on every bfloat16 number; GELU's do not."""
 
 
 class InvariantActivation(torch.nn.Module):
-    """`act` on `[..., width]`, a few rows at a time. Bit-invariant when width is a multiple of the vector length."""
+    """The elementwise `act` on a tensor of any shape, in pieces of at most `PIECE_ELEMENTS`."""
 
     def __init__(self, act: torch.nn.Module) -> None:
         super().__init__()
         self.act = act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() <= PIECE_ELEMENTS:
-            return self._whole(x.contiguous())
-        rows = x.reshape(-1, x.shape[-1])
-        pieces = rows.split(max(1, PIECE_ELEMENTS // rows.shape[1]))
-        return torch.cat([self._whole(piece.contiguous()) for piece in pieces]).view(x.shape)
-
-    def _whole(self, x: torch.Tensor) -> torch.Tensor:
-        result = self.act(x)
-        assert isinstance(result, torch.Tensor)
-        return result
+        flat = x.reshape(-1)
+        whole = pad(flat, (0, -len(flat) % VECTOR_ELEMENTS))
+        results = [self.act(piece) for piece in whole.split(PIECE_ELEMENTS)]
+        result = results[0] if len(results) == 1 else torch.cat(results)
+        return result[: len(flat)].view(x.shape)
 
 
-def make_invariant(model: torch.nn.Module) -> None:
-    """Wrap every activation (`act_fn`, transformers' name for it) of a float32 model, in place."""
+def make_invariant(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Wrap the activations (`act_fn`, transformers' name for it) of a model of that dtype in place, where needed."""
     for module in list(model.modules()):
         act = getattr(module, "act_fn", None)
-        if isinstance(act, torch.nn.Module) and not isinstance(act, InvariantActivation):
+        if not isinstance(act, torch.nn.Module) or isinstance(act, InvariantActivation):
+            continue
+        if dtype == torch.float32 or type(act).__name__ not in _SAME_BITS_IN_BF16:
             module.act_fn = InvariantActivation(act)

@@ -30,17 +30,16 @@ def forward(
 ) -> torch.Tensor:
     """Logits `[len(logit_rows), V]` in float32 for the flattened `token_ids` `[T]` at `positions` `[T]`.
 
-    In float32 tokens and logit rows are padded to a multiple of four (see `moe.ROW_MULTIPLE`); the padding reaches
-    neither experts nor keys and values.
+    Tokens and logit rows are padded to a multiple of four (see `moe.ROW_MULTIPLE`), in bfloat16 too: many families
+    compute their routers in float32 whatever the weights. The padding reaches neither experts nor keys and values.
     """
-    multiple = ROW_MULTIPLE if loaded.dtype == torch.float32 else 1
     for layer in layers:
         layer.step = routes
     output = loaded.model(
-        input_ids=_padded(token_ids, multiple)[None],
-        position_ids=_padded(positions, multiple)[None],
+        input_ids=_padded(token_ids)[None],
+        position_ids=_padded(positions)[None],
         use_cache=False,
-        logits_to_keep=_padded(logit_rows or [0], multiple),
+        logits_to_keep=_padded(logit_rows or [0]),
         expertd_batch=attend,
     )
     logits: torch.Tensor = output.logits[0, : len(logit_rows)].float()
@@ -122,5 +121,5 @@ def _read_out(plan: StepPlan, logits: torch.Tensor) -> tuple[dict[int, SampledTo
     return sampled, scored
 
 
-def _padded(values: Sequence[int], multiple: int) -> torch.Tensor:
-    return torch.tensor([*values, *[0] * (-len(values) % multiple)], dtype=torch.long)
+def _padded(values: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([*values, *[0] * (-len(values) % ROW_MULTIPLE)], dtype=torch.long)

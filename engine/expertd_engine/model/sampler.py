@@ -6,6 +6,7 @@ gives the same text whatever else runs, after preemption, and in any batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -48,15 +49,23 @@ def token_logprob(logits: torch.Tensor, token: int, num_top: int) -> TokenLogpro
     logprobs = logits.log_softmax(-1)
     top: list[TopLogprob] = []
     if num_top:
-        values, ids = logprobs.topk(min(num_top, len(logprobs)))
-        ranked = sorted(zip(values.tolist(), ids.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1]))
-        top = [TopLogprob(token_id, value) for value, token_id in ranked]
+        best = best_ids(logprobs, min(num_top, len(logprobs)))
+        top = [TopLogprob(*pair) for pair in zip(best.tolist(), logprobs[best].tolist(), strict=True)]
     return TokenLogprob(token, float(logprobs[token]), top)
+
+
+def best_ids(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the `count` largest of `scores` `[V]`, best first, ties by lower index (`topk` promises no order)."""
+    least = scores.topk(count).values[-1]
+    above = (scores > least).nonzero().flatten()
+    chosen = torch.cat((above, (scores == least).nonzero().flatten()[: count - len(above)]))
+    return chosen[scores[chosen].argsort(descending=True, stable=True)]
 
 
 def uniform(seed: int, choice_index: int, position: int) -> float:
     """A number in [0, 1) that is a function of its arguments alone (Philox 4x64, Salmon et al. 2011)."""
-    generator = numpy.random.Philox(key=[seed & _MASK64, choice_index], counter=[position, 0, 0, 0])
+    key = numpy.array([seed & _MASK64, choice_index], dtype=numpy.uint64)  # a list would pass through float64
+    generator = numpy.random.Philox(key=key, counter=[position, 0, 0, 0])
     return float(int(generator.random_raw()) >> 11) * 2.0**-53
 
 
@@ -80,22 +89,29 @@ def _adjust(logits: torch.Tensor, row: SampleRow) -> torch.Tensor:
 
 
 def _draw(adjusted: torch.Tensor, row: SampleRow) -> int:
-    """Inverse of the cumulative distribution over candidates sorted by probability, after top-k, min-p and top-p."""
+    """Inverse of the cumulative distribution over the candidates."""
     sampling = row.sampling
-    logits = adjusted / sampling.temperature
-    if 0 < sampling.top_k < len(logits):
-        values, ids = logits.topk(sampling.top_k)
-    else:
-        values, ids = logits, torch.arange(len(logits))
-    order = torch.argsort(values, descending=True, stable=True)
-    probabilities = values[order].softmax(-1).double()
-    keep = len(probabilities)
-    if sampling.min_p > 0:
-        keep = int((probabilities >= sampling.min_p * probabilities[0]).sum())
-    if sampling.top_p < 1:
-        before = probabilities.cumsum(0) - probabilities  # mass of the better candidates
-        keep = min(keep, int((before < sampling.top_p).sum()))
-    cumulative = probabilities[: max(1, keep)].cumsum(0)
+    # Relative to the best, so that a temperature near zero overflows to no more than -inf.
+    scores = (adjusted - adjusted.max()) / sampling.temperature
+    ids = _candidates(scores, sampling)
+    cumulative = scores[ids].softmax(-1).double().cumsum(0)
     target = uniform(sampling.seed, row.choice_index, row.position) * float(cumulative[-1])
-    chosen = min(int(torch.searchsorted(cumulative, target, right=True)), len(cumulative) - 1)
-    return int(ids[order[chosen]])
+    chosen = min(int(torch.searchsorted(cumulative, target, right=True)), len(ids) - 1)
+    return int(ids[chosen])
+
+
+def _candidates(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Ids that top-k, min-p and top-p leave, in this order, each renormalised. The best of `scores` is 0."""
+    if 0 < sampling.top_k < len(scores):
+        ids = best_ids(scores, sampling.top_k)
+    elif sampling.top_p < 1:
+        ids = scores.argsort(descending=True, stable=True)
+    else:
+        ids = torch.arange(len(scores))
+    if sampling.min_p > 0:
+        ids = ids[scores[ids] >= math.log(sampling.min_p)]
+    if sampling.top_p < 1:
+        probabilities = scores[ids].softmax(-1).double()
+        before = probabilities.cumsum(0) - probabilities  # mass of the better ones
+        ids = ids[before < sampling.top_p]
+    return ids

@@ -18,6 +18,7 @@ from expertd_engine.model.loader import LoadedModel, attach_experts
 from expertd_engine.model.moe import MoELayer, SlotViews, StepRoutes
 from expertd_engine.model.runner import forward
 from expertd_engine.model.sampler import SampleRow, sample
+from expertd_engine.scheduler import SchedulerLimits
 
 _PROBE_TOKENS = 41
 _PROBE_CUTS = ((20, 9, 1, 1, 3, 7), (41,), (2, 39))
@@ -61,26 +62,26 @@ class Trial:
         results = [self._probe(tokens, cuts, beside) for beside in (False, True) for cuts in _PROBE_CUTS]
         return all(torch.equal(results[0], other) for other in results[1:])
 
-    def largest_step_bytes(self, max_step_tokens: int, max_sequences: int, max_model_len: int) -> int:
+    def largest_step_bytes(self, limits: SchedulerLimits) -> int:
         """Bytes that the largest step adds at its peak, from the kernel's high-water mark of this process.
 
-        A full step of one token repeated, which sends every row to the same experts; reads logits for all sequences;
+        A full step of one token repeated, which sends every row to the same experts; reads as many logits as a step may;
         samples with every option on; and, since attention's memory grows with context alone, one layer's attention
         over the longest context.
         """
         reset_peak_rss()
         before = rss_bytes()
-        self._full_step(max_step_tokens, max_sequences)
+        self._full_step(limits.max_step_tokens, limits.max_running + limits.max_scored_tokens)
         step = peak_rss_bytes() - before
         reset_peak_rss()
         before = rss_bytes()
-        self._longest_attention(max_model_len)
+        self._longest_attention(limits.max_model_len)
         return max(0, step) + max(0, peak_rss_bytes() - before)
 
-    def _full_step(self, max_step_tokens: int, max_sequences: int) -> None:
+    def _full_step(self, max_step_tokens: int, logit_rows: int) -> None:
         storage = self._storage(max_step_tokens)
         batch = AttentionBatch([Span(0, 0, max_step_tokens, self._blocks(max_step_tokens))], storage)
-        rows = [i % max_step_tokens for i in range(max_sequences)]
+        rows = [i % max_step_tokens for i in range(logit_rows)]
         positions = list(range(max_step_tokens))
         logits = self._forward(batch, [1] * max_step_tokens, positions, rows)
         options = Sampling(top_p=0.9, min_p=0.01, repetition_penalty=1.1, frequency_penalty=0.1, logprobs=20)
