@@ -19,6 +19,8 @@ import yaml
 from expertd_engine.errors import ConfigError
 
 ENV_PREFIX = "EXPERTD_"
+API_KEY_VARIABLE = ENV_PREFIX + "API_KEY"
+"""Holds API keys, which are no part of the configuration: that is printed, logged and handed on."""
 
 _UNITS = {
     "": 1, "b": 1,
@@ -100,6 +102,7 @@ class Config:
     kv_budget: Size | None = _option(None, "bytes for keys and values; default: planned", group="budget")
     expert_policy: Policy = _option("auto", "which resident expert gives way", group="budget")
     prefetch: bool = _option(True, "load foreseen experts before they are needed", group="budget")
+    prefix_cache: bool = _option(True, "keep KV of past sequences for prompts that begin alike", group="budget")
 
     max_model_len: int | None = _option(None, "tokens of prompt and answer; default: the model's", group="batch", low=1)
     max_sequences: int = _option(32, "sequences computed at once", group="batch", low=1, high=4096)
@@ -112,6 +115,24 @@ class Config:
     host: str = _option("127.0.0.1", "address to listen on", group="http")
     port: int = _option(8000, "TCP port; 0 lets the system choose", group="http", low=0, high=65535)
     max_body: Size = _option(Size(bytes=8 * 2**20), "largest request body", group="http")
+    max_queued_tokens: int = _option(
+        2**20, "prompt tokens of sequences that wait to be computed; more are refused", group="http", low=1
+    )
+    max_queue_wait_s: float = _option(
+        300.0, "seconds a request may wait for its first step before it is refused", group="http", low=0.001
+    )
+    max_per_key: int | None = _option(None, "sequences one API key may have under way", group="http", low=1)
+    api_key_file: Path | None = _option(
+        None, f"API keys, one a line, # begins a comment; {API_KEY_VARIABLE} holds more", group="http"
+    )
+    admin_key_file: Path | None = _option(None, "keys for /admin routes, one a line", group="http")
+    public_metrics: bool = _option(False, "answer /metrics without a key", group="http")
+    cors_origin: str | None = _option(
+        None, "origins whose web pages may call, separated by commas, or *; default: none", group="http"
+    )
+    sse_keep_alive_s: float = _option(
+        15.0, "seconds of silence after which a stream gets a comment; 0: never", group="http", low=0
+    )
     drain_timeout_s: float = _option(30.0, "seconds running requests get to finish after SIGTERM", group="http", low=0)
     log_level: LogLevel = _option("info", "least severe level logged", group="http")
 
@@ -183,7 +204,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name.removeprefix(ENV_PREFIX).lower(): value
         for name, value in environment.items()
-        if name.startswith(ENV_PREFIX) and name != ENV_PREFIX + "CONFIG"
+        if name.startswith(ENV_PREFIX) and name not in (ENV_PREFIX + "CONFIG", API_KEY_VARIABLE)
     }
 
 

@@ -65,6 +65,7 @@ class EngineCore:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._outputs: list[Output] = []
         self._finished: list[Finished] = []
+        self._started: list[int] = []
 
     @property
     def has_work(self) -> bool:
@@ -99,7 +100,8 @@ class EngineCore:
         plan = self.scheduler.schedule()
         if plan is not None:
             for chunk in plan.chunks:
-                chunk.sequence.stats.mark_scheduled(now_s)
+                if chunk.sequence.stats.mark_scheduled(now_s):
+                    self._started.append(chunk.sequence.sequence_id)
             try:
                 result = self._forward(plan)
             except StepFailed as failure:
@@ -134,7 +136,9 @@ class EngineCore:
         if chunk.samples:
             sampled = result.sampled[sequence_id]
             logprobs = None if sampled.logprob is None else [sampled.logprob]
-            self._outputs.append(Output(sequence_id, [sampled.token_id], logprobs, prompt_logprobs))
+            is_first = len(chunk.sequence.output_token_ids) == 1
+            cached_tokens = chunk.sequence.stats.cached_tokens if is_first else 0
+            self._outputs.append(Output(sequence_id, [sampled.token_id], logprobs, prompt_logprobs, cached_tokens))
         elif prompt_logprobs is not None:
             self._outputs.append(Output(sequence_id, [], None, prompt_logprobs))
 
@@ -146,8 +150,8 @@ class EngineCore:
         self._finished.append(Finished(sequence.sequence_id, sequence.finish_reason, stop_token_id, error, stats))
 
     def _take_told(self) -> Steps:
-        told = Steps(self._outputs, self._finished)
-        self._outputs, self._finished = [], []
+        told = Steps(self._outputs, self._finished, self._started)
+        self._outputs, self._finished, self._started = [], [], []
         return told
 
 

@@ -116,7 +116,7 @@ class EngineLoop:
                 break
             if core.has_work:
                 steps = core.step(time.monotonic())
-                if steps.outputs or steps.finished:
+                if steps.outputs or steps.finished or steps.started:
                     self._channel.send(steps)
             else:
                 self._engine.cache.pump()
@@ -198,6 +198,10 @@ def take_snapshot(engine: Engine, meter: StepMeter, memory: MemoryUse, now: floa
         dense_bytes=engine.dense_bytes,
         kv_capacity_bytes=engine.info.kv_bytes,
         kv_used_bytes=engine.pool.used_blocks * engine.storage.block_bytes,
+        kv_cached_bytes=engine.pool.cached_blocks * engine.storage.block_bytes,
+        prefix_cache_queries=scheduler.prefixes.num_queried if scheduler.prefixes else 0,
+        prefix_cache_hits=scheduler.prefixes.num_hit if scheduler.prefixes else 0,
+        kv_cache_evictions=engine.pool.num_evictions,
         running=scheduler.num_running,
         waiting=scheduler.num_waiting,
         preemptions=scheduler.num_preemptions,

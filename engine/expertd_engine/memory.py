@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,16 +128,15 @@ def find_cgroup(pid: int) -> MemoryCgroup | None:
     for line in (_PROC / str(pid) / "cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            folder, version = Path("/sys/fs/cgroup" + path), 2
+            root, version = _CGROUPS, 2
         elif "memory" in controllers.split(","):
-            folder, version = Path("/sys/fs/cgroup/memory" + path), 1
+            root, version = _CGROUPS / "memory", 1
         else:
             continue
         # A container sees its own group at the mount's root, whatever path the host calls it by.
-        for candidate in (folder, Path("/sys/fs/cgroup") if version == 2 else Path("/sys/fs/cgroup/memory")):
-            group = MemoryCgroup(candidate, version)
-            if (candidate / ("memory.current" if version == 2 else "memory.usage_in_bytes")).exists():
-                return group
+        for folder in (root / path.removeprefix("/"), root):
+            if (folder / ("memory.current" if version == 2 else "memory.usage_in_bytes")).exists():
+                return MemoryCgroup(folder, version)
     return None
 
 

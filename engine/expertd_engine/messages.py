@@ -35,6 +35,20 @@ class TextInput(_Message, frozen=True):
     token_ids: list[int]
 
 
+ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
+
+
+class Constraint(_Message, frozen=True):
+    """What form an answer must have, already found sound by the server.
+
+    `text` is the JSON schema, the regular expression (matching the whole answer), a JSON list of strings (choice) or
+    the Lark grammar; empty for `json_object`.
+    """
+
+    kind: ConstraintKind
+    text: str = ""
+
+
 class Sampling(_Message, frozen=True):
     """How to choose tokens. Values were validated by the server; `None` means off.
 
@@ -57,10 +71,15 @@ class Sampling(_Message, frozen=True):
     seed: int = 0
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
+    allowed_token_ids: list[int] | None = None
+    """Nothing but these is generated."""
+    bad_words: list[list[int]] = []
+    """Token sequences that are never generated: the last token of each is barred where the others came before it."""
     logprobs: int | None = None
     """Number of top alternatives to report for each generated token; 0 reports the chosen token alone."""
     prompt_logprobs: int | None = None
     """The same for each prompt token (the first has none)."""
+    constraint: Constraint | None = None
 
 
 class Submit(_Message, frozen=True):
@@ -76,6 +95,8 @@ class Submit(_Message, frozen=True):
     arrival_s: float = 0.0
     """Server's `time.monotonic()` at arrival (one box, one clock)."""
     mode: ExpertMode = "exact"
+    cache_salt: str = ""
+    """Sequences share cached prefixes only with sequences of the same salt."""
 
 
 class Abort(_Message, frozen=True):
@@ -172,6 +193,8 @@ class Output(_Message, frozen=True):
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """All prompt tokens at once, first entry None; sent with or before the first token."""
+    cached_tokens: int = 0
+    """With the first token: prompt tokens whose KV was found in the prefix cache."""
 
 
 class SequenceStats(_Message, frozen=True):
@@ -205,6 +228,8 @@ class Steps(_Message, frozen=True):
 
     outputs: list[Output]
     finished: list[Finished]
+    started: list[int] = []
+    """Sequences that waited until now: this step was their first."""
 
 
 class BudgetSet(_Message, frozen=True):
@@ -269,6 +294,14 @@ class Snapshot(_Message, frozen=True):
     dense_bytes: int
     kv_capacity_bytes: int
     kv_used_bytes: int
+    """Of sequences; blocks that several share count once."""
+    kv_cached_bytes: int
+    """Kept for prefixes to come: unused, and given up whenever a sequence needs the room."""
+    prefix_cache_queries: int
+    """Tokens of admitted sequences that were looked up, and `hits`, how many of them needed no computing."""
+    prefix_cache_hits: int
+    kv_cache_evictions: int
+    """Cached blocks given up for room."""
     running: int
     waiting: int
     preemptions: int

@@ -64,11 +64,16 @@ class StatsCollector:
     scheduled_s: float | None = None
     first_token_s: float | None = None
     preemptions: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that needed no computing when the sequence was first admitted."""
     experts: ExpertCounts = ExpertCounts()
 
-    def mark_scheduled(self, now_s: float) -> None:
-        if self.scheduled_s is None:
-            self.scheduled_s = now_s
+    def mark_scheduled(self, now_s: float) -> bool:
+        """True the first time."""
+        if self.scheduled_s is not None:
+            return False
+        self.scheduled_s = now_s
+        return True
 
     def mark_token(self, now_s: float) -> None:
         if self.first_token_s is None:
@@ -83,6 +88,7 @@ class StatsCollector:
             prefill_s=first_token_s - scheduled_s,
             decode_s=end_s - first_token_s,
             preemptions=self.preemptions,
+            cached_tokens=self.cached_tokens,
             expert_hits=self.experts.hits,
             expert_late=self.experts.late,
             expert_misses=self.experts.misses,
@@ -106,6 +112,7 @@ class Sequence:
     choice_index: int = 0
     priority: int = 0
     mode: ExpertMode = "exact"
+    cache_salt: str = ""
     stats: StatsCollector = field(default_factory=StatsCollector)
 
     rank: tuple[int, int] = (0, 0)
@@ -116,6 +123,8 @@ class Sequence:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     """KV blocks in token order: position p lies in `block_table[p // block_tokens]`. Only `RUNNING` holds any."""
+    block_keys: list[bytes] = field(default_factory=list)
+    """Keys of its first full blocks, as far as the prefix cache has worked them out; they never change."""
     prefill_end: int = field(init=False)
     """Positions below it are computed as prompt: the prompt's, and after a preemption the outputs' known then."""
     _prompt_logprobs: list[TokenLogprob | None] | None = field(init=False)
@@ -139,6 +148,7 @@ class Sequence:
             choice_index=message.choice_index,
             priority=message.priority,
             mode=message.mode,
+            cache_salt=message.cache_salt,
             stats=StatsCollector(submitted_s=now_s),
         )
 
@@ -211,9 +221,13 @@ class Sequence:
 
     # ------------------------------------------------------------ life
 
-    def admit(self, blocks: list[int]) -> None:
+    def admit(self, blocks: list[int], num_cached_tokens: int = 0) -> None:
+        """Take a row and blocks; the KV of the first `num_cached_tokens` tokens is in them already."""
         self._move(SequenceState.RUNNING)
         self.block_table = blocks
+        self.num_computed_tokens = num_cached_tokens
+        if not self.stats.preemptions:
+            self.stats.cached_tokens = num_cached_tokens
 
     def preempt(self) -> list[int]:
         """Give up row and blocks (returned, to be freed). Outputs stay and will be computed anew, as prompt."""

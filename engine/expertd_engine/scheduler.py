@@ -12,6 +12,7 @@ last in it gives way, so the first running one always gets what it asks for, end
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,7 @@ from typing import Literal
 from expertd_engine.errors import EngineError, ExpertdError
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import ExpertMode, FinishReason
+from expertd_engine.prefix_cache import PrefixCache
 from expertd_engine.request import Sequence, SequenceState
 
 Phase = Literal["prefill", "decode"]
@@ -99,9 +101,11 @@ class StepPlan:
 class Scheduler:
     """`schedule()` gives a plan; exactly one of `update_from_output` and `step_failed` answers it."""
 
-    def __init__(self, limits: SchedulerLimits, pool: KVPool) -> None:
+    def __init__(self, limits: SchedulerLimits, pool: KVPool, prefixes: PrefixCache | None = None) -> None:
+        """`prefixes`: None computes every token of every sequence."""
         self.limits = limits
         self.pool = pool
+        self.prefixes = prefixes
         self.num_preemptions = 0
         """Since start."""
         self._sequences: dict[int, Sequence] = {}
@@ -153,7 +157,7 @@ class Scheduler:
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a live sequence, once, and free what it held."""
         queue = self._running if sequence.state is SequenceState.RUNNING else self._waiting
-        self.pool.free(sequence.finish(reason))
+        self._free(sequence.finish(reason))
         queue.remove(sequence)
         del self._sequences[sequence.sequence_id]
 
@@ -190,6 +194,8 @@ class Scheduler:
         live = [chunk for chunk in plan.chunks if chunk.sequence.state is SequenceState.RUNNING]
         for chunk in live:
             chunk.sequence.advance(chunk.num_tokens)
+            if self.prefixes is not None:
+                self.prefixes.publish(chunk.sequence, chunk.start)
             if chunk.samples:
                 chunk.sequence.append(sampled_token_ids[chunk.sequence.sequence_id])
         return live
@@ -209,11 +215,16 @@ class Scheduler:
         return live
 
     def check(self) -> None:
-        """Raise EngineError unless blocks balance: the pool's law, and every used block in one running table."""
+        """Raise EngineError unless blocks balance: the pool's law, tables and references the same, and every position
+        still to be computed in a block that nobody else reads."""
         self.pool.check()
-        held = [block for sequence in self._sequences.values() for block in sequence.block_table]
-        if len(held) != self.pool.used_blocks or len(held) != len(set(held)):
-            raise EngineError(f"{len(held)} blocks in tables, {self.pool.used_blocks} in use")
+        held = Counter(block for sequence in self._sequences.values() for block in sequence.block_table)
+        if held != self.pool.references:
+            raise EngineError(f"{held.total()} blocks in tables, {self.pool.used_blocks} in use")
+        for sequence in self._running:
+            for block in sequence.block_table[sequence.num_computed_tokens // self.pool.block_tokens :]:
+                if held[block] > 1 or self.pool.is_published(block):
+                    raise EngineError(f"{sequence} would write to block {block}, which others may read")
 
     # ------------------------------------------------------------ forming a step
 
@@ -273,11 +284,8 @@ class Scheduler:
         chunks: list[Chunk] = []
         while self._waiting and tokens and len(self._running) < self.limits.max_running:
             sequence = self._waiting[0]
-            count = self.pool.blocks_for(sequence.num_tokens)
-            if not self.pool.can_allocate(count):
+            if not self._admit(sequence):
                 break
-            sequence.admit(self.pool.allocate(count))
-            insort(self._running, self._waiting.pop(0), key=_rank)
             if sequence.mode != mode:
                 continue
             num_tokens = self._scorable(sequence, min(sequence.num_uncomputed_tokens, tokens), [*running, *chunks])
@@ -286,11 +294,28 @@ class Scheduler:
                 tokens -= num_tokens
         return chunks
 
+    def _admit(self, sequence: Sequence) -> bool:
+        """Make the first waiting sequence a running one, if there are blocks for it beside those it finds computed."""
+        found = self.prefixes.lookup(sequence) if self.prefixes is not None else []
+        count = self.pool.blocks_for(sequence.num_tokens) - len(found)
+        if not self.pool.can_allocate(count, besides=found):
+            return False
+        self.pool.share(found)
+        sequence.admit(found + self.pool.allocate(count), len(found) * self.pool.block_tokens)
+        if self.prefixes is not None:
+            self.prefixes.count(sequence)
+        insort(self._running, self._waiting.pop(0), key=_rank)
+        return True
+
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
         self._running.remove(sequence)
-        self.pool.free(sequence.preempt())
+        self._free(sequence.preempt())
         self._enqueue(sequence)
+
+    def _free(self, block_table: list[int]) -> None:
+        """Last block first: a cached block is found only through those before it, so they go after it."""
+        self.pool.free(reversed(block_table))
 
     def _enqueue(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=_rank)

@@ -30,6 +30,7 @@ from expertd_engine.model.moe import MoELayer, SlotViews
 from expertd_engine.model.runner import Runner
 from expertd_engine.model.trial import Trial
 from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
+from expertd_engine.prefix_cache import PrefixCache
 from expertd_engine.scheduler import Scheduler, SchedulerLimits
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,8 @@ def _assemble(context: _Context, plan: StartupPlan, meter: MemoryMeter, wrap: Ca
         context.fallbacks.append(f"experts are read through the page cache: {records.fallback_reason}")
     cache, layers = _expert_cache(context, plan, records)
     runner = Runner(loaded, layers, storage, cache)
-    core = EngineCore(Scheduler(context.limits, pool), wrap(runner), loaded.eos_token_ids)
+    prefixes = PrefixCache(pool, store.index.store_id) if config.prefix_cache else None
+    core = EngineCore(Scheduler(context.limits, pool, prefixes), wrap(runner), loaded.eos_token_ids)
     for fallback in context.fallbacks:
         logger.warning("fallback: %s", fallback)
     info = _describe(context, plan, cache, pool, storage, records)

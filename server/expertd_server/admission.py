@@ -1,37 +1,138 @@
-"""Who may wait: a bound on the sequences alive in the server, computed and waiting together. Pure.
+"""Who may wait: bounds on what is alive in the server, computed and waiting together. Pure; time comes from a clock.
 
-A request of n choices for p prompts counts n × p, because that is what the engine has to hold. Permits are taken
-before the first byte of an answer and given back exactly once, whatever happens in between.
+A request of n choices for p prompts counts n × p sequences, because that is what the engine has to hold. Permits are
+taken before the first byte of an answer and given back exactly once, whatever happens in between. A refusal says when
+to try again, judging by how fast room came free lately.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from expertd_server.errors import Unavailable
+from expertd_server.errors import ApiError, RateLimited, Unavailable
+
+RATE_WINDOW_S = 60.0
+MAX_RETRY_AFTER_S = 60
+"""OpenAI's clients give up instead of waiting for more than two minutes."""
+
+UNKNOWN_RETRY_AFTER_S = 10
+
+Clock = Callable[[], float]
+
+
+class Rate:
+    """How much of something ended in the last minute."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._began_s = clock()
+        self._events: deque[tuple[float, int]] = deque()
+        self._total = 0
+
+    def add(self, amount: int) -> None:
+        self._events.append((self._clock(), amount))
+        self._total += amount
+        self._forget()
+
+    def seconds_for(self, amount: int) -> int:
+        """Whole seconds until `amount` more will have ended at this rate, 1 to `MAX_RETRY_AFTER_S`; a guess where
+        nothing ended lately."""
+        self._forget()
+        if not self._total:
+            return UNKNOWN_RETRY_AFTER_S
+        observed_s = min(self._clock() - self._began_s, RATE_WINDOW_S)
+        return max(1, min(math.ceil(amount * observed_s / self._total), MAX_RETRY_AFTER_S))
+
+    def _forget(self) -> None:
+        while self._events and self._events[0][0] < self._clock() - RATE_WINDOW_S:
+            self._total -= self._events.popleft()[1]
+
+
+class Permit:
+    """One request's room. `started` hands back what only those who wait take up."""
+
+    def __init__(self, admission: Admission, prompt_tokens: int) -> None:
+        self._admission = admission
+        self._waiting_tokens = prompt_tokens
+
+    def started(self, prompt_tokens: int) -> None:
+        """A sequence with so many prompt tokens no longer waits."""
+        prompt_tokens = min(prompt_tokens, self._waiting_tokens)
+        self._waiting_tokens -= prompt_tokens
+        self._admission.queued_tokens -= prompt_tokens
+        self._admission.token_rate.add(prompt_tokens)
+
+    def ended(self) -> None:
+        """Whatever still waits waits no longer."""
+        self._admission.queued_tokens -= self._waiting_tokens
+        self._waiting_tokens = 0
 
 
 class Admission:
-    """Owner of the count. `capacity` is in sequences."""
+    """Owner of the counts. `capacity` and `max_per_key` are in sequences."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        max_queued_tokens: int | None = None,
+        max_per_key: int | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
         self.capacity = capacity
         self.used = 0
+        self.queued_tokens = 0
+        self.token_rate = Rate(clock)
+        self._sequence_rate = Rate(clock)
+        self._max_queued_tokens = max_queued_tokens
+        self._max_per_key = max_per_key
+        self._used_by_key: Counter[str] = Counter()
 
     @contextmanager
-    def permit(self, sequences: int) -> Iterator[None]:
-        """Room for `sequences` while the block runs. Raises Unavailable when there is none."""
-        if self.used + sequences > self.capacity:
-            raise self._refusal(sequences)
+    def permit(self, sequences: int, prompt_tokens: int = 0, key: str = "") -> Iterator[Permit]:
+        """Room for `sequences`, whose prompts have `prompt_tokens` in all, while the block runs. Raises RateLimited
+        where `key` has too much under way, Unavailable where the server has."""
+        refusal = self._refusal(sequences, prompt_tokens, key)
+        if refusal is not None:
+            raise refusal
+        permit = Permit(self, prompt_tokens)
         self.used += sequences
+        self.queued_tokens += prompt_tokens
+        self._used_by_key[key] += sequences
         try:
-            yield
+            yield permit
         finally:
+            permit.ended()
             self.used -= sequences
+            self._used_by_key[key] -= sequences
+            if not self._used_by_key[key]:
+                del self._used_by_key[key]
+            self._sequence_rate.add(sequences)
 
-    def _refusal(self, sequences: int) -> Unavailable:
-        return Unavailable(
-            f"the request needs room for {sequences} sequences: {self.used} of {self.capacity} are taken",
-            retry_after_s=1 if sequences <= self.capacity else None,
-        )
+    def _refusal(self, sequences: int, prompt_tokens: int, key: str) -> ApiError | None:
+        if self._max_per_key is not None and self._used_by_key[key] + sequences > self._max_per_key:
+            used = self._used_by_key[key]
+            return RateLimited(
+                f"the request needs room for {sequences} sequences: {used} of {self._max_per_key} of this key are "
+                "under way",
+                retry_after_s=self._when(self._sequence_rate, sequences, used, self._max_per_key),
+            )
+        if self.used + sequences > self.capacity:
+            return Unavailable(
+                f"the request needs room for {sequences} sequences: {self.used} of {self.capacity} are taken",
+                retry_after_s=self._when(self._sequence_rate, sequences, self.used, self.capacity),
+            )
+        limit = self._max_queued_tokens
+        if limit is not None and self.queued_tokens + prompt_tokens > limit:
+            return Unavailable(
+                f"the request brings {prompt_tokens} prompt tokens: {self.queued_tokens} of at most {limit} wait",
+                retry_after_s=self._when(self.token_rate, prompt_tokens, self.queued_tokens, limit),
+            )
+        return None
+
+    @staticmethod
+    def _when(rate: Rate, wanted: int, used: int, limit: int) -> int | None:
+        return rate.seconds_for(wanted + used - limit) if wanted <= limit else None

@@ -10,14 +10,14 @@ import math
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from expertd_engine.messages import EngineInfo, Finished, Output, Sampling, TokenLogprob
+from expertd_engine.messages import Constraint, EngineInfo, Finished, Output, Sampling, TokenLogprob
 from expertd_server.detokenize import Detokenizer, StopMatcher
 from expertd_server.engine_client import Update
 from expertd_server.errors import ContextLengthExceeded, Draining, EngineFault, InvalidRequest
 from expertd_server.prompts import EncodedPrompt, TextCodec
-from expertd_server.schemas import CompletionRequest
+from expertd_server.schemas import GenerationRequest
 
 NO_LOGPROB = -9999.0
 """JSON has no minus infinity; this is what clients expect in its place."""
@@ -33,16 +33,23 @@ class PlannedSequence:
 
 
 def plan_sequences(
-    request: CompletionRequest, prompts: Iterable[EncodedPrompt], info: EngineInfo
+    request: GenerationRequest,
+    prompts: Iterable[EncodedPrompt],
+    info: EngineInfo,
+    bad_words: list[list[int]],
+    constraint: Constraint | None = None,
 ) -> list[PlannedSequence]:
-    """All sequences of a request. Raises InvalidRequest for ids outside the vocabulary or a prompt that leaves no
-    room; an answer that would not fit is shortened to what is left of the window."""
+    """All sequences of a request, whose bad words are given as token ids. Raises InvalidRequest for ids outside the
+    vocabulary or a prompt that leaves no room; an answer that would not fit is shortened to what is left of the
+    window."""
     _check_vocabulary("logit_bias", map(int, request.logit_bias), info)
     _check_vocabulary("stop_token_ids", request.stop_token_ids, info)
+    _check_vocabulary("allowed_token_ids", request.allowed_token_ids or (), info)
+    _check_some_token_is_left(request, info, bad_words)
     seed = request.seed if request.seed is not None else secrets.randbits(63)
     planned = []
     for prompt in prompts:
-        sampling = _sampling(request, seed, _answer_tokens(request, prompt, info))
+        sampling = _sampling(request, seed, _answer_tokens(request, prompt, info), bad_words, constraint)
         planned += [PlannedSequence(prompt, sampling, j) for j in range(request.n)]
     return planned
 
@@ -56,14 +63,31 @@ def _check_vocabulary(param: str, ids: Iterable[int], info: EngineInfo) -> None:
             )
 
 
-def _answer_tokens(request: CompletionRequest, prompt: EncodedPrompt, info: EngineInfo) -> int:
+def _check_some_token_is_left(request: GenerationRequest, info: EngineInfo, bad_words: list[list[int]]) -> None:
+    """Wherever that can be told before anything was generated."""
+    if request.allowed_token_ids is None:
+        return
+    barred = {word[0] for word in bad_words if len(word) == 1}
+    if request.min_tokens:
+        barred.update(request.stop_token_ids, () if request.ignore_eos else info.eos_token_ids)
+    if barred.issuperset(request.allowed_token_ids):
+        raise InvalidRequest(
+            "allowed_token_ids: bad_words and min_tokens bar every one of them; allow at least one other token",
+            param="allowed_token_ids",
+        )
+
+
+def _answer_tokens(request: GenerationRequest, prompt: EncodedPrompt, info: EngineInfo) -> int:
     left = info.max_model_len - len(prompt.token_ids)
-    if left < min(1, request.max_tokens):
+    wanted = left if request.answer_limit is None else request.answer_limit
+    if left < min(1, wanted) or (left < 1 and request.answer_limit is None):
         raise ContextLengthExceeded(len(prompt.token_ids), info.max_model_len)
-    return min(request.max_tokens, left)
+    return min(wanted, left)
 
 
-def _sampling(request: CompletionRequest, seed: int, max_tokens: int) -> Sampling:
+def _sampling(
+    request: GenerationRequest, seed: int, max_tokens: int, bad_words: list[list[int]], constraint: Constraint | None
+) -> Sampling:
     return Sampling(
         max_tokens=max_tokens,
         min_tokens=min(request.min_tokens, max_tokens),
@@ -78,19 +102,31 @@ def _sampling(request: CompletionRequest, seed: int, max_tokens: int) -> Samplin
         seed=seed,
         stop_token_ids=request.stop_token_ids,
         ignore_eos=request.ignore_eos,
-        logprobs=request.logprobs,
-        prompt_logprobs=request.logprobs if request.echo else None,
+        allowed_token_ids=request.allowed_token_ids,
+        bad_words=bad_words,
+        logprobs=request.alternatives,
+        prompt_logprobs=request.alternatives if request.echoes else None,
+        constraint=constraint,
     )
+
+
+class Alternative(NamedTuple):
+    """A token that might have been chosen."""
+
+    token_id: int
+    text: str
+    logprob: float
 
 
 @dataclass(slots=True)
 class LoggedToken:
     """A token of the answer (or of an echoed prompt) with its logprobs. `offset` counts characters of the text."""
 
+    token_id: int
     text: str
     offset: int
     logprob: float | None = None
-    top: list[tuple[str, float]] | None = None
+    top: list[Alternative] | None = None
 
 
 @dataclass(slots=True)
@@ -100,34 +136,51 @@ class Delta:
     index: int
     text: str = ""
     tokens: list[LoggedToken] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    """Where the request asked for them, as for the prompt's, which come with the first delta of a choice."""
+    prompt_token_ids: list[int] | None = None
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: int | str | None = None
 
     @property
     def is_empty(self) -> bool:
-        return not (self.text or self.tokens or self.finish_reason)
+        """Whether there is nothing to tell a client yet."""
+        return not (self.text or self.tokens or self.token_ids or self.finish_reason)
+
+    def extend(self, later: Delta) -> None:
+        """Add everything but the text of `later`: pieces of text are joined once, by whoever has them all."""
+        self.tokens += later.tokens
+        self.token_ids += later.token_ids
+        self.prompt_token_ids = self.prompt_token_ids or later.prompt_token_ids
+        if later.finish_reason is not None:
+            self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
 
 
 class Choice:
     """One answer in the making. `finished` says that its text is complete, which a stop string can bring about before
     the engine knows."""
 
-    def __init__(self, index: int, prompt: EncodedPrompt, request: CompletionRequest, codec: TextCodec) -> None:
+    def __init__(self, index: int, prompt: EncodedPrompt, request: GenerationRequest, codec: TextCodec) -> None:
         self.index = index
         self.completion_tokens = 0
         self.finished = False
         self._prompt = prompt
         self._request = request
         self._codec = codec
-        self._detokenizer = Detokenizer(codec.decode, prompt.token_ids)
-        self._stops = StopMatcher(request.stops)
-        self._echo = prompt.text if request.echo else ""
+        self._begun = False
+        decode = codec.decode if request.skip_special_tokens else codec.decode_all
+        self._detokenizer = Detokenizer(decode, prompt.token_ids)
+        self._stops = StopMatcher(request.stops, include=request.include_stop_str_in_output)
+        self._echo = prompt.text if request.echoes else ""
         self._chars = len(self._echo)
 
     def apply(self, update: Update) -> Delta:
         """Take what the engine sent. Raises EngineFault or Draining where the engine gave the sequence up."""
         delta = Delta(self.index, text=self._echo)
         self._echo = ""
+        if self._request.return_token_ids and not self._begun:
+            delta.prompt_token_ids = self._prompt.token_ids
+        self._begun = True
         if update.output is not None:
             if update.output.prompt_logprobs is not None:
                 delta.tokens += self._logged_prompt(update.output.prompt_logprobs)
@@ -137,16 +190,19 @@ class Choice:
         return delta
 
     def _add_tokens(self, delta: Delta, output: Output, finished: Finished | None) -> None:
-        stop_token_id = finished.stop_token_id if finished is not None else None
+        # The token that ends an answer counts, but is not part of its text.
+        hides_last = finished is not None and finished.reason == "stop" and not self._request.include_stop_str_in_output
+        num_shown = len(output.token_ids) - hides_last
         logprobs: Sequence[TokenLogprob | None] = output.logprobs or [None] * len(output.token_ids)
-        for token_id, logprob in zip(output.token_ids, logprobs, strict=True):
+        for i, (token_id, logprob) in enumerate(zip(output.token_ids, logprobs, strict=True)):
             if self.finished:  # the rest was computed after the token that completed a stop string
                 return
             self.completion_tokens += 1
+            if self._request.return_token_ids:
+                delta.token_ids.append(token_id)
             if logprob is not None:
                 delta.tokens.append(self._logged(logprob, self._chars))
-            # The token that ends an answer counts, but is not part of its text.
-            self._add_text(delta, "" if token_id == stop_token_id else self._detokenizer.add(token_id))
+            self._add_text(delta, self._detokenizer.add(token_id) if i < num_shown else "")
 
     def _add_text(self, delta: Delta, piece: str) -> None:
         self._chars += len(piece)
@@ -173,15 +229,21 @@ class Choice:
             delta.stop_reason = finished.stop_token_id
 
     def _logged(self, logprob: TokenLogprob, offset: int) -> LoggedToken:
-        top = [(self._codec.token_text(t.token_id), _finite(t.logprob)) for t in logprob.top]
-        return LoggedToken(self._codec.token_text(logprob.token_id), offset, _finite(logprob.logprob), top)
+        top = [Alternative(t.token_id, self._token_name(t.token_id), _finite(t.logprob)) for t in logprob.top]
+        name = self._token_name(logprob.token_id)
+        return LoggedToken(logprob.token_id, name, offset, _finite(logprob.logprob), top)
+
+    def _token_name(self, token_id: int) -> str:
+        if self._request.return_tokens_as_token_ids:
+            return f"token_id:{token_id}"
+        return self._codec.token_text(token_id)
 
     def _logged_prompt(self, logprobs: list[TokenLogprob | None]) -> list[LoggedToken]:
         """One entry for each token of the prompt, the first without numbers."""
         offset, detokenizer, logged = 0, Detokenizer(self._codec.decode), []
         for token_id, logprob in zip(self._prompt.token_ids, logprobs, strict=True):
             if logprob is None:
-                logged.append(LoggedToken(self._codec.token_text(token_id), offset))
+                logged.append(LoggedToken(token_id, self._token_name(token_id), offset))
             else:
                 logged.append(self._logged(logprob, offset))
             offset = min(offset + len(detokenizer.add(token_id)), len(self._prompt.text))

@@ -126,15 +126,17 @@ def describe(loaded: LoadedConfig) -> list[str]:
 
 def _serve(config: Config) -> int:
     from expertd_server import daemon, logs  # the HTTP stack: not needed to check a configuration
+    from expertd_server.auth import KeyRing
     from expertd_server.supervisor import SubprocessLauncher
 
     logs.configure(config.log_level)
+    keys = KeyRing.load(config, os.environ)
     # The compute threads are the engine's; a batch of prompts must not spread over all cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     listening = daemon.bind(config.host, config.port)
 
     async def run() -> int:
-        server = daemon.Daemon(config, listening, SubprocessLauncher(config))
+        server = daemon.Daemon(config, listening, SubprocessLauncher(config), keys=keys)
         server.handle_signals()
         return await server.run()
 

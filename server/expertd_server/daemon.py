@@ -21,6 +21,8 @@ from expertd_engine.errors import EngineError, ResourceError
 from expertd_engine.messages import BudgetSet
 from expertd_server.admission import Admission
 from expertd_server.app import create_app
+from expertd_server.auth import NO_KEYS, KeyRing
+from expertd_server.connections import BoundedProtocol
 from expertd_server.engine_client import EngineClient, Handlers
 from expertd_server.errors import Draining
 from expertd_server.metrics import Metrics
@@ -59,7 +61,12 @@ class Daemon:
     """One server process. `run` returns its exit code, or raises the ExpertdError that ends it."""
 
     def __init__(
-        self, config: Config, listening: socket.socket, launcher: Launcher, policy: RestartPolicy = DEFAULT_RESTARTS
+        self,
+        config: Config,
+        listening: socket.socket,
+        launcher: Launcher,
+        policy: RestartPolicy = DEFAULT_RESTARTS,
+        keys: KeyRing = NO_KEYS,
     ) -> None:
         self._config = config
         self._listening = listening
@@ -72,11 +79,13 @@ class Daemon:
                 fatal=lambda m: self.supervisor.fatal(m),
             )
         )
-        self.service = Service(config, engine, Metrics(), Admission(config.max_sequences + config.max_waiting))
+        admission = Admission(config.max_sequences + config.max_waiting, config.max_queued_tokens, config.max_per_key)
+        self.service = Service(config, engine, Metrics(), admission)
         self.supervisor = Supervisor(self.service, launcher, policy)
         self._http = _Server(
             uvicorn.Config(
-                create_app(self.service), log_config=None, access_log=False, server_header=False, lifespan="off",
+                create_app(self.service, keys), http=BoundedProtocol,
+                log_config=None, access_log=False, server_header=False, lifespan="off",
                 ws="none", timeout_graceful_shutdown=int(GOODBYE_S), timeout_keep_alive=75,
             )
         )  # fmt: skip

@@ -71,22 +71,26 @@ class StopMatcher:
     Text that might be the beginning of one is held back until it is known not to be.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._stops = stops
+        self._include = include
         self._held = ""
         self.matched: str | None = None
         """The stop string that ended the text."""
+        self.rest = ""
+        """What came after it in the same piece of text."""
 
     def feed(self, text: str) -> str:
-        """The text that is safe to give out. After a match: what stood before it, and nothing more ever."""
+        """The text that is safe to give out. After a match: what stood before it (and it, if it is to be included),
+        and nothing more ever."""
         if self.matched is not None:
             return ""
         buffer = self._held + text
         found = [(start + len(stop), start, stop) for stop in self._stops if (start := buffer.find(stop)) >= 0]
         if found:
-            _, start, self.matched = min(found)
-            self._held = ""
-            return buffer[:start]
+            end, start, self.matched = min(found)
+            self._held, self.rest = "", buffer[end:]
+            return buffer[: end if self._include else start]
         keep = self._longest_beginning(buffer)
         self._held = buffer[len(buffer) - keep :]
         return buffer[: len(buffer) - keep]

@@ -32,7 +32,7 @@ from expertd_engine.messages import (
     ToEngine,
     ToServer,
 )
-from expertd_server.errors import ApiError
+from expertd_server.errors import ApiError, Unavailable
 
 MAX_BUFFERED_TOKENS = 4096
 """Tokens kept for a client that does not read. A client this far behind has stopped, and is cut off."""
@@ -55,10 +55,22 @@ class SlowReader(ApiError):
         super().__init__(f"the stream was not read: more than {limit} tokens were waiting for the client")
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long the sequences of a request may wait for their first step, and who hears of each that has it."""
+
+    max_wait_s: float
+    started: Callable[[int], None]
+    """Told the number of the sequence's prompt tokens."""
+
+
 class Reply:
     """The updates of one request's sequences, in order, for the one task that owns the request."""
 
-    def __init__(self, max_buffered_tokens: int) -> None:
+    def __init__(self, max_buffered_tokens: int, waiting: dict[int, int], patience: Patience | None) -> None:
+        self._waiting = waiting
+        self._patience = patience
+        self._begun = False
         self._updates: deque[Update] = deque()
         self._buffered = 0
         self._limit = max_buffered_tokens
@@ -85,12 +97,28 @@ class Reply:
         self._news.set()
         return self._failure is None
 
+    def begin(self, sequence_id: int) -> None:
+        """This sequence waits no longer."""
+        self._begun = True
+        prompt_tokens = self._waiting.pop(sequence_id, None)
+        if self._patience is not None and prompt_tokens is not None:
+            self._patience.started(prompt_tokens)
+
+    def expire(self) -> None:
+        """The patience is over: fail, unless something has begun. Whoever waited this long may come back at once."""
+        if self._patience is not None and not self._begun:
+            self.fail(Unavailable(f"the request waited {self._patience.max_wait_s:g} s and was not begun"))
+
     def fail(self, error: ApiError) -> None:
         """End the request with `error`; what is buffered is dropped."""
         self._failure = self._failure or error
         self._updates.clear()
         self._buffered = 0
         self._news.set()
+
+
+def _prompt_tokens(sequence: Submit) -> int:
+    return sum(len(part.token_ids) for part in sequence.inputs)
 
 
 def _tokens(update: Update) -> int:
@@ -132,20 +160,27 @@ class EngineClient:
         return list(range(first, self._last_id + 1))
 
     @contextmanager
-    def submit(self, sequences: Sequence[Submit]) -> Iterator[Reply]:
-        """Start sequences and follow them while the block runs; whatever still lives at its end is aborted."""
-        reply = Reply(self._max_buffered_tokens)
+    def submit(self, sequences: Sequence[Submit], patience: Patience | None = None) -> Iterator[Reply]:
+        """Start sequences and follow them while the block runs; whatever still lives at its end is aborted, and all of
+        it where `patience` ends before the first of them has begun."""
+        reply = Reply(self._max_buffered_tokens, {s.sequence_id: _prompt_tokens(s) for s in sequences}, patience)
+        timer = asyncio.get_running_loop().call_later(patience.max_wait_s, reply.expire) if patience else None
         for sequence in sequences:
             self._live[sequence.sequence_id] = reply
             self.send(sequence)
         try:
             yield reply
         finally:
+            if timer is not None:
+                timer.cancel()
             self.abort([sequence.sequence_id for sequence in sequences])
 
-    def abort(self, sequence_ids: Sequence[int]) -> None:
-        """End those that still live. Nothing more is heard of them."""
-        live = [i for i in sequence_ids if self._live.pop(i, None) is not None]
+    def abort(self, sequence_ids: Sequence[int], *, hear_end: bool = False) -> None:
+        """End those that still live. Nothing more is heard of them, unless their end is to be heard: its statistics."""
+        live = [i for i in sequence_ids if i in self._live]
+        if not hear_end:
+            for i in live:
+                del self._live[i]
         if live and self._socket is not None:
             self.send(Abort(live))
 
@@ -191,6 +226,9 @@ class EngineClient:
 
     def _deliver(self, steps: Steps) -> None:
         """Pair each sequence's tokens with its end, so that the reader knows which token is the last."""
+        for sequence_id in steps.started:
+            if sequence_id in self._live:
+                self._live[sequence_id].begin(sequence_id)
         finished = {f.sequence_id: f for f in steps.finished}
         for output in steps.outputs:
             self._put(Update(output.sequence_id, output, finished.pop(output.sequence_id, None)))

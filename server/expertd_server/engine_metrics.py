@@ -70,6 +70,11 @@ COUNTERS = (
            lambda s: [((phase,), count) for phase, count in s.steps.items()]),
     Family("preemptions", "Sequences that gave their KV blocks back and start over.", (),
            lambda s: [((), s.preemptions)]),
+    Family("prefix_cache_queries", "Tokens of admitted sequences that were looked up among cached KV blocks.", (),
+           lambda s: [((), s.prefix_cache_queries)]),
+    Family("prefix_cache_hits", "Tokens found in cached KV blocks and so not computed.", (),
+           lambda s: [((), s.prefix_cache_hits)]),
+    Family("kv_cache_evictions", "Cached KV blocks given up for room.", (), lambda s: [((), s.kv_cache_evictions)]),
 )  # fmt: skip
 
 GAUGES = (
@@ -81,7 +86,7 @@ GAUGES = (
            ("pool", "tier"), lambda s: [(("experts", DEVICE), s.expert_limit_bytes)]),
     Family("memory_resident_bytes", "Bytes that hold finished data.", ("pool", "tier"),
            lambda s: [(("experts", DEVICE), s.resident_bytes), (("dense", DEVICE), s.dense_bytes),
-                      (("kv", DEVICE), s.kv_used_bytes)]),
+                      (("kv", DEVICE), s.kv_used_bytes + s.kv_cached_bytes)]),
     Family("memory_reserved_bytes", "Bytes taken by what is not there yet: loads in flight, doomed ones included.",
            ("pool", "tier"), lambda s: [(("experts", DEVICE), s.loading_bytes)]),
     Family("memory_peak_bytes", "Largest sum of resident and reserved bytes since the engine started.",
@@ -92,7 +97,10 @@ GAUGES = (
            lambda s: [((s.memory_source,), s.memory_peak_bytes)]),
     Family("experts_resident", "Experts in slots.", ("layer", "tier"),
            lambda s: [((str(i), DEVICE), count) for i, count in enumerate(s.residents_by_layer)]),
-    Family("kv_cache_used_bytes", "Bytes of KV blocks in use.", ("tier",), lambda s: [((DEVICE,), s.kv_used_bytes)]),
+    Family("kv_cache_used_bytes", "Bytes of KV blocks that sequences hold.", ("tier",),
+           lambda s: [((DEVICE,), s.kv_used_bytes)]),
+    Family("kv_cache_cached_bytes", "Bytes of KV blocks that no sequence holds, kept for prompts that begin alike.",
+           ("tier",), lambda s: [((DEVICE,), s.kv_cached_bytes)]),
     Family("kv_cache_capacity_bytes", "Bytes of all KV blocks.", ("tier",),
            lambda s: [((DEVICE,), s.kv_capacity_bytes)]),
     Family("requests_running", "Sequences being computed.", (), lambda s: [((), s.running)]),
@@ -123,8 +131,8 @@ def empty_snapshot(layers: int = 0) -> Snapshot:
         ("demand_loads", "demand_bytes", "prefetch_loads", "prefetch_bytes", "prefetch_used", "prefetch_late",
          "prefetch_wasted", "prefetch_cancelled", "prefetch_pending", "load_failures", "expert_budget_bytes",
          "expert_limit_bytes", "resident_bytes", "loading_bytes", "peak_expert_bytes", "memory_used_bytes",
-         "memory_peak_bytes", "dense_bytes", "kv_capacity_bytes", "kv_used_bytes", "running", "waiting",
-         "preemptions"), 0)  # fmt: skip
+         "memory_peak_bytes", "dense_bytes", "kv_capacity_bytes", "kv_used_bytes", "kv_cached_bytes",
+         "prefix_cache_queries", "prefix_cache_hits", "kv_cache_evictions", "running", "waiting", "preemptions"), 0)  # fmt: skip
     return Snapshot(
         time_s=0.0, lookups=[LayerLookups(0, 0, 0, 0)] * layers, load_seconds=0.0, stall_seconds={"expert_wait": 0.0},
         evictions={"capacity": 0, "budget_change": 0}, residents_by_layer=[0] * layers, memory_source="process",

@@ -68,6 +68,26 @@ class ContextLengthExceeded(InvalidRequest):
         self.extra = {"n_prompt_tokens": prompt_tokens, "n_ctx": max_model_len}
 
 
+class InvalidApiKey(ApiError):
+    """No key, or one that is not in force."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.headers["www-authenticate"] = "Bearer"
+
+
+class KeyLacksScope(ApiError):
+    """The key is good, but not for this."""
+
+    status = 403
+    type = "permission_error"
+    code = "insufficient_permissions"
+
+
 class NotFound(InvalidRequest):
     status = 404
     code = "not_found"
@@ -99,6 +119,18 @@ class UnsupportedMediaType(InvalidRequest):
     code = "unsupported_media_type"
 
 
+class RateLimited(ApiError):
+    """This key has as much under way as one key may; others are served."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: int | None) -> None:
+        super().__init__(message)
+        self.headers.update(_retry(retry_after_s))
+
+
 class Unavailable(ApiError):
     """The server cannot take the request now. `retry_after_s` None: trying again cannot help."""
 
@@ -107,10 +139,12 @@ class Unavailable(ApiError):
 
     def __init__(self, message: str, *, code: str | None = None, retry_after_s: int | None = 1) -> None:
         super().__init__(message, code=code)
-        if retry_after_s is None:
-            self.headers["x-should-retry"] = "false"
-        else:
-            self.headers["retry-after"] = str(retry_after_s)
+        self.headers.update(_retry(retry_after_s))
+
+
+def _retry(after_s: int | None) -> dict[str, str]:
+    """Headers that say when to try again; None: trying again cannot help."""
+    return {"x-should-retry": "false"} if after_s is None else {"retry-after": str(after_s)}
 
 
 class Draining(Unavailable):
@@ -200,10 +234,15 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error_body(error), error.status, headers=error.headers)
 
 
+GENERATION_STATUSES = (400, 401, 404, 413, 415, 429, 500, 503)
+"""What a route that generates may answer besides 200."""
+
+
 def declared(*statuses: int) -> Mapping[int | str, dict[str, Any]]:
     """`responses=` of a route: these statuses answer with an error body."""
     meanings = {
-        400: "Invalid request", 404: "Not found", 405: "Method not allowed", 413: "Body too large",
-        415: "Not application/json", 500: "Internal error", 503: "Not able to take requests now",
+        400: "Invalid request", 401: "No valid API key", 403: "The key may not do this", 404: "Not found",
+        405: "Method not allowed", 413: "Body too large", 415: "Not application/json",
+        429: "Too much under way for this key", 500: "Internal error", 503: "Not able to take requests now",
     }  # fmt: skip
     return {status: {"model": ErrorBody, "description": meanings[status]} for status in statuses}

@@ -34,7 +34,7 @@ TOKEN_COUNT_BUCKETS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
 
 ENDPOINTS = ("/v1/completions",)
 FINISH_REASONS = ("stop", "length", "abort", "error")
-REJECTIONS = ("queue_full", "draining", "loading", "engine_dead", "too_large", "invalid")
+REJECTIONS = ("queue_full", "rate", "draining", "loading", "engine_dead", "too_large", "invalid")
 RESTARTS = ("exit", "wedged")
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a `_created` gauge beside every counter is noise in every browser of series

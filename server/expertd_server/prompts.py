@@ -7,7 +7,7 @@ lock), and only after a bound on its characters, so that no prompt can hold up t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,11 @@ def _ids(ids: list[Any], name: str) -> list[int]:
 class TextCodec:
     """Text ⇄ ids of the served model. Thread-safe: the tokenizer is never changed after loading."""
 
-    def __init__(self, tokenizer: Tokenizer, model_name: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, model_name: str, settings: Mapping[str, Any] | None = None) -> None:
         self._tokenizer = tokenizer
         self.model_name = model_name
+        self.settings = settings or {}
+        """What the checkpoint's tokenizer_config.json says, and its chat template."""
         self._longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
 
     @classmethod
@@ -85,29 +87,64 @@ class TextCodec:
         try:
             index = msgspec.json.decode((store / "store.json").read_bytes(), type=dict[str, Any])
             text = (store / "tokenizer.json").read_text(encoding="utf-8")
+            settings = _read_settings(store)
         except (OSError, ValueError) as error:
             raise StoreError(f"store {store} cannot be read: {error}") from error
         try:
             tokenizer = Tokenizer.from_str(text)
         except Exception as error:
             raise StoreError(f"store {store}: tokenizer.json is not a tokenizer: {error}") from error
-        return cls(tokenizer, str(index.get("name") or store.name))
+        return cls(tokenizer, str(index.get("name") or store.name), settings)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens written out."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
     def token_text(self, token_id: int) -> str:
         """One token alone, special tokens shown: for logprobs."""
-        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+        return self.decode_all([token_id])
 
-    async def encode(self, prompts: list[str] | list[list[int]], vocab_size: int, window: int) -> list[EncodedPrompt]:
-        """Ids for all prompts, in order. Text gets what the tokenizer's own post-processor adds (such as BOS);
-        ids are taken as they are. Raises InvalidRequest for ids outside the vocabulary, ContextLengthExceeded for
-        text that cannot fit `window` tokens."""
-        for prompt in prompts:
+    @property
+    def max_token_chars(self) -> int:
+        """No token stands for more characters than this."""
+        return self._longest_token
+
+    def token_string(self, token_id: int) -> str:
+        """The token as the vocabulary has it; empty for an id without one (vocabularies are padded)."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def ids_of(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Ids of one text, of any length: for worker threads."""
+        return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    def ids_of_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Token sequences that spell each of `words`, at the beginning of a text and after a space."""
+        spelt = [form for word in words for form in (word.lstrip(), " " + word.lstrip())]
+        encoded = self._tokenizer.encode_batch_fast(spelt, add_special_tokens=False)
+        return [list(ids) for ids in dict.fromkeys(tuple(item.ids) for item in encoded) if ids]
+
+    async def encode(
+        self,
+        prompts: list[str] | list[list[int]],
+        vocab_size: int,
+        window: int,
+        *,
+        add_special_tokens: bool = True,
+        keep_last: int | None = None,
+    ) -> list[EncodedPrompt]:
+        """Ids for all prompts, in order; of each the last `keep_last`, where given. Text gets what the tokenizer's own
+        post-processor adds (such as BOS); ids are taken as they are. Raises InvalidRequest for ids outside the
+        vocabulary, ContextLengthExceeded for text that cannot fit `window` tokens."""
+        kept = [p[-keep_last:] if keep_last and isinstance(p, list) else p for p in prompts]
+        for prompt in kept:
             self._check(prompt, vocab_size, window)
-        return await asyncio.to_thread(self._encode, prompts)
+        return await asyncio.to_thread(
+            lambda: [self._encode_one(prompt, add_special_tokens, keep_last) for prompt in kept]
+        )
 
     def _check(self, prompt: str | list[int], vocab_size: int, window: int) -> None:
         if isinstance(prompt, str):
@@ -119,13 +156,21 @@ class TextCodec:
             odd = next(item for item in prompt if not 0 <= item < vocab_size)
             raise _bad(f"prompt: token id {clip(odd)} is not in the vocabulary; allowed are 0 to {vocab_size - 1}")
 
-    def _encode(self, prompts: list[str] | list[list[int]]) -> list[EncodedPrompt]:
-        return [self._encode_one(prompt) for prompt in prompts]
-
-    def _encode_one(self, prompt: str | list[int]) -> EncodedPrompt:
+    def _encode_one(self, prompt: str | list[int], add_special_tokens: bool, keep_last: int | None) -> EncodedPrompt:
         if isinstance(prompt, list):
             return EncodedPrompt(prompt, self.decode(prompt))
-        ids = list(self._tokenizer.encode_batch_fast([prompt])[0].ids)
+        ids = self.ids_of(prompt, add_special_tokens=add_special_tokens)
         if not ids:
             raise _bad("prompt: the tokenizer makes no token of this text")
+        if keep_last is not None and len(ids) > keep_last:
+            return EncodedPrompt(ids[-keep_last:], self.decode(ids[-keep_last:]))
         return EncodedPrompt(ids, prompt)
+
+
+def _read_settings(store: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    if (store / "tokenizer_config.json").is_file():
+        settings = msgspec.json.decode((store / "tokenizer_config.json").read_bytes(), type=dict[str, Any])
+    if (store / "chat_template.jinja").is_file():
+        settings["chat_template"] = (store / "chat_template.jinja").read_text(encoding="utf-8")
+    return settings

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from expertd_engine.messages import SequenceStats
 from expertd_server.engine_client import Update
@@ -23,6 +24,7 @@ _REJECTIONS = {
     "model_loading": "loading",
     "engine_dead": "engine_dead",
     "request_too_large": "too_large",
+    "rate_limit_exceeded": "rate",
 }
 
 
@@ -44,6 +46,15 @@ class RequestRecord:
         self._started = False
         self._finished = False
         self.stream = False
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Whatever is raised in the block is how the request ended."""
+        try:
+            yield
+        except BaseException as error:
+            self.finish(error=error)
+            raise
 
     def start(self, prompt_tokens: int) -> None:
         """The engine has the request; `prompt_tokens` counts each prompt once."""

@@ -1,17 +1,20 @@
 """The OpenAI wire: what a body may hold, what every field means when it is null, and the shape of every answer.
 
-Known fields with bad values are refused with the field's name; unknown fields are accepted. Types are strict (no "5"
-for 5, no true for 1); null means "as if absent" everywhere. What depends on the model (vocabulary, window) is checked
-in `choices.plan_sequences`.
+`GenerationRequest` has what all endpoints that generate text share. What depends on the model (vocabulary, window) is
+checked in `choices.plan_sequences`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Set
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BaseModel, Field, WithJsonSchema
 
-from expertd_server.errors import InvalidRequest, UnsupportedParameter, clip
+from expertd_server.constraints import ResponseFormat, StructuredOutputs
+from expertd_server.errors import InvalidRequest, UnsupportedParameter
+from expertd_server.fields import Body, parse_fields
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
@@ -19,28 +22,9 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKENS = 1024
-
-WITHOUT_EFFECT = frozenset({"user"})
-"""Known fields that are accepted and change nothing."""
-
-UNSUPPORTED = {
-    "suffix": "the model has no fill-in-the-middle template",
-    "response_format": "constrained output is not available",
-    "structured_outputs": "constrained output is not available",
-    "guided_json": "constrained output is not available",
-    "guided_regex": "constrained output is not available",
-    "guided_choice": "constrained output is not available",
-    "guided_grammar": "constrained output is not available",
-    "json_schema": "constrained output is not available",
-    "grammar": "constrained output is not available",
-    "regex": "constrained output is not available",
-    "ebnf": "constrained output is not available",
-    "allowed_token_ids": "constrained output is not available",
-    "bad_words": "constrained output is not available; see logit_bias",
-    "include_stop_str_in_output": "stop strings are never part of the text",
-    "truncate_prompt_tokens": "prompts are served whole or refused",
-}
-"""Fields that promise something about the answer which we cannot give, and why. Absent, null and false are fine."""
+MAX_ALLOWED_TOKENS = 65536
+MAX_BAD_WORDS = 256
+MAX_SALT_CHARS = 128
 
 Prompt = Annotated[
     object,
@@ -66,33 +50,21 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0)]
 
 
-def _allow_null(schema: dict[str, Any]) -> None:
-    """Say in the published schema what `_Body._null_is_absent` does: null is fine wherever a default exists."""
-    for name, prop in schema.get("properties", {}).items():
-        if name not in schema.get("required", ()):
-            schema["properties"][name] = {"anyOf": [prop, {"type": "null"}]}
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, json_schema_extra=_allow_null)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: object) -> object:
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class CompletionRequest(_Body):
-    """Body of POST /v1/completions."""
+class GenerationRequest(Body, ABC):
+    """What every request for text may hold, whatever its endpoint."""
+
+    unsupported: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema", "grammar", "regex", "ebnf"),
+        "ask for it through structured_outputs or response_format",
+    )
+    without_effect: ClassVar[Set[str]] = {"user"}
 
     model: str = Field("", description="Empty or absent: the model this server serves.")
-    prompt: Prompt
-    max_tokens: int = Field(16, ge=0, le=2**31 - 1, description="0 only with echo.")
     min_tokens: int = Field(0, ge=0, le=2**31 - 1)
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1)
@@ -105,17 +77,31 @@ class CompletionRequest(_Body):
         Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]
     ] = Field({}, max_length=MAX_LOGIT_BIAS)  # fmt: skip
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] = []
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] = Field([])
+    include_stop_str_in_output: bool = False
     stop_token_ids: list[TokenId] = Field([], max_length=MAX_STOP_TOKENS)
     ignore_eos: bool = False
+    allowed_token_ids: list[TokenId] | None = Field(
+        None, min_length=1, max_length=MAX_ALLOWED_TOKENS, description="Nothing but these is generated."
+    )
+    bad_words: list[StopString] = Field([], max_length=MAX_BAD_WORDS, description="Never generated.")
     n: int = Field(1, ge=1, le=MAX_CHOICES)
-    best_of: int | None = Field(None, ge=1, description="Only the value of n.")
     stream: bool = False
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    echo: bool = False
+    skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text.")
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = Field(False, description="Name tokens `token_id:7` in logprobs.")
+    cache_salt: str = Field(
+        "",
+        max_length=MAX_SALT_CHARS,
+        pattern=r"^[^@/\\\x00]*$",
+        description="Cached prefixes are shared only within it.",
+    )
     priority: int = Field(0, ge=-(2**31), le=2**31 - 1, description="Lower runs first.")
     expert_mode: Literal["exact"] = "exact"
+    include_expert_usage: bool = Field(False, description="Report in `usage.expert` what the experts cost.")
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: str = Field("", description="Accepted without effect.")
 
     @property
@@ -123,55 +109,108 @@ class CompletionRequest(_Body):
         """The stop strings, whichever form they came in."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream is to end with a chunk of usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_running_usage(self) -> bool:
+        """Whether every chunk is to hold the usage so far."""
+        return self.stream_options is not None and self.wants_usage and self.stream_options.continuous_usage_stats
+
+    @property
+    @abstractmethod
+    def answer_limit(self) -> int | None:
+        """Most tokens of an answer; None: as many as the window leaves."""
+
+    @property
+    @abstractmethod
+    def alternatives(self) -> int | None:
+        """Alternatives to report with each token's log-probability; None reports nothing."""
+
+    @property
+    def echoes(self) -> bool:
+        """Whether an answer begins with its prompt."""
+        return False
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    unsupported: ClassVar[Mapping[str, str]] = {
+        **GenerationRequest.unsupported,
+        "suffix": "the model has no fill-in-the-middle template",
+    }
+
+    prompt: Prompt
+    max_tokens: int = Field(16, ge=0, le=2**31 - 1, description="0 only with echo.")
+    best_of: int | None = Field(None, ge=1, description="Only the value of n.")
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    add_special_tokens: bool = Field(True, description="What the tokenizer puts around a text, such as BOS.")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, le=2**31 - 1, description="Keep the last so many tokens of each prompt; -1: as many as fit."
+    )
+
+    @property
+    def answer_limit(self) -> int:
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return self.echo
+
 
 def parse_completion(body: object) -> CompletionRequest:
     """The checked request. Raises InvalidRequest naming the first field at fault."""
-    if not isinstance(body, dict):
-        raise InvalidRequest(f"the body must be a JSON object, not {clip(type(body).__name__)}", code="invalid_json")
-    for name in UNSUPPORTED.keys() & body.keys():
-        if body[name] is not None and body[name] is not False:
-            raise UnsupportedParameter(name, UNSUPPORTED[name])
-    try:
-        request = CompletionRequest.model_validate(body)
-    except ValidationError as error:
-        raise _invalid(error) from None
-    _check_together(request)
+    request = parse_fields(CompletionRequest, body)
+    if request.max_tokens == 0 and not request.echo:
+        raise InvalidRequest("max_tokens: 0 is allowed only with echo; give at least 1", param="max_tokens")
+    if request.truncate_prompt_tokens == 0:
+        raise InvalidRequest(
+            "truncate_prompt_tokens: 0 would leave no prompt; give -1 or at least 1", param="truncate_prompt_tokens"
+        )
+    if request.best_of not in (None, request.n):
+        raise UnsupportedParameter("best_of", f"only the value of n, which is {request.n}, is; got {request.best_of}")
+    check_together(request)
     return request
 
 
-def unknown_fields(body: dict[str, Any]) -> list[str]:
-    """Names in the body that mean nothing here."""
-    return sorted(body.keys() - CompletionRequest.model_fields.keys() - UNSUPPORTED.keys())
-
-
-def _check_together(request: CompletionRequest) -> None:
-    """What no single field can tell."""
-    if request.max_tokens == 0 and not request.echo:
-        raise InvalidRequest("max_tokens: 0 is allowed only with echo; give at least 1", param="max_tokens")
-    if request.min_tokens > request.max_tokens:
+def check_together(request: GenerationRequest) -> None:
+    """What no single field can tell, and is the same for every endpoint."""
+    if request.answer_limit is not None and request.min_tokens > request.answer_limit:
         raise InvalidRequest(
-            f"min_tokens: {request.min_tokens} is more than max_tokens, which is {request.max_tokens}",
+            f"min_tokens: {request.min_tokens} is more than the answer's limit, which is {request.answer_limit}",
             param="min_tokens",
         )
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("stream_options: allowed only with stream: true", param="stream_options")
-    if request.best_of not in (None, request.n):
-        raise UnsupportedParameter("best_of", f"only the value of n, which is {request.n}, is; got {request.best_of}")
-
-
-def _invalid(error: ValidationError) -> InvalidRequest:
-    """The first field's problem in words; where it has several forms, that of the form which came nearest. `loc` may
-    hold the name of a form: only the path that the client knows is told."""
-    problems = error.errors(include_url=False, include_context=False)
-    first = max((p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))
-    path = [str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "list[", "function-"))]
-    name = ".".join(path) or "body"
-    if first["type"] == "missing":
-        return InvalidRequest(f"{name}: this field is required", param=name)
-    return InvalidRequest(f"{clip(name)}: {first['msg']}, got {clip(repr(first['input']))}", param=clip(path[0]))
 
 
 # ---------------------------------------------------------------- answers
+
+
+class ExpertUsage(BaseModel):
+    """What the experts cost, summed over the request's sequences. Steps are shared, so sums over requests exceed the
+    totals on /metrics."""
+
+    hits: int
+    late: int
+    misses: int
+    loaded_bytes: int
+    stall_ms: float
+    substitutions: int = 0
+    """In exact mode there are none."""
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+    """Prompt tokens that no choice had to compute: an earlier request began alike."""
 
 
 class Usage(BaseModel):
@@ -180,6 +219,9 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    expert: ExpertUsage | None = Field(None, exclude_if=lambda value: value is None)
+    """With `include_expert_usage`."""
 
 
 class Logprobs(BaseModel):
@@ -198,6 +240,9 @@ class CompletionChoice(BaseModel):
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: int | str | None = None
     """The stop string or stop token that ended the text; null when the model ended it or the length did."""
+    prompt_token_ids: list[int] | None = None
+    """With `return_token_ids`; in a stream, on the choice's first chunk."""
+    token_ids: list[int] | None = None
 
 
 class Completion(BaseModel):

@@ -13,6 +13,7 @@ from expertd_server import __version__
 from expertd_server.admission import Admission
 from expertd_server.engine_client import EngineClient
 from expertd_server.errors import Draining, EngineDead, ModelNotFound, Unavailable
+from expertd_server.grammar import GrammarChecker
 from expertd_server.metrics import Metrics
 from expertd_server.prompts import TextCodec
 
@@ -47,6 +48,7 @@ class Service:
     stage: str = "starting"
     progress: float = 0.0
     model: ServedModel | None = None
+    grammars: GrammarChecker = field(default_factory=GrammarChecker)
     unknown_fields: set[str] = field(default_factory=set)
     """Unknown request fields already logged."""
 

@@ -7,6 +7,7 @@ cancelled when the client leaves, so that every `finally` on the way (abort, per
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import TypeVar
@@ -15,16 +16,22 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from expertd_server.errors import ClientDisconnected
+from expertd_server.errors import ApiError, ClientDisconnected, ErrorBody, error_body
 
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
 
 
 def event(payload: BaseModel) -> bytes:
     """One event holding `payload` as JSON on one line."""
     return b"data: " + payload.model_dump_json().encode() + b"\n\n"
+
+
+def error_event(error: ApiError) -> bytes:
+    """An error inside a stream that has begun."""
+    return event(ErrorBody.model_validate(error_body(error)))
 
 
 async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
@@ -48,12 +55,18 @@ async def _until_disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """A `text/event-stream` answer. Owns `events`: closes them when they end, when the client leaves, and on error."""
+    """A `text/event-stream` answer. Owns `events`: closes them when they end, when the client leaves, and on error.
+
+    After `keep_alive_s` of silence (0: never) a comment goes out, so that nobody between here and the client takes the
+    connection for dead.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], keep_alive_s: float) -> None:
         self.events = events
+        self._keep_alive_s = keep_alive_s
+        self._sent_s = 0.0
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
@@ -67,6 +80,24 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self.events):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for chunk in self.events:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            pulse = asyncio.ensure_future(self._keep_alive(send)) if self._keep_alive_s else None
+            try:
+                async for chunk in self.events:
+                    await self._send_piece(send, chunk)
+            finally:
+                if pulse is not None:
+                    pulse.cancel()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep_alive(self, send: Send) -> None:
+        self._sent_s = time.monotonic()
+        while True:
+            silent_s = time.monotonic() - self._sent_s
+            if silent_s >= self._keep_alive_s:
+                await self._send_piece(send, KEEP_ALIVE)
+            else:
+                await asyncio.sleep(self._keep_alive_s - silent_s)
+
+    async def _send_piece(self, send: Send, piece: bytes) -> None:
+        self._sent_s = time.monotonic()
+        await send({"type": "http.response.body", "body": piece, "more_body": True})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoConfig
 
 from expertd_engine.errors import ModelError
 from expertd_engine.families import SERVABLE, build_servable_model, find_experts, refuse_unservable
+from expertd_engine.prepare import prepare
 from support.tiny_families import FAMILIES
 
 
@@ -39,6 +41,15 @@ def test_refused_by_name_and_reason(model_type: str, settings: dict[str, Any], r
     with pytest.raises(ModelError, match=reason) as caught:
         refuse_unservable(config)
     assert config.model_type in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", ["minimax", "dbrx", "granitemoehybrid"])
+def test_prepare_refuses_before_it_reads_or_writes_anything(model_type: str, tmp_path: Path) -> None:
+    source = tmp_path / "checkpoint"  # it holds no weights
+    AutoConfig.for_model(model_type, num_hidden_layers=2).save_pretrained(source)
+    with pytest.raises(ModelError, match=f"'{model_type}' cannot be served"):
+        prepare(source, tmp_path / "store")
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_longrope_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -65,14 +66,14 @@ class Twin:
     def send(self, event: Event) -> list[Instruction]:
         """Hand the event to the ledger, follow its instructions one by one, compare."""
         idle_before = self.idle()
-        self.limit = max(self.budget, self.limit)
+        limit_before = self.limit
         self.evicted, self.unwanted = [], None
         self._learn(event)
         out = self.ledger.handle(event)
         for instruction in out:
             self._follow(instruction)
         if self.thorough:
-            self._check_event(event, out, idle_before)
+            self._check_event(event, out, idle_before, limit_before)
             self.compare()
         return out
 
@@ -80,6 +81,9 @@ class Twin:
 
     def charged(self) -> int:
         return sum(self.committed.values())
+
+    def one_length(self) -> bool:
+        return len(set(self.sizes.values())) == 1
 
     def resident(self) -> set[ExpertId]:
         return set(self.content.values())
@@ -214,7 +218,7 @@ class Twin:
         assert not ours, "law 4: prefetch while a demand waits"
         needed_at = self.next_use[load.expert]
         assert needed_at >= self.position, "law 4: prefetch for a stale hint"
-        if victim in self.next_use and victim != self.unwanted:
+        if victim in self.next_use and victim != self.unwanted and self.one_length():
             assert self.next_use[victim] > needed_at, "law 4: prefetch evicts what is needed sooner"
         self.prefetched.add(load.expert)
         self.on_probation.discard(load.expert)
@@ -230,13 +234,19 @@ class Twin:
 
     # ------------------------------------------------------------ comparisons
 
-    def _check_event(self, event: Event, out: list[Instruction], idle_before: set[ExpertId]) -> None:
+    def _check_event(self, event: Event, out: list[Instruction], idle_before: set[ExpertId], limit_before: int) -> None:
         loads = [i for i in out if isinstance(i, Load)]
-        if not any(load.priority is Priority.PREFETCH for load in loads):
+        prefetches = [load.expert for load in loads if load.priority is Priority.PREFETCH]
+        if prefetches and len(prefetches) == len(loads) and not isinstance(event, SetBudget):
+            # Of two lengths, one prefetch may evict several, and the next one may take what it left over.
+            soonest = min(self.next_use[expert] for expert in prefetches)
+            sooner = [e for e in self.evicted if e != self.unwanted and self.next_use.get(e, math.inf) <= soonest]
+            assert not sooner or limit_before > self.budget, f"law 4: prefetch evicts {sooner}, needed sooner"
+        if not prefetches:
             spared = idle_before & self.idle() & self.on_probation
             gone = [e for e in self.evicted if e in idle_before and e not in self.on_probation]
             assert not (gone and spared), f"law 5: {gone} evicted before {spared}"
-        if isinstance(event, Demand) and event.expert in idle_before and len(set(self.sizes.values())) == 1:
+        if isinstance(event, Demand) and event.expert in idle_before and self.one_length():
             assert Granted in map(type, out), "a resident expert is granted at once"
 
     def compare(self) -> None:
@@ -246,11 +256,13 @@ class Twin:
         resident = sum(self.sizes[e] for e in self.resident())
         loading = sum(self.sizes[flight.expert] for flight in self.flights.values())
         assert self.charged() == resident + loading, "law 1: a free slot keeps memory"
-        assert (ledger.resident_bytes, ledger.loading_bytes, ledger.peak_bytes) == (resident, loading, self.peak)
+        counted_bytes = (ledger.resident_bytes, ledger.loading_bytes, ledger.peak_bytes)
+        assert counted_bytes == (resident, loading, self.peak), "law 1: bytes resident, loading and at the peak"
         assert self.charged() <= ledger.limit_bytes <= max(self.limit, self.budget), "law 1: the limit rises"
         if not any(self.state(expert) in ("absent", "doomed") for expert in self.asked.values()):
-            at_once = len(set(self.sizes.values())) == 1
-            assert not at_once or ledger.limit_bytes == max(self.budget, self.charged()), "law 1: the limit stays high"
+            assert not self.one_length() or ledger.limit_bytes == max(self.budget, self.charged()), (
+                "law 1: the limit stays high"
+            )
         self.limit = ledger.limit_bytes
         assert ledger.budget_bytes == self.budget
         assert sum(ledger.residents_by_layer()) == len(self.content)

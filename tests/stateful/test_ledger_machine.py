@@ -28,9 +28,7 @@ from stateful.ledger_twin import Twin
 
 EXPERTS_PER_LAYER = (4, 4)
 EXPERTS = [ExpertId(layer, index) for layer in range(2) for index in range(4)]
-LIMITS = settings(
-    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+LIMITS = settings(max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -39,18 +37,25 @@ class LedgerMachine(RuleBasedStateMachine):
     @initialize(
         record_bytes=st.sampled_from([(1, 2), (3, 2), (2, 2)]),
         policy=st.sampled_from(["lru", "lfu", "next-use"]),
-        prefetch_depth=st.sampled_from([3, 1, 0]),
+        prefetch_depth=st.sampled_from([3, 1]),
+        prefetch=st.sampled_from([True, True, False]),
         spare=st.integers(0, 8),
         data=st.data(),
     )
     def start(
-        self, record_bytes: tuple[int, int], policy: str, prefetch_depth: int, spare: int, data: st.DataObject
+        self,
+        record_bytes: tuple[int, int],
+        policy: str,
+        prefetch_depth: int,
+        prefetch: bool,
+        spare: int,
+        data: st.DataObject,
     ) -> None:
         minimum = 2 * max(record_bytes)
         self.maximum = minimum + spare
         budget = data.draw(st.integers(minimum, self.maximum))
         ledger = Ledger(
-            record_bytes, EXPERTS_PER_LAYER, budget, make_policy(policy), self.maximum, prefetch_depth=prefetch_depth
+            record_bytes, EXPERTS_PER_LAYER, budget, make_policy(policy), self.maximum, prefetch, prefetch_depth
         )
         self.twin = Twin({expert: record_bytes[expert.layer] for expert in EXPERTS}, ledger)
         self.next_lease = 0
@@ -162,5 +167,5 @@ class LedgerMachine(RuleBasedStateMachine):
         assert any(isinstance(i, Granted) and i.lease_id == self.next_lease for i in out), "an idle ledger must serve"
 
 
-class TestLedger(LedgerMachine.TestCase):  # type: ignore[misc]  # a class made at run time
-    settings = LIMITS
+TestLedger = LedgerMachine.TestCase
+TestLedger.settings = LIMITS

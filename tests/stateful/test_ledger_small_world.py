@@ -69,7 +69,9 @@ class World:
     scenario: Scenario
     asked: int = 0
     outstanding: list[int] = field(default_factory=list)
-    spent: dict[str, int] = field(default_factory=lambda: {"failed": 0, "abort": 0, "budget": 0, "predict": 0, "tick": 0})
+    spent: dict[str, int] = field(
+        default_factory=lambda: {"failed": 0, "abort": 0, "budget": 0, "predict": 0, "tick": 0}
+    )
 
     def __post_init__(self) -> None:
         s = self.scenario

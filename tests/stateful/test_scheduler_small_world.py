@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from expertd_engine.core import EngineCore, StepFailed
+from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import ExpertMode, Submit
 from expertd_engine.scheduler import StepPlan
 from support.builders_core import HashForward, Told, make_core, make_scheduler, make_submit, run_alone
@@ -49,6 +50,7 @@ class World:
 
     tape: Tape
     messages: list[Submit]
+    prefix_cache: bool
     core: EngineCore = field(init=False)
     told: Told = field(default_factory=Told)
     submitted: set[int] = field(default_factory=set)
@@ -58,8 +60,9 @@ class World:
 
     def __post_init__(self) -> None:
         scheduler = make_scheduler(
-            num_blocks=5, block_tokens=2, max_sequences=2, max_step_tokens=3, max_model_len=9, max_mode_steps=1
-        )
+            num_blocks=5, block_tokens=2, max_sequences=2, max_step_tokens=3, max_model_len=9, max_mode_steps=1,
+            prefix_cache=self.prefix_cache,
+        )  # fmt: skip
         self.core = make_core(scheduler, HashForward(2, before=self.in_flight))
 
     def run(self) -> None:
@@ -90,6 +93,7 @@ class World:
 
     def in_flight(self, plan: StepPlan) -> None:
         """done | abort one, in the plan or not | fail one of the plan | fail all of it"""
+        assert_writes_are_private(plan, self.core.scheduler.pool)
         if self.step >= EVENTFUL_STEPS:
             return
         rows = [chunk.sequence.sequence_id for chunk in plan.chunks]
@@ -108,10 +112,18 @@ class World:
         self.ended |= dict.fromkeys(sequence_ids, "abort")
 
 
-def worlds(messages: list[Submit]) -> Iterator[World]:
+def assert_writes_are_private(plan: StepPlan, pool: KVPool) -> None:
+    """No step writes to a block that another sequence holds or may yet find."""
+    for chunk in plan.chunks:
+        for position in range(chunk.start, chunk.stop):
+            block = chunk.sequence.block_table[position // pool.block_tokens]
+            assert pool.references[block] == 1 and not pool.is_published(block)
+
+
+def worlds(messages: list[Submit], prefix_cache: bool) -> Iterator[World]:
     choices: list[int] | None = []
     while choices is not None:
-        world = World(Tape(choices), messages)
+        world = World(Tape(choices), messages, prefix_cache)
         world.run()
         yield world
         choices = world.tape.successor()
@@ -126,6 +138,7 @@ def short_lived(sequence_id: int, priority: int = 0, mode: ExpertMode = "exact")
     return make_submit(sequence_id, [8, 9], max_tokens=2, ignore_eos=True, priority=priority, mode=mode)
 
 
+@pytest.mark.parametrize("prefix_cache", [False, True], ids=["computing-all", "prefix-cache"])
 @pytest.mark.parametrize(
     "messages",
     [
@@ -136,11 +149,13 @@ def short_lived(sequence_id: int, priority: int = 0, mode: ExpertMode = "exact")
     ],
     ids=["same", "second-first", "two-modes", "three"],
 )
-def test_every_world_ends_each_sequence_once_and_leaks_nothing(messages: list[Submit]) -> None:
+def test_every_world_ends_each_sequence_once_and_leaks_nothing(messages: list[Submit], prefix_cache: bool) -> None:
     alone = {message.sequence_id: run_alone(message).tokens[message.sequence_id] for message in messages}
-    num_preemptions = 0
-    for world in worlds(messages):
-        num_preemptions += world.core.scheduler.num_preemptions
+    num_preemptions = num_hit = 0
+    for world in worlds(messages, prefix_cache):
+        scheduler = world.core.scheduler
+        num_preemptions += scheduler.num_preemptions
+        num_hit += scheduler.prefixes.num_hit if scheduler.prefixes is not None else 0
         choices, told = world.tape.met, world.told
         assert told.reasons() == dict.fromkeys(alone, "length") | world.ended, choices
         for sequence_id, tokens in told.tokens.items():
@@ -148,3 +163,5 @@ def test_every_world_ends_each_sequence_once_and_leaks_nothing(messages: list[Su
             assert tokens == (whole[: len(tokens)] if sequence_id in world.ended else whole), choices
         assert world.core.scheduler.pool.used_blocks == 0, choices
     assert num_preemptions > 100  # the worlds are cramped enough to mean something
+    several_exact = sum(message.mode == "exact" for message in messages) > 1
+    assert (num_hit > 100) == (prefix_cache and several_exact)

@@ -15,6 +15,7 @@ from typing import Any
 from expertd_engine.core import EngineCore, Forward, SampledToken, StepFailed, StepResult
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import ExpertMode, Finished, Sampling, Steps, Submit, TextInput, TokenLogprob
+from expertd_engine.prefix_cache import PrefixCache
 from expertd_engine.request import ExpertCounts, Sequence
 from expertd_engine.scheduler import Chunk, Scheduler, SchedulerLimits, StepPlan
 
@@ -30,9 +31,13 @@ def make_submit(
     *,
     priority: int = 0,
     mode: ExpertMode = "exact",
+    cache_salt: str = "",
     **sampling: Any,
 ) -> Submit:
-    return Submit(sequence_id, [TextInput(list(prompt))], Sampling(**sampling), priority=priority, mode=mode)
+    inputs = [TextInput(list(prompt))]
+    return Submit(
+        sequence_id, inputs, Sampling(**sampling), priority=priority, mode=mode, cache_salt=cache_salt
+    )  # fmt: skip
 
 
 def make_sequence(
@@ -49,10 +54,11 @@ def make_sequence(
 
 def make_scheduler(
     *, num_blocks: int = 100, block_tokens: int = 4, max_sequences: int = 8, max_step_tokens: int = 64,
-    max_model_len: int = 1000, **limits: int,
+    max_model_len: int = 1000, prefix_cache: bool = False, **limits: int,
 ) -> Scheduler:  # fmt: skip
     pool = KVPool(num_blocks, block_tokens)
-    return Scheduler(SchedulerLimits(max_sequences, max_step_tokens, max_model_len, **limits), pool)
+    prefixes = PrefixCache(pool, "store") if prefix_cache else None
+    return Scheduler(SchedulerLimits(max_sequences, max_step_tokens, max_model_len, **limits), pool, prefixes)
 
 
 @dataclass

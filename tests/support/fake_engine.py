@@ -115,7 +115,9 @@ def snapshot(steps: int, waiting: int = 0, running: int = 0) -> Snapshot:
         load_failures=0, stall_seconds={"expert_wait": 0.25 * steps}, evictions={"capacity": steps, "budget_change": 0},
         expert_budget_bytes=16384, expert_limit_bytes=16384, resident_bytes=8192, loading_bytes=4096,
         peak_expert_bytes=12288, residents_by_layer=[1, 1], memory_used_bytes=1, memory_peak_bytes=2,
-        memory_source="process", dense_bytes=100, kv_capacity_bytes=65536, kv_used_bytes=0, running=running,
+        memory_source="process", dense_bytes=100, kv_capacity_bytes=65536, kv_used_bytes=0,
+        kv_cached_bytes=4096, prefix_cache_queries=10 * steps, prefix_cache_hits=4 * steps, kv_cache_evictions=steps,
+        running=running,
         waiting=waiting, preemptions=0, steps={"prefill": 0, "decode": steps}, step_seconds=histogram,
         step_tokens=histogram, load_latency_seconds=histogram,
     )  # fmt: skip
@@ -296,13 +298,14 @@ class FakeEngine:
             self._permits -= 1
         self._steps += 1
         outputs, finished = [], []
+        started = [i for i, sequence in self._live.items() if not sequence.prompt_sent]
         for sequence in list(self._live.values()):
             output, end = self._advance(sequence)
             outputs.append(output)
             if end is not None:
                 finished.append(end)
                 del self._live[end.sequence_id]
-        self._send(Steps(outputs, finished))
+        self._send(Steps(outputs, finished, started))
         self._send(snapshot(self._steps, running=len(self._live)))
 
     def _advance(self, sequence: _Sequence) -> tuple[Output, Finished | None]:

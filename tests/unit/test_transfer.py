@@ -123,9 +123,8 @@ def test_closing_ends_the_threads_and_forgets_what_is_queued(reader: GatedReader
     for _ in range(2):
         assert reader.entered.acquire(timeout=WAIT_S)
     closing = threading.Thread(target=transfers.close)
-    with transfers._condition:  # it must be seen closed before a reader comes back for more
-        closing.start()
-    while not transfers._closed:
+    closing.start()
+    while not transfers._closed:  # or a reader might come back for more before
         closing.join(0.001)
     for _ in range(4):
         reader.gate.release()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from expertd_engine.experts.events import Drop, ExpertId, Instruction
+from expertd_engine.experts.events import Drop, ExpertId, Instruction, Priority
 
 PrefetchOutcome = Literal["used", "late", "wasted", "cancelled"]
 
@@ -56,6 +56,15 @@ class Counters:
     prefetch_pending: int = 0
     load_failures: int = 0
     evictions: dict[str, int] = field(default_factory=lambda: {"capacity": 0, "budget_change": 0})
+
+    def count_load(self, priority: Priority, nbytes: int) -> None:
+        """A load has brought its bytes."""
+        if priority is Priority.DEMAND:
+            self.demand_loads += 1
+            self.demand_bytes += nbytes
+        else:
+            self.prefetch_loads += 1
+            self.prefetch_bytes += nbytes
 
     def end_prefetch(self, outcome: PrefetchOutcome) -> None:
         """A pending prefetch has ended."""

@@ -19,9 +19,9 @@ from expertd_engine.experts.events import ExpertId
 class Facts:
     """What is known of one expert's uses, past and future, whether it is resident or not.
 
-    `last_use` counts lookups; `next_use` is the position of the soonest known use. `weight` belongs to the policy: an aged count of uses, or an
-    importance. `probation` puts the expert before all others when room is needed: prompt tokens alone brought it in
-    (law 5), or the use it was loaded for did not come. `ticket` belongs to `Victims`.
+    `last_use` counts lookups; `next_use` is the position of the soonest known use. `weight` belongs to the policy: an
+    aged count of uses, or an importance. `probation` puts the expert before all others when room is needed: prompt
+    tokens alone brought it in (law 5), or the use it was loaded for did not come. `ticket` belongs to `Victims`.
     """
 
     expert: ExpertId

@@ -25,6 +25,7 @@ from expertd_engine.families import DTYPES, Model, build_meta_model, find_expert
 from expertd_engine.model.attention import ATTENTION_NAME, paged_attention
 from expertd_engine.model.moe import EXPERTS_NAME, MoELayer, SlotViews, experts_function
 from expertd_engine.model.numerics import make_invariant
+from expertd_engine.model.router import RouterKind
 
 _CHUNK_BYTES = 8 * 2**20
 _SAFETENSORS_DTYPES = {
@@ -45,6 +46,8 @@ class LoadedModel:
     context_tokens: int
     """What the model was made for: `max_position_embeddings`."""
     eos_token_ids: tuple[int, ...]
+    float32_sigmoids: bool
+    """Whether it may compute sigmoids in float32, as routers of that kind do whatever the weights."""
 
 
 def load_model(store: ExpertStore) -> LoadedModel:
@@ -75,6 +78,7 @@ def load_model(store: ExpertStore) -> LoadedModel:
         vocab_size=model.get_output_embeddings().weight.shape[0],
         context_tokens=int(config.max_position_embeddings),
         eos_token_ids=_eos_token_ids(config, _read_json(store, "generation_config.json")),
+        float32_sigmoids=dtype == torch.float32 or store.index.router_kind in (RouterKind.SIGMOID_GROUPED, None),
     )
 
 

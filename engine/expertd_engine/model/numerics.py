@@ -3,12 +3,17 @@
 Matrix products in float32 want rows in multiples of four (`moe.ROW_MULTIPLE`); in bfloat16 they need nothing.
 Elementwise functions are cut by the library into one share per thread, and the last, partial vector of a share goes
 through scalar code with other bits: so activations are applied to pieces that are whole vectors and are never cut.
+Of the functions that families call by themselves, outside an activation, the sigmoid in float32 is such a one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
 from torch.nn.functional import pad
+from torch.overrides import TorchFunctionMode
 
 PIECE_ELEMENTS = 32_768
 """The library's grain size for elementwise CPU kernels: what is not larger runs on one thread, uncut."""
@@ -16,6 +21,8 @@ VECTOR_ELEMENTS = 64
 """A multiple of what any CPU kernel takes at once: two vectors of 512 bits, of 2 bytes an element."""
 _SAME_BITS_IN_BF16 = ("SiLU", "SiLUActivation", "ReLU")
 """Classes, torch's and transformers', whose scalar and vector code agree on every bfloat16 number; GELU's do not."""
+
+_SIGMOIDS = frozenset({torch.sigmoid, torch.Tensor.sigmoid})
 
 
 class InvariantActivation(torch.nn.Module):
@@ -26,11 +33,22 @@ class InvariantActivation(torch.nn.Module):
         self.act = act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1)
-        whole = pad(flat, (0, -len(flat) % VECTOR_ELEMENTS))
-        results = [self.act(piece) for piece in whole.split(PIECE_ELEMENTS)]
-        result = results[0] if len(results) == 1 else torch.cat(results)
-        return result[: len(flat)].view(x.shape)
+        return _in_pieces(self.act, x)
+
+
+class InvariantSigmoids(TorchFunctionMode):
+    """While entered, every float32 sigmoid of this thread is computed in pieces.
+
+    A mode, because routers and shared experts' gates call the function in the middle of their `forward`. It costs
+    about two microseconds for each torch function called.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _SIGMOIDS and not kwargs and args[0].dtype == torch.float32:
+            return _in_pieces(torch.sigmoid, args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def make_invariant(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -41,3 +59,11 @@ def make_invariant(model: torch.nn.Module, dtype: torch.dtype) -> None:
             continue
         if dtype == torch.float32 or type(act).__name__ not in _SAME_BITS_IN_BF16:
             module.act_fn = InvariantActivation(act)
+
+
+def _in_pieces(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    flat = x.reshape(-1)
+    whole = pad(flat, (0, -len(flat) % VECTOR_ELEMENTS))
+    results = [function(piece) for piece in whole.split(PIECE_ELEMENTS)]
+    result = results[0] if len(results) == 1 else torch.cat(results)
+    return result[: len(flat)].view(x.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -13,7 +14,8 @@ from expertd_engine.messages import TokenLogprob
 from expertd_engine.model.attention import Attend, AttentionBatch, KVStorage, Span
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.moe import ROW_MULTIPLE, MoELayer, StepRoutes
-from expertd_engine.model.sampler import SampleRow, sample, token_logprob
+from expertd_engine.model.numerics import InvariantSigmoids
+from expertd_engine.model.sampler import NoTokenLeft, SampleRow, sample, token_logprob
 from expertd_engine.request import ExpertCounts
 from expertd_engine.scheduler import Chunk, StepPlan
 
@@ -35,13 +37,14 @@ def forward(
     """
     for layer in layers:
         layer.step = routes
-    output = loaded.model(
-        input_ids=_padded(token_ids)[None],
-        position_ids=_padded(positions)[None],
-        use_cache=False,
-        logits_to_keep=_padded(logit_rows or [0]),
-        expertd_batch=attend,
-    )
+    with InvariantSigmoids() if loaded.float32_sigmoids else nullcontext():
+        output = loaded.model(
+            input_ids=_padded(token_ids)[None],
+            position_ids=_padded(positions)[None],
+            use_cache=False,
+            logits_to_keep=_padded(logit_rows or [0]),
+            expertd_batch=attend,
+        )
     logits: torch.Tensor = output.logits[0, : len(logit_rows)].float()
     return logits
 
@@ -63,17 +66,20 @@ class Runner:
         prefill_rows = sum(chunk.num_tokens for chunk in plan.chunks if chunk.is_prefill)
         routes = StepRoutes(len(token_ids), self._cache, scan_rows=prefill_rows)
         self._cache.begin_step(token_ids)
-        failure = None
+        failure: StepFailed | None = None
         try:
             logits = self._logits(plan, routes, token_ids)
             sampled, prompt_logprobs = _read_out(plan, logits)
+        except StepFailed as error:
+            failure = error
         except (ExpertUnavailableError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
                 raise
-            failure = error
+            failure = StepFailed([chunk.sequence.sequence_id for chunk in plan.chunks], str(error))
+            failure.__cause__ = error
         experts = self._cache.end_step()
         if failure is not None:
-            raise StepFailed([chunk.sequence.sequence_id for chunk in plan.chunks], str(failure)) from failure
+            raise failure
         for layer, pairs in routes.activations.items():
             self.activations[layer] += pairs
         counts = ExpertCounts(experts.hits, experts.late, experts.misses, experts.loaded_bytes, experts.stall_s)
@@ -116,7 +122,10 @@ def _read_out(plan: StepPlan, logits: torch.Tensor) -> tuple[dict[int, SampledTo
                 sequence.output_token_ids,
                 sequence.banned_until_min(),
             )
-            sampled[sequence.sequence_id] = SampledToken(*sample(logits[row], what))
+            try:
+                sampled[sequence.sequence_id] = SampledToken(*sample(logits[row], what))
+            except NoTokenLeft as error:
+                raise StepFailed([sequence.sequence_id], str(error)) from None
             row += 1
     return sampled, scored
 

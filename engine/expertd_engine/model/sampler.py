@@ -34,8 +34,18 @@ class SampleRow:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
 
+class NoTokenLeft(Exception):
+    """Everything the model could say next was barred, so that any choice would break a promise."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no token may come next: allowed_token_ids, bad_words, logit_bias and min_tokens together bar all of them"
+        )
+
+
 def sample(logits: torch.Tensor, row: SampleRow) -> tuple[int, TokenLogprob | None]:
-    """Choose a token from `logits` `[V]` (float32). The log-probability reported is of the unmodified distribution."""
+    """Choose a token from `logits` `[V]` (float32). The log-probability reported is of the unmodified distribution.
+    Raises NoTokenLeft."""
     adjusted = _adjust(logits, row)
     sampling = row.sampling
     token = int(adjusted.argmax()) if sampling.temperature == 0 else _draw(adjusted, row)
@@ -83,9 +93,26 @@ def _adjust(logits: torch.Tensor, row: SampleRow) -> torch.Tensor:
         adjusted[ids] -= counts * sampling.frequency_penalty + sampling.presence_penalty
     if sampling.logit_bias:
         adjusted[list(sampling.logit_bias)] += torch.tensor(list(sampling.logit_bias.values()))
-    if row.banned:
-        adjusted[list(row.banned)] = -torch.inf
+    if sampling.allowed_token_ids is not None:
+        barred = torch.ones_like(adjusted, dtype=torch.bool)
+        barred[sampling.allowed_token_ids] = False
+        adjusted[barred] = -torch.inf
+    banned = [*row.banned, *_ends_of_bad_words(row)]
+    if banned:
+        adjusted[banned] = -torch.inf
+    if (banned or sampling.allowed_token_ids is not None) and bool(adjusted.isneginf().all()):
+        raise NoTokenLeft
     return adjusted
+
+
+def _ends_of_bad_words(row: SampleRow) -> list[int]:
+    """Tokens that would complete a bad word of which all but the last token have just been generated."""
+    said = row.output_token_ids
+    return [
+        word[-1]
+        for word in row.sampling.bad_words
+        if len(said) >= len(word) - 1 and list(said[len(said) - len(word) + 1 :]) == word[:-1]
+    ]
 
 
 def _draw(adjusted: torch.Tensor, row: SampleRow) -> int:

@@ -13,12 +13,12 @@ def router(service: Service) -> APIRouter:
     """The routes of this module, bound to `service`."""
     routes = APIRouter()
 
-    @routes.get("/v1/models", responses=dict(declared(500, 503)))
+    @routes.get("/v1/models", responses=dict(declared(401, 500, 503)))
     async def list_models() -> ModelList:
         """The models served."""
         return ModelList(data=[_entry(service.serving())])
 
-    @routes.get("/v1/models/{model_id:path}", responses=dict(declared(404, 500, 503)))
+    @routes.get("/v1/models/{model_id:path}", responses=dict(declared(401, 404, 500, 503)))
     async def get_model(model_id: str) -> Model:
         """One model by its id, which may hold slashes."""
         model = service.serving()

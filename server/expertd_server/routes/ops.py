@@ -10,6 +10,7 @@ from prometheus_client.exposition import choose_encoder
 
 from expertd_engine.messages import EngineInfo
 from expertd_server import __version__
+from expertd_server.errors import declared
 from expertd_server.service import Service
 
 _STATE = {"description": "Not able to take requests now", "content": {"application/json": {}}}
@@ -39,16 +40,17 @@ def router(service: Service) -> APIRouter:
     _add(routes, live, "/live", "/livez", "/ping")
     _add(routes, ready, "/ready", "/readyz", responses={503: _STATE})
     _add(routes, ready, "/health", "/v1/health", responses={503: _STATE})
-    _add(routes, metrics, "/metrics", "/metrics/")
+    _add(routes, metrics, "/metrics", "/metrics/", responses=dict(declared(401)))
     _add(routes, version, "/version")
     return routes
 
 
 def _add(routes: APIRouter, endpoint: Any, path: str, *aliases: str, **options: Any) -> None:
-    """`path`, which /openapi.json shows, and other names for it, which it does not."""
+    """`path`, which /openapi.json shows, and other names for it, which it does not. All answer HEAD too: probes ask so."""
     routes.add_api_route(path, endpoint, response_model=None, **options)
+    routes.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
     for alias in aliases:
-        routes.add_api_route(alias, endpoint, response_model=None, include_in_schema=False)
+        routes.add_api_route(alias, endpoint, methods=["GET", "HEAD"], response_model=None, include_in_schema=False)
 
 
 def _readiness(service: Service) -> Response:

@@ -1,11 +1,15 @@
-"""The table of request fields in server/README.md says what the code does."""
+"""The tables of request fields in server/README.md say what the code does."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from expertd_server.schemas import UNSUPPORTED, WITHOUT_EFFECT, CompletionRequest, StreamOptions
+import pytest
+
+from expertd_server.chat_schemas import ChatRequest
+from expertd_server.responses_schemas import ResponsesRequest
+from expertd_server.schemas import CompletionRequest, GenerationRequest, StreamOptions
 
 README = Path(__file__).parents[3] / "server" / "README.md"
 
@@ -19,9 +23,14 @@ def rows(heading: str) -> dict[str, str]:
     return found
 
 
-def test_the_table_of_completion_fields_matches_the_code() -> None:
-    code = dict.fromkeys(CompletionRequest.model_fields, "honoured")
-    code |= {f"stream_options.{name}": "honoured" for name in StreamOptions.model_fields}
-    code |= dict.fromkeys(WITHOUT_EFFECT, "accepted without effect")
-    code |= dict.fromkeys(UNSUPPORTED, "refused")
-    assert rows("Fields of /v1/completions") == code
+@pytest.mark.parametrize(
+    ("endpoint", "request_type"),
+    [("completions", CompletionRequest), ("chat/completions", ChatRequest), ("responses", ResponsesRequest)],
+)
+def test_the_table_of_fields_matches_the_code(endpoint: str, request_type: type[GenerationRequest]) -> None:
+    code = dict.fromkeys(request_type.known_fields(), "honoured")
+    if "stream_options" in code and "stream_options" not in request_type.without_effect:
+        code |= {f"stream_options.{name}": "honoured" for name in StreamOptions.model_fields}
+    code |= dict.fromkeys(request_type.without_effect, "accepted without effect")
+    code |= dict.fromkeys(request_type.unsupported, "refused")
+    assert rows(f"Fields of /v1/{endpoint}") == code

@@ -1,0 +1,294 @@
+"""Law 7 end to end: budget, policy, prefetch, batch mates, chunks and preemption change time, never a token or a bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import expertd_engine.model.runner as runner
+import pytest
+import torch
+from expertd_engine.convert import convert_blocks
+from expertd_engine.errors import StoreError
+from expertd_engine.experts.events import ExpertId
+from expertd_engine.experts.store import ExpertStore, RecordFile
+from expertd_engine.experts.store_format import RECORDS_NAME
+from expertd_engine.messages import Sampling
+from expertd_engine.model import attention, moe
+from expertd_engine.model.loader import load_model
+from expertd_engine.model.trial import Trial
+from expertd_engine.prepare import prepare
+from expertd_engine.startup import Engine
+from support.engine import Generated, collect, generate, running_engine, submit_of
+from support.tiny_mixtral import make_llama, make_mixtral
+
+FORMATS = ("bf16", "float32")
+GREEDY = Sampling(max_tokens=8, temperature=0, ignore_eos=True, logprobs=2)
+SEEDED = Sampling(max_tokens=8, temperature=1.0, top_p=0.95, seed=1234, ignore_eos=True, logprobs=2)
+
+
+def prompt(number: int, length: int) -> list[int]:
+    return [(37 * number + 11 * i) % 250 for i in range(length)]
+
+
+MINE = prompt(0, 39)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """By (`block` or `mixtral`, format)."""
+    folder = tmp_path_factory.mktemp("models")
+    make_llama(folder / "llama", hidden_size=96)
+    convert_blocks(folder / "llama", folder / "block", 4, "float32")
+    make_mixtral(folder / "mixtral", intermediate_size=40)
+    made = {}
+    for kind in ("block", "mixtral"):
+        for experts_format in FORMATS:
+            made[kind, experts_format] = folder / f"{kind}-{experts_format}"
+            prepare(folder / kind, made[kind, experts_format], experts_format)
+    return made
+
+
+class Logits:
+    """Every step's logits, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps: list[torch.Tensor] = []
+        forward = runner.forward
+
+        def recording(*args: Any) -> torch.Tensor:
+            logits = forward(*args)
+            self.steps.append(logits.clone())
+            return logits
+
+        monkeypatch.setattr(runner, "forward", recording)
+
+
+def check_idle(engine: Engine) -> None:
+    """No lease, no block and no byte is left over."""
+    engine.cache.pump()
+    engine.cache.ledger.check()
+    engine.core.scheduler.check()
+    assert engine.pool.used_blocks == 0 and not engine.cache._leases
+    assert engine.cache.ledger.peak_bytes <= engine.info.expert_budget_bytes
+
+
+def tokens_and_logprobs(generated: Generated) -> tuple[list[int], list[Any]]:
+    entries = [entry for output in generated.outputs for entry in output.logprobs or ()]
+    assert generated.finished is not None and generated.finished.reason == "length"
+    return generated.token_ids, entries
+
+
+@pytest.mark.parametrize("experts_format", FORMATS)
+@pytest.mark.parametrize("kind", ["block", "mixtral"])
+def test_budget_policy_and_prefetch_change_no_bit(
+    stores: dict[tuple[str, str], Path], kind: str, experts_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stores[kind, experts_format]
+    index = ExpertStore.open(store).index
+    minimum = str(2 * index.record_bytes(0))
+    prompts = [MINE, prompt(1, 7), prompt(2, 21)]
+    expected: list[torch.Tensor] | None = None
+    hits = set()
+    for budget in ("100%", "50%", "25%", minimum):
+        for policy in ("lru", "lfu", "next-use"):
+            for prefetch in (True, False):
+                with monkeypatch.context() as patch:
+                    logits = Logits(patch)
+                    with running_engine(
+                        store, expert_budget=budget, expert_policy=policy, prefetch=prefetch, max_step_tokens=24,
+                        max_model_len=64,
+                    ) as engine:  # fmt: skip
+                        logits.steps.clear()
+                        generate(engine, prompts, GREEDY)
+                        check_idle(engine)
+                        hits.add(sum(engine.cache.ledger.counters.hits))
+                expected = expected or logits.steps
+                assert len(logits.steps) == len(expected)
+                assert all(map(torch.equal, logits.steps, expected)), f"{budget}, {policy}, prefetch {prefetch}"
+    assert len(hits) > 4, "the settings made no difference to the experts either: nothing was tried"
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("experts_format", FORMATS)
+@pytest.mark.parametrize("kind", ["block", "mixtral"])
+def test_a_sequence_is_the_same_alone_and_in_any_batch(
+    stores: dict[tuple[str, str], Path], kind: str, experts_format: str, sampling: Sampling
+) -> None:
+    expected = None
+    for max_step_tokens in (512, 16):
+        with running_engine(stores[kind, experts_format], expert_budget="50%", max_step_tokens=max_step_tokens) as engine:
+            assert engine.info.numerics == "invariant"
+            for batch in (1, 2, 8, 32):
+                others = [prompt(i, 3 + 5 * i % 29) for i in range(1, batch)]
+                where = batch // 2
+                results = generate(engine, [*others[:where], MINE, *others[where:]], sampling)
+                mine = tokens_and_logprobs(results[where])
+                expected = expected or mine
+                assert mine == expected, f"{batch} at once, {max_step_tokens} tokens a step"
+            check_idle(engine)
+
+
+@pytest.mark.parametrize("experts_format", FORMATS)
+def test_a_preempted_sequence_goes_on_as_if_nothing_had_happened(
+    stores: dict[tuple[str, str], Path], experts_format: str
+) -> None:
+    store = stores["mixtral", experts_format]
+    prompts = [prompt(i, 12 + i) for i in range(6)]
+    sampling = [Sampling(max_tokens=40, seed=i, ignore_eos=True, logprobs=0) for i in range(6)]
+    with running_engine(store, max_model_len=64) as roomy:
+        expected = [tokens_and_logprobs(g) for g in generate(roomy, prompts, sampling)]
+        assert roomy.core.scheduler.num_preemptions == 0
+        tight_kv = str(5 * roomy.storage.block_bytes)
+    with running_engine(store, max_model_len=64, kv_budget=tight_kv) as tight:
+        results = generate(tight, prompts, sampling)
+        assert tight.core.scheduler.num_preemptions > 0
+        assert [tokens_and_logprobs(g) for g in results] == expected
+        check_idle(tight)
+
+
+@pytest.mark.parametrize("experts_format", FORMATS)
+def test_prompt_logprobs_are_the_same_whole_and_in_chunks(
+    stores: dict[tuple[str, str], Path], experts_format: str
+) -> None:
+    sampling = Sampling(max_tokens=2, temperature=0, ignore_eos=True, prompt_logprobs=3)
+    results = []
+    for max_step_tokens in (512, 16, 7):
+        with running_engine(stores["mixtral", experts_format], max_step_tokens=max_step_tokens) as engine:
+            mine, _ = generate(engine, [MINE, prompt(1, 30)], sampling)
+        scored = [output.prompt_logprobs for output in mine.outputs if output.prompt_logprobs is not None]
+        assert len(scored) == 1 and len(scored[0]) == len(MINE) and scored[0][0] is None
+        assert [entry.token_id for entry in scored[0][1:] if entry] == MINE[1:]
+        results.append(scored)
+    assert results[0] == results[1] == results[2]
+
+
+# ---------------------------------------------------------------- when something goes wrong
+
+
+def test_a_record_that_cannot_be_read_ends_its_step_and_the_next_request_is_right(
+    stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_engine(stores["block", "bf16"], expert_budget="25%") as engine:
+        (expected,) = generate(engine, [MINE], GREEDY)
+        read = RecordFile.read_record
+
+        def failing(self: RecordFile, expert: ExpertId, buffer: memoryview) -> None:
+            if expert == ExpertId(1, 2):
+                raise StoreError("torn")
+            read(self, expert, buffer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RecordFile, "read_record", failing)
+            failed = generate(engine, [MINE, prompt(1, 5)], GREEDY, first_id=10)
+        for one in failed:
+            assert one.finished is not None and one.finished.reason == "error" and one.token_ids == []
+            assert one.finished.error == "expert 2 of MoE layer 1 cannot be loaded: StoreError: torn"
+        check_idle(engine)
+        (again,) = generate(engine, [MINE], GREEDY, first_id=20)
+        assert tokens_and_logprobs(again) == tokens_and_logprobs(expected)
+        check_idle(engine)
+
+
+def test_a_record_damaged_on_disk_is_named(stores: dict[tuple[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store too large to be read whole at start: each record is checked when it is first read."""
+    source = stores["mixtral", "bf16"]
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    place = ExpertStore.open(source).record_offset(ExpertId(2, 11)) + 100
+    data = bytearray((tmp_path / RECORDS_NAME).read_bytes())
+    data[place] ^= 1
+    (tmp_path / RECORDS_NAME).write_bytes(data)
+    with pytest.raises(StoreError, match=r"layer 2, expert 11\) of experts.bin is corrupted"), running_engine(tmp_path):
+        pass
+    monkeypatch.setattr("expertd_engine.startup.VERIFY_AT_START_BYTES", 0)
+    with running_engine(tmp_path, expert_budget="25%") as engine:
+        (result,) = generate(engine, [prompt(0, 60)], GREEDY)
+        assert result.finished is not None and result.finished.reason == "error"
+        assert "layer 2, expert 11" in str(result.finished.error) and "corrupted" in str(result.finished.error)
+        check_idle(engine)
+
+
+def test_memory_that_runs_out_ends_the_step_alone(stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_engine(stores["block", "bf16"]) as engine:
+        (expected,) = generate(engine, [MINE], GREEDY)
+        with monkeypatch.context() as patch:
+
+            def exhausted(*_: Any) -> torch.Tensor:
+                return torch.empty(2**55, dtype=torch.uint8)
+
+            patch.setattr(moe, "expert_ffn", exhausted)
+            (failed,) = generate(engine, [MINE], GREEDY, first_id=5)
+        assert failed.finished is not None and failed.finished.reason == "error"
+        check_idle(engine)
+        (again,) = generate(engine, [MINE], GREEDY, first_id=9)
+        assert again.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_an_abort_between_steps_leaves_the_others_right(stores: dict[tuple[str, str], Path], steps: int) -> None:
+    with running_engine(stores["mixtral", "bf16"], expert_budget="25%", max_step_tokens=16) as engine:
+        (expected,) = generate(engine, [MINE], GREEDY)
+        results = {1: Generated(), 2: Generated()}
+        engine.core.submit(submit_of(1, MINE, GREEDY), 0.0)
+        engine.core.submit(submit_of(2, prompt(3, 20), GREEDY), 0.0)
+        for _ in range(steps):
+            for output in engine.core.step(0.0).outputs:
+                results[output.sequence_id].token_ids += output.token_ids
+                results[output.sequence_id].outputs.append(output)
+        engine.core.abort([2], 0.0)
+        collect(engine, results)
+        assert results[2].finished is not None and results[2].finished.reason == "abort"
+        assert tokens_and_logprobs(results[1]) == tokens_and_logprobs(expected)
+        check_idle(engine)
+
+
+# ---------------------------------------------------------------- the trial at start
+
+
+def is_invariant(store: Path) -> bool:
+    opened = ExpertStore.open(store)
+    return Trial(load_model(opened), opened, 16).is_invariant()
+
+
+@pytest.mark.parametrize("experts_format", FORMATS)
+def test_the_trial_finds_nothing_where_nothing_is_wrong(stores: dict[tuple[str, str], Path], experts_format: str) -> None:
+    assert is_invariant(stores["mixtral", experts_format])
+
+
+def test_the_trial_notices_rows_that_are_not_padded(
+    stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "ROW_MULTIPLE", 1)
+    monkeypatch.setattr(moe, "ROW_MULTIPLE", 1)
+    assert not is_invariant(stores["mixtral", "float32"])
+
+
+@pytest.mark.parametrize("experts_format", FORMATS)
+def test_the_trial_notices_keys_that_follow_the_chunk(
+    stores: dict[tuple[str, str], Path], experts_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def following(tile: Any, window: int | None) -> tuple[int, int]:
+        return 0, -(-(tile.span.start + tile.span.length) // 16) * 16
+
+    monkeypatch.setattr(attention, "_key_range", following)
+    assert not is_invariant(stores["mixtral", experts_format])
+
+
+def test_the_trial_notices_sums_in_another_order(
+    stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ffn = moe.expert_ffn
+
+    def drifting(module: torch.nn.Module, record: Any, x: torch.Tensor) -> torch.Tensor:
+        return ffn(module, record, x) * (1 + 1e-3 * len(x))
+
+    monkeypatch.setattr(moe, "expert_ffn", drifting)
+    assert not is_invariant(stores["mixtral", "bf16"])
+
+
+def test_per_batch_numerics_are_said(stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trial, "is_invariant", lambda self: False)
+    with running_engine(stores["mixtral", "bf16"]) as engine:
+        assert engine.info.numerics == "per-batch"
+        assert any("numerics" in fallback for fallback in engine.info.fallbacks)

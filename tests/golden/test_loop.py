@@ -1,0 +1,184 @@
+"""The engine's loop over a real socket and a tiny engine: messages in, messages out, counters that agree."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+from expertd_engine.loop import Channel, EngineLoop, Histogram, StepMeter
+from expertd_engine.messages import (
+    Abort,
+    BudgetSet,
+    Finished,
+    HistogramData,
+    Output,
+    Sampling,
+    SetBudget,
+    Shutdown,
+    Snapshot,
+    Steps,
+    Submit,
+    TextInput,
+    ToEngine,
+    ToServer,
+)
+from expertd_engine.experts.store import ExpertStore
+from expertd_engine.prepare import prepare
+from expertd_engine.startup import Engine, start_engine
+from support.engine import make_config
+from support.tiny_mixtral import make_mixtral
+
+WAIT_MS = 20_000
+
+
+def test_a_histogram_counts_by_upper_bound_inclusive() -> None:
+    histogram = Histogram((1.0, 2.0, 4.0))
+    for value in (0.5, 1.0, 1.5, 2.0, 4.0, 4.5):
+        histogram.add(value)
+    assert histogram.data() == HistogramData([1.0, 2.0, 4.0], [2, 2, 1, 1], 13.5)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loop")
+    make_mixtral(folder / "source", num_hidden_layers=2)
+    prepare(folder / "source", folder / "store", "bf16")
+    return folder / "store"
+
+
+class Server:
+    """The server's end of the socket, and the loop in a thread of its own."""
+
+    def __init__(self, store: Path, endpoint: str) -> None:
+        meters: list[StepMeter] = []
+
+        def wrap(forward: Callable[..., object]) -> StepMeter:
+            meters.append(StepMeter(forward))  # type: ignore[arg-type]  # the runner
+            return meters[0]
+
+        config = make_config(expert_budget="50%", max_model_len=64)
+        self.engine: Engine = start_engine(ExpertStore.open(store), config, os.getpid(), lambda s, f: None, wrap)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.RCVTIMEO, WAIT_MS)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(endpoint)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToServer)
+        self.snapshots: list[Snapshot] = []
+        self._channel = Channel(endpoint)
+        self.thread = threading.Thread(target=EngineLoop(self.engine, meters[0], self._channel).run)
+        self.thread.start()
+
+    def send(self, message: ToEngine) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+    def receive(self) -> ToServer:
+        """The next message that is no snapshot; those are kept."""
+        while isinstance(message := self._next(), Snapshot):
+            self.snapshots.append(message)
+        return message
+
+    def snapshot(self) -> Snapshot:
+        """The next one."""
+        message = self._next()
+        assert isinstance(message, Snapshot)
+        return message
+
+    def _next(self) -> ToServer:
+        message: ToServer = self._decoder.decode(self._socket.recv())
+        return message
+
+    def until_finished(self, count: int) -> tuple[list[Output], list[Finished]]:
+        outputs: list[Output] = []
+        finished: list[Finished] = []
+        while len(finished) < count:
+            steps = self.receive()
+            assert isinstance(steps, Steps)
+            outputs += steps.outputs
+            finished += steps.finished
+        return outputs, finished
+
+    def close(self) -> None:
+        if self.thread.is_alive():
+            self.send(Shutdown())
+            self.thread.join(WAIT_MS / 1000)
+        self._channel.close()
+        self._socket.close()
+        self._context.term()
+
+
+@pytest.fixture(scope="module")
+def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(store, f"ipc://{tmp_path_factory.mktemp('ipc')}/s")
+    yield running
+    running.close()
+
+
+def submit(sequence_id: int, max_tokens: int) -> Submit:
+    return Submit(sequence_id, [TextInput([1, 2, 3])], Sampling(max_tokens=max_tokens, ignore_eos=True, temperature=0))
+
+
+def test_sequences_run_to_their_end(server: Server) -> None:
+    server.send(submit(1, 5))
+    server.send(submit(2, 5))
+    outputs, finished = server.until_finished(2)
+    tokens = {i: [t for o in outputs if o.sequence_id == i for t in o.token_ids] for i in (1, 2)}
+    assert len(tokens[1]) == 5 and tokens[1] == tokens[2]
+    assert [(f.sequence_id, f.reason) for f in sorted(finished, key=lambda f: f.sequence_id)] == [
+        (1, "length"),
+        (2, "length"),
+    ]
+
+
+def test_one_that_can_never_run_is_answered_and_so_is_an_abort(server: Server) -> None:
+    server.send(Submit(3, [TextInput(list(range(65)))], Sampling()))
+    server.send(submit(4, 60))
+    server.send(Abort([4, 999]))
+    _, finished = server.until_finished(2)
+    reasons = {f.sequence_id: f.reason for f in finished}
+    assert reasons == {3: "error", 4: "abort"}
+
+
+def test_a_budget_is_set_or_refused_with_the_reason(server: Server) -> None:
+    info = server.engine.info
+    server.send(SetBudget(1))
+    refused = server.receive()
+    assert isinstance(refused, BudgetSet) and refused.error is not None
+    assert refused.expert_budget_bytes == info.expert_budget_bytes
+    assert str(info.minimum_expert_budget_bytes) in refused.error
+    server.send(SetBudget(info.expert_bytes_total + 1))
+    too_much = server.receive()
+    assert isinstance(too_much, BudgetSet) and too_much.error is not None
+    server.send(SetBudget(info.minimum_expert_budget_bytes))
+    assert server.receive() == BudgetSet(info.minimum_expert_budget_bytes)
+
+
+def test_a_snapshot_at_idle_agrees_with_itself_and_the_engine(server: Server) -> None:
+    server.send(submit(5, 3))
+    server.until_finished(1)
+    snapshot = server.snapshot()
+    info = server.engine.info
+    assert snapshot.running == snapshot.waiting == snapshot.kv_used_bytes == 0
+    assert snapshot.steps["prefill"] >= 1 and snapshot.steps["decode"] >= 2
+    assert sum(snapshot.step_seconds.counts) == sum(snapshot.step_tokens.counts) == sum(snapshot.steps.values())
+    assert sum(snapshot.load_latency_seconds.counts) == snapshot.demand_loads + snapshot.prefetch_loads
+    assert len(snapshot.lookups) == len(snapshot.residents_by_layer) == info.num_moe_layers
+    assert all(layer.hit + layer.late + layer.miss <= layer.activations for layer in snapshot.lookups)
+    tokens = snapshot.step_tokens.total
+    assert [layer.activations for layer in snapshot.lookups] == [tokens * info.top_k] * info.num_moe_layers
+    assert snapshot.resident_bytes == sum(snapshot.residents_by_layer) * info.expert_record_bytes
+    assert snapshot.resident_bytes + snapshot.loading_bytes <= snapshot.expert_limit_bytes
+    assert snapshot.stall_seconds.keys() == {"expert_wait"} and snapshot.memory_used_bytes > 0
+
+
+def test_shutdown_ends_the_loop_whatever_runs(server: Server) -> None:
+    server.send(submit(6, 60))
+    server.send(Shutdown())
+    server.thread.join(WAIT_MS / 1000)
+    assert not server.thread.is_alive()

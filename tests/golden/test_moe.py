@@ -1,0 +1,147 @@
+"""Our experts function against transformers' own, and sums that do not depend on arrival or on batch mates."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from expertd_engine.experts.slab import PAGE, Slab
+from expertd_engine.experts.store_format import RecordLayout, TensorSpec
+from expertd_engine.families import find_experts
+from expertd_engine.model.moe import MoELayer, SlotViews, StepRoutes
+from support.tiny_families import make_model
+
+FAMILIES = {
+    "mixtral": "gate and up in one",
+    "gpt_oss": "transposed, interleaved, with biases and an activation of its own",
+    "granitemoe": "stacked on disk",
+    "deepseek_v3": "behind a router with groups",
+}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class InSlots:
+    """All experts of one module in slots, in reverse; the order of leases is recorded."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        parameters = dict(module.named_parameters(recurse=False))
+        self.num_experts = len(next(iter(parameters.values())))
+        specs, offset = [], 0
+        for name, tensor in parameters.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            specs.append(TensorSpec(name, dtype, list(tensor.shape[1:]), offset))
+            offset += -(-tensor[0].nbytes // 64) * 64
+        layout = RecordLayout("any", -(-offset // PAGE) * PAGE, specs)
+        slab = Slab(self.num_experts, layout.bytes)
+        self.views = SlotViews(slab.whole, layout.bytes, [layout])
+        self.slot_of = [self.num_experts - 1 - e for e in range(self.num_experts)]
+        for expert, slot in enumerate(self.slot_of):
+            for name, view in self.views.get(slot, 0).items():
+                view.copy_(parameters[name][expert])
+        self.leased: list[int] = []
+        self.ended = 0
+
+    def lease_each(self, layer: int, experts: Sequence[int], *, scan: bool) -> Generator[tuple[int, int]]:
+        assert list(experts) == sorted(set(experts))
+        try:
+            for expert in experts:
+                self.leased.append(expert)
+                yield expert, self.slot_of[expert]
+        finally:
+            self.ended += 1
+
+
+class World:
+    def __init__(self, family: str, dtype: torch.dtype) -> None:
+        self.model = make_model(family, seed=0, dtype=dtype)
+        self.module = find_experts(self.model)[-1][1]
+        self.slots = InSlots(self.module)
+        self.layer = MoELayer(0, 0, self.slots.views)
+        self.hidden_size = int(self.model.config.hidden_size)
+
+    def ours(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, num_rows: int | None = None) -> torch.Tensor:
+        self.layer.step = StepRoutes(len(hidden) if num_rows is None else num_rows, self.slots)
+        with torch.inference_mode():
+            return self.layer.forward(self.module, hidden, index, weights)
+
+    def theirs(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        self.model.set_experts_implementation("eager")
+        with torch.inference_mode():
+            result: torch.Tensor = self.module(hidden, index, weights)
+        return result
+
+    def inputs(self, rows: int, top_k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(rows)
+        hidden = torch.randn(rows, self.hidden_size, generator=generator).to(dtype)
+        scores = torch.rand(rows, self.slots.num_experts, generator=generator)
+        weights, index = scores.topk(top_k, sorted=False)
+        return hidden, index, weights.to(dtype)
+
+
+@pytest.fixture(params=[(family, dtype) for family in FAMILIES for dtype in DTYPES], ids=lambda p: f"{p[0]}-{p[1]}")
+def world(request: pytest.FixtureRequest) -> Any:
+    return World(*request.param), request.param[1]
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+def test_it_computes_what_transformers_computes(world: tuple[World, torch.dtype], top_k: int) -> None:
+    made, dtype = world
+    for rows in (1, 2, 5, 24):
+        inputs = made.inputs(rows, top_k, dtype)
+        ours, theirs = made.ours(*inputs), made.theirs(*inputs)
+        assert ours.dtype == dtype and ours.shape == theirs.shape
+        scale = float(theirs.float().abs().max())
+        tolerance = scale * (1e-5 if dtype == torch.float32 else 0.02)
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=tolerance)
+
+
+def test_a_row_does_not_depend_on_the_others(world: tuple[World, torch.dtype]) -> None:
+    made, dtype = world
+    hidden, index, weights = made.inputs(37, 3, dtype)
+    expected = made.ours(hidden, index, weights)
+    for first in range(0, 37, 5):
+        for count in (1, 2, 3, 6, 32):
+            rows = slice(first, first + count)
+            assert torch.equal(made.ours(hidden[rows], index[rows], weights[rows]), expected[rows])
+
+
+def test_a_row_does_not_depend_on_the_others_when_all_choose_the_same_experts(world: tuple[World, torch.dtype]) -> None:
+    made, dtype = world
+    hidden, index, weights = made.inputs(21, made.slots.num_experts, dtype)
+    expected = made.ours(hidden, index, weights)
+    for rows in (slice(0, 1), slice(3, 5), slice(7, 21)):
+        assert torch.equal(made.ours(hidden[rows], index[rows], weights[rows]), expected[rows])
+
+
+def test_the_order_of_a_tokens_choices_does_not_matter(world: tuple[World, torch.dtype]) -> None:
+    made, dtype = world
+    hidden, index, weights = made.inputs(9, 5, dtype)
+    expected = made.ours(hidden, index, weights)
+    assert torch.equal(made.ours(hidden, index.flip(1), weights.flip(1)), expected)
+
+
+def test_experts_are_asked_for_once_ascending_and_always_given_back(world: tuple[World, torch.dtype]) -> None:
+    made, dtype = world
+    hidden, index, weights = made.inputs(9, 2, dtype)
+    made.ours(hidden, index, weights)
+    assert made.slots.leased == sorted(set(index.flatten().tolist()))
+    assert made.slots.ended == 1
+    assert made.layer.step is not None and made.layer.step.activations == {0: 18}
+
+
+def test_padding_reaches_no_expert_and_comes_back_as_zeros(world: tuple[World, torch.dtype]) -> None:
+    made, dtype = world
+    hidden, index, weights = made.inputs(8, 2, dtype)
+    index[:5], index[5:] = torch.tensor([0, 1]), torch.tensor([2, 3])
+    hidden[5:] = torch.nan
+    out = made.ours(hidden, index, weights, num_rows=5)
+    assert made.slots.leased == [0, 1]
+    assert torch.equal(out[:5], made.ours(hidden[:5], index[:5], weights[:5])) and not out[5:].any()
+
+
+def test_a_step_is_a_scan_only_if_all_of_it_is_prompt() -> None:
+    world = World("mixtral", torch.bfloat16)
+    scans = [StepRoutes(4, world.slots, scan_rows=rows).scan for rows in (0, 3, 4)]
+    assert scans == [False, False, True]

@@ -1,0 +1,408 @@
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import pytest
+
+from expertd_engine.errors import BudgetError, ResourceError
+from expertd_engine.experts.events import (
+    Abort,
+    Cancel,
+    Cancelled,
+    Demand,
+    Denied,
+    Drop,
+    ExpertId,
+    Failed,
+    Granted,
+    Hint,
+    Instruction,
+    Load,
+    Loaded,
+    Predict,
+    Priority,
+    Promote,
+    Release,
+    SetBudget,
+    Tick,
+)
+from expertd_engine.experts.ledger import Ledger, LedgerError
+from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead
+from expertd_engine.experts.policy import make_policy
+
+A, B, C, D = (ExpertId(0, index) for index in range(4))
+
+
+def make(
+    slots: int = 2, experts: int = 4, policy: str = "lru", most: int | None = None, prefetch: bool = True
+) -> Ledger:
+    """A ledger over one layer of records of one byte."""
+    return Ledger([1], [experts], slots, make_policy(policy), most, prefetch=prefetch)
+
+
+class Consumer:
+    """A step that asks for experts `window` ahead, uses and releases them in order; loads are instant."""
+
+    def __init__(self, ledger: Ledger, window: int = 1, lookahead: Lookahead | None = None) -> None:
+        self.ledger = ledger
+        self.window = window
+        self.lookahead = lookahead or NoLookahead()
+        self.leases = 0
+
+    def use(self, trace: Sequence[ExpertId], start: int = 0, scan: bool = False) -> None:
+        outstanding: deque[int] = deque()
+        for position, expert in enumerate(trace, start):
+            next_use = self.lookahead.next_use(expert, position)
+            self.handle(Demand(self.leases, expert, position, next_use, scan))
+            outstanding.append(self.leases)
+            self.leases += 1
+            if len(outstanding) == self.window:
+                self.handle(Release(outstanding.popleft()))
+        for lease in outstanding:
+            self.handle(Release(lease))
+
+    def handle(self, event: Demand | Release) -> None:
+        loads: deque[Instruction] = deque(self.ledger.handle(event))
+        while loads:
+            instruction = loads.popleft()
+            if isinstance(instruction, Load):
+                loads.extend(self.ledger.handle(Loaded(instruction.load_id)))
+
+    def hit_rate(self) -> float:
+        counters = self.ledger.counters
+        return sum(counters.hits) / counters.lookups()
+
+
+class KnownTrace(NoLookahead):
+    """Exact lookahead over a given sequence of uses."""
+
+    def __init__(self, trace: Sequence[ExpertId]) -> None:
+        self.trace = trace
+
+    def next_use(self, expert: ExpertId, after: int) -> int | None:
+        return next((p for p in range(after + 1, len(self.trace)) if self.trace[p] == expert), None)
+
+
+def resident(ledger: Ledger, experts: Sequence[ExpertId]) -> list[ExpertId]:
+    return [expert for expert in experts if ledger.state(expert) == "resident"]
+
+
+def load_of(instructions: Sequence[Instruction]) -> Load:
+    return next(i for i in instructions if isinstance(i, Load))
+
+
+# ---------------------------------------------------------------- one lease, start to end
+
+
+def test_a_miss_is_loaded_granted_and_then_a_hit() -> None:
+    ledger = make()
+    (load,) = ledger.handle(Demand(7, A, 0))
+    assert load == Load(0, A, 0, Priority.DEMAND)
+    assert ledger.state(A) == "loading"
+    assert ledger.handle(Loaded(0)) == [Granted(7, A, 0)]
+    assert ledger.state(A) == "leased"
+    assert ledger.handle(Demand(8, A, 1)) == [Granted(8, A, 0)]
+    assert ledger.handle(Release(7)) == []
+    assert ledger.state(A) == "leased"
+    ledger.handle(Release(8))
+    assert ledger.state(A) == "resident"
+    assert (ledger.counters.hits, ledger.counters.late, ledger.counters.misses) == ([1], [0], [1])
+
+
+def test_a_second_demand_during_the_load_is_late_and_granted_with_the_first() -> None:
+    ledger = make()
+    ledger.handle(Demand(0, A, 0))
+    assert ledger.handle(Demand(1, A, 0)) == []
+    assert ledger.handle(Loaded(0)) == [Granted(0, A, 0), Granted(1, A, 0)]
+    assert ledger.counters.late == [1]
+
+
+def test_a_demand_without_room_waits_for_a_release_and_takes_the_slot() -> None:
+    ledger = make()
+    for lease, expert in enumerate((A, B)):
+        ledger.handle(Demand(lease, expert, lease))
+        ledger.handle(Loaded(lease))
+    assert ledger.handle(Demand(2, C, 2)) == []
+    assert ledger.handle(Release(1)) == [Load(2, C, 1, Priority.DEMAND)]
+    assert ledger.state(B) == "absent"
+
+
+def test_waiting_demands_are_served_in_the_order_asked() -> None:
+    ledger = make()
+    for lease, expert in enumerate((A, B, C, D)):
+        ledger.handle(Demand(lease, expert, lease))
+    ledger.handle(Loaded(0))
+    ledger.handle(Loaded(1))
+    assert load_of(ledger.handle(Release(0))).expert == C
+    assert load_of(ledger.handle(Release(1))).expert == D
+
+
+def test_a_failed_demand_is_tried_once_more_then_denied() -> None:
+    ledger = make()
+    ledger.handle(Demand(0, A, 0))
+    assert ledger.handle(Failed(0, "read error")) == [Load(1, A, 0, Priority.DEMAND)]
+    assert ledger.handle(Failed(1, "read error")) == [Denied(0, A, "read error"), Drop(0)]
+    assert ledger.state(A) == "absent" and ledger.counters.load_failures == 2
+    with pytest.raises(LedgerError):
+        ledger.handle(Release(0))
+
+
+def test_an_aborted_load_is_doomed_charged_until_it_ends_and_dropped() -> None:
+    ledger = make()
+    ledger.handle(Demand(0, A, 0))
+    assert ledger.handle(Abort((0,))) == [Cancel(0)]
+    assert (ledger.state(A), ledger.loading_bytes) == ("doomed", 1)
+    assert ledger.handle(Loaded(0)) == [Drop(0)]
+    assert ledger.loading_bytes == ledger.resident_bytes == 0
+
+
+def test_a_demand_for_a_doomed_record_takes_it_if_it_comes_and_loads_it_if_not() -> None:
+    for answer, expected in ((Loaded(0), Granted(1, A, 0)), (Cancelled(0), Load(1, A, 0, Priority.DEMAND))):
+        ledger = make()
+        ledger.handle(Demand(0, A, 0))
+        ledger.handle(Abort((0,)))
+        assert ledger.handle(Demand(1, A, 1)) == []
+        assert ledger.handle(answer) == [expected]
+
+
+# ---------------------------------------------------------------- bytes and budgets (law 1)
+
+
+def test_slots_suffice_for_the_largest_budget() -> None:
+    assert Ledger([10], [100], 30, make_policy("lru"), 55).num_slots == 5
+    assert Ledger([10], [3], 1000, make_policy("lru")).num_slots == 3
+    assert Ledger([10, 3], [5, 4], 30, make_policy("lru")).num_slots == 5
+
+
+def test_a_shorter_record_in_a_longer_ones_slot_gives_the_rest_back() -> None:
+    ledger = Ledger([4, 3], [2, 2], 8, make_policy("lru"))
+    consumer = Consumer(ledger)
+    consumer.use([A, B])
+    instructions = ledger.handle(Demand(9, ExpertId(1, 0), 2))
+    assert instructions == [Drop(0, 3), Load(2, ExpertId(1, 0), 0, Priority.DEMAND)]
+    assert ledger.resident_bytes + ledger.loading_bytes == 7
+
+
+def test_a_longer_record_takes_the_bytes_of_two() -> None:
+    ledger = Ledger([4, 2], [2, 4], 8, make_policy("lru"))
+    consumer = Consumer(ledger)
+    consumer.use([ExpertId(1, index) for index in range(4)])
+    instructions = ledger.handle(Demand(9, A, 9))
+    assert [type(i) for i in instructions] == [Drop, Load]
+    assert ledger.resident_bytes + ledger.loading_bytes == ledger.peak_bytes == 8
+
+
+def test_shrinking_evicts_what_is_idle_at_once_and_the_rest_as_leases_end() -> None:
+    ledger = make(slots=4)
+    for lease, expert in enumerate((A, B, C, D)):
+        ledger.handle(Demand(lease, expert, lease))
+        ledger.handle(Loaded(lease))
+    ledger.handle(Release(0))
+    assert ledger.handle(SetBudget(2)) == [Drop(0)]
+    assert (ledger.budget_bytes, ledger.limit_bytes) == (2, 3)
+    assert ledger.handle(Demand(4, A, 4)) == []
+    assert ledger.handle(Release(3)) == [Drop(3)]
+    assert ledger.limit_bytes == 2
+    assert load_of(ledger.handle(Release(2))).expert == A
+    assert ledger.counters.evictions == {"capacity": 1, "budget_change": 2}
+
+
+def test_growing_serves_who_waits() -> None:
+    ledger = make(most=3)
+    for lease, expert in enumerate((A, B, C)):
+        ledger.handle(Demand(lease, expert, lease))
+    assert load_of(ledger.handle(SetBudget(3))).expert == C
+
+
+def test_budgets_outside_the_range_are_refused_and_change_nothing() -> None:
+    ledger = Ledger([10], [8], 40, make_policy("lru"))
+    with pytest.raises(BudgetError, match="19 bytes is 1 bytes too small: the smallest that works is 20"):
+        ledger.handle(SetBudget(19))
+    with pytest.raises(ResourceError, match="41 bytes is above the 40 bytes"):
+        ledger.handle(SetBudget(41))
+    assert ledger.budget_bytes == 40
+    with pytest.raises(BudgetError):
+        Ledger([10], [8], 19, make_policy("lru"))
+
+
+def test_a_shrink_while_loads_fail_leaves_nobody_waiting_for_ever() -> None:
+    ledger = make(slots=3)
+    for lease, expert in enumerate((A, B, C)):
+        ledger.handle(Demand(lease, expert, lease))
+    ledger.handle(SetBudget(2))
+    assert ledger.handle(Failed(0, "read error")) == [Load(3, A, 0, Priority.DEMAND)]
+
+
+# ---------------------------------------------------------------- prefetch (law 4)
+
+
+def test_hints_start_prefetches_soonest_first_up_to_the_depth() -> None:
+    ledger = Ledger([1], [4], 4, make_policy("lru"), prefetch_depth=2)
+    out = ledger.handle(Predict((Hint(A, 1), Hint(B, 2), Hint(C, 3))))
+    assert [(i.expert, i.priority) for i in out if isinstance(i, Load)] == [
+        (A, Priority.PREFETCH),
+        (B, Priority.PREFETCH),
+    ]
+    assert load_of(ledger.handle(Loaded(0))).expert == C
+    assert (ledger.counters.prefetch_issued, ledger.counters.prefetch_pending) == (3, 3)
+
+
+def test_a_demand_promotes_the_prefetch_it_meets() -> None:
+    ledger = make()
+    ledger.handle(Predict((Hint(A, 1),)))
+    assert ledger.handle(Demand(0, A, 1)) == [Promote(0)]
+    assert ledger.handle(Loaded(0)) == [Granted(0, A, 0)]
+    assert (ledger.counters.late, ledger.counters.prefetch_late) == ([1], 1)
+
+
+def test_a_demand_takes_the_room_of_the_prefetch_needed_last() -> None:
+    ledger = make()
+    ledger.handle(Predict((Hint(A, 1), Hint(B, 2))))
+    assert ledger.handle(Demand(0, C, 0)) == [Cancel(1)]
+    assert ledger.handle(Cancelled(1)) == [Load(2, C, 1, Priority.DEMAND)]
+    assert (ledger.counters.prefetch_cancelled, ledger.counters.prefetch_pending) == (1, 1)
+
+
+def test_a_prefetch_evicts_only_what_is_not_needed_sooner() -> None:
+    ledger = make()
+    ledger.handle(Predict((Hint(A, 5), Hint(B, 9))))
+    ledger.handle(Loaded(0))
+    ledger.handle(Loaded(1))
+    assert ledger.handle(Predict((Hint(C, 9),))) == []
+    assert ledger.handle(Predict((Hint(C, 7),))) == [Load(2, C, 1, Priority.PREFETCH)]
+    assert ledger.counters.prefetch_wasted == 1
+
+
+def test_no_prefetch_is_issued_while_a_demand_waits() -> None:
+    ledger = make(slots=2)
+    for lease, expert in enumerate((A, B, C)):
+        ledger.handle(Demand(lease, expert, lease))
+        if lease < 2:
+            ledger.handle(Loaded(lease))
+    assert ledger.handle(Predict((Hint(D, 5),))) == []
+    assert load_of(ledger.handle(Release(0))).expert == C
+    assert load_of(ledger.handle(Release(1))).expert == D
+
+
+def test_a_prefetch_whose_time_has_passed_is_given_up() -> None:
+    ledger = make()
+    ledger.handle(Predict((Hint(A, 3),)))
+    assert ledger.handle(Tick(3)) == []
+    assert ledger.handle(Tick(4)) == [Cancel(0)]
+    assert ledger.handle(Loaded(0)) == [Drop(0)]
+    assert ledger.counters.prefetch_wasted == 1
+
+
+def test_a_failed_prefetch_is_dropped_and_not_tried_again() -> None:
+    ledger = make()
+    ledger.handle(Predict((Hint(A, 3),)))
+    assert ledger.handle(Failed(0, "read error")) == [Drop(0)]
+    assert ledger.counters.prefetch_wasted == ledger.counters.load_failures == 1
+
+
+def test_without_prefetch_hints_only_teach_the_policy() -> None:
+    ledger = make(policy="next-use", prefetch=False)
+    Consumer(ledger).use([A, B])
+    assert ledger.handle(Predict((Hint(A, 5), Hint(C, 6), Hint(B, 9)))) == []
+    ledger.handle(Demand(9, D, 2))
+    assert resident(ledger, [A, B]) == [A]
+
+
+# ---------------------------------------------------------------- scans (law 5)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "next-use"])
+def test_a_scan_does_not_flush_the_working_set(policy: str) -> None:
+    ledger = make(slots=4, experts=40, policy=policy)
+    consumer = Consumer(ledger)
+    consumer.use([A, B, C])
+    consumer.use([ExpertId(0, index) for index in range(4, 40)], start=3, scan=True)
+    assert resident(ledger, [A, B, C]) == [A, B, C]
+
+
+def test_a_scan_does_not_refresh_but_decoding_takes_into_the_working_set() -> None:
+    ledger = make(slots=3, experts=5)
+    consumer = Consumer(ledger)
+    consumer.use([A, B])
+    consumer.use([A, C], start=2, scan=True)
+    consumer.use([C], start=4)
+    consumer.use([D], start=5)
+    assert resident(ledger, [A, B, C, D]) == [B, C, D]
+
+
+# ---------------------------------------------------------------- what it is for: hits
+
+
+@pytest.mark.parametrize("policy, at_least, at_most", [("next-use", 0.23, 0.25), ("lru", 0.0, 0.0)])
+def test_a_cycle_over_all_experts_at_a_quarter_of_the_slots(policy: str, at_least: float, at_most: float) -> None:
+    layers, experts = 30, 16
+    ledger = Ledger([4096] * layers, [experts] * layers, 120 * 4096, make_policy(policy), prefetch=False)
+    consumer = Consumer(ledger, window=4, lookahead=EveryExpert(layers, experts, window=0))
+    cycle = [ExpertId(*divmod(index, experts)) for index in range(layers * experts)]
+    consumer.use(cycle)
+    cold_hits, cold = sum(ledger.counters.hits), ledger.counters.lookups()
+    for step in range(1, 6):
+        consumer.use(cycle, start=step * len(cycle))
+        ledger.handle(Tick((step + 1) * len(cycle)))
+    rate = (sum(ledger.counters.hits) - cold_hits) / (ledger.counters.lookups() - cold)
+    assert at_least <= rate <= at_most
+    assert ledger.peak_bytes == ledger.budget_bytes
+    ledger.check()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_next_use_with_exact_lookahead_is_optimal(seed: int) -> None:
+    rng = random.Random(seed)
+    trace = tuple(ExpertId(0, rng.randrange(5)) for _ in range(14))
+    for slots in (2, 3):
+        ledger = make(slots, experts=5, policy="next-use", prefetch=False)
+        Consumer(ledger, lookahead=KnownTrace(trace)).use(trace)
+        assert sum(ledger.counters.hits) == most_hits(trace, slots)
+
+
+def most_hits(trace: tuple[ExpertId, ...], slots: int) -> int:
+    """By trying every victim at every miss."""
+
+    @cache
+    def best(position: int, held: frozenset[ExpertId]) -> int:
+        if position == len(trace):
+            return 0
+        expert = trace[position]
+        if expert in held:
+            return 1 + best(position + 1, held)
+        return max(best(position + 1, kept | {expert}) for kept in _room(held, slots))
+
+    return best(0, frozenset())
+
+
+def _room(held: frozenset[ExpertId], slots: int) -> Iterator[frozenset[ExpertId]]:
+    if len(held) < slots:
+        yield held
+    else:
+        yield from (held - {victim} for victim in held)
+
+
+# ---------------------------------------------------------------- our bugs
+
+
+def test_impossible_events_raise_and_tell_the_story() -> None:
+    ledger = make()
+    ledger.handle(Demand(0, A, 0))
+    with pytest.raises(LedgerError, match=r"before it was granted; recently:\n  0/0: demanded by lease 0"):
+        ledger.handle(Release(0))
+    ledger.handle(Loaded(0))
+    ledger.handle(Release(0))
+    for event in (Release(0), Loaded(0), Cancelled(5), Abort((0,)), Demand(1, ExpertId(0, 4), 1)):
+        with pytest.raises(LedgerError):
+            ledger.handle(event)
+    assert ledger.state(A) == "resident"
+    ledger.check()
+
+
+def test_layers_without_experts_or_bytes_are_refused() -> None:
+    for record_bytes, experts in (([], []), ([0], [4]), ([8], [0])):
+        with pytest.raises(ValueError, match="no ledger for layers"):
+            Ledger(record_bytes, experts, 100, make_policy("lru"))
