@@ -202,9 +202,10 @@ class ToolReader:
         name = call.get("name") if isinstance(call, dict) else None
         if not self._is_tool(name):
             return self._no_call(text)
-        arguments = call.get("arguments", call.get("parameters", {}))
+        given = call.get("arguments") or call.get("parameters") or {}
+        arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
         self._begin_call(name)
-        self._out.append(CallPiece(self._index, arguments if isinstance(arguments, str) else json.dumps(arguments)))
+        self._out.append(CallPiece(self._index, arguments))
         return self._end_call(self._between)
 
     def _arguments(self) -> bool:

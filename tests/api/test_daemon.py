@@ -1,4 +1,4 @@
-"""The whole daemon with a real engine, as clients meet it. One small model; the demo and its cgroup under `acceptance`."""
+"""The whole daemon with a real engine, as clients meet it. A small model; the demo in a cgroup under `acceptance`."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,17 @@ from expertd_engine.model.loader import load_model
 from expertd_engine.model.trial import Trial
 from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine
-from support.engine import Generated, collect, generate, running_engine, submit_of
+from support.engine import Generated, collect, generate, submit_of
+from support.engine import running_engine as running
 from support.tiny_mixtral import make_llama, make_mixtral
 
 FORMATS = ("bf16", "float32")
 GREEDY = Sampling(max_tokens=8, temperature=0, ignore_eos=True, logprobs=2)
 SEEDED = Sampling(max_tokens=8, temperature=1.0, top_p=0.95, seed=1234, ignore_eos=True, logprobs=2)
+
+
+def running_engine(store: Path, **options: Any) -> AbstractContextManager[Engine]:
+    return running(store, threads=1, **options)
 
 
 def prompt(number: int, length: int) -> list[int]:
@@ -47,6 +53,14 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pa
             made[kind, experts_format] = folder / f"{kind}-{experts_format}"
             prepare(folder / kind, made[kind, experts_format], experts_format)
     return made
+
+
+@pytest.fixture(autouse=True)
+def quick_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start without trial steps, which have tests of their own here, and without a pool of threads."""
+    if "trial" not in request.node.name:
+        monkeypatch.setattr(Trial, "is_invariant", lambda self: True)
+    monkeypatch.setattr(Trial, "largest_step_bytes", lambda self, *sizes: 0)
 
 
 class Logits:

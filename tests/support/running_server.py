@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import httpx
 
 from expertd_engine.config import Config, Size
+from expertd_server.auth import NO_KEYS, KeyRing
 from expertd_server.daemon import Daemon, bind
 from expertd_server.supervisor import RestartPolicy
 from support.fake_engine import WAIT_S, FakeEngine, FakeLauncher, Script
@@ -24,7 +25,8 @@ QUICK_RESTARTS = RestartPolicy(tries=2, first_delay_s=0.01, max_delay_s=0.01)
 class Server:
     """A running server: `http` talks to it, `script` says what its engine does."""
 
-    def __init__(self, config: Config, launcher: FakeLauncher) -> None:
+    def __init__(self, config: Config, launcher: FakeLauncher, keys: KeyRing) -> None:
+        self._keys = keys
         self.launcher = launcher
         self.script = launcher.script
         self.code: int | None = None
@@ -42,7 +44,7 @@ class Server:
     def _run(self) -> None:
         async def main() -> int:
             self._loop = asyncio.get_running_loop()
-            self.daemon = Daemon(self._config, self._listening, self.launcher, QUICK_RESTARTS)
+            self.daemon = Daemon(self._config, self._listening, self.launcher, QUICK_RESTARTS, self._keys)
             self._began.set()
             return await self.daemon.run()
 
@@ -97,18 +99,22 @@ class Server:
 class Start(Protocol):
     """Start a server of one's own; `ready=False` does not wait for its engine."""
 
-    def __call__(self, script: Script | None = None, *, ready: bool = True, **config: Any) -> Server: ...
+    def __call__(
+        self, script: Script | None = None, *, ready: bool = True, keys: KeyRing = NO_KEYS, **config: Any
+    ) -> Server: ...
 
 
 @contextmanager
 def running(store: Path) -> Iterator[Start]:
     servers: list[Server] = []
 
-    def start(script: Script | None = None, *, ready: bool = True, **config: Any) -> Server:
+    def start(
+        script: Script | None = None, *, ready: bool = True, keys: KeyRing = NO_KEYS, **config: Any
+    ) -> Server:
         launcher = FakeLauncher(store, script)
         if not ready:
             launcher.store_ready.clear()
-        servers.append(Server(dataclasses.replace(CONFIG, **config), launcher))
+        servers.append(Server(dataclasses.replace(CONFIG, **config), launcher, keys))
         if ready:
             servers[-1].until_ready()
         return servers[-1]

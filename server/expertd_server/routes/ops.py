@@ -46,7 +46,7 @@ def router(service: Service) -> APIRouter:
 
 
 def _add(routes: APIRouter, endpoint: Any, path: str, *aliases: str, **options: Any) -> None:
-    """`path`, which /openapi.json shows, and other names for it, which it does not. All answer HEAD too: probes ask so."""
+    """`path`, which /openapi.json shows, and other names for it, which it does not. All answer HEAD, as probes ask."""
     routes.add_api_route(path, endpoint, response_model=None, **options)
     routes.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
     for alias in aliases:

@@ -1,0 +1,8 @@
+"""Before anything imports torch: waiting compute threads park, as they do in the engine, and hubs are not asked."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
