@@ -75,6 +75,7 @@ def _option(
 
 
 Policy = Literal["auto", "lru", "lfu", "next-use"]
+ToolParser = Literal["auto", "none", "hermes", "mistral", "json"]
 Dtype = Literal["auto", "float32", "bf16"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -114,6 +115,7 @@ class Config:
 
     host: str = _option("127.0.0.1", "address to listen on", group="http")
     port: int = _option(8000, "TCP port; 0 lets the system choose", group="http", low=0, high=65535)
+    tool_parser: ToolParser = _option("auto", "form of tool calls; auto: what the chat template teaches", group="http")
     max_body: Size = _option(Size(bytes=8 * 2**20), "largest request body", group="http")
     max_queued_tokens: int = _option(
         2**20, "prompt tokens of sequences that wait to be computed; more are refused", group="http", low=1

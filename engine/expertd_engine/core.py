@@ -5,12 +5,12 @@ Owns the scheduler; the forward pass is behind `Forward`. Every sequence submitt
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from expertd_engine.messages import Finished, FinishReason, Output, Steps, Submit, TokenLogprob
-from expertd_engine.request import ExpertCounts, Sequence
+from expertd_engine.messages import Constraint, Finished, FinishReason, Output, Steps, Submit, TokenLogprob
+from expertd_engine.request import Constrainer, ConstraintFailed, ExpertCounts, Sequence
 from expertd_engine.scheduler import Chunk, Scheduler, SequenceRefused, StepPlan
 
 
@@ -54,14 +54,31 @@ class End:
 
     reason: FinishReason
     stop_token_id: int | None = None
+    constraint_met: bool = False
+
+
+Constrain = Callable[[Constraint], Constrainer]
+"""Raises ConstraintFailed; what takes long may fail in the constrainer's first `allowed` instead."""
+
+
+def no_constraints(constraint: Constraint) -> Constrainer:
+    """For engines that cannot constrain."""
+    raise ConstraintFailed(f"this engine cannot hold an answer to a {constraint.kind}")
 
 
 class EngineCore:
     """Called by one thread, between steps. All times are seconds of one monotonic clock, the caller's."""
 
-    def __init__(self, scheduler: Scheduler, forward: Forward, eos_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        forward: Forward,
+        eos_token_ids: Iterable[int],
+        constrain: Constrain = no_constraints,
+    ) -> None:
         self.scheduler = scheduler
         self._forward = forward
+        self._constrain = constrain
         self._eos_token_ids = frozenset(eos_token_ids)
         self._outputs: list[Output] = []
         self._finished: list[Finished] = []
@@ -79,8 +96,10 @@ class EngineCore:
             message, eos_token_ids=self._eos_token_ids, max_model_len=max_model_len, now_s=now_s
         )
         try:
+            if message.sampling.constraint is not None:
+                sequence.constrainer = self._constrain(message.sampling.constraint)
             self.scheduler.add(sequence)
-        except SequenceRefused as refusal:
+        except (ConstraintFailed, SequenceRefused) as refusal:
             sequence.finish("error")
             self._tell_finished(sequence, now_s, error=str(refusal))
 
@@ -123,7 +142,7 @@ class EngineCore:
             end = find_end(sequence)
             if end is not None:
                 self.scheduler.finish(sequence, end.reason)
-                self._tell_finished(sequence, now_s, stop_token_id=end.stop_token_id)
+                self._tell_finished(sequence, now_s, end)
 
     def _apply_failure(self, plan: StepPlan, failure: StepFailed, now_s: float) -> None:
         for sequence in self.scheduler.step_failed(plan, failure.sequence_ids):
@@ -143,11 +162,19 @@ class EngineCore:
             self._outputs.append(Output(sequence_id, [], None, prompt_logprobs))
 
     def _tell_finished(
-        self, sequence: Sequence, now_s: float, *, stop_token_id: int | None = None, error: str | None = None
+        self, sequence: Sequence, now_s: float, end: End | None = None, *, error: str | None = None
     ) -> None:
         assert sequence.finish_reason is not None
-        stats = sequence.stats.result(now_s)
-        self._finished.append(Finished(sequence.sequence_id, sequence.finish_reason, stop_token_id, error, stats))
+        self._finished.append(
+            Finished(
+                sequence.sequence_id,
+                sequence.finish_reason,
+                stop_token_id=end.stop_token_id if end is not None else None,
+                error=error,
+                constraint_met=end is not None and end.constraint_met,
+                stats=sequence.stats.result(now_s),
+            )
+        )
 
     def _take_told(self) -> Steps:
         told = Steps(self._outputs, self._finished, self._started)
@@ -166,5 +193,7 @@ def find_end(sequence: Sequence) -> End | None:
         return End("stop")
     if outputs and outputs[-1] in sequence.sampling.stop_token_ids:
         return End("stop", outputs[-1])
+    if sequence.constrainer is not None and sequence.constrainer.is_finished:
+        return End("stop", constraint_met=True)
     is_full = sequence.num_tokens >= sequence.max_length
     return End("length") if is_full and (outputs or not sequence.num_uncomputed_tokens) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import bisect_left
 
@@ -24,8 +25,11 @@ from expertd_engine.messages import (
     ToEngine,
     ToServer,
 )
+from expertd_engine.planning.guard import guarded_expert_budget
 from expertd_engine.scheduler import StepPlan
 from expertd_engine.startup import Engine
+
+logger = logging.getLogger(__name__)
 
 SNAPSHOT_BUSY_S = 0.25
 SNAPSHOT_IDLE_S = 1.0
@@ -103,6 +107,7 @@ class EngineLoop:
         self._meter = meter
         self._channel = channel
         self._stopping = False
+        self._memory_shrinks = 0
         self._last_snapshot_s = 0.0
         self._measured_s = 0.0
         self._memory = engine.meter.measure()
@@ -159,13 +164,30 @@ class EngineLoop:
         if now - self._measured_s >= MEMORY_EVERY_S:
             self._memory = self._engine.meter.measure()
             self._measured_s = now
+            self._guard_memory()
         if not self._engine.core.has_work:
             self._engine.cache.ledger.check()
         self._last_snapshot_s = now
-        self._channel.send(take_snapshot(self._engine, self._meter, self._memory, now))
+        self._channel.send(take_snapshot(self._engine, self._meter, self._memory, self._memory_shrinks, now))
+
+    def _guard_memory(self) -> None:
+        ledger, budget = self._engine.cache.ledger, self._engine.info.memory_budget_bytes
+        if budget is None:
+            return
+        used = self._memory.used_bytes
+        shrunk = guarded_expert_budget(
+            used_bytes=used,
+            memory_budget_bytes=budget,
+            expert_budget_bytes=ledger.budget_bytes,
+            minimum_bytes=ledger.minimum_bytes,
+        )
+        if shrunk is not None:
+            logger.warning("memory of %d bytes is above its budget of %d: experts get %d", used, budget, shrunk)
+            self._engine.cache.set_budget(shrunk)
+            self._memory_shrinks += 1
 
 
-def take_snapshot(engine: Engine, meter: StepMeter, memory: MemoryUse, now: float) -> Snapshot:
+def take_snapshot(engine: Engine, meter: StepMeter, memory: MemoryUse, memory_shrinks: int, now: float) -> Snapshot:
     """All counters and gauges as they are between two steps."""
     ledger, transfers, scheduler = engine.cache.ledger, engine.cache.transfers.stats, engine.core.scheduler
     counters = ledger.counters
@@ -195,6 +217,7 @@ def take_snapshot(engine: Engine, meter: StepMeter, memory: MemoryUse, now: floa
         memory_used_bytes=memory.used_bytes,
         memory_peak_bytes=memory.peak_bytes,
         memory_source=memory.source,
+        memory_shrinks=memory_shrinks,
         dense_bytes=engine.dense_bytes,
         kv_capacity_bytes=engine.info.kv_bytes,
         kv_used_bytes=engine.pool.used_blocks * engine.storage.block_bytes,

@@ -220,6 +220,8 @@ class Finished(_Message, frozen=True):
     reason: FinishReason
     stop_token_id: int | None = None
     error: str | None = None
+    constraint_met: bool = False
+    """`stop` because nothing may follow: the last token is part of the text, as no end or stop token is."""
     stats: SequenceStats = SequenceStats()
 
 
@@ -291,6 +293,8 @@ class Snapshot(_Message, frozen=True):
     memory_peak_bytes: int
     memory_source: str
     """Where the two figures above come from: `cgroup` or `process`."""
+    memory_shrinks: int
+    """Times that memory was found above its budget and the expert budget was lowered by the excess."""
     dense_bytes: int
     kv_capacity_bytes: int
     kv_used_bytes: int

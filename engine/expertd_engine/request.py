@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from expertd_engine.errors import EngineError
 from expertd_engine.messages import ExpertMode, FinishReason, Sampling, SequenceStats, Submit, TokenLogprob
@@ -30,6 +31,28 @@ LEGAL_TRANSITIONS: dict[SequenceState, frozenset[SequenceState]] = {
     SequenceState.PREEMPTED: frozenset({SequenceState.RUNNING, SequenceState.FINISHED}),
     SequenceState.FINISHED: frozenset(),
 }
+
+
+class ConstraintFailed(Exception):
+    """A constraint cannot be kept to any longer, or never could: its sequence alone ends with this message."""
+
+
+class Constrainer(Protocol):
+    """What may come next in one sequence with a constraint. Told of every output token, in order and once."""
+
+    def allowed(self) -> bytes:
+        """A bit for each token id, lowest first in each byte: whether the token may come next. An end-of-sequence
+        token may where what has come meets the constraint. Raises ConstraintFailed."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """A token has come. One that was not allowed makes the next `allowed` fail."""
+        ...
+
+    @property
+    def is_finished(self) -> bool:
+        """What has come meets the constraint, and nothing more may come."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +136,8 @@ class Sequence:
     priority: int = 0
     mode: ExpertMode = "exact"
     cache_salt: str = ""
+    constrainer: Constrainer | None = None
+    """Like the outputs, it stays through preemptions."""
     stats: StatsCollector = field(default_factory=StatsCollector)
 
     rank: tuple[int, int] = (0, 0)
@@ -197,6 +222,8 @@ class Sequence:
                 f"{self}: a token at {self.num_tokens} of {self.max_length}, {self.num_computed_tokens} computed"
             )
         self.output_token_ids.append(token_id)
+        if self.constrainer is not None:
+            self.constrainer.accept(token_id)
 
     # ------------------------------------------------------------ prompt logprobs
 

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from expertd_engine.config import Config
-from expertd_engine.core import EngineCore, Forward
-from expertd_engine.errors import ConfigError
+from expertd_engine.core import Constrain, EngineCore, Forward, no_constraints
+from expertd_engine.errors import ConfigError, ModelError
 from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead
@@ -21,6 +21,7 @@ from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.store import ExpertStore, RecordFile
 from expertd_engine.experts.store_format import StoreIndex
 from expertd_engine.experts.transfer import Transfers
+from expertd_engine.grammar import Grammars
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.memory import MemoryMeter, available_bytes
 from expertd_engine.messages import PROTOCOL_VERSION, EngineInfo
@@ -64,6 +65,7 @@ class _Context:
     loaded: LoadedModel
     shapes: list[LayerShape]
     limits: SchedulerLimits
+    constrain: Constrain
     fallbacks: list[str]
     numerics: str
 
@@ -82,8 +84,9 @@ def start_engine(
     max_model_len = _max_model_len(config, loaded)
     meter = MemoryMeter(server_pid)
     report("trial", 0.0)
-    trial = Trial(loaded, store, BLOCK_TOKENS)
     fallbacks: list[str] = []
+    constrain = _constrain(store, loaded, fallbacks)
+    trial = Trial(loaded, store, BLOCK_TOKENS)
     invariant = trial.is_invariant()
     if not invariant:
         fallbacks.append("numerics are per batch: this box's libraries do not give a row the same bits in every batch")
@@ -92,7 +95,7 @@ def start_engine(
     limits = SchedulerLimits(config.max_sequences, config.max_step_tokens, max_model_len)
     step = trial.largest_step_bytes(limits)
     numerics = "invariant" if invariant else "per-batch"
-    context = _Context(config, store, loaded, trial.shapes, limits, fallbacks, numerics)
+    context = _Context(config, store, loaded, trial.shapes, limits, constrain, fallbacks, numerics)
     plan = plan_memory(_measured(context, base, step), _asked(config, max_model_len))
     report("allot", 0.0)
     return _assemble(context, plan, meter, wrap)
@@ -103,6 +106,14 @@ def _verify(store: ExpertStore, report: Report) -> None:
         store.verify(lambda _, fraction: report("verify", fraction))
     else:
         logger.info("store %s is large: each record is checked when it is first read", store.path)
+
+
+def _constrain(store: ExpertStore, loaded: LoadedModel, fallbacks: list[str]) -> Constrain:
+    try:
+        return Grammars(store.path / "tokenizer.json", loaded.vocab_size, loaded.eos_token_ids).constrain
+    except ModelError as error:
+        fallbacks.append(str(error))
+        return no_constraints
 
 
 def _max_model_len(config: Config, loaded: LoadedModel) -> int:
@@ -141,7 +152,8 @@ def _assemble(context: _Context, plan: StartupPlan, meter: MemoryMeter, wrap: Ca
     cache, layers = _expert_cache(context, plan, records)
     runner = Runner(loaded, layers, storage, cache)
     prefixes = PrefixCache(pool, store.index.store_id) if config.prefix_cache else None
-    core = EngineCore(Scheduler(context.limits, pool, prefixes), wrap(runner), loaded.eos_token_ids)
+    scheduler = Scheduler(context.limits, pool, prefixes)
+    core = EngineCore(scheduler, wrap(runner), loaded.eos_token_ids, context.constrain)
     for fallback in context.fallbacks:
         logger.warning("fallback: %s", fallback)
     info = _describe(context, plan, cache, pool, storage, records)

@@ -11,15 +11,17 @@ from starlette.middleware.cors import CORSMiddleware
 
 from expertd_server import __version__
 from expertd_server.auth import Authentication, KeyRing
+from expertd_server.chat_schemas import ChatRequest
 from expertd_server.envelope import Envelope
 from expertd_server.errors import ApiError, as_api_error, error_response
 from expertd_server.fields import Body
-from expertd_server.routes import completions, models, ops, tokenize
+from expertd_server.responses_schemas import ResponsesRequest
+from expertd_server.routes import chat, completions, models, ops, responses, tokenize
 from expertd_server.routes.tokenize import DetokenizeRequest, TokenizeRequest
 from expertd_server.schemas import CompletionRequest
 from expertd_server.service import Service
 
-BODIES: tuple[type[Body], ...] = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
+BODIES: tuple[type[Body], ...] = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
 """What routes read from request bodies themselves, so that FastAPI does not know of it."""
 
 
@@ -29,7 +31,7 @@ def create_app(service: Service, keys: KeyRing) -> FastAPI:
         title="expertd", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
         exception_handlers={ApiError: _refuse, HTTPException: _refuse},
     )  # fmt: skip
-    for module in (completions, tokenize, models, ops):
+    for module in (completions, chat, responses, tokenize, models, ops):
         app.include_router(module.router(service))
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     _wrap(app, service, keys)

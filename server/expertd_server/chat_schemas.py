@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, WithJsonSchema
 
+from expertd_server.constraints import demanded
 from expertd_server.conversation import ROLES
 from expertd_server.errors import InvalidRequest
 from expertd_server.fields import Body, parse_fields
@@ -44,7 +45,7 @@ ToolChoice = Annotated[
         {"title": "Tool choice", "anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]},
     ),
 ]
-"""`tool_choice.parse` checks it."""
+"""`tool_choice.tools_to_use` checks it."""
 
 
 class Function(Body):
@@ -61,9 +62,10 @@ class Tool(Body):
     def for_template(self) -> dict[str, Any]:
         """As templates expect it: what the client gave, and a schema in any case."""
         function = self.function.model_dump(exclude_unset=True)
-        return {"type": "function", "function": {"description": "", **function, "parameters": self.schema_()}}
+        return {"type": "function", "function": {"description": "", **function, "parameters": self.arguments}}
 
-    def schema_(self) -> dict[str, Any]:
+    @property
+    def arguments(self) -> dict[str, Any]:
         """The schema of its arguments."""
         return self.function.parameters or {"type": "object", "properties": {}}
 
@@ -128,10 +130,9 @@ def parse_chat(body: object) -> ChatRequest:
     request = parse_fields(ChatRequest, body)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs: allowed only with logprobs: true", param="top_logprobs")
-    if request.tools is not None and (request.response_format or request.structured_outputs) is not None:
-        wanted = "response_format" if request.response_format is not None else "structured_outputs"
-        if request.response_format is None or request.response_format.type != "text":
-            raise InvalidRequest(f"{wanted}: not together with tools", param=wanted)
+    demand = demanded(request.response_format, request.structured_outputs)
+    if demand is not None and request.tools is not None:
+        raise InvalidRequest(f"{demand.param}: not together with tools", param=demand.param)
     check_together(request)
     return request
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from expertd_engine.messages import Constraint, EngineInfo, Finished, Output, Sampling, TokenLogprob
-from expertd_server.detokenize import Detokenizer, StopMatcher
+from expertd_server.detokenize import Decode, Detokenizer, StopMatcher
 from expertd_server.engine_client import Update
 from expertd_server.errors import ContextLengthExceeded, Draining, EngineFault, InvalidRequest
 from expertd_server.prompts import EncodedPrompt, TextCodec
@@ -160,15 +160,24 @@ class Choice:
     """One answer in the making. `finished` says that its text is complete, which a stop string can bring about before
     the engine knows."""
 
-    def __init__(self, index: int, prompt: EncodedPrompt, request: GenerationRequest, codec: TextCodec) -> None:
+    def __init__(
+        self,
+        index: int,
+        prompt: EncodedPrompt,
+        request: GenerationRequest,
+        codec: TextCodec,
+        decode: Decode | None = None,
+    ) -> None:
+        """`decode` stands for the codec's own, if given."""
         self.index = index
         self.completion_tokens = 0
+        self.cached_tokens = 0
         self.finished = False
         self._prompt = prompt
         self._request = request
         self._codec = codec
         self._begun = False
-        decode = codec.decode if request.skip_special_tokens else codec.decode_all
+        decode = decode or (codec.decode if request.skip_special_tokens else codec.decode_all)
         self._detokenizer = Detokenizer(decode, prompt.token_ids)
         self._stops = StopMatcher(request.stops, include=request.include_stop_str_in_output)
         self._echo = prompt.text if request.echoes else ""
@@ -182,6 +191,7 @@ class Choice:
             delta.prompt_token_ids = self._prompt.token_ids
         self._begun = True
         if update.output is not None:
+            self.cached_tokens += update.output.cached_tokens
             if update.output.prompt_logprobs is not None:
                 delta.tokens += self._logged_prompt(update.output.prompt_logprobs)
             self._add_tokens(delta, update.output, update.finished)
@@ -191,7 +201,8 @@ class Choice:
 
     def _add_tokens(self, delta: Delta, output: Output, finished: Finished | None) -> None:
         # The token that ends an answer counts, but is not part of its text.
-        hides_last = finished is not None and finished.reason == "stop" and not self._request.include_stop_str_in_output
+        ends = finished is not None and finished.reason == "stop" and not finished.constraint_met
+        hides_last = ends and not self._request.include_stop_str_in_output
         num_shown = len(output.token_ids) - hides_last
         logprobs: Sequence[TokenLogprob | None] = output.logprobs or [None] * len(output.token_ids)
         for i, (token_id, logprob) in enumerate(zip(output.token_ids, logprobs, strict=True)):

@@ -26,14 +26,15 @@ def checked_messages(given: object) -> list[Message]:
         raise _bad("messages", f"got {clip(repr(given))}; allowed is a list of at least one message")
     if len(given) > MAX_MESSAGES:
         raise _bad("messages", f"{len(given)} messages; at most {MAX_MESSAGES} are allowed")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(given)]
+    return [checked_message(message, f"messages[{i}]") for i, message in enumerate(given)]
 
 
 def _bad(where: str, what: str) -> InvalidRequest:
     return InvalidRequest(f"{where}: {what}", param=where)
 
 
-def _message(given: object, where: str) -> Message:
+def checked_message(given: object, where: str) -> Message:
+    """One message; `where` is its name in errors. Raises InvalidRequest."""
     if not isinstance(given, dict):
         raise _bad(where, f"got {clip(repr(given))}; a message is an object with a role and content")
     role = given.get("role")
@@ -118,7 +119,9 @@ def _call(given: object, where: str) -> Message:
 def for_template(messages: Sequence[Message], template: str, *, knows_tools: bool) -> list[Message]:
     """The messages in words that `template` knows: a developer is a system unless it speaks of developers; where it
     knows nothing of tools, calls and their results are written out."""
-    named = [m | {"role": "system"} if m["role"] == "developer" and "developer" not in template else m for m in messages]
+    named = [
+        m | {"role": "system"} if m["role"] == "developer" and "developer" not in template else m for m in messages
+    ]
     return named if knows_tools else _written_out(named)
 
 

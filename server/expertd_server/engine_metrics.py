@@ -70,6 +70,8 @@ COUNTERS = (
            lambda s: [((phase,), count) for phase, count in s.steps.items()]),
     Family("preemptions", "Sequences that gave their KV blocks back and start over.", (),
            lambda s: [((), s.preemptions)]),
+    Family("memory_shrinks", "Times memory was above its budget and the expert budget was lowered by the excess.", (),
+           lambda s: [((), s.memory_shrinks)]),
     Family("prefix_cache_queries", "Tokens of admitted sequences that were looked up among cached KV blocks.", (),
            lambda s: [((), s.prefix_cache_queries)]),
     Family("prefix_cache_hits", "Tokens found in cached KV blocks and so not computed.", (),
@@ -131,7 +133,7 @@ def empty_snapshot(layers: int = 0) -> Snapshot:
         ("demand_loads", "demand_bytes", "prefetch_loads", "prefetch_bytes", "prefetch_used", "prefetch_late",
          "prefetch_wasted", "prefetch_cancelled", "prefetch_pending", "load_failures", "expert_budget_bytes",
          "expert_limit_bytes", "resident_bytes", "loading_bytes", "peak_expert_bytes", "memory_used_bytes",
-         "memory_peak_bytes", "dense_bytes", "kv_capacity_bytes", "kv_used_bytes", "kv_cached_bytes",
+         "memory_peak_bytes", "memory_shrinks", "dense_bytes", "kv_capacity_bytes", "kv_used_bytes", "kv_cached_bytes",
          "prefix_cache_queries", "prefix_cache_hits", "kv_cache_evictions", "running", "waiting", "preemptions"), 0)  # fmt: skip
     return Snapshot(
         time_s=0.0, lookups=[LayerLookups(0, 0, 0, 0)] * layers, load_seconds=0.0, stall_seconds={"expert_wait": 0.0},

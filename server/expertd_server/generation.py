@@ -25,11 +25,12 @@ from expertd_server.auth import owner
 from expertd_server.body import read_json
 from expertd_server.choices import Choice, Delta, PlannedSequence, plan_sequences
 from expertd_server.constraints import Demand, demanded
+from expertd_server.detokenize import Decode
 from expertd_server.engine_client import Patience
 from expertd_server.errors import ApiError
 from expertd_server.prompts import EncodedPrompt
 from expertd_server.records import RequestRecord
-from expertd_server.schemas import ExpertUsage, GenerationRequest, Usage
+from expertd_server.schemas import ExpertUsage, GenerationRequest, PromptTokensDetails, Usage
 from expertd_server.service import ServedModel, Service
 from expertd_server.sse import EventStream, while_connected
 
@@ -75,8 +76,14 @@ class Job:
         completion = sum(choice.completion_tokens for choice in self.choices)
         expert = self._expert_usage() if self.request.include_expert_usage else None
         return Usage(
-            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion, expert=expert
-        )
+            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._cached_tokens()), expert=expert,
+        )  # fmt: skip
+
+    def _cached_tokens(self) -> int:
+        n = len(self.choices) // len(self.prompts)
+        by_prompt = (self.choices[i : i + n] for i in range(0, len(self.choices), n))
+        return sum(min(choice.cached_tokens for choice in choices) for choices in by_prompt)
 
     def _expert_usage(self) -> ExpertUsage:
         return ExpertUsage(
@@ -115,16 +122,17 @@ async def plan_job(
     prompts: list[EncodedPrompt],
     record: RequestRecord,
     demand: Demand | None = None,
+    decode: Decode | None = None,
 ) -> Job:
     """Everything that depends on the model and can still be refused. `demand` stands for what the request's own
-    fields ask of the answer's form, if given."""
+    fields ask of the answer's form, and `decode` for the way that its tokens become text, if given."""
     demand = demand or demanded(request.response_format, request.structured_outputs)
     if demand is not None:
         await service.grammars.check(demand.constraint, param=demand.param)
     words = request.bad_words
     bad_words = await asyncio.to_thread(model.codec.ids_of_words, words) if words else []
     planned = plan_sequences(request, prompts, model.info, bad_words, demand.constraint if demand else None)
-    choices = [Choice(i, sequence.prompt, request, model.codec) for i, sequence in enumerate(planned)]
+    choices = [Choice(i, sequence.prompt, request, model.codec, decode) for i, sequence in enumerate(planned)]
     return Job(service, model, request, prompts, planned, record, choices, int(time.time()))
 
 

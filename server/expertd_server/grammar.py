@@ -1,15 +1,39 @@
-"""Whether a constraint can be kept: grammars are compiled once here, before a request costs the engine anything."""
+"""Whether a constraint can be kept: every grammar is compiled once here, before a request costs the engine anything.
+
+The library bounds its own work, but not all of it: some grammars of a few kilobytes keep it busy for seconds or
+exhaust its stack. So each one is compiled in a process of its own (`grammar_worker.py`), which is killed when its time
+is over and may crash without harm. The verdict is remembered, so a grammar costs that process only the first time.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import sys
+from collections import OrderedDict
+
+import msgspec
+
 from expertd_engine.messages import Constraint
-from expertd_server.errors import InvalidRequest
+from expertd_server.errors import InvalidRequest, clip
 
 MAX_TEXT_BYTES = 64 * 2**10
+CHECK_LIMIT_S = 3.0
+"""From when the process starts: its own start is a tenth of a second, more on a busy box."""
+MAX_AT_ONCE = 2
+"""Processes, so that checks leave the streams their pace and the memory they count on."""
+MAX_VERDICTS = 512
+
+_WORKER = (sys.executable, "-m", "expertd_server.grammar_worker")
 
 
 class GrammarChecker:
     """Owned by the service."""
+
+    def __init__(self, limit_s: float = CHECK_LIMIT_S) -> None:
+        self._limit_s = limit_s
+        self._places = asyncio.Semaphore(MAX_AT_ONCE)
+        self._verdicts: OrderedDict[Constraint, str | None] = OrderedDict()
+        """By last use, oldest first: None, or what is wrong."""
 
     async def check(self, constraint: Constraint, *, param: str) -> None:
         """Returns if the engine can hold an answer to `constraint`. Raises InvalidRequest naming `param` and what is
@@ -17,3 +41,33 @@ class GrammarChecker:
         size = len(constraint.text.encode())
         if size > MAX_TEXT_BYTES:
             raise InvalidRequest(f"{param}: {size} bytes of grammar; at most {MAX_TEXT_BYTES} are allowed", param=param)
+        if constraint not in self._verdicts:
+            async with self._places:
+                self._verdicts[constraint] = await self._compile(constraint)
+        self._verdicts.move_to_end(constraint)
+        while len(self._verdicts) > MAX_VERDICTS:
+            self._verdicts.popitem(last=False)
+        wrong = self._verdicts[constraint]
+        if wrong is not None:
+            raise InvalidRequest(f"{param}: {clip(wrong)}", param=param)
+
+    async def _compile(self, constraint: Constraint) -> str | None:
+        """What is wrong with it, if anything."""
+        process = await asyncio.create_subprocess_exec(
+            *_WORKER,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        try:
+            async with asyncio.timeout(self._limit_s):
+                output, _ = await process.communicate(msgspec.json.encode(constraint))
+        except TimeoutError:
+            return f"the grammar takes longer than {self._limit_s:g} s to compile; use a simpler one"
+        finally:
+            if process.returncode is None:  # our request may have been given up, too
+                process.kill()
+                await process.wait()
+        if process.returncode != 0:
+            return "the grammar is nested too deeply or too large to compile; use a simpler one"
+        return msgspec.json.decode(output, type=str | None)

@@ -7,7 +7,7 @@ lock), and only after a bound on its characters, so that no prompt can hold up t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import msgspec
 from tokenizers import Tokenizer
 
 from expertd_engine.errors import StoreError
+from expertd_server.detokenize import Decode
 from expertd_server.errors import ContextLengthExceeded, InvalidRequest, clip
+from expertd_server.token_bytes import TokenBytes
 
 MAX_PROMPTS = 1024
 
@@ -79,6 +81,7 @@ class TextCodec:
         self.model_name = model_name
         self.settings = settings or {}
         """What the checkpoint's tokenizer_config.json says, and its chat template."""
+        self.token_bytes = TokenBytes(tokenizer)
         self._longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
 
     @classmethod
@@ -103,6 +106,14 @@ class TextCodec:
     def decode_all(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens written out."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+    def decoder_showing(self, shown: Set[str]) -> Decode:
+        """Like `decode`, but writing out those of the special tokens."""
+        special = {i: str(t.content) for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        if shown.isdisjoint(special.values()):
+            return self.decode
+        hidden = frozenset(i for i, text in special.items() if text not in shown)
+        return lambda ids: self.decode_all([i for i in ids if i not in hidden])
 
     def token_text(self, token_id: int) -> str:
         """One token alone, special tokens shown: for logprobs."""

@@ -11,6 +11,7 @@ from expertd_engine.config import Config
 from expertd_engine.messages import EngineInfo
 from expertd_server import __version__
 from expertd_server.admission import Admission
+from expertd_server.chat_format import ChatFormat
 from expertd_server.engine_client import EngineClient
 from expertd_server.errors import Draining, EngineDead, ModelNotFound, Unavailable
 from expertd_server.grammar import GrammarChecker
@@ -26,6 +27,7 @@ class ServedModel:
 
     name: str
     codec: TextCodec
+    chat: ChatFormat
     info: EngineInfo
     loaded_unix_s: int
 
@@ -78,9 +80,9 @@ class Service:
         if name not in ("", model.name):
             raise ModelNotFound(name, model.name)
 
-    def became_ready(self, codec: TextCodec, info: EngineInfo) -> None:
+    def became_ready(self, codec: TextCodec, chat: ChatFormat, info: EngineInfo) -> None:
         name = self.config.served_model_name or codec.model_name
         loaded = self.model.loaded_unix_s if self.model else int(time.time())
-        self.model = ServedModel(name, codec, info, loaded)
+        self.model = ServedModel(name, codec, chat, info, loaded)
         self.metrics.engine_ready(name, info)
         self.set_state("ready")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import msgspec
 from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -27,6 +28,11 @@ KEEP_ALIVE = b": keep-alive\n\n"
 def event(payload: BaseModel) -> bytes:
     """One event holding `payload` as JSON on one line."""
     return b"data: " + payload.model_dump_json().encode() + b"\n\n"
+
+
+def named_event(name: str, payload: Mapping[str, Any]) -> bytes:
+    """One event with a name of its own."""
+    return b"event: " + name.encode() + b"\ndata: " + msgspec.json.encode(payload) + b"\n\n"
 
 
 def error_event(error: ApiError) -> bytes:

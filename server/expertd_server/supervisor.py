@@ -31,6 +31,7 @@ import zmq.asyncio
 from expertd_engine.config import Config, config_to_json
 from expertd_engine.errors import EngineError, ExpertdError
 from expertd_engine.messages import PROTOCOL_VERSION, EngineInfo, Fatal, Ready, Shutdown
+from expertd_server.chat_format import ChatFormat
 from expertd_server.errors import EngineDead
 from expertd_server.prompts import TextCodec
 from expertd_server.service import Service
@@ -148,13 +149,14 @@ class Supervisor:
         self._heartbeat_s = heartbeat_s
         self._process: Process | None = None
         self._codec: TextCodec | None = None
+        self._chat: ChatFormat | None = None
         self._fatal: Fatal | None = None
         self._stopping = False
         self._served_since_s: float | None = None
 
     async def run(self) -> None:
         store = await self._launcher.resolve_store(self._service)
-        self._codec = await asyncio.to_thread(TextCodec.load, store)
+        self._codec, self._chat = await asyncio.to_thread(_load_text_side, store, self._service.config.tool_parser)
         attempt = 0
         while True:
             reason = await self._run_engine(store)
@@ -196,8 +198,9 @@ class Supervisor:
 
     def _served(self, info: EngineInfo) -> None:
         assert self._codec is not None
+        assert self._chat is not None
         self._served_since_s = time.monotonic()
-        self._service.became_ready(self._codec, info)
+        self._service.became_ready(self._codec, self._chat, info)
         logger.info("ready", extra={"fields": {"model": info.model_type, "numerics": info.numerics}})
         for fallback in info.fallbacks:
             logger.warning("fallback", extra={"fields": {"fallback": fallback}})
@@ -286,6 +289,12 @@ class Supervisor:
             return self._fatal.error
         code = self._process.returncode if self._process is not None else None
         return f"the engine process ended with status {code} and said nothing; its own output is above"
+
+
+def _load_text_side(store: Path, tool_parser: str) -> tuple[TextCodec, ChatFormat]:
+    """What the server itself needs of a model. Raises StoreError."""
+    codec = TextCodec.load(store)
+    return codec, ChatFormat(codec, tool_parser)
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ import re
 import uuid
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from expertd_server.detokenize import StopMatcher
 
@@ -114,9 +114,8 @@ class ToolReader:
         """What was held back, now that nothing follows. A call that has begun stays as it is."""
         if self._state == self._text:
             self._say(self._opening.flush())
-        elif self._state in (self._beginning, self._between, self._head):
-            if self._state == self._head or not self.called:
-                self._say(self._skipped + self._buffer)
+        elif self._state == self._head or (self._state in (self._beginning, self._between) and not self.called):
+            self._say(self._skipped + self._buffer)
         if not self.called and self._spaces:
             self._out.append(Text(self._spaces))
         out, self._out = self._out, []
@@ -199,8 +198,7 @@ class ToolReader:
     def _whole(self, text: str) -> bool:
         """An object whose beginning is not that of a call may be one in another order."""
         call = _decoded(text)
-        name = call.get("name") if isinstance(call, dict) else None
-        if not self._is_tool(name):
+        if not isinstance(call, dict) or not self._is_tool(name := call.get("name")):
             return self._no_call(text)
         given = call.get("arguments") or call.get("parameters") or {}
         arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
@@ -235,7 +233,7 @@ class ToolReader:
 
     # ------------------------------------------------------------ what states do
 
-    def _is_tool(self, name: object) -> bool:
+    def _is_tool(self, name: object) -> TypeGuard[str]:
         """A model may call a tool that there is not; but where nothing marks a call, only a tool's name does."""
         return isinstance(name, str) and bool(name) and (self._syntax.opening is not None or name in self._names)
 

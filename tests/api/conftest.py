@@ -35,6 +35,7 @@ def server(_shared: Server) -> Iterator[Server]:
     yield _shared
     _shared.script.answer = None
     _shared.script.logprob = -1.0
+    _shared.script.cached_tokens = 0
     _shared.until(lambda: _shared.daemon.service.admission.used == 0)
     assert _shared.complete(max_tokens=1).status_code == 200
     assert len(_shared.launcher.engines) == 1, "the engine was restarted"

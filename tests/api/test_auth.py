@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,15 +153,19 @@ def test_one_key_cannot_take_the_room_of_others(start: Start) -> None:
     server = start(Script(held=True), keys=KEYS, max_per_key=2)
     with httpx.stream("POST", server.url + "/v1/completions", json={"prompt": "a", "n": 3}, headers=BEARER) as never:
         assert (never.status_code, never.headers["x-should-retry"]) == (429, "false")
-    server.engine.allow(1000)
-    with httpx.stream(
-        "POST", server.url + "/v1/completions", json={"prompt": "a", "n": 2, "stream": True, "max_tokens": 40},
-        headers=BEARER,
-    ):  # fmt: skip
+
+    def ask_as(headers: dict[str, str], n: int) -> int:
+        body = {"prompt": "a", "n": n}
+        return httpx.post(server.url + "/v1/completions", json=body, headers=headers, timeout=10).status_code
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(ask_as, BEARER, 2)
         server.until(lambda: server.daemon.service.admission.used == 2)
         refused = server.http.post("/v1/completions", json={"prompt": "a"}, headers=BEARER)
-        other = {"x-api-key": "second-key"}
-        assert server.http.post("/v1/completions", json={"prompt": "a"}, headers=other).status_code == 200
+        second = pool.submit(ask_as, {"x-api-key": "second-key"}, 2)
+        server.until(lambda: server.daemon.service.admission.used == 4)
+        server.engine.allow(1000)
+        assert first.result() == second.result() == 200
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     assert refused.json()["error"]["type"] == "rate_limit_error"
     assert int(refused.headers["retry-after"]) > 0

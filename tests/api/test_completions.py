@@ -81,7 +81,22 @@ def test_choice_j_of_prompt_i_has_index_i_n_plus_j(server: Server, prompts: obje
     body = server.complete(prompt=prompts, n=2, echo=True, max_tokens=3).json()
     assert [c["index"] for c in body["choices"]] == [0, 1, 2, 3]
     assert [c["text"][:-3] for c in body["choices"]] == ["one", "one", "three", "three"]
-    assert body["usage"] == {"prompt_tokens": 8, "completion_tokens": 12, "total_tokens": 20}
+    assert body["usage"] == {
+        "prompt_tokens": 8, "completion_tokens": 12, "total_tokens": 20, "prompt_tokens_details": {"cached_tokens": 0},
+    }  # fmt: skip
+
+
+def test_cached_tokens_count_once_for_each_prompt(server: Server) -> None:
+    server.script.cached_tokens = 2
+    for body in (
+        server.complete(prompt=["one", "three"], n=2).json(),
+        events(
+            server.complete(
+                prompt=["one", "three"], n=2, stream=True, stream_options={"include_usage": True}
+            ).text
+        )[-1],
+    ):
+        assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
 
 
 def test_choices_differ_by_seed_and_index_and_repeat(server: Server) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from expertd_engine.errors import ModelError
 from expertd_engine.model.attention import (
     KEY_STEP,
@@ -100,15 +101,15 @@ def step(storage: KVStorage, case: Case, parts: Sequence[tuple[Running, int]], p
     for running, count in parts:
         spans.append(Span(row, running.computed, count, running.blocks))
         row += count
-    pieces = [
+    query, key, value = (
         torch.cat(
             [getattr(r.tokens, name)[r.computed : r.computed + count] for r, count in parts]
             + [torch.full_like(getattr(parts[0][0].tokens, name)[:1], torch.inf)] * padding
         )
         for name in ("query", "key", "value")
-    ]
+    )
     batch = AttentionBatch(spans, storage)
-    out = batch.attend(0, *pieces, SCALE, case.window, parts[0][0].tokens.sinks)
+    out = batch.attend(0, query, key, value, SCALE, case.window, parts[0][0].tokens.sinks)
     assert not out[row:].any()
     for (running, count), span in zip(parts, spans, strict=True):
         running.out.append(out[span.row : span.row + count])
@@ -169,7 +170,10 @@ def test_cuts_and_batch_mates_do_not_change_a_bit(name: str, dtype: torch.dtype,
         for mates in (0, 1, 3):
             storage = make_storage(case, dtype)
             mine = Running(tokens, range(20, 0, -1))
-            others = [Running(make_tokens(case, 90 + 11 * i, dtype, i + 1), range(21 + i * 9, 30 + i * 9)) for i in range(mates)]
+            others = [
+                Running(make_tokens(case, 90 + 11 * i, dtype, i + 1), range(21 + i * 9, 30 + i * 9))
+                for i in range(mates)
+            ]
             for number, count in enumerate(cuts):
                 beside = [(r, min(r.left, 1 + number * 5 % 13)) for r in others if r.left]
                 parts = [*beside[:1], (mine, count), *beside[1:]]
@@ -177,28 +181,25 @@ def test_cuts_and_batch_mates_do_not_change_a_bit(name: str, dtype: torch.dtype,
             assert torch.equal(torch.cat(mine.out), expected), f"cut into {how}, {mates} beside"
 
 
+@pytest.mark.parametrize("threads", [1, 3, 32], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group", [1, 3])
-def test_long_decodes_are_the_same_alone_and_in_a_batch(group: int, dtype: torch.dtype, threads: int) -> None:
-    """One tile over many keys: libraries like to give it to all threads, or to split its keys among them."""
-    case = Case(LayerShape(1, group, 64, 64))
-    length = 8 * KEY_STEP + 3
-    tokens = make_tokens(case, length, dtype)
-    expected = whole_long(case, tokens, dtype)[-1]
-    for mates in (0, 1, 4):
-        storage = KVStorage([case.shape], 400, BLOCK, dtype)
-        all_ = [Running(tokens, range(1 + 70 * i, 71 + 70 * i)) for i in range(mates + 1)]
-        for running in all_:
-            step(storage, case, [(running, length - 1)])
-        step(storage, case, [(running, 1) for running in all_])
-        for running in all_:
-            assert torch.equal(running.out[-1][0], expected), f"{mates} beside"
-
-
-def whole_long(case: Case, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
-    running = Running(tokens, range(1, 71))
-    step(KVStorage([case.shape], 71, BLOCK, dtype), case, [(running, running.left)])
-    return running.out[0]
+def test_a_tile_over_many_keys_is_the_same_alone_and_in_a_batch(group: int, dtype: torch.dtype, threads: int) -> None:
+    """Libraries like to give a lone tile to all threads, or to split its keys among them."""
+    case = Case(LayerShape(4, group, 64, 64))
+    length, blocks = 8 * KEY_STEP, 8 * KEY_STEP // BLOCK
+    for seed in range(3):
+        tokens = make_tokens(case, length, dtype, seed)
+        alone = None
+        for mates in (0, 1, 4):
+            storage = KVStorage([case.shape], 1 + 5 * blocks, BLOCK, dtype)
+            batch = [Running(tokens, range(1 + blocks * i, 1 + blocks * (i + 1))) for i in range(mates + 1)]
+            for running in batch:
+                step(storage, case, [(running, length - TILE_QUERIES)])
+            step(storage, case, [(running, TILE_QUERIES) for running in batch])
+            alone = batch[0].out[-1] if alone is None else alone
+            for running in batch:
+                assert torch.equal(running.out[-1], alone), f"{mates} beside"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

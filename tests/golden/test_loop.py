@@ -10,6 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
+
+from expertd_engine.experts.store import ExpertStore
 from expertd_engine.loop import Channel, EngineLoop, Histogram, StepMeter
 from expertd_engine.messages import (
     Abort,
@@ -27,7 +29,6 @@ from expertd_engine.messages import (
     ToEngine,
     ToServer,
 )
-from expertd_engine.experts.store import ExpertStore
 from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine, start_engine
 from support.engine import make_config

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from expertd_engine.experts.slab import PAGE, Slab
 from expertd_engine.experts.store_format import RecordLayout, TensorSpec
 from expertd_engine.families import find_experts
@@ -61,7 +62,9 @@ class World:
         self.layer = MoELayer(0, 0, self.slots.views)
         self.hidden_size = int(self.model.config.hidden_size)
 
-    def ours(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, num_rows: int | None = None) -> torch.Tensor:
+    def ours(
+        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, num_rows: int | None = None
+    ) -> torch.Tensor:
         self.layer.step = StepRoutes(len(hidden) if num_rows is None else num_rows, self.slots)
         with torch.inference_mode():
             return self.layer.forward(self.module, hidden, index, weights)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from expertd_engine.messages import Sampling
-from expertd_engine.model.sampler import SampleRow, best_ids, sample, token_logprob, uniform
+from expertd_engine.model.sampler import NoTokenLeft, SampleRow, best_ids, sample, token_logprob, uniform
 
 LOGITS = torch.tensor([1.0, 3.0, 2.5, -1.0, 0.0, 2.0])
 
@@ -18,7 +19,9 @@ def options(**settings: Any) -> Sampling:
     return Sampling(**{"temperature": 1.0, "seed": 7, **settings})
 
 
-def row(sampling: Sampling, *, prompt: int = 5, outputs: tuple[int, ...] = (), choice: int = 0, **more: Any) -> SampleRow:
+def row(
+    sampling: Sampling, *, prompt: int = 5, outputs: tuple[int, ...] = (), choice: int = 0, **more: Any
+) -> SampleRow:
     return SampleRow(sampling, choice, [0] * prompt, outputs, **{"banned": (), **more})
 
 
@@ -29,7 +32,7 @@ def draws(logits: torch.Tensor, sampling: Sampling, count: int) -> Counter[int]:
 
 def chi_square(counts: Counter[int], probabilities: torch.Tensor) -> float:
     total = sum(counts.values())
-    return sum((counts[i] - total * p) ** 2 / (total * p) for i, p in enumerate(probabilities.tolist()) if p > 0)
+    return float(sum((counts[i] - total * p) ** 2 / (total * p) for i, p in enumerate(probabilities.tolist()) if p > 0))
 
 
 # ---------------------------------------------------------------- noise
@@ -205,3 +208,45 @@ def test_of_equals_the_lowest_ids_come_first(count: int) -> None:
     scores = torch.tensor([1.0, 5.0, 1.0, 5.0, 1.0, -torch.inf, 0.0, -torch.inf])
     assert best_ids(scores, count).tolist() == [1, 3, 0, 2, 4, 6, 5, 7][:count]
     assert [top.token_id for top in token_logprob(scores, 0, count).top] == [1, 3, 0, 2, 4, 6, 5, 7][:count]
+
+
+# ---------------------------------------------------------------- what may come at all
+
+
+def test_nothing_but_the_allowed_tokens_comes_in_their_own_proportions() -> None:
+    allowed = [0, 3, 5]
+    counts = draws(LOGITS, options(allowed_token_ids=allowed), 2000)
+    assert set(counts) == set(allowed)
+    probabilities = torch.full_like(LOGITS, -math.inf).index_copy(0, torch.tensor(allowed), LOGITS[allowed]).softmax(0)
+    assert chi_square(counts, probabilities) < 9.21  # 1 % point of 2 degrees of freedom
+    assert sample(LOGITS, row(options(temperature=0.0, allowed_token_ids=allowed)))[0] == 5
+
+
+def test_a_bias_cannot_bring_a_token_in_that_is_not_allowed() -> None:
+    assert sample(LOGITS, row(options(temperature=0.0, allowed_token_ids=[3], logit_bias={1: 100.0})))[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "outputs", "expected"),
+    [
+        ([[1]], (), 2), ([[1]], (4,), 2), ([[1], [2]], (), 5), ([[0, 1]], (), 1), ([[0, 1]], (0,), 2),
+        ([[0, 1]], (0, 4), 1), ([[4, 0, 1]], (4, 0), 2), ([[4, 0, 1]], (0,), 1), ([[4, 0, 1], [0, 2]], (4, 0), 5),
+    ],
+)  # fmt: skip
+def test_the_last_token_of_a_bad_word_is_barred_where_the_others_came_before_it(
+    words: list[list[int]], outputs: tuple[int, ...], expected: int
+) -> None:
+    """From best to worst the tokens are 1, 2, 5."""
+    assert sample(LOGITS, row(options(temperature=0.0, bad_words=words), outputs=outputs))[0] == expected
+
+
+def test_a_bad_word_that_began_in_the_prompt_is_not_the_answers() -> None:
+    said = SampleRow(options(temperature=0.0, bad_words=[[4, 1]]), 0, [4], (), ())
+    assert sample(LOGITS, said)[0] == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_everything_is_barred_no_token_is_made_up(temperature: float) -> None:
+    sampling = options(temperature=temperature, allowed_token_ids=[1, 2], bad_words=[[1]])
+    with pytest.raises(NoTokenLeft, match="allowed_token_ids, bad_words"):
+        sample(LOGITS, row(sampling, banned=(2,)))

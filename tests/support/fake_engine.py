@@ -83,11 +83,20 @@ def ids_of(text: str) -> list[int]:
     return list(TOKENIZER.encode(text).ids)
 
 
+SETTINGS = {
+    "eos_token": {"__type": "AddedToken", "content": "<|endoftext|>", "special": True},
+    "chat_template": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
+}
+"""A checkpoint's tokenizer_config.json."""
+
+
 def write_store(folder: Path) -> Path:
     """As much of a store as the server reads."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "store.json").write_text(json.dumps({"name": MODEL_NAME}))
     TOKENIZER.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(SETTINGS))
     return folder
 
 
@@ -115,7 +124,7 @@ def snapshot(steps: int, waiting: int = 0, running: int = 0) -> Snapshot:
         load_failures=0, stall_seconds={"expert_wait": 0.25 * steps}, evictions={"capacity": steps, "budget_change": 0},
         expert_budget_bytes=16384, expert_limit_bytes=16384, resident_bytes=8192, loading_bytes=4096,
         peak_expert_bytes=12288, residents_by_layer=[1, 1], memory_used_bytes=1, memory_peak_bytes=2,
-        memory_source="process", dense_bytes=100, kv_capacity_bytes=65536, kv_used_bytes=0,
+        memory_source="process", memory_shrinks=0, dense_bytes=100, kv_capacity_bytes=65536, kv_used_bytes=0,
         kv_cached_bytes=4096, prefix_cache_queries=10 * steps, prefix_cache_hits=4 * steps, kv_cache_evictions=steps,
         running=running,
         waiting=waiting, preemptions=0, steps={"prefill": 0, "decode": steps}, step_seconds=histogram,
@@ -138,6 +147,8 @@ class Script:
     answer: bytes | list[int] | None = None
     """What every sequence says before it ends; None: letters that depend on prompt, seed and choice, without end."""
     logprob: float = -1.0
+    cached_tokens: int = 0
+    """Prompt tokens that every sequence claims to have found computed."""
     held: bool = False
     start_error: Fatal | None = None
     info: EngineInfo = field(default_factory=engine_info)
@@ -320,7 +331,8 @@ class FakeEngine:
         token = next(sequence.answer, END)
         sequence.generated += 1
         logprobs = [self._logprob(token, sampling.logprobs)] if sampling.logprobs is not None else None
-        output = Output(submit.sequence_id, [token], logprobs, prompt)
+        cached = self._script.cached_tokens if sequence.generated == 1 else 0
+        output = Output(submit.sequence_id, [token], logprobs, prompt, cached)
         may_stop = sequence.generated >= sampling.min_tokens
         if may_stop and ((token == END and not sampling.ignore_eos) or token in sampling.stop_token_ids):
             return output, self._end(sequence, "stop", token)

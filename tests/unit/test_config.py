@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from expertd_engine.config import (
     Config,
     Size,
@@ -114,7 +115,9 @@ def test_a_bad_value_is_refused_naming_option_value_and_what_is_allowed(name: st
     assert message.startswith(f"{name}: ") and repr(text) in message and allowed in message
 
 
-@pytest.mark.parametrize("line", ["port: true", "port: [1]", "host: {a: 1}", "memory_budget: true", "memory_budget: 1.5"])
+@pytest.mark.parametrize(
+    "line", ["port: true", "port: [1]", "host: {a: 1}", "memory_budget: true", "memory_budget: 1.5"]
+)
 def test_a_yaml_value_of_another_type_is_refused(tmp_path: Path, line: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(line)

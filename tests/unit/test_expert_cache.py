@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 import pytest
+
 from expertd_engine.errors import BudgetError, StoreError
 from expertd_engine.experts.cache import LEASES_AHEAD, ExpertCache, ExpertUnavailableError
 from expertd_engine.experts.events import ExpertId
@@ -134,7 +135,9 @@ def test_leases_end_with_a_step_that_is_given_up(worlds: list[World], slots: int
 
 @pytest.mark.parametrize("slots", [2, 4, 24])
 @pytest.mark.parametrize("bad", [0, 3, 7])
-def test_a_record_that_cannot_be_read_fails_the_step_and_nothing_else(worlds: list[World], slots: int, bad: int) -> None:
+def test_a_record_that_cannot_be_read_fails_the_step_and_nothing_else(
+    worlds: list[World], slots: int, bad: int
+) -> None:
     worlds.append(world := World(slots))
     world.records.bad.add(ExpertId(1, bad))
     world.cache.begin_step([1])

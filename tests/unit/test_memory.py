@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import expertd_engine.memory as memory
 import pytest
+
+import expertd_engine.memory as memory
 from expertd_engine.experts.slab import Slab
 from expertd_engine.memory import (
     MemoryCgroup,

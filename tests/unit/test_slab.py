@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from expertd_engine.experts.slab import PAGE, Slab
 from expertd_engine.memory import rss_bytes
 

@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from expertd_engine.config import Size
-from expertd_engine.errors import BudgetError
-from expertd_engine.planning.startup_plan import GROWTH_BYTES, KV_BYTES_UNASKED, Asked, Measured, plan_memory
 from hypothesis import given
 from hypothesis import strategies as st
+
+from expertd_engine.config import Size
+from expertd_engine.errors import BudgetError
+from expertd_engine.planning.startup_plan import (
+    GROWTH_BYTES,
+    KV_BYTES_UNASKED,
+    Asked,
+    Measured,
+    StartupPlan,
+    plan_memory,
+)
 
 MIB = 2**20
 MEASURED = Measured(
@@ -54,25 +62,32 @@ def test_what_is_asked_is_given_up_to_what_can_be_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "what"),
-    [
-        (replace(ASKED, expert_budget=Size(bytes=MIB)), "--expert-budget"),
-        (replace(ASKED, kv_budget=Size(bytes=6 * MIB)), "--kv-budget"),
-        (replace(ASKED, memory_budget=Size(bytes=300 * MIB)), "--memory-budget"),
-    ],
+    ("name", "too_small"), [("expert_budget", MIB), ("kv_budget", 6 * MIB), ("memory_budget", 300 * MIB)]
 )
-def test_a_budget_too_small_is_refused_with_the_smallest_that_works(asked: Asked, what: str) -> None:
-    with pytest.raises(BudgetError, match=f"^{what} of ") as raised:
-        plan_memory(MEASURED, asked)
-    name = what.removeprefix("--").replace("-", "_")
+def test_a_budget_too_small_is_refused_with_the_smallest_that_works(name: str, too_small: int) -> None:
+    def plan(size: int) -> StartupPlan:
+        budget = Size(bytes=size)
+        return plan_memory(
+            MEASURED,
+            Asked(
+                budget if name == "expert_budget" else None,
+                budget if name == "memory_budget" else None,
+                budget if name == "kv_budget" else None,
+                ASKED.max_model_len,
+                ASKED.max_sequences,
+            ),
+        )
+
+    with pytest.raises(BudgetError, match=rf"^--{name.replace('_', '-')} of {too_small} bytes") as raised:
+        plan(too_small)
     smallest = raised.value.minimum_bytes
-    plan_memory(MEASURED, replace(asked, **{name: Size(bytes=smallest)}))
+    plan(smallest)
     with pytest.raises(BudgetError):
-        plan_memory(MEASURED, replace(asked, **{name: Size(bytes=smallest - 1)}))
+        plan(smallest - 1)
 
 
 def test_a_box_too_small_is_refused() -> None:
-    with pytest.raises(BudgetError, match="^available memory of ") as raised:
+    with pytest.raises(BudgetError, match=r"^available memory of ") as raised:
         plan_memory(replace(MEASURED, available=100 * MIB), ASKED)
     plan_memory(replace(MEASURED, available=raised.value.minimum_bytes), ASKED)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
+
 from expertd_engine.errors import StoreError
 from expertd_engine.experts.events import Cancelled, ExpertId, Failed, Load, Loaded, Priority
 from expertd_engine.experts.transfer import Completion, Transfers
@@ -104,11 +105,8 @@ def test_what_has_begun_is_not_recalled(transfers: Transfers, reader: GatedReade
     assert results(transfers, reader, 1) == [Loaded(0)]
 
 
-@pytest.mark.parametrize("make_error", [lambda: OSError(5, "bad disk"), lambda: StoreError("torn"), lambda: ValueError("bug")])
-def test_a_failure_is_told_and_the_thread_lives_on(
-    transfers: Transfers, reader: GatedReader, make_error: Callable[[], Exception]
-) -> None:
-    error = make_error()
+@pytest.mark.parametrize("error", [OSError(5, "bad disk"), StoreError("torn"), ValueError("a bug")], ids=repr)
+def test_a_failure_is_told_and_the_thread_lives_on(transfers: Transfers, reader: GatedReader, error: Exception) -> None:
     reader.errors[1] = error
     submit(transfers, 1, Priority.DEMAND)
     submit(transfers, 2, Priority.DEMAND)

@@ -1,6 +1,6 @@
 """What makes a token's activations the same bits in any batch on the CPU, where the libraries alone do not.
 
-Matrix products in float32 want rows in multiples of four (`moe.ROW_MULTIPLE`); in bfloat16 they need nothing.
+Matrix products want rows in multiples of four (`moe.ROW_MULTIPLE`).
 Elementwise functions are cut by the library into one share per thread, and the last, partial vector of a share goes
 through scalar code with other bits: so activations are applied to pieces that are whole vectors and are never cut.
 Of the functions that families call by themselves, outside an activation, the sigmoid in float32 is such a one.

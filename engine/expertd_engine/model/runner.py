@@ -16,7 +16,8 @@ from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.moe import ROW_MULTIPLE, MoELayer, StepRoutes
 from expertd_engine.model.numerics import InvariantSigmoids
 from expertd_engine.model.sampler import NoTokenLeft, SampleRow, sample, token_logprob
-from expertd_engine.request import ExpertCounts
+from expertd_engine.request import ConstraintFailed, ExpertCounts
+from expertd_engine.request import Sequence as EngineSequence
 from expertd_engine.scheduler import Chunk, StepPlan
 
 
@@ -115,19 +116,23 @@ def _read_out(plan: StepPlan, logits: torch.Tensor) -> tuple[dict[int, SampledTo
             scored.setdefault(sequence.sequence_id, []).append(token_logprob(logits[row], token_id, num_top))
             row += 1
         if chunk.samples:
-            what = SampleRow(
-                sequence.sampling,
-                sequence.choice_index,
-                sequence.prompt_token_ids,
-                sequence.output_token_ids,
-                sequence.banned_until_min(),
-            )
             try:
-                sampled[sequence.sequence_id] = SampledToken(*sample(logits[row], what))
-            except NoTokenLeft as error:
+                sampled[sequence.sequence_id] = SampledToken(*sample(logits[row], _sample_row(sequence)))
+            except (NoTokenLeft, ConstraintFailed) as error:
                 raise StepFailed([sequence.sequence_id], str(error)) from None
             row += 1
     return sampled, scored
+
+
+def _sample_row(sequence: EngineSequence) -> SampleRow:
+    return SampleRow(
+        sequence.sampling,
+        sequence.choice_index,
+        sequence.prompt_token_ids,
+        sequence.output_token_ids,
+        sequence.banned_until_min(),
+        None if sequence.constrainer is None else sequence.constrainer.allowed(),
+    )
 
 
 def _padded(values: Sequence[int]) -> torch.Tensor:

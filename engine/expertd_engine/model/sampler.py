@@ -28,6 +28,8 @@ class SampleRow:
     output_token_ids: Sequence[int]
     banned: Collection[int]
     """Token ids that may not come now, such as end-of-sequence before `min_tokens`."""
+    allowed: bytes | None = None
+    """What the constraint lets come, a bit for each token id (see `request.Constrainer`)."""
 
     @property
     def position(self) -> int:
@@ -39,7 +41,8 @@ class NoTokenLeft(Exception):
 
     def __init__(self) -> None:
         super().__init__(
-            "no token may come next: allowed_token_ids, bad_words, logit_bias and min_tokens together bar all of them"
+            "no token may come next: the answer's form, allowed_token_ids, bad_words, logit_bias and min_tokens together "
+            "bar all of them"
         )
 
 
@@ -97,12 +100,21 @@ def _adjust(logits: torch.Tensor, row: SampleRow) -> torch.Tensor:
         barred = torch.ones_like(adjusted, dtype=torch.bool)
         barred[sampling.allowed_token_ids] = False
         adjusted[barred] = -torch.inf
+    if row.allowed is not None:
+        adjusted.masked_fill_(~_bits(row.allowed, len(adjusted)), -torch.inf)
     banned = [*row.banned, *_ends_of_bad_words(row)]
     if banned:
         adjusted[banned] = -torch.inf
-    if (banned or sampling.allowed_token_ids is not None) and bool(adjusted.isneginf().all()):
+    is_masked = bool(banned) or sampling.allowed_token_ids is not None or row.allowed is not None
+    if is_masked and bool(adjusted.isneginf().all()):
         raise NoTokenLeft
     return adjusted
+
+
+def _bits(packed: bytes, count: int) -> torch.Tensor:
+    """The first `count` bits as bools `[count]`, false where there are fewer."""
+    bits = numpy.unpackbits(numpy.frombuffer(packed, dtype=numpy.uint8), count=count, bitorder="little")
+    return torch.from_numpy(bits).bool()
 
 
 def _ends_of_bad_words(row: SampleRow) -> list[int]:

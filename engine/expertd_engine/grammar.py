@@ -1,0 +1,107 @@
+"""Constraints as token masks, by llguidance: what a `Constraint` means, and one matcher for each sequence that has one.
+
+The server's checker compiles every constraint in a process of its own first (`expertd_server.grammar`): what crashes
+or takes for ever does so there. No torch here, so that this costs it little.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+
+from expertd_engine.errors import ModelError
+from expertd_engine.messages import Constraint
+from expertd_engine.request import ConstraintFailed
+
+MASK_LIMIT_S = 0.1
+"""Processor time that one mask may take: the whole step waits for it. Usual are 2 to 200 µs."""
+
+LIMITS = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
+"""The library's own, but for memory: a state takes some 200 bytes. Verbose errors would show the grammar."""
+
+_JSON_OPTIONS = {
+    # At most one line break with its indentation, or one blank: a model that likes blank space must come to an end.
+    "whitespace_pattern": r"(\n {0,40}| )?",
+    "lenient": False,
+    "coerce_one_of": False,
+}
+
+
+def grammar_of(constraint: Constraint) -> str:
+    """The constraint in llguidance's own form. Raises ConstraintFailed if its text is not even JSON where it must be."""
+    try:
+        match constraint.kind:
+            case "json_object":
+                return _json_grammar('{"type": "object"}')
+            case "json_schema":
+                return _json_grammar(constraint.text)
+            case kind:
+                return grammar_from(kind, constraint.text)
+    except ValueError as error:
+        raise ConstraintFailed(f"{constraint.kind}: {error}") from error
+
+
+def _json_grammar(schema: str) -> str:
+    # As overrides, because a schema may bring options of its own.
+    return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
+
+
+def match(tokenizer: LLTokenizer, constraint: Constraint) -> LLMatcher:
+    """A matcher at the beginning of an answer. Raises ConstraintFailed saying what is wrong with the constraint."""
+    matcher = LLMatcher(tokenizer, grammar_of(constraint), log_level=0, limits=LIMITS)
+    if matcher.is_error():
+        raise ConstraintFailed(_reason(matcher))
+    return matcher
+
+
+def _reason(matcher: LLMatcher) -> str:
+    return matcher.get_error().removesuffix("<non-verbose/>").strip()
+
+
+class Grammars:
+    """The engine's tokenizer as llguidance sees it, and the thread that compiles."""
+
+    def __init__(self, tokenizer_file: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """Raises ModelError where the tokenizer is missing or of a kind that the library cannot take apart."""
+        try:
+            text = tokenizer_file.read_text(encoding="utf-8")
+            self._tokenizer = LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids) or None)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"answers cannot be constrained: {error}") from error
+        self._thread = ThreadPoolExecutor(1, "grammar")
+
+    def constrain(self, constraint: Constraint) -> Matcher:
+        """A matcher for one sequence. It is compiled while the prompt is computed; a failure shows in `allowed`."""
+        return Matcher(self._thread.submit(match, self._tokenizer, constraint))
+
+
+class Matcher:
+    """A `Constrainer`."""
+
+    def __init__(self, compiling: Future[LLMatcher]) -> None:
+        self._compiling = compiling
+
+    def allowed(self) -> bytes:
+        matcher = self._compiling.result()
+        began = time.thread_time()
+        mask = matcher.compute_bitmask()
+        if matcher.is_error():
+            raise ConstraintFailed(f"the constraint cannot be kept to any longer: {_reason(matcher)}")
+        spent = time.thread_time() - began
+        if spent > MASK_LIMIT_S:
+            raise ConstraintFailed(
+                f"the constraint is too slow: {spent:.2f} s of processor time for one token, {MASK_LIMIT_S} s allowed"
+            )
+        return mask
+
+    def accept(self, token_id: int) -> None:
+        self._compiling.result().consume_token(token_id)  # a failure stays with it
+
+    @property
+    def is_finished(self) -> bool:
+        matcher = self._compiling.result()
+        return matcher.is_stopped() and not matcher.is_error()
