@@ -234,10 +234,6 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error_body(error), error.status, headers=error.headers)
 
 
-GENERATION_STATUSES = (400, 401, 404, 413, 415, 429, 500, 503)
-"""What a route that generates may answer besides 200."""
-
-
 def declared(*statuses: int) -> Mapping[int | str, dict[str, Any]]:
     """`responses=` of a route: these statuses answer with an error body."""
     meanings = {
@@ -246,3 +242,10 @@ def declared(*statuses: int) -> Mapping[int | str, dict[str, Any]]:
         429: "Too much under way for this key", 500: "Internal error", 503: "Not able to take requests now",
     }  # fmt: skip
     return {status: {"model": ErrorBody, "description": meanings[status]} for status in statuses}
+
+
+def declared_generation() -> dict[int | str, dict[str, Any]]:
+    """`responses=` of a route that generates: whole or as a stream, or any error that there is."""
+    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    answer = {"description": "The whole answer, or with `stream: true` server-sent events", "content": stream}
+    return {200: answer, **declared(400, 401, 404, 413, 415, 429, 500, 503)}

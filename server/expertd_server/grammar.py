@@ -2,7 +2,7 @@
 
 The library bounds its own work, but not all of it: some grammars of a few kilobytes keep it busy for seconds or
 exhaust its stack. So each one is compiled in a process of its own (`grammar_worker.py`), which is killed when its time
-is over and may crash without harm. The verdict is remembered, so a grammar costs that process only the first time.
+is over and may crash without harm. Verdicts are remembered, so that a grammar costs a process only once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from expertd_server.errors import InvalidRequest, clip
 MAX_TEXT_BYTES = 64 * 2**10
 CHECK_LIMIT_S = 3.0
 """From when the process starts: its own start is a tenth of a second, more on a busy box."""
-MAX_AT_ONCE = 2
-"""Processes, so that checks leave the streams their pace and the memory they count on."""
 MAX_VERDICTS = 512
 
 _WORKER = (sys.executable, "-m", "expertd_server.grammar_worker")
@@ -31,7 +29,8 @@ class GrammarChecker:
 
     def __init__(self, limit_s: float = CHECK_LIMIT_S) -> None:
         self._limit_s = limit_s
-        self._places = asyncio.Semaphore(MAX_AT_ONCE)
+        self._one_at_a_time = asyncio.Lock()
+        """So that checks leave the streams their pace, and the memory that they count on."""
         self._verdicts: OrderedDict[Constraint, str | None] = OrderedDict()
         """By last use, oldest first: None, or what is wrong."""
 
@@ -42,17 +41,21 @@ class GrammarChecker:
         if size > MAX_TEXT_BYTES:
             raise InvalidRequest(f"{param}: {size} bytes of grammar; at most {MAX_TEXT_BYTES} are allowed", param=param)
         if constraint not in self._verdicts:
-            async with self._places:
-                self._verdicts[constraint] = await self._compile(constraint)
+            async with self._one_at_a_time:
+                if constraint not in self._verdicts:  # as requests with one grammar often come together
+                    self._remember(constraint, await self._verdict(constraint, param))
         self._verdicts.move_to_end(constraint)
-        while len(self._verdicts) > MAX_VERDICTS:
-            self._verdicts.popitem(last=False)
         wrong = self._verdicts[constraint]
         if wrong is not None:
             raise InvalidRequest(f"{param}: {clip(wrong)}", param=param)
 
-    async def _compile(self, constraint: Constraint) -> str | None:
-        """What is wrong with it, if anything."""
+    def _remember(self, constraint: Constraint, wrong: str | None) -> None:
+        self._verdicts[constraint] = wrong
+        if len(self._verdicts) > MAX_VERDICTS:
+            self._verdicts.popitem(last=False)
+
+    async def _verdict(self, constraint: Constraint, param: str) -> str | None:
+        """What is wrong with it, if anything. Raises InvalidRequest where the process could not say."""
         process = await asyncio.create_subprocess_exec(
             *_WORKER,
             stdin=asyncio.subprocess.PIPE,
@@ -63,11 +66,15 @@ class GrammarChecker:
             async with asyncio.timeout(self._limit_s):
                 output, _ = await process.communicate(msgspec.json.encode(constraint))
         except TimeoutError:
-            return f"the grammar takes longer than {self._limit_s:g} s to compile; use a simpler one"
+            raise InvalidRequest(
+                f"{param}: the grammar takes longer than {self._limit_s:g} s to compile; use a simpler one", param=param
+            ) from None
         finally:
             if process.returncode is None:  # our request may have been given up, too
                 process.kill()
                 await process.wait()
         if process.returncode != 0:
-            return "the grammar is nested too deeply or too large to compile; use a simpler one"
+            raise InvalidRequest(
+                f"{param}: the grammar is nested too deeply or too large to compile; use a simpler one", param=param
+            )
         return msgspec.json.decode(output, type=str | None)

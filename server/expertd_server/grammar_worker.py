@@ -17,8 +17,8 @@ from expertd_engine.grammar import MASK_LIMIT_S, match
 from expertd_engine.messages import Constraint
 from expertd_engine.request import ConstraintFailed
 
-MEMORY_LIMIT_BYTES = 512 * 2**20
-"""Of address space; 150 MiB are taken at the start."""
+MEMORY_LIMIT_BYTES = 64 * 2**20
+"""Of data; 16 MiB are taken at the start. It must fit beside server and engine, and again into the engine."""
 CPU_LIMIT_S = 5
 """Ends a worker that nobody is left to kill."""
 COMPILE_LIMIT_S = 0.25
@@ -84,7 +84,7 @@ def _in_words(fault: str) -> str:
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(STACK_BYTES)

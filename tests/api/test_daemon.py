@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+
 from expertd_engine.prepare import prepare
 from support.daemon import RunningDaemon, daemon
 from support.demo import CACHE, PROMPTS

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from expertd_engine.messages import Sampling
 from expertd_engine.model import runner
 from golden.tolerances import DEMO_FLOAT32_LOGITS, DEMO_PERPLEXITY_RATIO

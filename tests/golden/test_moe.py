@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Container, Generator, Sequence
 from typing import Any
 
 import pytest
@@ -44,7 +44,9 @@ class InSlots:
         self.leased: list[int] = []
         self.ended = 0
 
-    def lease_each(self, layer: int, experts: Sequence[int], *, scan: bool) -> Generator[tuple[int, int]]:
+    def lease_each(
+        self, layer: int, experts: Sequence[int], *, scanned: Container[int] = ()
+    ) -> Generator[tuple[int, int]]:
         assert list(experts) == sorted(set(experts))
         try:
             for expert in experts:
@@ -144,7 +146,11 @@ def test_padding_reaches_no_expert_and_comes_back_as_zeros(world: tuple[World, t
     assert torch.equal(out[:5], made.ours(hidden[:5], index[:5], weights[:5])) and not out[5:].any()
 
 
-def test_a_step_is_a_scan_only_if_all_of_it_is_prompt() -> None:
+def test_scanned_are_the_experts_that_prompt_tokens_alone_chose() -> None:
     world = World("mixtral", torch.bfloat16)
-    scans = [StepRoutes(4, world.slots, scan_rows=rows).scan for rows in (0, 3, 4)]
-    assert scans == [False, False, True]
+    chosen = torch.tensor([[0, 1], [1, 2], [2, 3]])
+    wanted = {None: set(), (): {0, 1, 2, 3}, (1,): {0, 3}, (0, 2): set()}
+    for decode_rows, scanned in wanted.items():
+        routes = StepRoutes(3, world.slots, decode_rows=None if decode_rows is None else list(decode_rows))
+        found = routes.scanned(range(4), chosen)
+        assert {expert for expert in range(4) if expert in found} == scanned

@@ -50,7 +50,7 @@ class World:
     def use(self, layer: int, experts: Sequence[int], *, scan: bool = False) -> None:
         """Lease each and check that the slot holds its record, and is leased, at that moment."""
         seen = []
-        with closing(self.cache.lease_each(layer, experts, scan=scan)) as leased:
+        with closing(self.cache.lease_each(layer, experts, scanned=experts if scan else ())) as leased:
             for expert, slot in leased:
                 seen.append(expert)
                 assert set(self.slab.view(slot, PAGE)) == {16 * layer + expert}
@@ -111,7 +111,7 @@ def test_a_step_reports_its_own_numbers(worlds: list[World]) -> None:
 def test_few_leases_are_held_ahead(worlds: list[World]) -> None:
     worlds.append(world := World(24))
     world.cache.begin_step([1])
-    with closing(world.cache.lease_each(0, range(EXPERTS), scan=False)) as leased:
+    with closing(world.cache.lease_each(0, range(EXPERTS))) as leased:
         next(leased)
         world.cache.pump()
         assert world.ledger.counters.lookups() == 1 + LEASES_AHEAD
@@ -122,7 +122,7 @@ def test_few_leases_are_held_ahead(worlds: list[World]) -> None:
 def test_leases_end_with_a_step_that_is_given_up(worlds: list[World], slots: int, taken: int) -> None:
     worlds.append(world := World(slots))
     world.cache.begin_step([1])
-    with closing(world.cache.lease_each(0, range(EXPERTS), scan=False)) as leased:
+    with closing(world.cache.lease_each(0, range(EXPERTS))) as leased:
         for _ in range(taken):
             next(leased)
     world.cache.end_step()

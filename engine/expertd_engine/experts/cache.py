@@ -7,7 +7,7 @@ connects the three and measures how long the step waited.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Container, Generator, Sequence
 from dataclasses import dataclass
 
 from expertd_engine.errors import ExpertdError
@@ -104,10 +104,12 @@ class ExpertCache:
             now.stall_s - then.stall_s,
         )
 
-    def lease_each(self, layer: int, experts: Sequence[int], *, scan: bool) -> Generator[tuple[int, int]]:
+    def lease_each(
+        self, layer: int, experts: Sequence[int], *, scanned: Container[int] = ()
+    ) -> Generator[tuple[int, int]]:
         """Yield `(expert, slot)` for each of `experts` (ascending), leased while the consumer works on it.
 
-        `scan`: only prompt tokens ask for them (law 5). Raises ExpertUnavailableError. Close the generator when done:
+        `scanned`: those that prompt tokens alone ask for (law 5). Raises ExpertUnavailableError. Close the generator when done:
         every lease ends with it, whatever ends it.
         """
         foreseen = tuple(self.lookahead.routed(self._step, layer, experts))
@@ -116,7 +118,7 @@ class ExpertCache:
         try:
             for index, expert in enumerate(experts):
                 while asked < min(len(experts), index + 1 + LEASES_AHEAD):
-                    outstanding.append(self._demand(ExpertId(layer, experts[asked]), scan))
+                    outstanding.append(self._demand(ExpertId(layer, experts[asked]), experts[asked] in scanned))
                     asked += 1
                 if asked == len(experts) and foreseen:
                     self._predict(foreseen)

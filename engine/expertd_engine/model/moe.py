@@ -6,7 +6,7 @@ experts arrive, so that a token's sum never depends on budget, policy, prefetch 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from typing import Protocol
 
@@ -27,7 +27,9 @@ TENSOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class LeaseSource(Protocol):
     """Where a layer gets its experts from: the expert cache, or one stand-in record while the box is measured."""
 
-    def lease_each(self, layer: int, experts: Sequence[int], *, scan: bool) -> Generator[tuple[int, int]]:
+    def lease_each(
+        self, layer: int, experts: Sequence[int], *, scanned: Container[int] = ()
+    ) -> Generator[tuple[int, int]]:
         """Yield `(expert, slot)` in the order of `experts`; the slot holds the record until the next iteration."""
         ...
 
@@ -60,14 +62,20 @@ class SlotViews:
 class StepRoutes:
     """What the layers of the running step share: how many rows are real, and where experts come from."""
 
-    def __init__(self, num_rows: int, source: LeaseSource, *, scan_rows: int = 0) -> None:
+    def __init__(self, num_rows: int, source: LeaseSource, *, decode_rows: Sequence[int] | None = None) -> None:
         self.num_rows = num_rows
         """Rows of the batch; what lies beyond is padding and reaches no expert."""
         self.source = source
-        self.scan = scan_rows == num_rows
-        """Whether the step is all prompt: then it must not flush the decode working set (law 5)."""
+        self._decode_rows = None if decode_rows is None else torch.tensor(decode_rows, dtype=torch.long)
+        """Rows of decoding sequences; None: all are."""
         self.activations: dict[int, int] = {}
         """(token, choice) pairs by MoE layer."""
+
+    def scanned(self, experts: Iterable[int], top_k_index: torch.Tensor) -> Container[int]:
+        """Those of `experts` that prompt tokens alone chose: they must not flush the decode working set (law 5)."""
+        if self._decode_rows is None:
+            return ()
+        return set(experts).difference(top_k_index.index_select(0, self._decode_rows).flatten().tolist())
 
 
 class MoELayer:
@@ -94,7 +102,8 @@ class MoELayer:
         weights = top_k_weights[:num_rows].flatten().float().index_select(0, order).unsqueeze(1)
         rows = order // top_k
         begin = 0
-        with closing(step.source.lease_each(self.layer, experts, scan=step.scan)) as leased:
+        scanned = step.scanned(experts, top_k_index)
+        with closing(step.source.lease_each(self.layer, experts, scanned=scanned)) as leased:
             for (_, slot), count in zip(leased, counts, strict=True):
                 mine = slice(begin, begin + count)
                 begin += count

@@ -64,8 +64,7 @@ class Runner:
     def __call__(self, plan: StepPlan) -> StepResult:
         began = time.perf_counter()
         token_ids = [t for chunk in plan.chunks for t in chunk.sequence.tokens(chunk.start, chunk.stop)]
-        prefill_rows = sum(chunk.num_tokens for chunk in plan.chunks if chunk.is_prefill)
-        routes = StepRoutes(len(token_ids), self._cache, scan_rows=prefill_rows)
+        routes = StepRoutes(len(token_ids), self._cache, decode_rows=_decode_rows(plan))
         self._cache.begin_step(token_ids)
         failure: StepFailed | None = None
         try:
@@ -97,6 +96,14 @@ class Runner:
         positions = [p for chunk in plan.chunks for p in range(chunk.start, chunk.stop)]
         batch = AttentionBatch(spans, self._storage)
         return forward(self._loaded, self._layers, routes, batch, token_ids, positions, rows)
+
+
+def _decode_rows(plan: StepPlan) -> list[int] | None:
+    """Rows of the step that are no prompt; None when none is prompt."""
+    if plan.phase == "decode":
+        return None
+    prompt = [chunk.is_prefill for chunk in plan.chunks for _ in range(chunk.num_tokens)]
+    return [row for row, is_prompt in enumerate(prompt) if not is_prompt]
 
 
 def _logit_positions(chunk: Chunk) -> list[int]:

@@ -5,7 +5,7 @@ Experts come from stand-in records of random numbers, so that a trial costs no r
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Container, Generator, Sequence
 
 import torch
 
@@ -39,7 +39,9 @@ class StandIns:
             for tensor in self.views.get(slot, slot).values():
                 tensor.normal_(0, 0.02, generator=generator)
 
-    def lease_each(self, layer: int, experts: Sequence[int], *, scan: bool) -> Generator[tuple[int, int]]:
+    def lease_each(
+        self, layer: int, experts: Sequence[int], *, scanned: Container[int] = ()
+    ) -> Generator[tuple[int, int]]:
         for expert in experts:
             yield expert, self._slot_of_layer[layer]
 

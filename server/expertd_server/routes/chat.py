@@ -29,7 +29,7 @@ from expertd_server.chat_schemas import (
 )
 from expertd_server.choices import Delta, LoggedToken
 from expertd_server.envelope import request_id
-from expertd_server.errors import ApiError, ContextLengthExceeded, declared
+from expertd_server.errors import ApiError, ContextLengthExceeded, declared_generation
 from expertd_server.generation import Job, plan_job, read_request, respond
 from expertd_server.prompts import TextCodec
 from expertd_server.records import RequestRecord
@@ -48,7 +48,7 @@ def router(service: Service) -> APIRouter:
     @routes.post(
         ENDPOINT,
         response_model=ChatCompletion,
-        responses=dict(declared(400, 401, 404, 413, 415, 429, 500, 503)),
+        responses=declared_generation(),
         openapi_extra={
             "requestBody": {
                 "required": True,

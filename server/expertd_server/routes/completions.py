@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from expertd_server.choices import Delta, LoggedToken
 from expertd_server.envelope import request_id
-from expertd_server.errors import GENERATION_STATUSES, ApiError, declared
+from expertd_server.errors import ApiError, declared_generation
 from expertd_server.fields import body_of
 from expertd_server.generation import Job, plan_job, read_request, respond
 from expertd_server.prompts import EncodedPrompt, parse
@@ -28,7 +28,7 @@ def router(service: Service) -> APIRouter:
     @routes.post(
         ENDPOINT,
         response_model=Completion,
-        responses=dict(declared(*GENERATION_STATUSES)),
+        responses=declared_generation(),
         openapi_extra=body_of(CompletionRequest),
     )
     async def create_completion(request: Request) -> Response:

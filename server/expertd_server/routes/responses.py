@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from expertd_server.chat_format import ChatPlan, MessagePiece, MessageReader, Thought
 from expertd_server.choices import Delta
 from expertd_server.envelope import request_id
-from expertd_server.errors import ApiError, InvalidRequest, declared
+from expertd_server.errors import ApiError, InvalidRequest, declared_generation
 from expertd_server.generation import Job, read_request, respond
 from expertd_server.records import RequestRecord
 from expertd_server.responses_schemas import (
@@ -46,7 +46,7 @@ def router(service: Service) -> APIRouter:
     @routes.post(
         ENDPOINT,
         response_model=ResponseObject,
-        responses=dict(declared(400, 401, 404, 413, 415, 429, 500, 503)),
+        responses=declared_generation(),
         openapi_extra={
             "requestBody": {
                 "required": True,

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from expertd_engine.messages import Constraint, ConstraintKind
-from expertd_server import grammar
+from expertd_server import grammar, grammar_worker
 from expertd_server.errors import InvalidRequest
 from expertd_server.grammar import MAX_TEXT_BYTES, GrammarChecker
 
 SLOW = Constraint("regex", "a?" * 9000 + "a" * 9000)
-"""A second of work for the library, and many more as it gets longer."""
+"""A second of work for the library, as far as memory lasts, and many more as it gets longer."""
 CRASHING = Constraint("lark", "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(3500)) + 'r3500: "a"')
 """A chain of rules that exhausts the library's stack."""
 
@@ -92,8 +92,13 @@ def test_text_beyond_the_limit_is_refused_unread() -> None:
     assert f"at most {MAX_TEXT_BYTES}" in refusal(Constraint("regex", "é" * (MAX_TEXT_BYTES // 2 + 1)))
 
 
-def test_what_takes_too_much_processor_time_is_refused() -> None:
-    assert "of processor time" in refusal(SLOW)
+@pytest.mark.parametrize(("limit", "what"), [("COMPILE_LIMIT_S", "compiling it"), ("MASK_LIMIT_S", "a token")])
+def test_what_takes_too_much_processor_time_is_at_fault(
+    limit: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert grammar_worker.fault_of(Constraint("regex", "abc")) is None
+    monkeypatch.setattr(grammar_worker, limit, 0.0)
+    assert str(grammar_worker.fault_of(Constraint("regex", "abc"))).startswith(f"{what} takes ")
 
 
 def test_what_takes_too_long_is_given_up_and_the_next_is_checked() -> None:
@@ -102,8 +107,9 @@ def test_what_takes_too_long_is_given_up_and_the_next_is_checked() -> None:
     assert refusal(Constraint("json_object")) == ""
 
 
-def test_what_crashes_the_library_is_refused() -> None:
-    assert "nested too deeply or too large" in refusal(CRASHING)
+@pytest.mark.parametrize("constraint", [CRASHING, SLOW], ids=["stack", "memory"])
+def test_what_crashes_the_library_is_refused(constraint: Constraint) -> None:
+    assert "nested too deeply or too large" in refusal(constraint)
 
 
 def test_a_long_fault_is_cut() -> None:
