@@ -1,7 +1,7 @@
 """Constraints as token masks, by llguidance: what a `Constraint` means, and one matcher for each sequence that has one.
 
-The server's checker compiles every constraint in a process of its own first (`expertd_server.grammar`): what crashes
-or takes for ever does so there. No torch here, so that this costs it little.
+The server has compiled every constraint before, in a process of its own (`grammar_check.py`): what crashes or takes for
+ever does so there. No torch here, so that such a process costs little.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
@@ -17,13 +18,16 @@ from expertd_engine.errors import ModelError
 from expertd_engine.messages import Constraint
 from expertd_engine.request import ConstraintFailed
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 MASK_LIMIT_S = 0.1
 """Processor time that one mask may take: the whole step waits for it. Usual are 2 to 200 µs."""
 
 LIMITS = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
 """The library's own, but for memory: a state takes some 200 bytes. Verbose errors would show the grammar."""
 
-_JSON_OPTIONS = {
+_JSON_OPTIONS: JsonCompileOptions = {
     # At most one line break with its indentation, or one blank: a model that likes blank space must come to an end.
     "whitespace_pattern": r"(\n {0,40}| )?",
     "lenient": False,
@@ -32,7 +36,7 @@ _JSON_OPTIONS = {
 
 
 def grammar_of(constraint: Constraint) -> str:
-    """The constraint in llguidance's own form. Raises ConstraintFailed if its text is not even JSON where it must be."""
+    """The constraint in llguidance's own form. Raises ConstraintFailed if its text is no JSON where it must be."""
     try:
         match constraint.kind:
             case "json_object":

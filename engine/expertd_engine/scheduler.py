@@ -254,7 +254,7 @@ class Scheduler:
         return chunks
 
     def _scorable(self, sequence: Sequence, num_tokens: int, chunks: Collection[Chunk]) -> int:
-        """At most `num_tokens`, so few that their prompt log-probabilities fit into the step beside those of `chunks`."""
+        """At most `num_tokens`, so few that their prompt logprobs fit into the step beside those of `chunks`."""
         start = sequence.num_computed_tokens
         wanted = sequence.unscored(start, start + num_tokens)
         left = self.limits.max_scored_tokens - sum(len(chunk.prompt_logprob_positions) for chunk in chunks)

@@ -134,7 +134,8 @@ def empty_snapshot(layers: int = 0) -> Snapshot:
          "prefetch_wasted", "prefetch_cancelled", "prefetch_pending", "load_failures", "expert_budget_bytes",
          "expert_limit_bytes", "resident_bytes", "loading_bytes", "peak_expert_bytes", "memory_used_bytes",
          "memory_peak_bytes", "memory_shrinks", "dense_bytes", "kv_capacity_bytes", "kv_used_bytes", "kv_cached_bytes",
-         "prefix_cache_queries", "prefix_cache_hits", "kv_cache_evictions", "running", "waiting", "preemptions"), 0)  # fmt: skip
+         "prefix_cache_queries", "prefix_cache_hits", "kv_cache_evictions", "running", "waiting",
+         "preemptions"), 0)  # fmt: skip
     return Snapshot(
         time_s=0.0, lookups=[LayerLookups(0, 0, 0, 0)] * layers, load_seconds=0.0, stall_seconds={"expert_wait": 0.0},
         evictions={"capacity": 0, "budget_change": 0}, residents_by_layer=[0] * layers, memory_source="process",

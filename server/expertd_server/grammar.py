@@ -1,8 +1,8 @@
 """Whether a constraint can be kept: every grammar is compiled once here, before a request costs the engine anything.
 
 The library bounds its own work, but not all of it: some grammars of a few kilobytes keep it busy for seconds or
-exhaust its stack. So each one is compiled in a process of its own (`grammar_worker.py`), which is killed when its time
-is over and may crash without harm. Verdicts are remembered, so that a grammar costs a process only once.
+exhaust its stack. So each one is compiled in a process of its own (`expertd_engine.grammar_check`), which is killed
+when its time is over and may crash without harm. Verdicts are remembered: a grammar costs a process only once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHECK_LIMIT_S = 3.0
 """From when the process starts: its own start is a tenth of a second, more on a busy box."""
 MAX_VERDICTS = 512
 
-_WORKER = (sys.executable, "-m", "expertd_server.grammar_worker")
+_WORKER = (sys.executable, "-m", "expertd_engine.grammar_check")
 
 
 class GrammarChecker:

@@ -45,8 +45,12 @@ class Reasoning(Body):
     )
 
 
-class FunctionTool(Function):
+class _Typed(Body):
     type: Literal["function"]
+
+
+class FunctionTool(Function, _Typed):
+    """A function without the wrapping that chat has around it. Its type is checked first: others have other fields."""
 
 
 class ResponsesRequest(GenerationRequest):
@@ -186,6 +190,8 @@ Item = MessageItem | ReasoningItem | CallItem
 
 class InputDetails(BaseModel):
     cached_tokens: int
+    cache_write_tokens: int = 0
+    """Not counted apart: what is cached costs nothing."""
 
 
 class OutputDetails(BaseModel):

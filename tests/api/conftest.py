@@ -8,7 +8,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from support.fake_engine import write_store
+from support import chat_templates
+from support.fake_engine import Script, engine_info, write_store
 from support.running_server import Server, Start, running
 
 
@@ -46,5 +47,29 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
     """The official client, which refuses answers that do not match its types."""
     with openai.OpenAI(
         base_url=server.url + "/v1", api_key="none", max_retries=0, _strict_response_validation=True
+    ) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def _talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    store = write_store(tmp_path_factory.mktemp("talking"), chat_template=chat_templates.THINKING)
+    with running(store) as starter:
+        yield starter(Script(info=engine_info(max_model_len=4096)))
+
+
+@pytest.fixture
+def talking(_talking: Server) -> Iterator[Server]:
+    """A server whose model has a large window, and a template with tools and thoughts."""
+    yield _talking
+    _talking.script.answer = None
+    _talking.until(lambda: _talking.daemon.service.admission.used == 0)
+    assert _talking.complete(max_tokens=1).status_code == 200
+
+
+@pytest.fixture
+def talking_client(talking: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=talking.url + "/v1", api_key="none", max_retries=0, _strict_response_validation=True
     ) as made:
         yield made

@@ -301,7 +301,7 @@ def test_the_trial_notices_keys_that_follow_the_chunk(
     assert not is_invariant(stores["mixtral", experts_format])
 
 
-def test_the_trial_notices_sums_in_another_order(
+def test_the_trial_notices_experts_that_depend_on_the_number_of_rows(
     stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ffn = moe.expert_ffn

@@ -80,7 +80,7 @@ def test_each_kind_of_constraint_is_kept_to_the_end(engine: Engine, tokenizer: T
 
 def test_any_object(engine: Engine, tokenizer: Tokenizer) -> None:
     # Tokens that come close to ending it: the model would go on for ever.
-    ending = {token_id: 50.0 for token_id in tokenizer.encode('{"}').ids}
+    ending = dict.fromkeys(tokenizer.encode('{"}').ids, 50.0)
     (result,) = generate(engine, PROMPTS[:1], sampling(Constraint("json_object"), logit_bias=ending, temperature=0.5))
     assert text_of(tokenizer, result)[:1] == "{"
     assert reason(result) == "length" or isinstance(json.loads(text_of(tokenizer, result)), dict)

@@ -90,7 +90,7 @@ def _flag(chance: random.Random, depth: int) -> dict[str, Any]:
 
 def complete(matcher: Matcher, tokenizer: Tokenizer, end: int, told: list[int]) -> list[int]:
     """`told` and what ends the answer soonest, by taking what closes something wherever it may come."""
-    closing = [tokenizer.token_to_id(text) for text in ('"', "}", "]")]
+    closing = [token for text in ('"', "}", "]") if (token := tokenizer.token_to_id(text)) is not None]
     chance = random.Random(0)
     tokens = list(told)
     for token in told:
@@ -101,8 +101,7 @@ def complete(matcher: Matcher, tokenizer: Tokenizer, end: int, told: list[int]) 
         mask = int.from_bytes(matcher.allowed(), "little")
         if mask >> end & 1:
             return tokens
-        token = next((t for t in closing if mask >> t & 1), None)
-        tokens.append(chance.choice(_ones(mask)) if token is None else token)
+        tokens.append(next((token for token in closing if mask >> token & 1), None) or chance.choice(_ones(mask)))
         matcher.accept(tokens[-1])
     raise AssertionError(f"no end to {tokenizer.decode(told)!r}")
 
@@ -132,7 +131,9 @@ def run(engine: Engine, store: Path, schemas: list[dict[str, Any]], prompt_of: A
                 stopped += 1
                 validate(schema, tokenizer.decode(result.token_ids))
             else:
-                whole = complete(grammars.constrain(constraint), tokenizer, engine.info.eos_token_ids[0], result.token_ids)
+                whole = complete(
+                    grammars.constrain(constraint), tokenizer, engine.info.eos_token_ids[0], result.token_ids
+                )
                 validate(schema, tokenizer.decode(whole))
     return stopped
 

@@ -65,11 +65,15 @@ class RunningDaemon:
 
     def stop(self) -> int:
         """As an operator stops it; its exit code."""
-        self.http.close()
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(60)
-        self._reader.join(10)
-        return code
+        return self.process.wait(60)
+
+    def close(self) -> None:
+        """Let go of a process that has ended."""
+        self.http.close()
+        self._reader.join(START_S)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
 
 
 @contextmanager
@@ -93,4 +97,4 @@ def daemon(
             process.terminate()
             process.wait(60)
         if running is not None:
-            running.http.close()
+            running.close()

@@ -91,12 +91,12 @@ SETTINGS = {
 """A checkpoint's tokenizer_config.json."""
 
 
-def write_store(folder: Path) -> Path:
-    """As much of a store as the server reads."""
+def write_store(folder: Path, **settings: object) -> Path:
+    """As much of a store as the server reads; `settings` go into its tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "store.json").write_text(json.dumps({"name": MODEL_NAME}))
     TOKENIZER.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(SETTINGS))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**SETTINGS, **settings}))
     return folder
 
 
@@ -282,7 +282,8 @@ class FakeEngine:
                     self._live[message.sequence_id] = _Sequence(message, self._answer(message))
                 case Abort():
                     self.aborted += message.sequence_ids
-                    ended = [Finished(i, "abort") for i in message.sequence_ids if self._live.pop(i, None)]
+                    live = (self._live.pop(i, None) for i in message.sequence_ids)
+                    ended = [self._end(sequence, "abort") for sequence in live if sequence is not None]
                     self._send(Steps([], ended))
                 case SetBudget():
                     self._send(BudgetSet(message.expert_budget_bytes))

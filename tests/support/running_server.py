@@ -84,6 +84,10 @@ class Server:
         """POST /v1/completions, with a prompt unless `body` has one."""
         return self.http.post("/v1/completions", json={"prompt": "Hi", **body})
 
+    def chat(self, **body: Any) -> httpx.Response:
+        """POST /v1/chat/completions, with a message unless `body` has some."""
+        return self.http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}], **body})
+
     def metrics(self) -> dict[str, float]:
         """All samples by name and labels, as the text format writes them."""
         lines = self.http.get("/metrics").text.splitlines()

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from expertd_engine.core import EngineCore, StepFailed
 from expertd_engine.errors import EngineError
-from expertd_engine.messages import ExpertMode, SequenceStats, Steps, Submit
+from expertd_engine.messages import Constraint, ExpertMode, SequenceStats, Steps, Submit
+from expertd_engine.request import ConstraintFailed
 from expertd_engine.scheduler import StepPlan
 from support.builders_core import (
     EOS,
@@ -307,3 +308,60 @@ def test_room_time_and_company_change_no_token(
             assert (tokens, reason) == (alone.tokens.get(sequence_id, []), alone.finished[sequence_id].reason)
             assert told.prompt_logprobs.get(sequence_id) == alone.prompt_logprobs.get(sequence_id)
     assert EOS not in [token_id for tokens in told.tokens.values() for token_id in tokens[:-1]]
+
+
+@dataclass
+class Saying:
+    """A constrainer: the answer is exactly `answer`. Keeps what it was told."""
+
+    answer: list[int]
+    told: list[int] = field(default_factory=list)
+
+    def allowed(self) -> bytes:
+        if self.told != self.answer[: len(self.told)]:
+            raise ConstraintFailed("off the path")
+        return (1 << self.answer[len(self.told)]).to_bytes(8, "little")
+
+    def accept(self, token_id: int) -> None:
+        self.told.append(token_id)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.told == self.answer
+
+
+def constrained_core(saying: Saying) -> EngineCore:
+    scheduler = make_scheduler()
+    return EngineCore(scheduler, HashForward(scheduler.pool.block_tokens), [EOS], lambda constraint: saying)
+
+
+def test_a_sequence_ends_when_its_constraint_is_met() -> None:
+    free = run_alone(make_submit(1, max_tokens=6, ignore_eos=True)).tokens[1]
+    saying = Saying(free[:3])
+    core = constrained_core(saying)
+    core.submit(make_submit(1, max_tokens=6, ignore_eos=True, constraint=Constraint("json_object")), 0.0)
+    told = run_to_end(core)
+    assert told.tokens[1] == saying.told == free[:3]
+    assert (told.finished[1].reason, told.finished[1].constraint_met) == ("stop", True)
+
+
+def test_a_constraint_hears_nothing_of_a_step_that_failed() -> None:
+    saying = Saying([99])
+    scheduler = make_scheduler()
+    forward = HashForward(scheduler.pool.block_tokens, before=fail_once(2))
+    core = EngineCore(scheduler, forward, [EOS], lambda constraint: saying)
+    core.submit(make_submit(1, max_tokens=3, ignore_eos=True, constraint=Constraint("json_object")), 0.0)
+    core.submit(make_submit(2), 0.0)
+    told = run_to_end(core)
+    assert told.tokens[1] == saying.told
+    assert told.reasons() == {1: "length", 2: "error"}
+
+
+def test_a_constraint_that_cannot_be_made_ends_its_sequence_alone() -> None:
+    core = make_core()
+    core.submit(make_submit(1, constraint=Constraint("regex", "a")), 0.0)
+    core.submit(make_submit(2, max_tokens=1), 0.0)
+    told = run_to_end(core)
+    assert told.finished[1].reason == "error"
+    assert "cannot hold an answer to a regex" in (told.finished[1].error or "")
+    assert told.finished[2].reason in ("stop", "length")

@@ -21,6 +21,7 @@ PURE = (
     "errors",
     "request",
     "kv_pool",
+    "prefix_cache",
     "scheduler",
     "core",
     "experts.events",

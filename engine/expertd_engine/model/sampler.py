@@ -41,8 +41,8 @@ class NoTokenLeft(Exception):
 
     def __init__(self) -> None:
         super().__init__(
-            "no token may come next: the answer's form, allowed_token_ids, bad_words, logit_bias and min_tokens together "
-            "bar all of them"
+            "no token may come next: the answer's form, allowed_token_ids, bad_words, logit_bias and min_tokens "
+            "together bar all of them"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client.exposition import choose_encoder
 
 from expertd_engine.messages import EngineInfo
@@ -40,7 +40,7 @@ def router(service: Service) -> APIRouter:
     _add(routes, live, "/live", "/livez", "/ping")
     _add(routes, ready, "/ready", "/readyz", responses={503: _STATE})
     _add(routes, ready, "/health", "/v1/health", responses={503: _STATE})
-    _add(routes, metrics, "/metrics", "/metrics/", responses=dict(declared(401)))
+    _add(routes, metrics, "/metrics", "/metrics/", response_class=PlainTextResponse, responses=dict(declared(401)))
     _add(routes, version, "/version")
     return routes
 

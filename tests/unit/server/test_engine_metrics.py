@@ -11,7 +11,10 @@ from expertd_engine.messages import HistogramData
 from expertd_server.engine_metrics import EngineCounters, add_histograms
 from support.fake_engine import engine_info, snapshot
 
-GAUGE_WORDS = ("_age_seconds", "_pending", "_bytes{pool", "memory_", "kv_cache_", "requests_", "experts_resident")
+GAUGE_WORDS = (
+    "_age_seconds", "_pending", "_bytes{pool", "memory_", "kv_cache_used_", "kv_cache_cached_", "kv_cache_capacity_",
+    "requests_", "experts_resident",
+)  # fmt: skip
 
 
 def samples(counters: EngineCounters) -> dict[str, float]:
@@ -61,3 +64,16 @@ def test_buckets_are_cumulative_and_end_in_infinity() -> None:
 def test_histograms_of_different_bounds_are_not_added() -> None:
     with pytest.raises(ValueError, match="bounds"):
         add_histograms(HistogramData([1.0], [1, 0], 1.0), HistogramData([2.0], [1, 0], 1.0))
+
+
+def test_the_prefix_cache_is_shown_beside_the_kv_in_use() -> None:
+    counters = EngineCounters()
+    counters.engine_started(engine_info())
+    counters.observe(snapshot(3))
+    shown = samples(counters)
+    assert shown["expertd_prefix_cache_queries_total"] == 30
+    assert shown["expertd_prefix_cache_hits_total"] == 12
+    assert shown["expertd_kv_cache_evictions_total"] == 3
+    assert shown['expertd_kv_cache_used_bytes{tier="device"}'] == 0
+    assert shown['expertd_kv_cache_cached_bytes{tier="device"}'] == 4096
+    assert shown['expertd_memory_resident_bytes{pool="kv",tier="device"}'] == 4096

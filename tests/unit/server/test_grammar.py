@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from expertd_engine import grammar_check
 from expertd_engine.messages import Constraint, ConstraintKind
-from expertd_server import grammar, grammar_worker
+from expertd_server import grammar
 from expertd_server.errors import InvalidRequest
 from expertd_server.grammar import MAX_TEXT_BYTES, GrammarChecker
 
@@ -36,7 +37,9 @@ def refusal(constraint: Constraint, checker: GrammarChecker | None = None) -> st
     "constraint",
     [
         Constraint("json_object"),
-        schema(type="object", properties={"a": {"$ref": "#/$defs/b"}}, required=["a"], **{"$defs": {"b": {"enum": [1]}}}),
+        schema(
+            type="object", properties={"a": {"$ref": "#/$defs/b"}}, required=["a"], **{"$defs": {"b": {"enum": [1]}}}
+        ),
         schema(description="anything"),
         Constraint("regex", r"\d{4}-\d\d"),
         Constraint("choice", json.dumps(["yes", "no", 'a "quoted"\nline'])),
@@ -93,12 +96,10 @@ def test_text_beyond_the_limit_is_refused_unread() -> None:
 
 
 @pytest.mark.parametrize(("limit", "what"), [("COMPILE_LIMIT_S", "compiling it"), ("MASK_LIMIT_S", "a token")])
-def test_what_takes_too_much_processor_time_is_at_fault(
-    limit: str, what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert grammar_worker.fault_of(Constraint("regex", "abc")) is None
-    monkeypatch.setattr(grammar_worker, limit, 0.0)
-    assert str(grammar_worker.fault_of(Constraint("regex", "abc"))).startswith(f"{what} takes ")
+def test_what_takes_too_much_processor_time_is_at_fault(limit: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert grammar_check.fault_of(Constraint("regex", "abc")) is None
+    monkeypatch.setattr(grammar_check, limit, 0.0)
+    assert str(grammar_check.fault_of(Constraint("regex", "abc"))).startswith(f"{what} takes ")
 
 
 def test_what_takes_too_long_is_given_up_and_the_next_is_checked() -> None:
