@@ -76,17 +76,18 @@ class ChatPlan:
     demand: Demand | None
     decode: Decode | None
     """None: as the request has it."""
-    _tags: ReasoningTags | None
-    _syntax: ToolSyntax | None
-    _use: ToolUse | None
-    _single: bool
+    tags: ReasoningTags | None
+    tools: ToolUse | None
+    syntax: ToolSyntax | None
+    single: bool
+    """No call but the first is told."""
 
     def reader(self) -> MessageReader:
         """For one choice."""
-        reasoning = ReasoningSplitter(self._tags, self.prompt) if self._tags is not None else None
-        if self._syntax is None or self._use is None:
+        reasoning = ReasoningSplitter(self.tags, self.prompt) if self.tags is not None else None
+        if self.syntax is None or self.tools is None:
             return MessageReader(reasoning, None)
-        return MessageReader(reasoning, ToolReader(self._syntax, self._use.names, single=self._single))
+        return MessageReader(reasoning, ToolReader(self.syntax, self.tools.names, single=self.single))
 
 
 class ChatFormat:
@@ -119,15 +120,21 @@ class ChatFormat:
 
     def _planned(self, request: ChatRequest, prompt: str, use: ToolUse | None) -> ChatPlan:
         forced = use is not None and use.forced
-        demand = Demand(use.constraint(), "tools") if use is not None and use.forced else None
+        demand = demanded(request.response_format, request.structured_outputs)
+        if use is not None and use.forced:
+            demand = Demand(use.constraint(), "tools")
         # What must have a form has it from its first token on: there is no room for a thought or a marker.
-        held = forced or demanded(request.response_format, request.structured_outputs) is not None
-        tags = None if held else self._tags
+        tags = self._tags if demand is None else None
         reads = tags is not None or use is not None
         return ChatPlan(
-            prompt, demand, self._decode if reads and request.skip_special_tokens else None, tags,
-            SYNTAXES["json"] if forced else self._syntax, use, forced or not request.parallel_tool_calls,
-        )  # fmt: skip
+            prompt=prompt,
+            demand=demand,
+            decode=self._decode if reads and request.skip_special_tokens else None,
+            tags=tags,
+            tools=use,
+            syntax=SYNTAXES["json"] if forced else self._syntax,
+            single=forced or not request.parallel_tool_calls,
+        )
 
     def _template(self, with_tools: bool) -> ChatTemplate:
         name = "tool_use" if with_tools and "tool_use" in self._templates else "default"

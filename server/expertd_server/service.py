@@ -76,8 +76,10 @@ class Service:
         return self.model
 
     def check_model(self, name: str, model: ServedModel) -> None:
-        """Raises ModelNotFound unless `name` is empty or the one served."""
-        if name not in ("", model.name):
+        """Raises ModelNotFound unless `name` is empty, the one served or, where the operator gave it no other, what the
+        operator asked for (`demo`)."""
+        asked_for = () if self.config.served_model_name else (self.config.model,)
+        if name not in ("", model.name, *asked_for):
             raise ModelNotFound(name, model.name)
 
     def became_ready(self, codec: TextCodec, chat: ChatFormat, info: EngineInfo) -> None:

@@ -76,6 +76,9 @@ Piece = Text | CallPiece
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 _OUTSIDE_HEAD = re.compile(r"([A-Za-z0-9_.-]+)(?:\[CALL_ID\][A-Za-z0-9]*)?\[ARGS\]\s*(?=\{)")
 _OUTSIDE_BEGINNING = re.compile(r"[A-Za-z0-9_.-]+[A-Za-z0-9_\[\]\s]*\Z")
+MAX_HEAD_CHARS = 1024
+"""A call whose arguments begin later is told when it is whole: looking for the beginning again must stay cheap."""
+
 _SPACES = " \t\r\n,;"
 _SEPARATORS = _SPACES + "[]"
 
@@ -181,7 +184,7 @@ class ToolReader:
         return self._no_call("")
 
     def _head(self) -> bool:
-        head = _HEAD.match(self._buffer)
+        head = _HEAD.match(self._buffer[:MAX_HEAD_CHARS])
         if head is not None and self._is_tool(name := _decoded(head[1])):
             self._begin_call(name)
             self._buffer = self._buffer[head.end() :]

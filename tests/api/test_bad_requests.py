@@ -132,7 +132,7 @@ def test_an_unknown_model_is_404(server: Server, model: str) -> None:
     assert server.http.get(f"/v1/models/{model}").status_code == 404
 
 
-@pytest.mark.parametrize("model", ["", MODEL_NAME])
+@pytest.mark.parametrize("model", ["", MODEL_NAME, "demo"])
 def test_the_model_served_may_be_named_or_not(server: Server, model: str) -> None:
     assert server.complete(model=model).status_code == 200
 

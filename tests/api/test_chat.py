@@ -167,7 +167,8 @@ BAD_MESSAGES = [
     ([{"role": ["user"], "content": "x"}], "messages[0].role"),
     ([{"role": "user", "content": None}], "messages[0].content"), ([{"role": "user"}], "messages[0].content"),
     ([{"role": "assistant", "content": None}], "messages[0].content"),
-    ([{"role": "user", "content": 5}], "messages[0].content"), ([{"role": "user", "content": []}], "messages[0].content"),
+    ([{"role": "user", "content": 5}], "messages[0].content"),
+    ([{"role": "user", "content": []}], "messages[0].content"),
     ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
     ([USER, {"role": "user", "content": [{"type": "text"}]}], "messages[1].content[0].text"),
     ([{"role": "tool", "content": "x"}], "messages[0].tool_call_id"),
@@ -221,8 +222,9 @@ def test_a_field_with_a_bad_value_is_refused_by_name(server: Server, param: str,
 
 def test_fields_without_effect_and_unknown_ones_are_accepted(server: Server) -> None:
     ignored = {
-        "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "prompt_cache_key": "x", "safety_identifier": "y",
-        "user": "z", "verbosity": "low", "prediction": {"type": "content", "content": ""}, "modalities": ["text"],
+        "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "prompt_cache_key": "x",
+        "safety_identifier": "y", "user": "z", "verbosity": "low", "modalities": ["text"],
+        "prediction": {"type": "content", "content": ""},
         "made_up": [1], "functions": None, "parallel_tool_calls": True, "reasoning_effort": "none",
     }  # fmt: skip
     assert server.chat(**ignored, max_tokens=1).status_code == 200

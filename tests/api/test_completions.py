@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import openai
@@ -10,13 +9,7 @@ import pytest
 
 from support.fake_engine import BYTE_IDS, MODEL_NAME, ids_of
 from support.running_server import Server
-
-
-def events(text: str) -> list[Any]:
-    """The JSON of each event; the stream must end in `[DONE]`."""
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
+from support.streams import events
 
 
 def test_the_official_client_gets_a_whole_answer(client: openai.OpenAI, server: Server) -> None:
@@ -90,11 +83,9 @@ def test_cached_tokens_count_once_for_each_prompt(server: Server) -> None:
     server.script.cached_tokens = 2
     for body in (
         server.complete(prompt=["one", "three"], n=2).json(),
-        events(
-            server.complete(
-                prompt=["one", "three"], n=2, stream=True, stream_options={"include_usage": True}
-            ).text
-        )[-1],
+        events(server.complete(prompt=["one", "three"], n=2, stream=True, stream_options={"include_usage": True}).text)[
+            -1
+        ],
     ):
         assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
 

@@ -32,8 +32,8 @@ def prompt(server: Server) -> str:
 def test_the_official_client_gets_a_whole_response(talking: Server, talking_client: openai.OpenAI) -> None:
     talking.script.answer = b"Paris."
     response = talking_client.responses.create(
-        model="", input="Where?", instructions="Be brief.", metadata={"a": "b"}, store=True, temperature=0.5, top_p=0.25,
-        max_output_tokens=9,
+        model="", input="Where?", instructions="Be brief.", metadata={"a": "b"}, store=True, temperature=0.5,
+        top_p=0.25, max_output_tokens=9,
     )  # fmt: skip
     assert (response.output_text, response.status, response.object) == ("Paris.", "completed", "response")
     assert response.usage is not None

@@ -10,7 +10,8 @@ CHATML = (
 HERMES = (
     "{% if tools %}<|system|>Tools: {{ tools | tojson }} Call as <tool_call>{...}</tool_call>\n{% endif %}"
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}{{ '\n' }}{% endfor %}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 

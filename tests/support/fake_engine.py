@@ -334,6 +334,9 @@ class FakeEngine:
         logprobs = [self._logprob(token, sampling.logprobs)] if sampling.logprobs is not None else None
         cached = self._script.cached_tokens if sequence.generated == 1 else 0
         output = Output(submit.sequence_id, [token], logprobs, prompt, cached)
+        answer = self._script.answer
+        if sampling.constraint is not None and answer is not None and sequence.generated == len(answer):
+            return output, self._end(sequence, "stop", constraint_met=True)
         may_stop = sequence.generated >= sampling.min_tokens
         if may_stop and ((token == END and not sampling.ignore_eos) or token in sampling.stop_token_ids):
             return output, self._end(sequence, "stop", token)
@@ -344,9 +347,12 @@ class FakeEngine:
         return TokenLogprob(token, self._script.logprob, top)
 
     @staticmethod
-    def _end(sequence: _Sequence, reason: FinishReason, stop_token_id: int | None = None) -> Finished:
+    def _end(
+        sequence: _Sequence, reason: FinishReason, stop_token_id: int | None = None, *, constraint_met: bool = False
+    ) -> Finished:
         stats = SequenceStats(queue_s=0.001, expert_hits=3, expert_misses=1, loaded_bytes=4096)
-        return Finished(sequence.submit.sequence_id, reason, stop_token_id, stats=stats)
+        sequence_id = sequence.submit.sequence_id
+        return Finished(sequence_id, reason, stop_token_id, constraint_met=constraint_met, stats=stats)
 
     def _finish_all(self, error: str) -> None:
         ended = [Finished(i, "error", error=error) for i in self._live]

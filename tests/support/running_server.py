@@ -112,9 +112,7 @@ class Start(Protocol):
 def running(store: Path) -> Iterator[Start]:
     servers: list[Server] = []
 
-    def start(
-        script: Script | None = None, *, ready: bool = True, keys: KeyRing = NO_KEYS, **config: Any
-    ) -> Server:
+    def start(script: Script | None = None, *, ready: bool = True, keys: KeyRing = NO_KEYS, **config: Any) -> Server:
         launcher = FakeLauncher(store, script)
         if not ready:
             launcher.store_ready.clear()

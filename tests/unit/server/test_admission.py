@@ -71,9 +71,8 @@ def test_retry_after_follows_how_fast_sequences_end() -> None:
     for _ in range(8):  # one ends every 2 seconds
         with admission.permit(1):
             clock.now_s += 2
-    with admission.permit(4):
-        with pytest.raises(Unavailable) as full, admission.permit(3):
-            pass
+    with admission.permit(4), pytest.raises(Unavailable) as full, admission.permit(3):
+        pass
     assert full.value.headers == {"retry-after": "6"}
 
 

@@ -73,7 +73,9 @@ def test_calls_are_found_in_every_form(parser: ToolParser, text: str, expected: 
 @given(
     st.sampled_from(["hermes", "mistral", "json"]),
     st.lists(
-        st.sampled_from(["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "add[ARGS]", ONE, TWO, '{"a"', "}", "x", " ", "[", "\n"])
+        st.sampled_from(
+            ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "add[ARGS]", ONE, TWO, '{"a"', "}", "x", " ", "[", "\n"]
+        )
     ),
     st.lists(st.integers(1, 9), min_size=1),
 )  # fmt: skip
