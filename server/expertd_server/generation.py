@@ -179,8 +179,10 @@ async def _follow(job: Job, permit: Permit) -> AsyncGenerator[Delta, None]:
             if delta.finish_reason is not None:
                 reasons.append(delta.finish_reason)
                 if update.finished is None:  # a stop string ended it, which the engine does not know
-                    engine.abort([update.sequence_id], hear_end=job.request.include_expert_usage)
-                    awaited -= set() if job.request.include_expert_usage else {update.sequence_id}
+                    hear_end = job.request.include_expert_usage
+                    engine.abort([update.sequence_id], hear_end=hear_end)
+                    if not hear_end:
+                        awaited.discard(update.sequence_id)
             yield delta
         job.record.finish(reasons)
 

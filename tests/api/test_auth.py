@@ -1,4 +1,4 @@
-"""Keys: every route is closed unless it is meant to be open, however its path is spelt; CORS is off unless asked for."""
+"""Keys: every route is closed unless meant to be open, however its path is spelt; CORS is off unless asked for."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def test_the_template_may_have_variables(talking: Server) -> None:
     assert prompt(talking) == "<|user|>Hi\n"
 
 
-BAD_MESSAGES = [
+BAD_MESSAGES: list[tuple[Any, str]] = [
     (None, "messages"), ([], "messages"), ("Hi", "messages"), ({}, "messages"), (["Hi"], "messages[0]"),
     ([{"role": "robot", "content": "x"}], "messages[0].role"), ([{"content": "x"}], "messages[0].role"),
     ([{"role": ["user"], "content": "x"}], "messages[0].role"),

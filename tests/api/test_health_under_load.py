@@ -98,7 +98,9 @@ class Readers:
 
 @pytest.mark.parametrize(("path", "status"), [("/v1/completions", 400), ("/tokenize", 200)])
 def test_probes_answer_while_5_mb_are_tokenized_and_32_streams_run(url: str, path: str, status: int) -> None:
-    text = ("The quick brown fox jumps over the lazy dog, twice; and then, 1969 times, it rests. " * 60_000)[: 5 * 10**6]
+    text = ("The quick brown fox jumps over the lazy dog, twice; and then, 1969 times, it rests. " * 60_000)[
+        : 5 * 10**6
+    ]
     answer: list[httpx.Response] = []
 
     def post() -> None:

@@ -24,13 +24,13 @@ from support.fake_engine import MAX_MODEL_LEN, WAIT_S, FakeEngine, Script, ids_o
 from support.running_server import Server, Start
 
 ROWS = {
-    1, 2, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 18, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 37, 39, 40, 41, 43,
-    44, 45, 47, 49, 50, 51, 52, 53, 54, 59, 61, 62, 63, 65, 66,
+    1, 2, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 18, 19, 20, 22, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 37, 39, 40, 41, 43,
+    44, 45, 47, 49, 50, 51, 52, 53, 54, 55, 56, 57, 59, 61, 62, 63, 65, 66,
 }  # fmt: skip
 """Row 67 (a budget that shrinks under load) is the engine's: see the ledger's tests."""
 
 ELSEWHERE = {
-    "test_a_known_field_with_a_bad_value_is_refused_by_name": {1, 2, 4, 5, 6, 8, 16, 18, 26, 27, 29, 45, 63},
+    "test_a_known_field_with_a_bad_value_is_refused_by_name": {1, 2, 4, 5, 6, 8, 16, 18, 22, 26, 27, 29, 45, 63},
     "test_what_is_not_json_is_400": {27, 39, 44, 49},
     "test_echo_with_no_tokens_returns_the_prompt_and_its_logprobs": {7},
     "test_max_tokens_defaults_to_16_and_is_cut_to_the_window": {9},
@@ -58,6 +58,11 @@ ELSEWHERE = {
     "test_a_full_queue_refuses_with_retry_after_and_frees_up_again": {59},
     "test_draining_finishes_what_runs_and_refuses_the_rest": {61},
     "test_a_second_signal_ends_the_server_at_once": {61},
+    "test_a_message_that_is_none_is_refused_by_its_place": {55},
+    "test_a_template_refuses_in_its_own_words": {55},
+    "test_tools_that_make_no_sense_are_refused": {56},
+    "test_what_takes_too_long_is_given_up_and_the_next_is_checked": {20},
+    "test_a_stream_goes_on_while_a_grammar_is_checked": {20},
     "test_budget_policy_and_prefetch_change_no_bit": {66},
     "test_a_sequence_is_the_same_alone_and_in_any_batch": {66},
 }
@@ -114,7 +119,8 @@ def test_row_13_logprobs_of_a_prompt_do_not_depend_on_sampling(server: Server, s
 @pytest.mark.parametrize(
     ("options", "stream", "status"),
     [({}, False, 400), ({"include_usage": True}, False, 400), (None, False, 200), (None, True, 200), ({}, True, 200),
-     ({"new": 1, "include_usage": None}, True, 200), ("yes", True, 400), ([], True, 400), ({"include_usage": 1}, True, 400)],
+     ({"new": 1, "include_usage": None}, True, 200), ("yes", True, 400), ([], True, 400),
+     ({"include_usage": 1}, True, 400)],
 )  # fmt: skip
 def test_row_30_stream_options(server: Server, options: object, stream: bool, status: int) -> None:
     response = server.complete(stream=stream, stream_options=options)
@@ -158,6 +164,48 @@ def test_row_49_nesting_without_end(start: Start, content: bytes) -> None:
     assert server.complete().status_code == 200
 
 
+# ---------------------------------------------------------------- forms and conversations
+
+DEEP: Any = {}
+for _ in range(2000):
+    DEEP = {"type": "array", "items": DEEP}
+GRAMMARS: list[tuple[int, dict[str, Any]]] = [
+    (19, {"regex": "(a"}), (19, {"regex": "[z-a]"}), (19, {"json": {"type": "no such type"}}), (19, {"json": 5}),
+    (19, {"json": {"$ref": "#/nowhere"}}), (19, {"grammar": "start: ("}), (19, {"choice": []}),
+    (20, {"regex": "(" * 30_000}), (20, {"regex": "*a"}), (20, {"regex": "(" * 30_000 + "a" + ")" * 30_000}),
+    (20, {"grammar": "start: " + "(" * 60_000 + '"a"' + ")" * 60_000}), (20, {"json": DEEP}),
+]  # fmt: skip
+
+
+@both
+@row(19)
+@row(20)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, id=f"row-{number}-{i}") for i, (number, form) in enumerate(GRAMMARS)]
+)
+def test_a_form_that_cannot_be_is_400(server: Server, form: dict[str, Any], stream: bool) -> None:
+    content = json.dumps({"prompt": "a", "stream": stream, "structured_outputs": form})
+    response = server.http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert len(response.content) < 4000
+    assert not server.engine.submitted or last_submitted(server.engine).sampling.constraint is None
+
+
+@both
+@row(57)
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "http://127.0.0.1:{port}/trap", "data:image/png;base64,AAAA"])
+def test_row_57_nothing_that_a_message_points_to_is_opened(server: Server, url: str, stream: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as trap:
+        trap.setblocking(False)
+        part = {"type": "image_url", "image_url": {"url": url.format(port=trap.getsockname()[1])}}
+        body = {"messages": [{"role": "user", "content": [part]}], "stream": stream}
+        response = server.http.post("/v1/chat/completions", json=body)
+        assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+        assert "root:" not in response.text
+        with pytest.raises(BlockingIOError):
+            trap.accept()
+
+
 # ---------------------------------------------------------------- connections
 
 
@@ -192,7 +240,9 @@ def test_row_50_500_idle_connections_stop_nobody(server: Server) -> None:
 
 @row(50)
 @pytest.mark.parametrize(
-    "sent", [b"", b"GET /live HTTP/1.1\r\nx: ", b"GET /live HTTP/1.1\r\nhost: x\r\n\r\nGET /l"], ids=["", "head", "second"]
+    "sent",
+    [b"", b"GET /live HTTP/1.1\r\nx: ", b"GET /live HTTP/1.1\r\nhost: x\r\n\r\nGET /l"],
+    ids=["", "head", "second"],
 )
 def test_row_50_a_head_that_never_ends_is_cut_off(start: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
     server = start()

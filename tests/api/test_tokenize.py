@@ -18,6 +18,15 @@ def test_text_becomes_ids_and_back(server: Server, base: str) -> None:
     assert server.http.post(f"{base}/detokenize", json={"tokens": body["tokens"]}).json() == {"prompt": text}
 
 
+def test_a_conversation_becomes_the_ids_that_its_template_makes(server: Server) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    whole = server.http.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    bare = server.http.post("/tokenize", json={"messages": messages, "add_generation_prompt": False}).json()["tokens"]
+    assert whole[: len(bare)] == bare != whole
+    answer = server.http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()
+    assert answer["usage"]["prompt_tokens"] == len(whole)
+
+
 def test_strings_come_only_where_asked_for(server: Server) -> None:
     assert server.http.post("/tokenize", json={"prompt": "a", "add_special_tokens": False}).json() == {
         "count": 1, "max_model_len": MAX_MODEL_LEN, "tokens": ids_of("a"), "token_strs": None,
@@ -45,6 +54,8 @@ def test_the_tokenizers_own_settings_are_told(server: Server) -> None:
     ("path", "body", "param"),
     [
         ("/tokenize", {"prompt": 5}, "prompt"), ("/tokenize", {}, "prompt"), ("/tokenize", {"prompt": [1]}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"), ("/tokenize", {"messages": "a"}, "messages"),
         ("/tokenize", {"prompt": "a", "add_special_tokens": "yes"}, "add_special_tokens"),
         ("/tokenize", {"prompt": "a", "return_token_strs": 1}, "return_token_strs"),
         ("/detokenize", {"tokens": "abc"}, "tokens"), ("/detokenize", {"tokens": [VOCAB_SIZE]}, "tokens"),

@@ -64,9 +64,8 @@ def test_the_official_client_gets_a_call_and_sends_its_result_back(
 
     talking.script.answer = b"It rains."
     result: Any = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
-    again = talking_client.chat.completions.create(
-        model="", messages=[USER, choice.message.model_dump(), result], tools=[WEATHER]
-    )
+    history: Any = [USER, choice.message.model_dump(), result]
+    again = talking_client.chat.completions.create(model="", messages=history, tools=[WEATHER])
     assert (again.choices[0].message.content, again.choices[0].finish_reason) == ("It rains.", "stop")
     assert f'<tool_call>{{"name": "weather", "arguments": {ARGUMENTS}}}</tool_call>' in prompt(talking)
     assert "<|tool|>rain" in prompt(talking)

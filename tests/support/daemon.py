@@ -63,6 +63,14 @@ class RunningDaemon:
                 values[sample.name] = values.get(sample.name, 0.0) + sample.value
         return values
 
+    def fresh_metrics(self) -> dict[str, float]:
+        """`metrics` with the engine's numbers from after this call."""
+        began_s = time.monotonic()
+        while (now := self.metrics())["expertd_metrics_snapshot_age_seconds"] >= time.monotonic() - began_s:
+            assert time.monotonic() < began_s + START_S, "no snapshot came"
+            time.sleep(0.05)
+        return now
+
     def stop(self) -> int:
         """As an operator stops it; its exit code."""
         self.process.send_signal(signal.SIGTERM)

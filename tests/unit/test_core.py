@@ -365,3 +365,12 @@ def test_a_constraint_that_cannot_be_made_ends_its_sequence_alone() -> None:
     assert told.finished[1].reason == "error"
     assert "cannot hold an answer to a regex" in (told.finished[1].error or "")
     assert told.finished[2].reason in ("stop", "length")
+
+
+def test_each_sequence_is_said_to_have_begun_once_and_with_its_first_step() -> None:
+    core = core_with(EOS)
+    core.submit(make_submit(max_tokens=3), 0.0)
+    begun = [core.step(float(i)).started for i in range(2)]
+    core.submit(make_submit(sequence_id=2, max_tokens=1), 2.0)
+    begun += [core.step(2.0).started]
+    assert begun == [[1], [], [2]]

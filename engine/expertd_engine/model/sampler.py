@@ -101,7 +101,7 @@ def _adjust(logits: torch.Tensor, row: SampleRow) -> torch.Tensor:
         barred[sampling.allowed_token_ids] = False
         adjusted[barred] = -torch.inf
     if row.allowed is not None:
-        adjusted.masked_fill_(~_bits(row.allowed, len(adjusted)), -torch.inf)
+        adjusted.masked_fill_(_bits(row.allowed, len(adjusted)).logical_not_(), -torch.inf)
     banned = [*row.banned, *_ends_of_bad_words(row)]
     if banned:
         adjusted[banned] = -torch.inf
@@ -114,7 +114,7 @@ def _adjust(logits: torch.Tensor, row: SampleRow) -> torch.Tensor:
 def _bits(packed: bytes, count: int) -> torch.Tensor:
     """The first `count` bits as bools `[count]`, false where there are fewer."""
     bits = numpy.unpackbits(numpy.frombuffer(packed, dtype=numpy.uint8), count=count, bitorder="little")
-    return torch.from_numpy(bits).bool()
+    return torch.from_numpy(bits.view(numpy.bool_))
 
 
 def _ends_of_bad_words(row: SampleRow) -> list[int]:

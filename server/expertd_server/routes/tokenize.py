@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, ClassVar
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from expertd_server.body import read_json
+from expertd_server.chat_schemas import MAX_TOOLS, ChatRequest, Messages, Tool, parse_chat
 from expertd_server.errors import InvalidRequest, clip, declared
 from expertd_server.fields import Body, body_of, parse_fields
 from expertd_server.prompts import TextCodec
@@ -23,13 +24,25 @@ MAX_TEXT_CHARS = 2**20
 
 MAX_IDS = 2**18
 
+CHAT_FIELDS = ("messages", "tools", "add_generation_prompt", "chat_template_kwargs")
+
 
 class TokenizeRequest(Body):
-    """Body of POST /tokenize."""
+    """Body of POST /tokenize: a text, or a conversation as /v1/chat/completions takes it."""
+
+    unsupported: ClassVar[Mapping[str, str]] = {
+        name: ChatRequest.unsupported[name] for name in ("chat_template", "continue_final_message")
+    }
 
     model: str = Field("", description="Empty or absent: the model this server serves.")
-    prompt: str
-    add_special_tokens: bool = Field(True, description="What the tokenizer puts around a text, such as BOS.")
+    prompt: str | None = None
+    messages: Messages | None = None
+    tools: list[Tool] | None = Field(None, min_length=1, max_length=MAX_TOOLS, description="Only with messages.")
+    add_generation_prompt: bool = Field(True, description="End the conversation with the beginning of an answer.")
+    chat_template_kwargs: dict[str, Any] = Field({}, description="Variables for the template.")
+    add_special_tokens: bool | None = Field(
+        None, description="What the tokenizer puts around a text, such as BOS. Default: true for a prompt alone."
+    )
     return_token_strs: bool = False
 
 
@@ -61,10 +74,10 @@ def router(service: Service) -> APIRouter:
     turn = asyncio.Lock()
 
     async def tokenize(request: Request) -> Response:
-        """The token ids of a text. Special tokens written out in it are those tokens; longer than a prompt may be, but
-        not without bound."""
-        asked, model = await _read_tokenize(service, request)
-        return await while_connected(request.receive, _one_at_a_time(turn, lambda: _tokenized(asked, model)))
+        """The token ids of a text or a conversation. Special tokens written out in a text are those tokens; it may be
+        longer than a prompt, but not without bound."""
+        asked, chat, model = await _read_tokenize(service, request)
+        return await while_connected(request.receive, _one_at_a_time(turn, lambda: _tokenized(asked, chat, model)))
 
     async def detokenize(request: Request) -> Response:
         """The text of token ids, special tokens written out."""
@@ -97,12 +110,17 @@ def _add(
     routes.add_api_route("/v1" + path, endpoint, methods=["POST"], response_model=None, include_in_schema=False)
 
 
-async def _read_tokenize(service: Service, http: Request) -> tuple[TokenizeRequest, ServedModel]:
+async def _read_tokenize(service: Service, http: Request) -> tuple[TokenizeRequest, ChatRequest | None, ServedModel]:
     model = service.serving()
-    asked = parse_fields(TokenizeRequest, await read_json(http, service.config.max_body.resolve(0)))
+    body = await read_json(http, service.config.max_body.resolve(0))
+    asked = parse_fields(TokenizeRequest, body)
     service.check_model(asked.model, model)
-    _check_length(asked.prompt, model)
-    return asked, model
+    if (asked.prompt is None) == (asked.messages is None):
+        raise InvalidRequest("prompt: give either a prompt or messages", param="prompt")
+    chat = None
+    if asked.messages is not None:
+        chat = parse_chat({name: body[name] for name in CHAT_FIELDS if name in body})
+    return asked, chat, model
 
 
 async def _read_detokenize(service: Service, http: Request) -> tuple[DetokenizeRequest, ServedModel]:
@@ -120,6 +138,7 @@ async def _one_at_a_time(turn: asyncio.Lock, work: Callable[[], bytes]) -> Respo
 
 
 def _check_length(text: str, model: ServedModel) -> None:
+    """Raises InvalidRequest for more than tokenizing may cost."""
     limit = max(MAX_TEXT_CHARS, model.info.max_model_len * model.codec.max_token_chars)
     if len(text) > limit:
         raise InvalidRequest(f"prompt: {len(text)} characters; at most {limit} are allowed", param="prompt")
@@ -133,8 +152,11 @@ def _check_ids(ids: list[int], vocab_size: int) -> None:
         )
 
 
-def _tokenized(asked: TokenizeRequest, model: ServedModel) -> bytes:
-    ids = model.codec.ids_of(asked.prompt, add_special_tokens=asked.add_special_tokens)
+def _tokenized(asked: TokenizeRequest, chat: ChatRequest | None, model: ServedModel) -> bytes:
+    text = model.chat.plan(chat).prompt if chat is not None else asked.prompt or ""
+    _check_length(text, model)
+    add_special_tokens = chat is None if asked.add_special_tokens is None else asked.add_special_tokens
+    ids = model.codec.ids_of(text, add_special_tokens=add_special_tokens)
     strings = [model.codec.token_string(i) for i in ids] if asked.return_token_strs else None
     return msgspec.json.encode(
         {"count": len(ids), "max_model_len": model.info.max_model_len, "tokens": ids, "token_strs": strings}

@@ -35,7 +35,10 @@ def test_room_is_given_back_after_an_error() -> None:
 def test_prompt_tokens_count_until_their_sequence_starts() -> None:
     admission = Admission(10, max_queued_tokens=100)
     with admission.permit(2, 80) as permit:
-        with pytest.raises(Unavailable, match="30 prompt tokens: 80 of at most 100") as refused, admission.permit(1, 30):
+        with (
+            pytest.raises(Unavailable, match="30 prompt tokens: 80 of at most 100") as refused,
+            admission.permit(1, 30),
+        ):
             pass
         assert int(refused.value.headers["retry-after"]) > 0
         permit.started(40)

@@ -84,3 +84,20 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith("expertd ")
+
+
+def test_keys_are_never_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("sesame\n")
+    monkeypatch.setenv("EXPERTD_API_KEY", "abracadabra")
+    assert main(["check-config", "--api-key-file", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert str(file) in shown
+    assert "sesame" not in shown and "abracadabra" not in shown
+
+
+def test_a_key_file_that_cannot_be_read_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "m", "--port", "0", "--api-key-file", "/nowhere/keys"]) == 3
+    assert "cannot read the key file /nowhere/keys" in capsys.readouterr().err

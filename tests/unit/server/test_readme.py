@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from expertd_server.chat_schemas import ChatRequest
+from expertd_server.fields import Body
 from expertd_server.responses_schemas import ResponsesRequest
 from expertd_server.schemas import CompletionRequest, GenerationRequest, StreamOptions
 
@@ -23,7 +24,7 @@ def rows(heading: str) -> dict[str, str]:
     return found
 
 
-def treatments(request_type: type[GenerationRequest]) -> dict[str, str]:
+def treatments(request_type: type[Body]) -> dict[str, str]:
     """Field → treatment, as the code has it."""
     code = dict.fromkeys(request_type.known_fields(), "honoured")
     code |= {f"stream_options.{name}": "honoured" for name in StreamOptions.model_fields}

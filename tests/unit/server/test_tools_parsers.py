@@ -80,7 +80,8 @@ def test_calls_are_found_in_every_form(parser: ToolParser, text: str, expected: 
     st.lists(st.integers(1, 9), min_size=1),
 )  # fmt: skip
 def test_how_a_text_is_cut_does_not_matter(parser: ToolParser, parts: list[str], sizes: list[int]) -> None:
-    text, pieces = "".join(parts), []
+    text = "".join(parts)
+    pieces: list[str] = []
     while text:
         size = sizes[len(pieces) % len(sizes)]
         pieces.append(text[:size])
@@ -154,7 +155,8 @@ def test_a_choice_says_which_tools_there_are_and_whether_one_must_be(
 ) -> None:
     use = tools_to_use([tool("add"), tool("now")], choice)
     assert use is not None
-    assert (use.names, use.forced) == (names, forced)
+    assert use.names == names
+    assert use.forced == forced
 
 
 @pytest.mark.parametrize(
