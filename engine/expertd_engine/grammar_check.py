@@ -27,6 +27,8 @@ WALK_BYTES = 64
 STACK_BYTES = 2 * 2**20
 """Less than the engine's threads have: what does not overflow here does not overflow there."""
 
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+_VALUES = ("enum", "const", "default", "examples")
 _UNIMPLEMENTED = "Unimplemented keys: "
 
 
@@ -46,6 +48,8 @@ class ByteTokenizer(TokenizerWrapper):
 
 def fault_of(constraint: Constraint) -> str | None:
     """What is wrong with the constraint, in words for the client; None if nothing is."""
+    if constraint.kind == "json_schema" and (keyword := _inexact_keyword(constraint.text)) is not None:
+        return f"unsupported in a JSON schema: {keyword}, unless with type integer"
     tokenizer = LLTokenizer(cast(Any, ByteTokenizer()), slices=[])
     began = time.process_time()
     try:
@@ -56,6 +60,28 @@ def fault_of(constraint: Constraint) -> str | None:
     if spent > COMPILE_LIMIT_S:
         return f"compiling it takes {spent:.2f} s of processor time; at most {COMPILE_LIMIT_S} s are allowed"
     return _fault_of_walk(matcher)
+
+
+def _inexact_keyword(text: str) -> str | None:
+    """A keyword that the library takes but does not keep to: its numbers above 4 include 4.0."""
+    try:
+        schemas = [msgspec.json.decode(text)]
+    except (ValueError, RecursionError):
+        return None  # no schema at all, as the library will say
+    while schemas:
+        schema = schemas.pop()
+        if isinstance(schema, list):
+            schemas += schema
+        elif isinstance(schema, dict):
+            for keyword in ("exclusiveMinimum", "exclusiveMaximum"):
+                if keyword in schema and schema.get("type") != "integer":
+                    return keyword
+            for keyword, value in schema.items():
+                if keyword in _NAMED_SCHEMAS and isinstance(value, dict):
+                    schemas += value.values()
+                elif keyword not in _VALUES:
+                    schemas.append(value)
+    return None
 
 
 def _fault_of_walk(matcher: LLMatcher) -> str | None:

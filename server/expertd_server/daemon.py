@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import signal
 import socket
@@ -70,6 +71,9 @@ class Daemon:
     ) -> None:
         self._config = config
         self._listening = listening
+        address = str(listening.getsockname()[0])
+        if not keys.api and not ipaddress.ip_address(address).is_loopback:
+            logger.warning("whoever reaches the port may ask: give API keys", extra={"fields": {"address": address}})
         engine = EngineClient(
             Handlers(
                 progress=lambda m: self.service.progressed(m.stage, m.fraction),

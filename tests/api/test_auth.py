@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,9 @@ import pytest
 
 from expertd_engine.config import Config
 from expertd_engine.errors import ConfigError
-from expertd_server.auth import PUBLIC_PATHS, KeyRing
-from support.fake_engine import MODEL_NAME, Script
+from expertd_server.auth import NO_KEYS, PUBLIC_PATHS, KeyRing
+from expertd_server.daemon import Daemon, bind
+from support.fake_engine import MODEL_NAME, FakeLauncher, Script
 from support.running_server import Server, Start, running
 
 KEYS = KeyRing.of(["first-key", "second-key"], ["admin-key"])
@@ -235,3 +237,17 @@ def test_a_key_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None
 def test_a_bound_per_key_without_keys_is_a_contradiction() -> None:
     with pytest.raises(ConfigError, match="max_per_key"):
         KeyRing.load(Config(max_per_key=1), {})
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "warned"), [("0.0.0.0", NO_KEYS, 1), ("0.0.0.0", KEYS, 0), ("::1", NO_KEYS, 0)]
+)
+def test_an_open_port_without_keys_is_warned_about(
+    store: Path, caplog: pytest.LogCaptureFixture, host: str, keys: KeyRing, warned: int
+) -> None:
+    async def make() -> None:
+        with bind(host, 0) as listening:
+            Daemon(Config(), listening, FakeLauncher(store), keys=keys)
+
+    asyncio.run(make())
+    assert [record.levelname for record in caplog.records if "give API keys" in record.message] == ["WARNING"] * warned

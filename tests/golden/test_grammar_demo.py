@@ -70,13 +70,14 @@ def _string(chance: random.Random, depth: int) -> dict[str, Any]:
 
 def _number(chance: random.Random, depth: int) -> dict[str, Any]:
     low = chance.randint(-1000, 1000)
-    kind = chance.choice(["integer", "number"])
     limits: list[dict[str, Any]] = [
-        {"minimum": low, "maximum": low + chance.randint(0, 500)},
-        {"exclusiveMinimum": low, "maximum": low + 7},
-        {"minimum": 0, "maximum": 10**6},
+        {"type": "integer", "minimum": low, "maximum": low + chance.randint(0, 500)},
+        {"type": "integer", "exclusiveMinimum": low, "exclusiveMaximum": low + 7},
+        {"type": "integer", "multipleOf": 7, "minimum": 0, "maximum": 10**6},
+        {"type": "number", "minimum": low / 8, "maximum": abs(low) + 0.5},
+        {"type": "number", "minimum": low},
     ]
-    return {"type": kind, **chance.choice(limits)}
+    return chance.choice(limits)
 
 
 def _choice(chance: random.Random, depth: int) -> dict[str, Any]:

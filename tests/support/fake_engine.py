@@ -12,6 +12,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -248,7 +249,8 @@ class FakeEngine:
         with self._changed:
             self._wake_in.close()
         self._context.term()
-        self._loop.call_soon_threadsafe(self._exited.set)
+        with suppress(RuntimeError):  # a server that gave up waiting has closed its loop
+            self._loop.call_soon_threadsafe(self._exited.set)
 
     def _start(self) -> None:
         if self._script.start_error is not None:

@@ -41,6 +41,8 @@ def refusal(constraint: Constraint, checker: GrammarChecker | None = None) -> st
             type="object", properties={"a": {"$ref": "#/$defs/b"}}, required=["a"], **{"$defs": {"b": {"enum": [1]}}}
         ),
         schema(description="anything"),
+        schema(type="integer", exclusiveMinimum=3),
+        schema(properties={"exclusiveMinimum": {"const": {"exclusiveMaximum": 1}}}),
         Constraint("regex", r"\d{4}-\d\d"),
         Constraint("choice", json.dumps(["yes", "no", 'a "quoted"\nline'])),
         Constraint("lark", 'start: "a" | start "b"'),
@@ -57,12 +59,24 @@ def test_sound_constraints_pass(constraint: Constraint) -> None:
         (schema(type="string", **{"not": {"const": "a"}}), "not"),
         (schema(type="array", uniqueItems=True), "uniqueItems"),
         (schema(**{"not": {}, "x-guidance": {"lenient": True}}), "not"),
+        (schema(properties={"a": {"type": "number", "exclusiveMinimum": 4}}), "exclusiveMinimum"),
+        (schema(anyOf=[{"enum": [1]}, {"exclusiveMaximum": 4}]), "exclusiveMaximum"),
         (schema(type="strin"), "strin"),
         (schema(type="string", format="postcode"), "postcode"),
         (schema(**{"$ref": "http://example.org/schema"}), "http://example.org/schema"),
         (schema(type="string", minLength=3, maxLength=1), "Unsatisfiable"),
     ],
-    ids=["not", "uniqueItems", "options-of-its-own", "type", "format", "ref", "unsatisfiable"],
+    ids=[
+        "not",
+        "uniqueItems",
+        "options-of-its-own",
+        "exclusive",
+        "exclusive-deep",
+        "type",
+        "format",
+        "ref",
+        "unsatisfiable",
+    ],
 )
 def test_a_schema_that_cannot_be_kept_to_is_refused_naming_what_it_is(constraint: Constraint, names: str) -> None:
     assert names in refusal(constraint)
