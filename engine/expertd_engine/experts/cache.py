@@ -109,8 +109,8 @@ class ExpertCache:
     ) -> Generator[tuple[int, int]]:
         """Yield `(expert, slot)` for each of `experts` (ascending), leased while the consumer works on it.
 
-        `scanned`: those that prompt tokens alone ask for (law 5). Raises ExpertUnavailableError. Close the generator when done:
-        every lease ends with it, whatever ends it.
+        `scanned`: those that prompt tokens alone ask for (law 5). Raises ExpertUnavailableError. Close the generator
+        when done: every lease ends with it, whatever ends it.
         """
         foreseen = tuple(self.lookahead.routed(self._step, layer, experts))
         outstanding: list[_Lease] = []

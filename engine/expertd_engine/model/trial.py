@@ -67,8 +67,8 @@ class Trial:
     def largest_step_bytes(self, limits: SchedulerLimits) -> int:
         """Bytes that the largest step adds at its peak, from the kernel's high-water mark of this process.
 
-        A full step of one token repeated, which sends every row to the same experts; reads as many logits as a step may;
-        samples with every option on; and, since attention's memory grows with context alone, one layer's attention
+        A full step of one token repeated, which sends every row to the same experts; reads as many logits as a step
+        may; samples with every option on; and, since attention's memory grows with context alone, one layer's attention
         over the longest context.
         """
         reset_peak_rss()
