@@ -24,8 +24,8 @@ from support.fake_engine import MAX_MODEL_LEN, WAIT_S, FakeEngine, Script, ids_o
 from support.running_server import Server, Start
 
 ROWS = {
-    1, 2, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 18, 19, 20, 22, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 37, 39, 40, 41, 43,
-    44, 45, 47, 49, 50, 51, 52, 53, 54, 55, 56, 57, 59, 61, 62, 63, 65, 66,
+    1, 2, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 18, 19, 20, 22, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 37, 39,
+    40, 41, 43, 44, 45, 47, 49, 50, 51, 52, 53, 54, 55, 56, 57, 59, 61, 62, 63, 65, 66,
 }  # fmt: skip
 """Row 67 (a budget that shrinks under load) is the engine's: see the ledger's tests."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 from prometheus_client.exposition import choose_encoder
 
 from expertd_engine.messages import EngineInfo
@@ -13,6 +13,7 @@ from expertd_server import __version__
 from expertd_server.errors import declared
 from expertd_server.service import Service
 
+_METRICS = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 _STATE = {"description": "Not able to take requests now", "content": {"application/json": {}}}
 
 
@@ -40,7 +41,7 @@ def router(service: Service) -> APIRouter:
     _add(routes, live, "/live", "/livez", "/ping")
     _add(routes, ready, "/ready", "/readyz", responses={503: _STATE})
     _add(routes, ready, "/health", "/v1/health", responses={503: _STATE})
-    _add(routes, metrics, "/metrics", "/metrics/", response_class=PlainTextResponse, responses=dict(declared(401)))
+    _add(routes, metrics, "/metrics", "/metrics/", responses={200: _METRICS, **declared(401)})
     _add(routes, version, "/version")
     return routes
 
