@@ -15,7 +15,8 @@ COPY --from=build /opt/expertd /opt/expertd
 ENV PATH=/opt/expertd/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     EXPERTD_HOST=0.0.0.0 \
-    EXPERTD_CACHE_DIR=/models
+    EXPERTD_CACHE_DIR=/models \
+    HF_HOME=/models/huggingface
 RUN mkdir /models && chown 10001:10001 /models
 USER 10001:10001
 VOLUME /models

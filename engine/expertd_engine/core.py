@@ -36,9 +36,11 @@ class StepResult:
 class StepFailed(Exception):
     """The forward pass was given up because of these sequences; the others can be tried again as they are."""
 
-    def __init__(self, sequence_ids: Collection[int], reason: str) -> None:
+    def __init__(self, sequence_ids: Collection[int], reason: str, *, refused: bool = False) -> None:
+        """`refused`: what these sequences ask for cannot be; otherwise it is not their fault."""
         self.sequence_ids = frozenset(sequence_ids)
         self.reason = reason
+        self.refused = refused
         super().__init__(f"sequences {sorted(self.sequence_ids)}: {reason}")
 
 
@@ -101,7 +103,7 @@ class EngineCore:
             self.scheduler.add(sequence)
         except (ConstraintFailed, SequenceRefused) as refusal:
             sequence.finish("error")
-            self._tell_finished(sequence, now_s, error=str(refusal))
+            self._tell_finished(sequence, now_s, error=str(refusal), refused=True)
 
     def abort(self, sequence_ids: Iterable[int], now_s: float) -> None:
         """End these now; ids that are not live are ignored. Told by the next step."""
@@ -146,7 +148,7 @@ class EngineCore:
 
     def _apply_failure(self, plan: StepPlan, failure: StepFailed, now_s: float) -> None:
         for sequence in self.scheduler.step_failed(plan, failure.sequence_ids):
-            self._tell_finished(sequence, now_s, error=failure.reason)
+            self._tell_finished(sequence, now_s, error=failure.reason, refused=failure.refused)
 
     def _tell_output(self, chunk: Chunk, result: StepResult) -> None:
         sequence_id = chunk.sequence.sequence_id
@@ -162,8 +164,9 @@ class EngineCore:
             self._outputs.append(Output(sequence_id, [], None, prompt_logprobs))
 
     def _tell_finished(
-        self, sequence: Sequence, now_s: float, end: End | None = None, *, error: str | None = None
-    ) -> None:
+        self, sequence: Sequence, now_s: float, end: End | None = None, *, error: str | None = None,
+        refused: bool = False,
+    ) -> None:  # fmt: skip
         assert sequence.finish_reason is not None
         self._finished.append(
             Finished(
@@ -171,6 +174,7 @@ class EngineCore:
                 sequence.finish_reason,
                 stop_token_id=end.stop_token_id if end is not None else None,
                 error=error,
+                refused=refused,
                 constraint_met=end is not None and end.constraint_met,
                 stats=sequence.stats.result(now_s),
             )

@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
@@ -77,20 +79,45 @@ class Grammars:
         except (OSError, ValueError) as error:
             raise ModelError(f"answers cannot be constrained: {error}") from error
         self._thread = ThreadPoolExecutor(1, "grammar")
+        self._compiled: WeakValueDictionary[Constraint, _Compiled] = WeakValueDictionary()
 
     def constrain(self, constraint: Constraint) -> Matcher:
-        """A matcher for one sequence. It is compiled while the prompt is computed; a failure shows in `allowed`."""
-        return Matcher(self._thread.submit(match, self._tokenizer, constraint))
+        """A matcher for one sequence. It is compiled while the prompt is computed, once for all live sequences with
+        the same constraint; a failure shows in `allowed`."""
+        compiled = self._compiled.get(constraint)
+        if compiled is None:
+            compiled = _Compiled(self._thread.submit(match, self._tokenizer, constraint))
+            self._compiled[constraint] = compiled
+        return Matcher(compiled)
+
+
+class _Compiled:
+    """A constraint on its way through the compiling thread. Lives as long as a sequence wants it, and is given up with
+    the last: what nobody waits for must not hold up others."""
+
+    def __init__(self, compiling: Future[LLMatcher]) -> None:
+        self._compiling = compiling
+
+    def __del__(self) -> None:
+        self._compiling.cancel()
+
+    def new_matcher(self) -> LLMatcher:
+        """At the beginning of an answer. Waits for the compilation; raises ConstraintFailed."""
+        return self._compiling.result().deep_copy()
 
 
 class Matcher:
     """A `Constrainer`."""
 
-    def __init__(self, compiling: Future[LLMatcher]) -> None:
-        self._compiling = compiling
+    def __init__(self, compiled: _Compiled) -> None:
+        self._compiled = compiled
+
+    @cached_property
+    def _matcher(self) -> LLMatcher:
+        return self._compiled.new_matcher()
 
     def allowed(self) -> bytes:
-        matcher = self._compiling.result()
+        matcher = self._matcher
         began = time.thread_time()
         mask = matcher.compute_bitmask()
         if matcher.is_error():
@@ -103,9 +130,8 @@ class Matcher:
         return mask
 
     def accept(self, token_id: int) -> None:
-        self._compiling.result().consume_token(token_id)  # a failure stays with it
+        self._matcher.consume_token(token_id)  # a failure stays with it
 
     @property
     def is_finished(self) -> bool:
-        matcher = self._compiling.result()
-        return matcher.is_stopped() and not matcher.is_error()
+        return self._matcher.is_stopped() and not self._matcher.is_error()

@@ -111,6 +111,7 @@ class EngineLoop:
         self._last_snapshot_s = 0.0
         self._measured_s = 0.0
         self._memory = engine.meter.measure()
+        engine.cache.pulse = self._pulse
 
     def run(self) -> None:
         core = self._engine.core
@@ -160,6 +161,12 @@ class EngineLoop:
         if now - self._last_snapshot_s >= interval:
             self._snapshot(now)
 
+    def _pulse(self) -> None:
+        """Inside a step, between two layers: a step that takes long is at work, and not to be taken for wedged."""
+        now = time.monotonic()
+        if now - self._last_snapshot_s >= SNAPSHOT_IDLE_S:
+            self._send_snapshot(now)
+
     def _snapshot(self, now: float) -> None:
         if now - self._measured_s >= MEMORY_EVERY_S:
             self._memory = self._engine.meter.measure()
@@ -167,6 +174,9 @@ class EngineLoop:
             self._guard_memory()
         if not self._engine.core.has_work:
             self._engine.cache.ledger.check()
+        self._send_snapshot(now)
+
+    def _send_snapshot(self, now: float) -> None:
         self._last_snapshot_s = now
         self._channel.send(take_snapshot(self._engine, self._meter, self._memory, self._memory_shrinks, now))
 
@@ -188,7 +198,7 @@ class EngineLoop:
 
 
 def take_snapshot(engine: Engine, meter: StepMeter, memory: MemoryUse, memory_shrinks: int, now: float) -> Snapshot:
-    """All counters and gauges as they are between two steps."""
+    """All counters and gauges as they are between two steps or, in a long one, between two layers."""
     ledger, transfers, scheduler = engine.cache.ledger, engine.cache.transfers.stats, engine.core.scheduler
     counters = ledger.counters
     per_layer = zip(counters.hits, counters.late, counters.misses, engine.runner.activations, strict=True)

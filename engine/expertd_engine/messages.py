@@ -220,6 +220,9 @@ class Finished(_Message, frozen=True):
     reason: FinishReason
     stop_token_id: int | None = None
     error: str | None = None
+    """For `error`: what happened. May name files: for the log."""
+    refused: bool = False
+    """`error` because what was asked for cannot be: then `error` is for the client."""
     constraint_met: bool = False
     """`stop` because nothing may follow: the last token is part of the text, as no end or stop token is."""
     stats: SequenceStats = SequenceStats()

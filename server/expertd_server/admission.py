@@ -91,6 +91,17 @@ class Admission:
         self._max_per_key = max_per_key
         self._used_by_key: Counter[str] = Counter()
 
+    def require_possible(self, sequences: int) -> None:
+        """Raises RateLimited or Unavailable for more sequences than there is ever room for, before anything is spent on
+        them."""
+        if self._max_per_key is not None and sequences > self._max_per_key:
+            raise RateLimited(
+                f"the request needs room for {sequences} sequences: a key may have {self._max_per_key} under way",
+                retry_after_s=None,
+            )
+        if sequences > self.capacity:
+            raise self._no_room(sequences)
+
     @contextmanager
     def permit(self, sequences: int, prompt_tokens: int = 0, key: str = "") -> Iterator[Permit]:
         """Room for `sequences`, whose prompts have `prompt_tokens` in all, while the block runs. Raises RateLimited
@@ -121,10 +132,7 @@ class Admission:
                 retry_after_s=self._when(self._sequence_rate, sequences, used, self._max_per_key),
             )
         if self.used + sequences > self.capacity:
-            return Unavailable(
-                f"the request needs room for {sequences} sequences: {self.used} of {self.capacity} are taken",
-                retry_after_s=self._when(self._sequence_rate, sequences, self.used, self.capacity),
-            )
+            return self._no_room(sequences)
         limit = self._max_queued_tokens
         if limit is not None and self.queued_tokens + prompt_tokens > limit:
             return Unavailable(
@@ -132,6 +140,12 @@ class Admission:
                 retry_after_s=self._when(self.token_rate, prompt_tokens, self.queued_tokens, limit),
             )
         return None
+
+    def _no_room(self, sequences: int) -> Unavailable:
+        return Unavailable(
+            f"the request needs room for {sequences} sequences: {self.used} of {self.capacity} are taken",
+            retry_after_s=self._when(self._sequence_rate, sequences, self.used, self.capacity),
+        )
 
     @staticmethod
     def _when(rate: Rate, wanted: int, used: int, limit: int) -> int | None:

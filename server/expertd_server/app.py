@@ -67,11 +67,9 @@ def _description(app: FastAPI) -> dict[str, Any]:
             body = kind.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(body.pop("$defs", {}))
             schemas[kind.__name__] = body
-        for path in schema[
-            "paths"
-        ].values():  # FastAPI declares its own refusal of parameters, which none here can meet
+        for path in schema["paths"].values():
             for operation in path.values():
-                operation["responses"].pop("422", None)
+                operation["responses"].pop("422", None)  # FastAPI's own refusal of parameters, which none can meet here
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         app.openapi_schema = schema

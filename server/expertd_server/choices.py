@@ -184,7 +184,7 @@ class Choice:
         self._chars = len(self._echo)
 
     def apply(self, update: Update) -> Delta:
-        """Take what the engine sent. Raises EngineFault or Draining where the engine gave the sequence up."""
+        """Take what the engine sent. Raises InvalidRequest, EngineFault or Draining where it gave the sequence up."""
         delta = Delta(self.index, text=self._echo)
         self._echo = ""
         if self._request.return_token_ids and not self._begun:
@@ -227,7 +227,9 @@ class Choice:
 
     def _end(self, delta: Delta, finished: Finished) -> None:
         if finished.reason == "error":
-            raise EngineFault(finished.error or "the engine could not finish this sequence")
+            if finished.refused and finished.error is not None:
+                raise InvalidRequest(finished.error)
+            raise EngineFault("the engine could not finish this sequence; the server's log says why")
         if finished.reason == "abort":  # not asked for by this request: the engine is being shut down
             raise Draining
         self._add_text(delta, self._detokenizer.flush())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, NamedTuple
 
+import msgspec
 from pydantic import Field
 
 from expertd_engine.messages import Constraint
@@ -100,8 +101,8 @@ def _of_schema(given: dict[str, Any] | str) -> Constraint:
     if isinstance(given, dict):
         return schema_constraint(given)
     try:
-        schema = json.loads(given)
-    except (ValueError, RecursionError) as error:
+        schema = msgspec.json.decode(given)  # stricter than json.loads: no NaN, no lone surrogates
+    except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"structured_outputs.json: not JSON: {error}", param="structured_outputs") from None
     if not isinstance(schema, dict):
         raise InvalidRequest("structured_outputs.json: a schema is a JSON object", param="structured_outputs")

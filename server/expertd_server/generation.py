@@ -19,7 +19,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from expertd_engine.messages import SequenceStats, Submit, TextInput
+from expertd_engine.messages import Finished, SequenceStats, Submit, TextInput
 from expertd_server.admission import Permit
 from expertd_server.auth import owner
 from expertd_server.body import read_json
@@ -126,6 +126,7 @@ async def plan_job(
 ) -> Job:
     """Everything that depends on the model and can still be refused. `demand` stands for what the request's own
     fields ask of the answer's form, and `decode` for the way that its tokens become text, if given."""
+    service.admission.require_possible(len(prompts) * request.n)
     demand = demand or demanded(request.response_format, request.structured_outputs)
     if demand is not None:
         await service.grammars.check(demand.constraint, param=demand.param)
@@ -172,6 +173,7 @@ async def _follow(job: Job, permit: Permit) -> AsyncGenerator[Delta, None]:
             if update.finished is not None:
                 awaited.discard(update.sequence_id)
                 job.stats.append(update.finished.stats)
+                _log_fault(update.finished)
             if choice.finished:
                 continue
             job.record.saw(update)
@@ -185,6 +187,12 @@ async def _follow(job: Job, permit: Permit) -> AsyncGenerator[Delta, None]:
                         awaited.discard(update.sequence_id)
             yield delta
         job.record.finish(reasons)
+
+
+def _log_fault(end: Finished) -> None:
+    """What clients are not told: it may name files."""
+    if end.error is not None and not end.refused:
+        logger.error("the engine gave a sequence up", extra={"fields": {"error": end.error}})
 
 
 def _submits(job: Job, ids: list[int]) -> list[Submit]:

@@ -8,6 +8,7 @@ when its time is over and may crash without harm. Verdicts are remembered: a gra
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import sys
 from collections import OrderedDict
 
@@ -31,8 +32,8 @@ class GrammarChecker:
         self._limit_s = limit_s
         self._one_at_a_time = asyncio.Lock()
         """So that checks leave the streams their pace, and the memory that they count on."""
-        self._verdicts: OrderedDict[Constraint, str | None] = OrderedDict()
-        """By last use, oldest first: None, or what is wrong."""
+        self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
+        """By digest of the constraint, last use last: None, or what is wrong. Digests, because texts may be long."""
 
     async def check(self, constraint: Constraint, *, param: str) -> None:
         """Returns if the engine can hold an answer to `constraint`. Raises InvalidRequest naming `param` and what is
@@ -40,17 +41,18 @@ class GrammarChecker:
         size = len(constraint.text.encode())
         if size > MAX_TEXT_BYTES:
             raise InvalidRequest(f"{param}: {size} bytes of grammar; at most {MAX_TEXT_BYTES} are allowed", param=param)
-        if constraint not in self._verdicts:
+        key = hashlib.sha256(msgspec.msgpack.encode(constraint)).digest()
+        if key not in self._verdicts:
             async with self._one_at_a_time:
-                if constraint not in self._verdicts:  # as requests with one grammar often come together
-                    self._remember(constraint, await self._verdict(constraint, param))
-        self._verdicts.move_to_end(constraint)
-        wrong = self._verdicts[constraint]
+                if key not in self._verdicts:  # as requests with one grammar often come together
+                    self._remember(key, await self._verdict(constraint, param))
+        self._verdicts.move_to_end(key)
+        wrong = self._verdicts[key]
         if wrong is not None:
-            raise InvalidRequest(f"{param}: {clip(wrong)}", param=param)
+            raise InvalidRequest(f"{param}: {wrong}", param=param)
 
-    def _remember(self, constraint: Constraint, wrong: str | None) -> None:
-        self._verdicts[constraint] = wrong
+    def _remember(self, key: bytes, wrong: str | None) -> None:
+        self._verdicts[key] = None if wrong is None else clip(wrong)
         if len(self._verdicts) > MAX_VERDICTS:
             self._verdicts.popitem(last=False)
 

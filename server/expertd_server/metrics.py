@@ -1,6 +1,6 @@
 """The server's own metrics, and the registry that /metrics renders. Label sets are closed; zeros exist from the start.
 
-Names and meanings follow the operator's table in the README. What the engine counts is in `engine_metrics`.
+What the engine counts is in `engine_metrics`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REQUEST_BUCKETS = (
 )  # fmt: skip
 TOKEN_COUNT_BUCKETS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
 
-ENDPOINTS = ("/v1/completions",)
+ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 FINISH_REASONS = ("stop", "length", "abort", "error")
 REJECTIONS = ("queue_full", "rate", "draining", "loading", "engine_dead", "too_large", "invalid")
 RESTARTS = ("exit", "wedged")

@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+WRITE_TIMEOUT_S = 60.0
+"""Seconds a client may leave its connection full. One that never reads would otherwise keep its room for ever."""
 
 
 def event(payload: BaseModel) -> bytes:
@@ -106,4 +108,8 @@ class EventStream(Response):
 
     async def _send_piece(self, send: Send, piece: bytes) -> None:
         self._sent_s = time.monotonic()
-        await send({"type": "http.response.body", "body": piece, "more_body": True})
+        try:
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except TimeoutError:
+            raise ClientDisconnected(f"the client read nothing for {WRITE_TIMEOUT_S:g} seconds") from None

@@ -39,7 +39,8 @@ from expertd_server.service import Service
 logger = logging.getLogger("expertd.supervisor")
 
 HEARTBEAT_S = 30.0
-"""A busy engine that says nothing for this long is taken for wedged; it reports every 250 ms, or after each step."""
+"""A busy engine that says nothing for this long is taken for wedged; it reports every 250 ms, and in a long
+step about every second, between two layers."""
 
 STOP_TIMEOUT_S = 5.0
 """Seconds an engine gets to exit after `Shutdown`, or to write its stacks after SIGABRT."""

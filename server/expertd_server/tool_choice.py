@@ -26,8 +26,11 @@ class ToolUse:
         return frozenset(tool.function.name for tool in self.tools)
 
     def constraint(self) -> Constraint:
-        """What holds an answer to one call, as bare JSON."""
-        return schema_constraint(_any_call(self.tools))
+        """What holds an answer to one call, as bare JSON. Raises InvalidRequest."""
+        try:
+            return schema_constraint(_any_call(self.tools))
+        except RecursionError:
+            raise InvalidRequest("tools: parameters are nested too deeply", param="tools") from None
 
 
 def tools_to_use(tools: Sequence[Tool] | None, choice: object) -> ToolUse | None:
@@ -80,7 +83,12 @@ def _any_call(tools: Sequence[Tool]) -> dict[str, Any]:
 def _call(tool: Tool, prefix: str, definitions: dict[str, Any]) -> dict[str, Any]:
     arguments = {k: v for k, v in tool.arguments.items() if k not in ("$defs", "definitions", "$schema")}
     for place in ("$defs", "definitions"):
-        for name, definition in tool.arguments.get(place, {}).items():
+        own = tool.arguments.get(place, {})
+        if not isinstance(own, dict):
+            raise InvalidRequest(
+                f"tools: {place} of {tool.function.name} is not an object, but {clip(repr(own))}", param="tools"
+            )
+        for name, definition in own.items():
             definitions[prefix + name] = _redirected(definition, prefix)
     return {
         "type": "object",

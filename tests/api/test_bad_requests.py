@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from expertd_server import generation
 from support.fake_engine import MAX_MODEL_LEN, MODEL_NAME, VOCAB_SIZE
 from support.running_server import Server
 
@@ -43,6 +44,7 @@ BAD_VALUES = [
     ("guided_json", {}), ("response_format", {"type": "json"}), ("response_format", {"type": "json_schema"}),
     ("response_format", "json_object"), ("grammar", "x"), ("structured_outputs", {}),
     ("structured_outputs", {"regex": "a", "choice": ["b"]}), ("structured_outputs", {"json": "{"}),
+    ("structured_outputs", {"json": '{"const": "\\ud800"}'}),
     ("min_tokens", 17), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 2), ("repetition_penalty", 0),
     ("presence_penalty", 3), ("frequency_penalty", -2.5), ("n", 0), ("n", 129), ("n", True),
     ("stop", [""]), ("stop", ""), ("stop", ["a"] * 5), ("stop", [1]), ("stop", "x" * 2000),
@@ -124,6 +126,16 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(
 def test_a_prompt_that_leaves_room_for_one_token_is_served(server: Server) -> None:
     assert server.complete(prompt="a" * (MAX_MODEL_LEN - 1)).json()["usage"]["completion_tokens"] == 1
     assert server.complete(prompt="a" * MAX_MODEL_LEN, echo=True, max_tokens=0).status_code == 200
+
+
+def test_far_too_many_choices_are_refused_before_any_is_planned(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "plan_sequences", None)
+    response = server.complete(prompt=["a"] * 1024, n=128)
+    check_error(response, 503, "server_is_overloaded")
+    assert response.headers["x-should-retry"] == "false"
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("model", ["other", "test", "test/tiny/"])

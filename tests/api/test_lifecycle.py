@@ -169,11 +169,22 @@ def test_an_error_of_the_engine_ends_the_request_and_not_the_server(start: Start
     server = start(Script(held=True))
     waiting = background(server, stream=stream)
     server.engine.wait_for(submitted(server.engine, 1))
-    server.engine.fail_sequences("the record of layer 1, expert 2 cannot be read")
+    server.engine.fail_sequences("/secret/experts.bin, layer 1, expert 2, cannot be read")
     response = waiting.result()
     assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_error")
+    assert "secret" not in response.text
     server.engine.allow(100)
     assert server.complete().status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_engine_finds_impossible_is_the_clients_to_mend(start: Start, stream: bool) -> None:
+    server = start(Script(held=True))
+    waiting = background(server, stream=stream)
+    server.engine.wait_for(submitted(server.engine, 1))
+    server.engine.fail_sequences("no token may come next", refused=True)
+    response = waiting.result()
+    assert (response.status_code, response.json()["error"]["message"]) == (400, "no token may come next")
 
 
 def test_what_fails_at_start_ends_the_server_with_the_engines_code(start: Start) -> None:

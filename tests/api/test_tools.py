@@ -17,6 +17,15 @@ from support.streams import events
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER: Any = {"type": "function", "function": {"name": "weather", "description": "Now", "parameters": PARAMETERS}}
 CLOCK: Any = {"type": "function", "function": {"name": "clock"}}
+
+
+def tool_of(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "odd", "parameters": parameters}}
+
+
+DEEP: dict[str, Any] = {}
+for _ in range(600):
+    DEEP = {"items": DEEP}
 USER: Any = {"role": "user", "content": "Weather in Paris?"}
 
 ARGUMENTS = '{"city": "Paris"}'
@@ -188,6 +197,8 @@ def test_tools_are_refused_where_nothing_reads_calls(tmp_path: Path, template: s
         ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [CLOCK], "structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ({"tools": [CLOCK], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
+        ({"tools": [tool_of({"$defs": [1]})], "tool_choice": "required"}, "tools"),
+        ({"tools": [tool_of(DEEP)], "tool_choice": "required"}, "tools"),
     ],
     ids=lambda value: repr(value)[:50],
 )  # fmt: skip

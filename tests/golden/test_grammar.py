@@ -135,10 +135,24 @@ def test_a_constraint_that_fails_here_ends_its_own_sequence_alone(
     assert text_of(tokenizer, good) == "abc"
 
 
+def test_choices_with_one_constraint_share_its_compilation_and_nothing_else(store: Path) -> None:
+    grammars = Grammars(store / "tokenizer.json", VOCAB_SIZE, [257])
+    first, second = (grammars.constrain(Constraint("regex", "[ab]{2}")) for _ in range(2))
+    assert first._compiled is second._compiled
+    mask = second.allowed()
+    assert first.allowed() == mask
+    token = next(i for i in range(VOCAB_SIZE) if mask[i // 8] >> i % 8 & 1)
+    first.accept(token)
+    first.accept(token)
+    assert first.is_finished and not second.is_finished
+    assert second.allowed() == mask
+
+
 def test_no_token_left_names_the_form(engine: Engine) -> None:
     (result,) = generate(engine, PROMPTS[:1], sampling(Constraint("regex", "abc"), allowed_token_ids=[7]))
     assert result.finished is not None and result.finished.error is not None
     assert "the answer's form" in result.finished.error
+    assert result.finished.refused
 
 
 def test_a_token_that_was_not_allowed_ends_in_an_error(store: Path) -> None:

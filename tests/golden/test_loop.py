@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import zmq
 
+from expertd_engine import loop
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.loop import Channel, EngineLoop, Histogram, StepMeter
 from expertd_engine.messages import (
@@ -158,6 +159,43 @@ def test_a_budget_is_set_or_refused_with_the_reason(server: Server) -> None:
     assert isinstance(too_much, BudgetSet) and too_much.error is not None
     server.send(SetBudget(info.minimum_expert_budget_bytes))
     assert server.receive() == BudgetSet(info.minimum_expert_budget_bytes)
+
+
+def test_a_budget_that_shrinks_while_requests_run_ends_none_of_them(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = server.engine.info
+    server.send(SetBudget(info.expert_bytes_total))
+    assert server.receive() == BudgetSet(info.expert_bytes_total)
+    server.send(submit(10, 40))
+    expected, _ = server.until_finished(1)
+    in_step, go_on = threading.Event(), threading.Event()
+
+    def pause() -> None:
+        in_step.set()
+        assert go_on.wait(WAIT_MS / 1000)
+
+    monkeypatch.setattr(server.engine.cache, "pulse", pause)
+    server.send(submit(11, 40))
+    assert in_step.wait(WAIT_MS / 1000)
+    server.send(SetBudget(info.minimum_expert_budget_bytes))
+    go_on.set()
+    told = [server.receive()]
+    while not (isinstance(told[-1], Steps) and told[-1].finished):
+        told.append(server.receive())
+    assert BudgetSet(info.minimum_expert_budget_bytes) in told, "the budget changed before the request ended"
+    outputs = [output for one in told if isinstance(one, Steps) for output in one.outputs]
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    assert server.engine.cache.ledger.resident_bytes <= info.minimum_expert_budget_bytes
+
+
+def test_a_long_step_sends_signs_of_life(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = server.snapshot()
+    monkeypatch.setattr(loop, "SNAPSHOT_IDLE_S", 0.0)  # as if every layer took longer
+    server.snapshots.clear()
+    server.send(submit(12, 1))
+    server.until_finished(1)
+    assert [s for s in server.snapshots if s.running == 1 and s.steps == before.steps], "none came inside the step"
 
 
 def test_a_snapshot_at_idle_agrees_with_itself_and_the_engine(server: Server) -> None:

@@ -205,9 +205,9 @@ class FakeEngine:
         """Go on living without a word."""
         self._do(lambda: setattr(self, "_muted", True))
 
-    def fail_sequences(self, error: str) -> None:
-        """End all live sequences with an error of the engine's own."""
-        self._do(lambda: self._finish_all(error))
+    def fail_sequences(self, error: str, *, refused: bool = False) -> None:
+        """End all live sequences with an error: the engine's own, or `refused`, that of what was asked for."""
+        self._do(lambda: self._finish_all(error, refused))
 
     def say(self, message: ToServer) -> None:
         """Send any message."""
@@ -356,8 +356,8 @@ class FakeEngine:
         sequence_id = sequence.submit.sequence_id
         return Finished(sequence_id, reason, stop_token_id, constraint_met=constraint_met, stats=stats)
 
-    def _finish_all(self, error: str) -> None:
-        ended = [Finished(i, "error", error=error) for i in self._live]
+    def _finish_all(self, error: str, refused: bool) -> None:
+        ended = [Finished(i, "error", error=error, refused=refused) for i in self._live]
         self._live.clear()
         self._send(Steps([], ended))
 

@@ -7,7 +7,7 @@ connects the three and measures how long the step waited.
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from dataclasses import dataclass
 
 from expertd_engine.errors import ExpertdError
@@ -75,6 +75,8 @@ class ExpertCache:
         self.transfers = transfers
         self.lookahead = lookahead
         self.stall_s = 0.0
+        self.pulse: Callable[[], None] = _no_pulse
+        """Called before each layer's leases: a step that loads many experts can take minutes, and says so by this."""
         self._slab = slab
         self._record_bytes = record_bytes
         self._experts_per_layer = max(ledger.experts_per_layer)
@@ -112,6 +114,7 @@ class ExpertCache:
         `scanned`: those that prompt tokens alone ask for (law 5). Raises ExpertUnavailableError. Close the generator
         when done: every lease ends with it, whatever ends it.
         """
+        self.pulse()
         foreseen = tuple(self.lookahead.routed(self._step, layer, experts))
         outstanding: list[_Lease] = []
         asked = 0
@@ -206,3 +209,7 @@ class ExpertCache:
             counters.demand_bytes + counters.prefetch_bytes,
             self.stall_s,
         )
+
+
+def _no_pulse() -> None:
+    return None

@@ -126,7 +126,7 @@ def _read_out(plan: StepPlan, logits: torch.Tensor) -> tuple[dict[int, SampledTo
             try:
                 sampled[sequence.sequence_id] = SampledToken(*sample(logits[row], _sample_row(sequence)))
             except (NoTokenLeft, ConstraintFailed) as error:
-                raise StepFailed([sequence.sequence_id], str(error)) from None
+                raise StepFailed([sequence.sequence_id], str(error), refused=True) from None
             row += 1
     return sampled, scored
 

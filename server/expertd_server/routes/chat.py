@@ -30,6 +30,7 @@ from expertd_server.chat_schemas import (
 from expertd_server.choices import Delta, LoggedToken
 from expertd_server.envelope import request_id
 from expertd_server.errors import ApiError, ContextLengthExceeded, declared_generation
+from expertd_server.fields import body_of
 from expertd_server.generation import Job, plan_job, read_request, respond
 from expertd_server.prompts import TextCodec
 from expertd_server.records import RequestRecord
@@ -49,12 +50,7 @@ def router(service: Service) -> APIRouter:
         ENDPOINT,
         response_model=ChatCompletion,
         responses=declared_generation(),
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}},
-            }
-        },
+        openapi_extra=body_of(ChatRequest),
     )
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation. With `stream: true` the answer is a stream of server-sent events."""

@@ -13,6 +13,7 @@ from expertd_server.chat_format import ChatPlan, MessagePiece, MessageReader, Th
 from expertd_server.choices import Delta
 from expertd_server.envelope import request_id
 from expertd_server.errors import ApiError, InvalidRequest, declared_generation
+from expertd_server.fields import body_of
 from expertd_server.generation import Job, read_request, respond
 from expertd_server.records import RequestRecord
 from expertd_server.responses_schemas import (
@@ -47,12 +48,7 @@ def router(service: Service) -> APIRouter:
         ENDPOINT,
         response_model=ResponseObject,
         responses=declared_generation(),
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ResponsesRequest"}}},
-            }
-        },
+        openapi_extra=body_of(ResponsesRequest),
     )
     async def create_response(request: Request) -> Response:
         """Answer a conversation in OpenAI's newer form. With `stream: true` the answer is a stream of named events."""
