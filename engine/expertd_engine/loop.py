@@ -25,7 +25,7 @@ from expertd_engine.messages import (
     ToEngine,
     ToServer,
 )
-from expertd_engine.planning.guard import guarded_expert_budget
+from expertd_engine.planning.guard import ExpertBudget, guarded_expert_budget
 from expertd_engine.scheduler import StepPlan
 from expertd_engine.startup import Engine
 
@@ -108,6 +108,7 @@ class EngineLoop:
         self._channel = channel
         self._stopping = False
         self._memory_shrinks = 0
+        self._planned_experts = engine.cache.ledger.budget_bytes
         self._last_snapshot_s = 0.0
         self._measured_s = 0.0
         self._memory = engine.meter.measure()
@@ -151,6 +152,7 @@ class EngineLoop:
         error = None
         try:
             self._engine.cache.set_budget(expert_budget_bytes)
+            self._planned_experts = expert_budget_bytes
         except (ExpertdError, ValueError) as refusal:
             error = str(refusal)
         self._channel.send(BudgetSet(self._engine.cache.ledger.budget_bytes, error))
@@ -185,16 +187,18 @@ class EngineLoop:
         if budget is None:
             return
         used = self._memory.used_bytes
-        shrunk = guarded_expert_budget(
-            used_bytes=used,
-            memory_budget_bytes=budget,
-            expert_budget_bytes=ledger.budget_bytes,
-            minimum_bytes=ledger.minimum_bytes,
+        experts = ExpertBudget(
+            ledger.budget_bytes,
+            ledger.resident_bytes + ledger.loading_bytes,
+            ledger.minimum_bytes,
+            self._planned_experts,
         )
-        if shrunk is not None:
-            logger.warning("memory of %d bytes is above its budget of %d: experts get %d", used, budget, shrunk)
-            self._engine.cache.set_budget(shrunk)
+        guarded = guarded_expert_budget(used, budget, experts)
+        if guarded < ledger.budget_bytes:
+            logger.warning("memory of %d bytes is above its budget of %d: experts get %d", used, budget, guarded)
             self._memory_shrinks += 1
+        if guarded != ledger.budget_bytes:
+            self._engine.cache.set_budget(guarded)
 
 
 def take_snapshot(engine: Engine, meter: StepMeter, memory: MemoryUse, memory_shrinks: int, now: float) -> Snapshot:

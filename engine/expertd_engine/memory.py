@@ -74,9 +74,16 @@ def rss_bytes() -> int:
     return fields_kib(_PROC / "self" / "status")["VmRSS"]
 
 
-def reset_peak_rss() -> None:
-    """Set this process's high-water mark back to its present resident set (proc(5), clear_refs 5)."""
-    (_PROC / "self" / "clear_refs").write_text("5")
+def reset_peak_rss() -> bool:
+    """Set this process's high-water mark back to its present resident set (proc(5), clear_refs 5).
+
+    False where the system does not allow it: then the mark is the highest since the process began.
+    """
+    try:
+        (_PROC / "self" / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def available_bytes() -> int:

@@ -94,6 +94,8 @@ def start_engine(
     base = meter.measure().used_bytes
     limits = SchedulerLimits(config.max_sequences, config.max_step_tokens, max_model_len)
     step = trial.largest_step_bytes(limits)
+    if not trial.peak_is_exact:
+        fallbacks.append("the largest step is overestimated: this system does not let peak memory be measured anew")
     numerics = "invariant" if invariant else "per-batch"
     context = _Context(config, store, loaded, trial.shapes, limits, constrain, fallbacks, numerics)
     plan = plan_memory(_measured(context, base, step), _asked(config, max_model_len))

@@ -54,6 +54,8 @@ class Trial:
         self._stand_ins = StandIns(store)
         self._layers: list[MoELayer] = attach_experts(loaded, store, self._stand_ins.views)
         self._block_tokens = block_tokens
+        self.peak_is_exact = True
+        """Whether the largest step was measured alone; else its bytes count from the highest mark since start."""
         recorder = ShapeRecorder()
         self._forward(recorder, [0], [0], [0])
         self.shapes: list[LayerShape] = recorder.in_order()
@@ -71,7 +73,7 @@ class Trial:
         may; samples with every option on; and, since attention's memory grows with context alone, one layer's attention
         over the longest context.
         """
-        reset_peak_rss()
+        self.peak_is_exact = reset_peak_rss()
         before = rss_bytes()
         self._full_step(limits.max_step_tokens, limits.max_running + limits.max_scored_tokens)
         step = peak_rss_bytes() - before
