@@ -117,6 +117,10 @@ class Config:
     port: int = _option(8000, "TCP port; 0 lets the system choose", group="http", low=0, high=65535)
     tool_parser: ToolParser = _option("auto", "form of tool calls; auto: what the chat template teaches", group="http")
     max_body: Size = _option(Size(bytes=8 * 2**20), "largest request body", group="http")
+    max_bodies: Size = _option(
+        Size(bytes=32 * 2**20), "request bodies being read, checked and tokenized, together; at least max_body",
+        group="http",
+    )  # fmt: skip
     max_queued_tokens: int = _option(
         2**20, "prompt tokens of sequences that wait to be computed; more are refused", group="http", low=1
     )
@@ -185,7 +189,14 @@ def load_config(
                 raise ConfigError(f"unknown option {name!r} in {source}: known are {', '.join(sorted(sources))}")
             values[name] = _convert(name, raw)
             sources[name] = source
-    return LoadedConfig(Config(**values), sources)
+    config = Config(**values)
+    _cross_check(config)
+    return LoadedConfig(config, sources)
+
+
+def _cross_check(config: Config) -> None:
+    if config.max_bodies.resolve(0) < config.max_body.resolve(0):
+        raise ConfigError(f"max_bodies: {config.max_bodies} is not allowed: give at least max_body, {config.max_body}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

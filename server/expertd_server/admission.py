@@ -1,4 +1,5 @@
-"""Who may wait: bounds on what is alive in the server, computed and waiting together. Pure; time comes from a clock.
+"""Who may come in and wait: bounds on bodies in memory, and on what is alive in the server, computed and waiting
+together. Pure; time comes from a clock.
 
 A request of n choices for p prompts counts n × p sequences, because that is what the engine has to hold. Permits are
 taken before the first byte of an answer and given back exactly once, whatever happens in between. A refusal says when
@@ -50,6 +51,59 @@ class Rate:
     def _forget(self) -> None:
         while self._events and self._events[0][0] < self._clock() - RATE_WINDOW_S:
             self._total -= self._events.popleft()[1]
+
+
+class BodyShare:
+    """The bytes of one request's body."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
+        self._bytes = 0
+
+    def add(self, size: int) -> None:
+        """Count `size` bytes more. Raises Unavailable where they pass the bound."""
+        refusal = self._bodies.refusal(size, others=self._bodies.used - self._bytes)
+        if refusal is not None:
+            raise refusal
+        self._bytes += size
+        self._bodies.used += size
+
+    def ended(self) -> None:
+        """The body is no more."""
+        self._bodies.used -= self._bytes
+        self._bodies.rate.add(self._bytes)
+        self._bytes = 0
+
+
+class Bodies:
+    """Owner of the bytes of all bodies that have been read and are not yet prompts, whose own bounds hold from then on.
+    One body alone is never too much: its size has a limit of its own."""
+
+    def __init__(self, limit_bytes: int, clock: Clock = time.monotonic) -> None:
+        self.used = 0
+        self.rate = Rate(clock)
+        self._limit = limit_bytes
+
+    @contextmanager
+    def share(self) -> Iterator[BodyShare]:
+        """For one body, until the block ends."""
+        share = BodyShare(self)
+        try:
+            yield share
+        finally:
+            share.ended()
+
+    def refusal(self, size: int, others: int) -> Unavailable | None:
+        """Why `size` bytes more cannot be taken from a request beside which `others` bytes are held, if so."""
+        excess = self.used + size - self._limit
+        if excess <= 0 or not others:
+            return None
+        error = Unavailable(
+            f"the bodies of other requests take {others} of {self._limit} bytes",
+            retry_after_s=self.rate.seconds_for(excess),
+        )
+        error.headers["connection"] = "close"  # the rest of the body is not read
+        return error
 
 
 class Permit:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 
+from expertd_server.admission import BodyShare
 from expertd_server.errors import ClientDisconnected, InvalidRequest, RequestTooLarge, UnsupportedMediaType, clip
 
 READ_TIMEOUT_S = 60.0
@@ -16,13 +17,14 @@ READ_TIMEOUT_S = 60.0
 _decoder = msgspec.json.Decoder()
 
 
-async def read_json(request: Request, limit_bytes: int) -> Any:
+async def read_json(request: Request, limit_bytes: int, share: BodyShare) -> Any:
     """The decoded body. NaN, infinities, lone surrogates, other encodings than UTF-8 and endless nesting are not JSON.
 
-    Raises UnsupportedMediaType, RequestTooLarge, InvalidRequest or ClientDisconnected.
+    Its bytes count in `share` as they come. Raises UnsupportedMediaType, RequestTooLarge, Unavailable, InvalidRequest
+    or ClientDisconnected.
     """
     _check_content_type(request)
-    raw = await _read(request, limit_bytes)
+    raw = await _read(request, limit_bytes, share)
     try:
         return _decoder.decode(raw.removeprefix(b"\xef\xbb\xbf"))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -37,7 +39,7 @@ def _check_content_type(request: Request) -> None:
         raise UnsupportedMediaType("compressed bodies are not supported: send the body as it is")
 
 
-async def _read(request: Request, limit_bytes: int) -> bytes:
+async def _read(request: Request, limit_bytes: int, share: BodyShare) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared[:18]) > limit_bytes:
         raise RequestTooLarge(limit_bytes)
@@ -45,9 +47,11 @@ async def _read(request: Request, limit_bytes: int) -> bytes:
     more = True
     while more:
         message = await _receive(request)
-        body += message.get("body", b"")
-        if len(body) > limit_bytes:
+        piece = message.get("body", b"")
+        if len(body) + len(piece) > limit_bytes:
             raise RequestTooLarge(limit_bytes)
+        share.add(len(piece))
+        body += piece
         more = message.get("more_body", False)
     return bytes(body)
 

@@ -20,7 +20,7 @@ import uvicorn
 from expertd_engine.config import Config
 from expertd_engine.errors import EngineError, ResourceError
 from expertd_engine.messages import BudgetSet
-from expertd_server.admission import Admission
+from expertd_server.admission import Admission, Bodies
 from expertd_server.app import create_app
 from expertd_server.auth import NO_KEYS, KeyRing
 from expertd_server.connections import BoundedProtocol
@@ -84,7 +84,7 @@ class Daemon:
             )
         )
         admission = Admission(config.max_sequences + config.max_waiting, config.max_queued_tokens, config.max_per_key)
-        self.service = Service(config, engine, Metrics(), admission)
+        self.service = Service(config, engine, Metrics(), admission, Bodies(config.max_bodies.resolve(0)))
         self.supervisor = Supervisor(self.service, launcher, policy)
         self._http = _Server(
             uvicorn.Config(

@@ -165,10 +165,10 @@ class EngineClient:
         it where `patience` ends before the first of them has begun."""
         reply = Reply(self._max_buffered_tokens, {s.sequence_id: _prompt_tokens(s) for s in sequences}, patience)
         timer = asyncio.get_running_loop().call_later(patience.max_wait_s, reply.expire) if patience else None
-        for sequence in sequences:
-            self._live[sequence.sequence_id] = reply
-            self.send(sequence)
         try:
+            for sequence in sequences:
+                self._live[sequence.sequence_id] = reply
+                self.send(sequence)
             yield reply
         finally:
             if timer is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Set
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Set
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from expertd_engine.messages import Finished, SequenceStats, Submit, TextInput
-from expertd_server.admission import Permit
+from expertd_server.admission import BodyShare, Permit
 from expertd_server.auth import owner
 from expertd_server.body import read_json
 from expertd_server.choices import Choice, Delta, PlannedSequence, plan_sequences
@@ -37,6 +37,7 @@ from expertd_server.sse import EventStream, while_connected
 logger = logging.getLogger("expertd.server")
 
 AnyRequest = TypeVar("AnyRequest", bound=GenerationRequest)
+Plan = TypeVar("Plan")
 
 
 class Wording(Protocol):
@@ -95,17 +96,33 @@ class Job:
         )
 
 
-async def read_request(
-    service: Service, http: Request, record: RequestRecord, parse: Callable[[object], AnyRequest]
-) -> tuple[ServedModel, AnyRequest]:
-    """The model that serves now and the checked request. Raises ApiError."""
+async def read_and_plan(
+    service: Service,
+    http: Request,
+    record: RequestRecord,
+    parse: Callable[[object], AnyRequest],
+    plan: Callable[[ServedModel, AnyRequest], Awaitable[Plan]],
+) -> tuple[AnyRequest, Plan]:
+    """The checked request and what `plan` makes of it. Its body counts until then. Raises ApiError."""
     model = service.serving()
-    body = await read_json(http, service.config.max_body.resolve(0))
+    with service.bodies.share() as share:
+        request = await _read_request(service, http, record, parse, share)
+        service.check_model(request.model, model)
+        return request, await while_connected(http.receive, plan(model, request))
+
+
+async def _read_request(
+    service: Service,
+    http: Request,
+    record: RequestRecord,
+    parse: Callable[[object], AnyRequest],
+    share: BodyShare,
+) -> AnyRequest:
+    body = await read_json(http, service.config.max_body.resolve(0), share)
     request = parse(body)
     record.stream = request.stream
     _log_unknown_fields(service, request.known_fields(), body)
-    service.check_model(request.model, model)
-    return model, request
+    return request
 
 
 def _log_unknown_fields(service: Service, known: Set[str], body: Mapping[str, Any]) -> None:

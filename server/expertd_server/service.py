@@ -10,7 +10,7 @@ from typing import Literal
 from expertd_engine.config import Config
 from expertd_engine.messages import EngineInfo
 from expertd_server import __version__
-from expertd_server.admission import Admission
+from expertd_server.admission import Admission, Bodies
 from expertd_server.chat_format import ChatFormat
 from expertd_server.engine_client import EngineClient
 from expertd_server.errors import Draining, EngineDead, ModelNotFound, Unavailable
@@ -46,6 +46,7 @@ class Service:
     engine: EngineClient
     metrics: Metrics
     admission: Admission
+    bodies: Bodies
     state: State = "loading"
     stage: str = "starting"
     progress: float = 0.0

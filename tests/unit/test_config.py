@@ -83,6 +83,12 @@ def test_yaml_types_are_taken_as_they_are(tmp_path: Path) -> None:
     assert (config.drain_timeout_s, config.threads) == (2.0, None)
 
 
+def test_all_bodies_together_need_room_for_one() -> None:
+    assert load_config({"max_body": "1KiB", "max_bodies": "1KiB"}, {}).config.max_bodies == Size(bytes=1024)
+    with pytest.raises(ConfigError, match=r"^max_bodies: 1023 is not allowed: give at least max_body, 1024$"):
+        load_config({"max_body": "1KiB", "max_bodies": "1023"}, {})
+
+
 def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("# nothing\n")

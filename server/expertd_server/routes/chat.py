@@ -31,12 +31,12 @@ from expertd_server.choices import Delta, LoggedToken
 from expertd_server.envelope import request_id
 from expertd_server.errors import ApiError, ContextLengthExceeded, declared_generation
 from expertd_server.fields import body_of
-from expertd_server.generation import Job, plan_job, read_request, respond
+from expertd_server.generation import Job, plan_job, read_and_plan, respond
 from expertd_server.prompts import TextCodec
 from expertd_server.records import RequestRecord
 from expertd_server.schemas import Usage
 from expertd_server.service import ServedModel, Service
-from expertd_server.sse import DONE, error_event, event, while_connected
+from expertd_server.sse import DONE, error_event, event
 from expertd_server.tool_calls import CallPiece, Text
 
 ENDPOINT = "/v1/chat/completions"
@@ -62,8 +62,9 @@ def router(service: Service) -> APIRouter:
 
 
 async def _answer(service: Service, http: Request, record: RequestRecord) -> Response:
-    model, request = await read_request(service, http, record, parse_chat)
-    job, plan = await while_connected(http.receive, plan_chat(service, model, request, record))
+    request, (job, plan) = await read_and_plan(
+        service, http, record, parse_chat, lambda model, request: plan_chat(service, model, request, record)
+    )
     return await respond(http, job, _Wording(job, request, plan))
 
 

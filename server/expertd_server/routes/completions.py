@@ -11,12 +11,12 @@ from expertd_server.choices import Delta, LoggedToken
 from expertd_server.envelope import request_id
 from expertd_server.errors import ApiError, declared_generation
 from expertd_server.fields import body_of
-from expertd_server.generation import Job, plan_job, read_request, respond
+from expertd_server.generation import Job, plan_job, read_and_plan, respond
 from expertd_server.prompts import EncodedPrompt, parse
 from expertd_server.records import RequestRecord
 from expertd_server.schemas import Completion, CompletionChoice, CompletionRequest, Logprobs, Usage, parse_completion
 from expertd_server.service import ServedModel, Service
-from expertd_server.sse import DONE, error_event, event, while_connected
+from expertd_server.sse import DONE, error_event, event
 
 ENDPOINT = "/v1/completions"
 
@@ -41,12 +41,10 @@ def router(service: Service) -> APIRouter:
 
 
 async def _answer(service: Service, http: Request, record: RequestRecord) -> Response:
-    model, request = await read_request(service, http, record, parse_completion)
-
-    async def prepare() -> Job:
+    async def plan(model: ServedModel, request: CompletionRequest) -> Job:
         return await plan_job(service, model, request, await _encode(model, request), record)
 
-    job = await while_connected(http.receive, prepare())
+    request, job = await read_and_plan(service, http, record, parse_completion, plan)
     return await respond(http, job, _Wording(job, request))
 
 

@@ -14,7 +14,7 @@ from expertd_server.choices import Delta
 from expertd_server.envelope import request_id
 from expertd_server.errors import ApiError, InvalidRequest, declared_generation
 from expertd_server.fields import body_of
-from expertd_server.generation import Job, read_request, respond
+from expertd_server.generation import Job, read_and_plan, respond
 from expertd_server.records import RequestRecord
 from expertd_server.responses_schemas import (
     CallItem,
@@ -34,7 +34,7 @@ from expertd_server.responses_schemas import (
 )
 from expertd_server.routes.chat import plan_chat
 from expertd_server.service import ServedModel, Service
-from expertd_server.sse import named_event, while_connected
+from expertd_server.sse import named_event
 from expertd_server.tool_calls import CallPiece, Text
 
 ENDPOINT = "/v1/responses"
@@ -60,8 +60,9 @@ def router(service: Service) -> APIRouter:
 
 
 async def _answer(service: Service, http: Request, record: RequestRecord) -> Response:
-    model, request = await read_request(service, http, record, parse_response_request)
-    job, plan = await while_connected(http.receive, _plan(service, model, request, record))
+    request, (job, plan) = await read_and_plan(
+        service, http, record, parse_response_request, lambda model, request: _plan(service, model, request, record)
+    )
     return await respond(http, job, _Wording(job, request, plan))
 
 

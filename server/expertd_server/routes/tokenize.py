@@ -10,6 +10,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
+from expertd_server.admission import BodyShare
 from expertd_server.body import read_json
 from expertd_server.chat_schemas import MAX_TOOLS, ChatRequest, Messages, Tool, parse_chat
 from expertd_server.errors import InvalidRequest, clip, declared
@@ -76,13 +77,15 @@ def router(service: Service) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or a conversation. Special tokens written out in a text are those tokens; it may be
         longer than a prompt, but not without bound."""
-        asked, chat, model = await _read_tokenize(service, request)
-        return await while_connected(request.receive, _one_at_a_time(turn, lambda: _tokenized(asked, chat, model)))
+        with service.bodies.share() as share:
+            asked, chat, model = await _read_tokenize(service, request, share)
+            return await while_connected(request.receive, _one_at_a_time(turn, lambda: _tokenized(asked, chat, model)))
 
     async def detokenize(request: Request) -> Response:
         """The text of token ids, special tokens written out."""
-        asked, model = await _read_detokenize(service, request)
-        return await while_connected(request.receive, _one_at_a_time(turn, lambda: _detokenized(asked, model)))
+        with service.bodies.share() as share:
+            asked, model = await _read_detokenize(service, request, share)
+            return await while_connected(request.receive, _one_at_a_time(turn, lambda: _detokenized(asked, model)))
 
     async def tokenizer_info() -> dict[str, Any]:
         """What the checkpoint says of its tokenizer, chat template included."""
@@ -110,9 +113,11 @@ def _add(
     routes.add_api_route("/v1" + path, endpoint, methods=["POST"], response_model=None, include_in_schema=False)
 
 
-async def _read_tokenize(service: Service, http: Request) -> tuple[TokenizeRequest, ChatRequest | None, ServedModel]:
+async def _read_tokenize(
+    service: Service, http: Request, share: BodyShare
+) -> tuple[TokenizeRequest, ChatRequest | None, ServedModel]:
     model = service.serving()
-    body = await read_json(http, service.config.max_body.resolve(0))
+    body = await read_json(http, service.config.max_body.resolve(0), share)
     asked = parse_fields(TokenizeRequest, body)
     service.check_model(asked.model, model)
     if (asked.prompt is None) == (asked.messages is None):
@@ -123,9 +128,9 @@ async def _read_tokenize(service: Service, http: Request) -> tuple[TokenizeReque
     return asked, chat, model
 
 
-async def _read_detokenize(service: Service, http: Request) -> tuple[DetokenizeRequest, ServedModel]:
+async def _read_detokenize(service: Service, http: Request, share: BodyShare) -> tuple[DetokenizeRequest, ServedModel]:
     model = service.serving()
-    asked = parse_fields(DetokenizeRequest, await read_json(http, service.config.max_body.resolve(0)))
+    asked = parse_fields(DetokenizeRequest, await read_json(http, service.config.max_body.resolve(0), share))
     service.check_model(asked.model, model)
     _check_ids(asked.tokens, model.info.vocab_size)
     return asked, model

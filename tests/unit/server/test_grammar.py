@@ -9,8 +9,8 @@ import pytest
 from expertd_engine import grammar_check
 from expertd_engine.messages import Constraint, ConstraintKind
 from expertd_server import grammar
-from expertd_server.errors import InvalidRequest
-from expertd_server.grammar import MAX_TEXT_BYTES, GrammarChecker
+from expertd_server.errors import InvalidRequest, Unavailable
+from expertd_server.grammar import MAX_TEXT_BYTES, MAX_WAITING, GrammarChecker
 
 SLOW = Constraint("regex", "a?" * 9000 + "a" * 9000)
 """A second of work for the library, as far as memory lasts, and many more as it gets longer."""
@@ -172,3 +172,35 @@ def test_a_check_that_nobody_waits_for_any_more_leaves_no_process() -> None:
         await checker.check(Constraint("json_object"), param="a")
 
     asyncio.run(cancelled())
+
+
+def _waiting(checker: GrammarChecker, *texts: str) -> list[asyncio.Task[None]]:
+    return [asyncio.create_task(checker.check(Constraint("regex", text), param="a")) for text in texts]
+
+
+def test_the_line_is_bounded_and_moves_on_when_those_in_it_leave() -> None:
+    async def crowd() -> None:
+        checker = GrammarChecker()
+        line = _waiting(checker, *(f"a{i}" for i in range(1 + MAX_WAITING)))
+        one_more, again = _waiting(checker, "b", "a3")
+        with pytest.raises(Unavailable) as refused:
+            await one_more
+        assert (refused.value.status, refused.value.code) == (503, "server_is_overloaded")
+        assert int(refused.value.headers["retry-after"]) > 0
+        for task in line[:-1]:
+            task.cancel()
+        await asyncio.gather(*line, return_exceptions=True)
+        assert [task.cancelled() for task in line] == [True] * MAX_WAITING + [False], "the last one was checked"
+        await again  # although the one that brought the grammar first has left
+        await checker.check(Constraint("regex", "b"), param="a")
+
+    asyncio.run(crowd())
+
+
+def test_requests_with_one_grammar_share_its_place_in_the_line() -> None:
+    async def crowd() -> None:
+        await asyncio.gather(*_waiting(GrammarChecker(), *["a"] * (MAX_WAITING * 3)))
+        bad = await asyncio.gather(*_waiting(GrammarChecker(), *["(a"] * (MAX_WAITING * 3)), return_exceptions=True)
+        assert {type(error) for error in bad} == {InvalidRequest}
+
+    asyncio.run(crowd())
