@@ -30,8 +30,8 @@ LIMITS = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
 """The library's own, but for memory: a state takes some 200 bytes. Verbose errors would show the grammar."""
 
 _JSON_OPTIONS: JsonCompileOptions = {
-    # At most one line break with its indentation, or one blank: a model that likes blank space must come to an end.
-    "whitespace_pattern": r"(\n {0,40}| )?",
+    # At most one blank, or one line break indented by eight levels: a model that likes blank space must come to an end.
+    "whitespace_pattern": r"(\n {0,16}| )?",
     "lenient": False,
     "coerce_one_of": False,
 }
