@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
+import numpy
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from expertd_engine.errors import ModelError
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 MASK_LIMIT_S = 0.1
 """Processor time that one mask may take: the whole step waits for it. Usual are 2 to 200 µs."""
+
+DIGITS_MAX = 32
+"""Digits in a row that a JSON number may have; no number format holds more. Small models do not stop by themselves."""
 
 LIMITS = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
 """The library's own, but for memory: a state takes some 200 bytes. Verbose errors would show the grammar."""
@@ -68,6 +72,29 @@ def _reason(matcher: LLMatcher) -> str:
     return matcher.get_error().removesuffix("<non-verbose/>").strip()
 
 
+class Digits:
+    """Which tokens go on with a number, and how many digits each brings. One for each tokenizer."""
+
+    def __init__(self, tokenizer: LLTokenizer) -> None:
+        texts = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
+        self.quote: int = tokenizer.tokenize_str('"')[0]
+        self._trailing = [len(text) - len(text.rstrip(b"0123456789")) for text in texts]
+        self._whole = [bool(text) and digits == len(text) for text, digits in zip(texts, self._trailing, strict=True)]
+        begins = numpy.array([text[:1].isdigit() for text in texts])
+        self._others = ~numpy.packbits(begins, bitorder="little")
+
+    def run_after(self, run: int, token: int) -> int:
+        """Digits at the end of the text once `token` follows a text that ends with `run` of them."""
+        return run + self._trailing[token] if self._whole[token] else self._trailing[token]
+
+    def without(self, mask: bytes) -> bytes:
+        """`mask` less the tokens that begin with a digit; as it is where that leaves none."""
+        bits = numpy.frombuffer(mask, dtype=numpy.uint8)
+        kept = bits.copy()
+        kept[: len(self._others)] &= self._others
+        return kept.tobytes() if kept.any() else mask
+
+
 class Grammars:
     """The engine's tokenizer as llguidance sees it, and the thread that compiles."""
 
@@ -78,6 +105,7 @@ class Grammars:
             self._tokenizer = LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids) or None)
         except (OSError, ValueError) as error:
             raise ModelError(f"answers cannot be constrained: {error}") from error
+        self._digits = Digits(self._tokenizer)
         self._thread = ThreadPoolExecutor(1, "grammar")
         self._compiled: WeakValueDictionary[Constraint, _Compiled] = WeakValueDictionary()
 
@@ -88,7 +116,7 @@ class Grammars:
         if compiled is None:
             compiled = _Compiled(self._thread.submit(match, self._tokenizer, constraint))
             self._compiled[constraint] = compiled
-        return Matcher(compiled)
+        return Matcher(compiled, self._digits if constraint.kind in ("json_object", "json_schema") else None)
 
 
 class _Compiled:
@@ -107,10 +135,12 @@ class _Compiled:
 
 
 class Matcher:
-    """A `Constrainer`."""
+    """A `Constrainer`. With `digits`, for JSON, numbers come to an end (`DIGITS_MAX`)."""
 
-    def __init__(self, compiled: _Compiled) -> None:
+    def __init__(self, compiled: _Compiled, digits: Digits | None) -> None:
         self._compiled = compiled
+        self._digits = digits
+        self._run = 0
 
     @cached_property
     def _matcher(self) -> LLMatcher:
@@ -127,11 +157,19 @@ class Matcher:
             raise ConstraintFailed(
                 f"the constraint is too slow: {spent:.2f} s of processor time for one token, {MASK_LIMIT_S} s allowed"
             )
+        if self._digits is not None and self._run >= DIGITS_MAX and not _has(mask, self._digits.quote):
+            return self._digits.without(mask)  # where a quotation mark may come, the digits are a string's
         return mask
 
     def accept(self, token_id: int) -> None:
         self._matcher.consume_token(token_id)  # a failure stays with it
+        if self._digits is not None:
+            self._run = self._digits.run_after(self._run, token_id)
 
     @property
     def is_finished(self) -> bool:
         return self._matcher.is_stopped() and not self._matcher.is_error()
+
+
+def _has(mask: bytes, token: int) -> bool:
+    return bool(mask[token // 8] >> token % 8 & 1)

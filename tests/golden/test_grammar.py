@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from expertd_engine.errors import ModelError
-from expertd_engine.grammar import Grammars
+from expertd_engine.grammar import DIGITS_MAX, Grammars
 from expertd_engine.messages import Constraint, Sampling
 from expertd_engine.prepare import prepare
 from expertd_engine.request import ConstraintFailed
@@ -146,6 +146,22 @@ def test_choices_with_one_constraint_share_its_compilation_and_nothing_else(stor
     first.accept(token)
     assert first.is_finished and not second.is_finished
     assert second.allowed() == mask
+
+
+@pytest.mark.parametrize(("schema", "begin", "goes_on"), [("number", "-1.", False), ("string", '"', True)])
+def test_the_digits_of_a_number_come_to_an_end_and_those_of_a_string_do_not(
+    store: Path, tokenizer: Tokenizer, schema: str, begin: str, goes_on: bool
+) -> None:
+    matcher = Grammars(store / "tokenizer.json", VOCAB_SIZE, [257]).constrain(
+        Constraint("json_schema", json.dumps({"type": schema}))
+    )
+    (seven,) = tokenizer.encode("7").ids
+    for token in tokenizer.encode(begin).ids + [seven] * DIGITS_MAX:
+        assert matcher.allowed()[token // 8] >> token % 8 & 1
+        matcher.accept(token)
+    mask = matcher.allowed()
+    assert bool(mask[seven // 8] >> seven % 8 & 1) == goes_on
+    assert any(mask)
 
 
 def test_no_token_left_names_the_form(engine: Engine) -> None:
