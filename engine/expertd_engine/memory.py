@@ -7,6 +7,8 @@ figures are the cgroup's own; elsewhere they are the processes' proportional set
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +74,12 @@ def peak_rss_bytes(pid: int | str = "self") -> int:
 def rss_bytes() -> int:
     """This process's resident set."""
     return fields_kib(_PROC / "self" / "status")["VmRSS"]
+
+
+def release_free_memory() -> None:
+    """Hand what the allocator keeps for later back to the system, so that what is measured is what is in use."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak_rss() -> bool:

@@ -23,7 +23,7 @@ from expertd_engine.experts.store_format import StoreIndex
 from expertd_engine.experts.transfer import Transfers
 from expertd_engine.grammar import Grammars
 from expertd_engine.kv_pool import KVPool
-from expertd_engine.memory import MemoryMeter, available_bytes
+from expertd_engine.memory import MemoryMeter, available_bytes, release_free_memory
 from expertd_engine.messages import PROTOCOL_VERSION, EngineInfo
 from expertd_engine.model.attention import KVStorage, LayerShape, block_bytes
 from expertd_engine.model.loader import LoadedModel, attach_experts, load_model
@@ -91,6 +91,7 @@ def start_engine(
     if not invariant:
         fallbacks.append("numerics are per batch: this box's libraries do not give a row the same bits in every batch")
     report("trial", 0.5)
+    release_free_memory()
     base = meter.measure().used_bytes
     limits = SchedulerLimits(config.max_sequences, config.max_step_tokens, max_model_len)
     step = trial.largest_step_bytes(limits)
