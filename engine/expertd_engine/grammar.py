@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-import numpy
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from expertd_engine.errors import ModelError
@@ -80,8 +79,7 @@ class Digits:
         self.quote: int = tokenizer.tokenize_str('"')[0]
         self._trailing = [len(text) - len(text.rstrip(b"0123456789")) for text in texts]
         self._whole = [bool(text) and digits == len(text) for text, digits in zip(texts, self._trailing, strict=True)]
-        begins = numpy.array([text[:1].isdigit() for text in texts])
-        self._others = ~numpy.packbits(begins, bitorder="little")
+        self._begins = sum(1 << token for token, text in enumerate(texts) if text[:1].isdigit())
 
     def run_after(self, run: int, token: int) -> int:
         """Digits at the end of the text once `token` follows a text that ends with `run` of them."""
@@ -89,10 +87,8 @@ class Digits:
 
     def without(self, mask: bytes) -> bytes:
         """`mask` less the tokens that begin with a digit; as it is where that leaves none."""
-        bits = numpy.frombuffer(mask, dtype=numpy.uint8)
-        kept = bits.copy()
-        kept[: len(self._others)] &= self._others
-        return kept.tobytes() if kept.any() else mask
+        kept = int.from_bytes(mask, "little") & ~self._begins
+        return kept.to_bytes(len(mask), "little") if kept else mask
 
 
 class Grammars:
