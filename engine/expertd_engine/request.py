@@ -74,6 +74,15 @@ class ExpertCounts:
             self.stall_s + other.stall_s,
         )
 
+    def __sub__(self, other: ExpertCounts) -> ExpertCounts:
+        return ExpertCounts(
+            self.hits - other.hits,
+            self.late - other.late,
+            self.misses - other.misses,
+            self.loaded_bytes - other.loaded_bytes,
+            self.stall_s - other.stall_s,
+        )
+
 
 @dataclass(slots=True)
 class StatsCollector:

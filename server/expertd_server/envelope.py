@@ -62,7 +62,7 @@ class Envelope:
                 await self._app(scope, receive, send_wrapped)
             except ClientDisconnected:
                 status = ClientDisconnected.status
-            except Exception as error:
+            except Exception as error:  # the top of every request: whatever it is, the client must get our error body
                 mapped = as_api_error(error)
                 if status:  # begun already: all that is left is to break it off, so that it cannot pass for whole
                     raise

@@ -33,6 +33,7 @@ from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import Lookahead
 from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.transfer import Transfers
+from expertd_engine.request import ExpertCounts
 
 LEASES_AHEAD = 4
 """Leases asked for beyond the one computing. Few, because each takes a slot from the experts that could stay: on a
@@ -41,17 +42,6 @@ cycle over 480 experts with 120 slots, 4 gives 24 % hits, a whole layer of 16 gi
 
 class ExpertUnavailableError(ExpertdError):
     """A routed expert could not be loaded, so this step cannot be computed."""
-
-
-@dataclass(slots=True)
-class StepExpertStats:
-    """What the running step met so far. Stall is time the engine thread waited for a demanded record, in seconds."""
-
-    hits: int = 0
-    late: int = 0
-    misses: int = 0
-    loaded_bytes: int = 0
-    stall_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -84,7 +74,7 @@ class ExpertCache:
         self._step = 0
         self._next_lease = 0
         self._leases: dict[int, _Lease] = {}
-        self._began = StepExpertStats()
+        self._began = ExpertCounts()
 
     # ------------------------------------------------------------ steps
 
@@ -94,17 +84,10 @@ class ExpertCache:
         self._began = self._totals()
         self._predict(tuple(self.lookahead.begin_step(self._step, token_ids)))
 
-    def end_step(self) -> StepExpertStats:
+    def end_step(self) -> ExpertCounts:
         """The step has ended (well or not): drop stale hints, return what it met."""
         self._handle(Tick((self._step + 1) * self._period))
-        now, then = self._totals(), self._began
-        return StepExpertStats(
-            now.hits - then.hits,
-            now.late - then.late,
-            now.misses - then.misses,
-            now.loaded_bytes - then.loaded_bytes,
-            now.stall_s - then.stall_s,
-        )
+        return self._totals() - self._began
 
     def lease_each(
         self, layer: int, experts: Sequence[int], *, scanned: Container[int] = ()
@@ -200,9 +183,9 @@ class ExpertCache:
             case Denied(lease_id, _, reason):
                 self._leases[lease_id].denied = reason
 
-    def _totals(self) -> StepExpertStats:
+    def _totals(self) -> ExpertCounts:
         counters = self.ledger.counters
-        return StepExpertStats(
+        return ExpertCounts(
             sum(counters.hits),
             sum(counters.late),
             sum(counters.misses),

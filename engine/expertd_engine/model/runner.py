@@ -16,7 +16,7 @@ from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.moe import ROW_MULTIPLE, MoELayer, StepRoutes
 from expertd_engine.model.numerics import InvariantSigmoids
 from expertd_engine.model.sampler import NoTokenLeft, SampleRow, sample, token_logprob
-from expertd_engine.request import ConstraintFailed, ExpertCounts
+from expertd_engine.request import ConstraintFailed
 from expertd_engine.request import Sequence as EngineSequence
 from expertd_engine.scheduler import Chunk, StepPlan
 
@@ -82,8 +82,7 @@ class Runner:
             raise failure
         for layer, pairs in routes.activations.items():
             self.activations[layer] += pairs
-        counts = ExpertCounts(experts.hits, experts.late, experts.misses, experts.loaded_bytes, experts.stall_s)
-        return StepResult(sampled, time.perf_counter() - began, prompt_logprobs, counts)
+        return StepResult(sampled, time.perf_counter() - began, prompt_logprobs, experts)
 
     def _logits(self, plan: StepPlan, routes: StepRoutes, token_ids: list[int]) -> torch.Tensor:
         spans: list[Span] = []
