@@ -135,10 +135,10 @@ def expert_ffn(module: torch.nn.Module, record: Mapping[str, torch.Tensor], x: t
     x = _pad_rows(x)
     first = "gate_up_proj" if module.has_gate else "up_proj"
     inner = _project(module, record, first, x)
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]  # untyped
     result = _project(module, record, "down_proj", inner)[:num_rows]
     if getattr(module, "has_post_expert_norm", False):  # transformers 5.17 has no such flag
-        result = module.post_expert_norm(result)  # type: ignore[operator]
+        result = module.post_expert_norm(result)  # type: ignore[operator]  # untyped
     assert isinstance(result, torch.Tensor)
     return result.float()
 
