@@ -25,9 +25,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from expertd_engine.config import config_from_json
 from expertd_engine.errors import EngineError, ExpertdError
 from expertd_engine.experts.store import ExpertStore
-from expertd_engine.loop import Channel, EngineLoop, StepMeter
+from expertd_engine.loop import Channel, EngineLoop
 from expertd_engine.messages import Fatal, Progress, Ready
 from expertd_engine.model.runner import Runner
+from expertd_engine.snapshots import StepMeter
 from expertd_engine.startup import start_engine
 
 _PR_SET_PDEATHSIG = 1

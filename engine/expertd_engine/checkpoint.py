@@ -78,8 +78,11 @@ class Checkpoint:
         if missing:
             raise ModelError(f"checkpoint {folder} lacks {len(missing)} weights of the model: {_some(missing)}")
 
-    def pieces(self, target: str) -> Iterator[torch.Tensor]:
-        """Parameter `target` as consecutive pieces of rows, each at most 64 MiB unless it must be converted."""
+    def pieces(self, target: str, *, row_multiple: int = 1) -> Iterator[torch.Tensor]:
+        """Parameter `target` as consecutive pieces of rows, each at most 64 MiB unless it must be converted.
+
+        All but the last have a multiple of `row_multiple` rows, and that many at least.
+        """
         recipe = self._recipes[target]
         if recipe.converter is not None:
             yield self._checked(target, self._convert(recipe, None)[target])
@@ -91,7 +94,7 @@ class Checkpoint:
             yield stored[...]
             return
         row_bytes = max(1, self._dtypes[target].itemsize * torch.Size(shape[1:]).numel())
-        step = max(1, _PIECE_BYTES // row_bytes)
+        step = max(1, _PIECE_BYTES // row_bytes // row_multiple) * row_multiple
         for begin in range(0, shape[0], step):
             yield stored[begin : begin + step]
 

@@ -34,7 +34,10 @@ class StepResult:
 
 
 class StepFailed(Exception):
-    """The forward pass was given up because of these sequences; the others can be tried again as they are."""
+    """The forward pass was given up because of these sequences; the others can be tried again as they are.
+
+    None named: by nobody in particular (a read or an allocation failed), so all may be tried again.
+    """
 
     def __init__(self, sequence_ids: Collection[int], reason: str, *, refused: bool = False) -> None:
         """`refused`: what these sequences ask for cannot be; otherwise it is not their fault."""
@@ -112,6 +115,11 @@ class EngineCore:
             if sequence is not None:
                 self._tell_finished(sequence, now_s)
 
+    def end_all(self, now_s: float) -> Steps:
+        """The engine stops: abort whatever lives, and tell all that has not been told."""
+        self.abort(self.scheduler.live_ids, now_s)
+        return self._take_told()
+
     def step(self, now_s: float) -> Steps:
         """Form, compute and apply one step that begins at `now_s`; tells all that has happened since the last.
 
@@ -147,7 +155,8 @@ class EngineCore:
                 self._tell_finished(sequence, now_s, end)
 
     def _apply_failure(self, plan: StepPlan, failure: StepFailed, now_s: float) -> None:
-        for sequence in self.scheduler.step_failed(plan, failure.sequence_ids):
+        scheduler, blamed = self.scheduler, failure.sequence_ids
+        for sequence in scheduler.step_failed(plan, blamed) if blamed else scheduler.step_gave_up(plan):
             self._tell_finished(sequence, now_s, error=failure.reason, refused=failure.refused)
 
     def _tell_output(self, chunk: Chunk, result: StepResult) -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 """`stop`: end-of-sequence or stop token; `length`: max_tokens or context; `abort`: asked for; `error`: see `error`."""
@@ -112,11 +112,17 @@ class SetBudget(_Message, frozen=True):
     expert_budget_bytes: int
 
 
+class Watch(_Message, frozen=True):
+    """Somebody looks: send an `ExpertMap` every 250 ms for so many seconds."""
+
+    seconds: float
+
+
 class Shutdown(_Message, frozen=True):
     """Finish nothing more: abort what runs and exit 0. (The server drains before it sends this.)"""
 
 
-ToEngine = Submit | Abort | SetBudget | Shutdown
+ToEngine = Submit | Abort | SetBudget | Watch | Shutdown
 
 # ---------------------------------------------------------------- engine → server
 
@@ -150,6 +156,8 @@ class EngineInfo(_Message, frozen=True):
     expert_bytes_total: int
     expert_budget_bytes: int
     minimum_expert_budget_bytes: int
+    maximum_expert_budget_bytes: int
+    """`SetBudget` may ask for so much: all experts, or what the memory budget leaves for them."""
     memory_budget_bytes: int | None
     kv_block_tokens: int
     kv_blocks: int
@@ -238,9 +246,11 @@ class Steps(_Message, frozen=True):
 
 
 class BudgetSet(_Message, frozen=True):
-    """Answer to `SetBudget`: the target now in force, or why it was refused (then nothing changed)."""
+    """Answers `SetBudget`s in their order: the target now in force, or why it was refused (then nothing changed)."""
 
     expert_budget_bytes: int
+    expert_limit_bytes: int
+    """≥ the target only while leases hold what a lowered one takes back."""
     error: str | None = None
 
 
@@ -250,8 +260,12 @@ class LayerLookups(_Message, frozen=True):
     hit: int
     late: int
     miss: int
-    activations: int
-    """(token, choice) pairs routed."""
+    covered: int
+    """Of these lookups: foreseen, a hint had named the use before it came."""
+    hit_activations: int
+    """(token, choice) pairs routed, by the result of the lookup that they share."""
+    late_activations: int
+    miss_activations: int
 
 
 class HistogramData(_Message, frozen=True):
@@ -263,7 +277,7 @@ class HistogramData(_Message, frozen=True):
 
 
 class Snapshot(_Message, frozen=True):
-    """Counters and gauges, sent every 250 ms while they change and every second otherwise: also the heartbeat."""
+    """Counters and gauges of one instant, sent every 250 ms while they change and every second otherwise: also the heartbeat."""
 
     time_s: float
     """Engine's `time.monotonic()`."""
@@ -272,16 +286,26 @@ class Snapshot(_Message, frozen=True):
     demand_bytes: int
     prefetch_loads: int
     prefetch_bytes: int
+    read_bytes: int
+    """What transfer threads have read: the sum of demand and prefetch bytes."""
+    prefetch_issued: int
+    """The sum of the next five."""
     prefetch_used: int
     prefetch_late: int
     prefetch_wasted: int
     prefetch_cancelled: int
     prefetch_pending: int
+    prefetch_outcome_bytes: dict[str, int]
+    """Lengths of the records whose prefetch ended so: `used`, `late`, `wasted`, `cancelled`."""
+    load_queue: int
+    """Loads that wait for a transfer thread or are in one."""
     load_seconds: float
     """Busy time of the transfer threads, summed over threads."""
     load_failures: int
     stall_seconds: dict[str, float]
-    """By cause: `expert_wait`."""
+    """By cause: `disk_read` (a demanded record is being read), `expert_wait` (it waits for room)."""
+    step_stall_seconds: dict[str, HistogramData]
+    """By cause: how long steps that stood still did so."""
     evictions: dict[str, int]
     """By reason: `capacity`, `budget_change`."""
     expert_budget_bytes: int
@@ -314,9 +338,19 @@ class Snapshot(_Message, frozen=True):
     preemptions: int
     steps: dict[str, int]
     """By phase: `prefill` (any prompt token in the step) or `decode`."""
-    step_seconds: HistogramData
-    step_tokens: HistogramData
+    step_seconds: dict[str, HistogramData]
+    """By phase, as the next."""
+    step_tokens: dict[str, HistogramData]
     load_latency_seconds: HistogramData
+
+
+class ExpertMap(_Message, frozen=True):
+    """Where every expert is: one text for each MoE layer, one letter for each of its experts.
+
+    `.` absent, `o` loading, `x` doomed, `r` resident, `L` leased.
+    """
+
+    layers: list[str]
 
 
 class Fatal(_Message, frozen=True):
@@ -326,4 +360,4 @@ class Fatal(_Message, frozen=True):
     error: str
 
 
-ToServer = Progress | Ready | Steps | BudgetSet | Snapshot | Fatal
+ToServer = Progress | Ready | Steps | BudgetSet | Snapshot | ExpertMap | Fatal

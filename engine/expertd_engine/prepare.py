@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -26,16 +26,14 @@ from expertd_engine.console import Progress, progress_bar, run_command, silent
 from expertd_engine.errors import ModelError, StoreError, UsageError
 from expertd_engine.experts.store import ExpertStore, describe_file, identify, is_store
 from expertd_engine.experts.store_format import (
-    ALIGNMENT,
     DENSE_NAME,
     FORMAT_VERSION,
     INDEX_NAME,
     RECORDS_NAME,
     FileEntry,
     LayerEntry,
-    RecordLayout,
+    QuantisedTensor,
     StoreIndex,
-    TensorSpec,
 )
 from expertd_engine.families import (
     DTYPES,
@@ -45,21 +43,31 @@ from expertd_engine.families import (
     dense_dtype_plan,
     find_experts,
     load_config,
-    weight_dtypes,
 )
+from expertd_engine.kernels.formats import QUANTISED, STRIP_ROWS, Bytes, packed_bytes, quantise
 from expertd_engine.model.router_kinds import adapt_router, check_adapter, router_kind_of
 from expertd_engine.publish import publish
 from expertd_engine.tensor_file import TensorFileWriter, TensorShape
+from expertd_engine.weights_plan import (
+    FORMATS,
+    LayerPlan,
+    canonical,
+    check_format,
+    compute_dtype,
+    plan_quantised,
+    plan_records,
+)
 
 logger = logging.getLogger(__name__)
 
-_TENSOR_ALIGNMENT = 64
+DEFAULT_FORMAT = "bf16"
 
 
 def prepare(
     source: Path,
     destination: Path,
-    experts_format: str = "bf16",
+    experts_format: str = DEFAULT_FORMAT,
+    dense_format: str | None = None,
     *,
     name: str | None = None,
     described_as: str | None = None,
@@ -68,24 +76,27 @@ def prepare(
 ) -> ExpertStore:
     """Write the store of the checkpoint folder `source` to the new folder `destination`, and open it.
 
-    `name` is what clients call the model (default: the source folder's), `described_as` what people read of its origin.
-    `force` replaces an existing store, never another folder. Raises ModelError for a family that cannot be served or an
-    incomplete checkpoint, ResourceError for a full disk.
+    Formats: `weights_plan.FORMATS`; `dense_format` None means that of the experts. `name` is what clients call the model
+    (default: the source folder's), `described_as` what people read of its origin. `force` replaces an existing store,
+    never another folder. Raises ModelError for a family that cannot be served or an incomplete checkpoint,
+    ResourceError for a full disk.
     """
-    if experts_format not in DTYPES:
-        raise UsageError(f"experts format {experts_format!r} is not known: allowed are {', '.join(DTYPES)}")
-    dtype = DTYPES[experts_format]
+    dense_format = dense_format or experts_format
+    check_format(experts_format, "experts")
+    check_format(dense_format, "dense")
+    dtype = DTYPES[compute_dtype(dense_format)]
     config = load_config(source)
     model = build_servable_model(config, dtype)
     checkpoint = Checkpoint(source, model, dtype)
-    layers, layouts = _lay_out(model, dtype, experts_format)
-    dense = {key: TensorShape(kind, tuple(model.state_dict()[key].shape)) for key, kind in _dense_types(model, dtype)}
+    layers, layouts = plan_records(model, experts_format)
+    quantised = plan_quantised(model, dense_format)
+    dense = _dense_shapes(model, dtype, quantised)
     needed = sum(layer.size for layer in layers) + sum(shape.num_bytes for shape in dense.values())
     with publish(destination, replace=force and is_store(destination), needed_bytes=needed) as folder:
         _copy_config(source, folder)
         copy_text_files(source, folder)
-        _write_dense(folder / DENSE_NAME, checkpoint, dense, progress)
-        entries = _write_records(folder / RECORDS_NAME, checkpoint, layers, progress)
+        _write_dense(folder / DENSE_NAME, checkpoint, dense, quantised, progress)
+        entries = _write_records(folder / RECORDS_NAME, model, checkpoint, layers, progress)
         index = StoreIndex(
             format_version=FORMAT_VERSION,
             store_id="",
@@ -93,65 +104,24 @@ def prepare(
             source=described_as or str(source.resolve()),
             model_type=config.model_type,
             architecture=type(model).__name__,
-            dense_dtype=experts_format,
+            dense_dtype=compute_dtype(dense_format),
+            dense_format=dense_format,
             experts_format=experts_format,
             top_k=_top_k(config),
             layouts=layouts,
             layers=entries,
             router_kind=_router_kind(model, folder / DENSE_NAME),
+            quantised=quantised,
             files=_describe_files(folder),
             created_by=_created_by(),
         )
-        (folder / INDEX_NAME).write_bytes(msgspec.json.encode(msgspec.structs.replace(index, store_id=identify(index))))
+        write_index(folder, index)
     return ExpertStore.open(destination)
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One MoE layer as it will lie in experts.bin."""
-
-    module: str
-    num_experts: int
-    layout: RecordLayout
-    layout_index: int
-    offset: int
-
-    @property
-    def size(self) -> int:
-        return self.num_experts * self.layout.bytes
-
-
-def _lay_out(model: Model, dtype: torch.dtype, experts_format: str) -> tuple[list[_Layer], list[RecordLayout]]:
-    """The layers in forward order, back to back, and the distinct layouts of their records."""
-    layouts: list[RecordLayout] = []
-    layers: list[_Layer] = []
-    types = weight_dtypes(model, dtype)
-    offset = 0
-    for name, module in find_experts(model):
-        layout, num_experts = _record_layout(name, module, types, experts_format)
-        if layout not in layouts:
-            layouts.append(layout)
-        layers.append(_Layer(name, num_experts, layout, layouts.index(layout), offset))
-        offset += layers[-1].size
-    return layers, layouts
-
-
-def _record_layout(
-    name: str, module: torch.nn.Module, types: dict[str, torch.dtype], experts_format: str
-) -> tuple[RecordLayout, int]:
-    parameters = dict(module.named_parameters())
-    counts = {parameter.shape[0] for parameter in parameters.values()}
-    if len(counts) != 1 or any("." in own for own in parameters):
-        raise ModelError(
-            f"{name} ({type(module).__name__}) cannot be served: not all its weights are one slice an expert"
-        )
-    specs, end = [], 0
-    for own, parameter in parameters.items():
-        dtype = types[f"{name}.{own}"]
-        offset = _round_up(end, _TENSOR_ALIGNMENT)
-        specs.append(TensorSpec(own, _name_of(dtype), list(parameter.shape[1:]), offset))
-        end = offset + parameter.shape[1:].numel() * dtype.itemsize
-    return RecordLayout(experts_format, _round_up(end, ALIGNMENT), specs), counts.pop()
+def write_index(folder: Path, index: StoreIndex) -> None:
+    """Give `index` its identity and write it, which makes a store of `folder`: all other files are there by now."""
+    (folder / INDEX_NAME).write_bytes(msgspec.json.encode(msgspec.structs.replace(index, store_id=identify(index))))
 
 
 def _copy_config(source: Path, folder: Path) -> None:
@@ -160,42 +130,85 @@ def _copy_config(source: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _write_dense(path: Path, checkpoint: Checkpoint, shapes: dict[str, TensorShape], progress: Progress) -> None:
+def _dense_shapes(
+    model: Model, dtype: torch.dtype, quantised: Mapping[str, QuantisedTensor]
+) -> dict[str, TensorShape]:
+    """What dense.safetensors will hold."""
+    state, shapes = model.state_dict(), {}
+    for name, kind in dense_dtype_plan(model, dtype).items():
+        if name in quantised:
+            rows, cols = quantised[name].shape
+            shapes[name] = TensorShape(torch.uint8, (packed_bytes(quantised[name].format, rows, cols),))
+        else:
+            shapes[name] = TensorShape(kind, tuple(state[name].shape))
+    return shapes
+
+
+def _write_dense(
+    path: Path,
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, TensorShape],
+    quantised: Mapping[str, QuantisedTensor],
+    progress: Progress,
+) -> None:
     total = sum(shape.num_bytes for shape in shapes.values())
     done = 0
     with TensorFileWriter(path, shapes) as file:
         for name, shape in shapes.items():
-            file.write(name, checkpoint.pieces(name))
+            pieces = checkpoint.pieces(name, row_multiple=STRIP_ROWS)
+            file.write(name, _packed(name, pieces, quantised[name].format) if name in quantised else pieces)
             done += shape.num_bytes
             progress("dense weights", done / total)
 
 
-def _write_records(path: Path, checkpoint: Checkpoint, layers: list[_Layer], progress: Progress) -> list[LayerEntry]:
+def _packed(name: str, pieces: Iterable[torch.Tensor], quantised_format: str) -> Iterator[torch.Tensor]:
+    """Pieces of whole strips (but for the last), quantised."""
+    for piece in pieces:
+        yield torch.from_numpy(_stored(name, piece, quantised_format))
+
+
+def _write_records(
+    path: Path, model: Model, checkpoint: Checkpoint, layers: list[LayerPlan], progress: Progress
+) -> list[LayerEntry]:
     total = sum(layer.size for layer in layers)
+    modules = dict(find_experts(model))
     entries = []
     with path.open("wb") as file:
         for layer in layers:
             checksums = []
             record = np.zeros(layer.layout.bytes, np.uint8)
+            module = modules[layer.module]
             for expert in range(layer.num_experts):
-                checksums.append(_write_record(file, record, checkpoint, layer, expert))
+                _fill(record, layer, canonical(module, _expert(checkpoint, layer.module, module, expert)))
+                file.write(record.data)
+                checksums.append(zlib.crc32(record.data))
                 progress("experts", file.tell() / total)
             entries.append(LayerEntry(layer.module, layer.num_experts, layer.layout_index, layer.offset, checksums))
     return entries
 
 
-def _write_record(
-    file: BinaryIO, record: np.typing.NDArray[np.uint8], checkpoint: Checkpoint, layer: _Layer, expert: int
-) -> int:
-    """Fill `record` (padding stays zero) with one expert, append it to `file`, and return its checksum."""
-    specs = {f"{layer.module}.{spec.name}": spec for spec in layer.layout.tensors}
-    for target, tensor in checkpoint.expert(list(specs), expert).items():
-        spec = specs[target]
-        dtype: torch.dtype = getattr(torch, spec.dtype)
-        place = torch.from_numpy(record)[spec.offset : spec.offset + tensor.numel() * dtype.itemsize]
-        place.view(dtype).reshape(tensor.shape).copy_(tensor)
-    file.write(record.data)
-    return zlib.crc32(record.data)
+def _expert(checkpoint: Checkpoint, name: str, module: torch.nn.Module, expert: int) -> dict[str, torch.Tensor]:
+    """One expert's slice of each of its module's parameters."""
+    own = {f"{name}.{parameter}": parameter for parameter, _ in module.named_parameters()}
+    return {own[target]: tensor for target, tensor in checkpoint.expert(list(own), expert).items()}
+
+
+def _fill(record: Bytes, layer: LayerPlan, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put one expert's tensors in their places; padding stays zero."""
+    for spec in layer.layout.tensors:
+        stored = _stored(f"{layer.module}.{spec.name}", tensors[spec.name], spec.dtype)
+        record[spec.offset : spec.offset + len(stored)] = stored
+
+
+def _stored(name: str, tensor: torch.Tensor, dtype: str) -> Bytes:
+    """The bytes of `tensor` as `dtype`, a plain type of torch or a quantised format. ModelError if it does not fit."""
+    if dtype not in QUANTISED:
+        plain: Bytes = tensor.to(getattr(torch, dtype)).contiguous().view(-1).view(torch.uint8).numpy()
+        return plain
+    try:
+        return quantise(tensor.float().contiguous().numpy(), dtype, threads=len(os.sched_getaffinity(0)))
+    except ValueError as error:
+        raise ModelError(f"{name} cannot be stored as {dtype}: {error}") from error
 
 
 def _router_kind(model: Model, dense: Path) -> str | None:
@@ -227,22 +240,10 @@ def _describe_files(folder: Path) -> dict[str, FileEntry]:
     return {path.name: describe_file(path, checksum=path.name != RECORDS_NAME) for path in sorted(folder.iterdir())}
 
 
-def _dense_types(model: Model, dtype: torch.dtype) -> list[tuple[str, torch.dtype]]:
-    return list(dense_dtype_plan(model, dtype).items())
-
-
 def _top_k(config: Config) -> int:
     """Experts chosen for a token; the most of any layer where they differ."""
     top_k = config.num_experts_per_tok
     return int(max(top_k) if isinstance(top_k, list) else top_k)
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def _created_by() -> str:
@@ -254,7 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="expertd prepare", description="Make an expert store of a MoE checkpoint.")
     parser.add_argument("source", type=Path, help="checkpoint folder; with --verify and no DST, a store")
     parser.add_argument("destination", type=Path, nargs="?", metavar="DST", help="folder of the new store")
-    parser.add_argument("--experts", choices=list(DTYPES), default="bf16", help="format of all weights (default: bf16)")
+    parser.add_argument(
+        "--experts", choices=FORMATS, default=DEFAULT_FORMAT, help=f"format of experts (default: {DEFAULT_FORMAT})"
+    )
+    parser.add_argument(
+        "--dense", choices=FORMATS, help="format of all other matrices (default: as experts); int8 and int4 imply float32"
+    )
     parser.add_argument("--name", help="what clients call the model (default: the source folder's name)")
     parser.add_argument("--verify", action="store_true", help="read the store back and compare all checksums")
     parser.add_argument("--force", action="store_true", help="replace DST if it is a store already")
@@ -271,6 +277,7 @@ def _run(options: argparse.Namespace) -> None:
                 options.source,
                 options.destination,
                 options.experts,
+                options.dense,
                 name=options.name,
                 force=options.force,
                 progress=progress,

@@ -7,12 +7,15 @@ Why nobody starves. All sequences stand in one order, `rank`, fixed when they ar
 priority worth `ageing_steps` steps of waiting, so only finitely many can ever overtake a given one. Waiting sequences
 are admitted in that order and nobody passes one that does not fit. Blocks are given in that order, and whoever is
 last in it gives way, so the first running one always gets what it asks for, ends, and makes room.
+
+A step that fails by nobody in particular (a read, an allocation) is tried again as it was, then in halves, and the
+halves in halves, until what still fails is one sequence alone: that one ends. Whoever is not to blame loses time only.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -99,7 +102,7 @@ class StepPlan:
 
 
 class Scheduler:
-    """`schedule()` gives a plan; exactly one of `update_from_output` and `step_failed` answers it."""
+    """`schedule()` gives a plan; exactly one of `update_from_output`, `step_failed` and `step_gave_up` answers it."""
 
     def __init__(self, limits: SchedulerLimits, pool: KVPool, prefixes: PrefixCache | None = None) -> None:
         """`prefixes`: None computes every token of every sequence."""
@@ -115,6 +118,10 @@ class Scheduler:
         self._running: list[Sequence] = []
         """`RUNNING`, by rank."""
         self._in_flight: StepPlan | None = None
+        self._trials: deque[list[int]] = deque()
+        """Ids of sequences whose last step gave up, in groups: each is tried in a step of its own."""
+        self._on_trial = False
+        """The step in flight is such a group."""
         self._arrivals = 0
         self._step = 0
         self._mode: ExpertMode = "exact"
@@ -133,6 +140,10 @@ class Scheduler:
     @property
     def has_sequences(self) -> bool:
         return bool(self._sequences)
+
+    @property
+    def live_ids(self) -> list[int]:
+        return list(self._sequences)
 
     def add(self, sequence: Sequence) -> None:
         """Take `sequence` into the waiting queue. Raises SequenceRefused if it could never finish."""
@@ -175,6 +186,10 @@ class Scheduler:
         if self._in_flight is not None:
             raise EngineError(f"step {self._in_flight.step} has not been answered")
         preempted: list[Sequence] = []
+        chunks = self._next_trial(preempted)
+        self._on_trial = bool(chunks)
+        if chunks:
+            return self._begin_step(StepPlan(self._step, chunks[0].sequence.mode, tuple(chunks), tuple(preempted)))
         for mode in self._turns():
             chunks = self._continue_running(mode, preempted)
             if not preempted:
@@ -214,6 +229,21 @@ class Scheduler:
             self.finish(sequence, "error")
         return live
 
+    def step_gave_up(self, plan: StepPlan) -> list[Sequence]:
+        """The plan failed by none of its sequences in particular. The one that failed alone, after it had failed with
+        others or once before, ends with `error` and is returned; all others are as before and will be tried again."""
+        self._end_step(plan)
+        ids = [chunk.sequence.sequence_id for chunk in plan.chunks]
+        half = len(ids) // 2
+        if not self._on_trial:
+            self._trials.appendleft(ids)
+        elif half:
+            self._trials.extendleft((ids[half:], ids[:half]))
+        elif plan.chunks[0].sequence.state is SequenceState.RUNNING:
+            self.finish(plan.chunks[0].sequence, "error")
+            return [plan.chunks[0].sequence]
+        return []
+
     def check(self) -> None:
         """Raise EngineError unless blocks balance: the pool's law, tables and references the same, and every position
         still to be computed in a block that nobody else reads."""
@@ -236,12 +266,23 @@ class Scheduler:
         other: ExpertMode = "virtual" if self._mode == "exact" else "exact"
         return (self._mode, other) if self._mode_steps < self.limits.max_mode_steps else (other, self._mode)
 
-    def _continue_running(self, mode: ExpertMode, preempted: list[Sequence]) -> list[Chunk]:
+    def _next_trial(self, preempted: list[Sequence]) -> list[Chunk]:
+        """Chunks of the next group to be tried alone of which any member still runs; empty if there is none."""
+        chunks: list[Chunk] = []
+        while self._trials and not chunks:
+            group = [s for i in self._trials.popleft() if (s := self._sequences.get(i)) and s in self._running]
+            if group:
+                chunks = self._continue_running(group[0].mode, preempted, group)
+        return chunks
+
+    def _continue_running(
+        self, mode: ExpertMode, preempted: list[Sequence], among: Collection[Sequence] | None = None
+    ) -> list[Chunk]:
         """Chunks of running sequences: a token for every decode, the rest of the budget to prefills by rank.
 
         Blocks are given by rank, so who gives way (the last in rank) has never been given its chunk before.
         """
-        rows = [sequence for sequence in self._running if sequence.mode == mode]
+        rows = [s for s in self._running if s.mode == mode and (among is None or s in among)]
         left = self.limits.max_step_tokens - sum(sequence.num_uncomputed_tokens == 1 for sequence in rows)
         chunks: list[Chunk] = []
         for sequence in rows:

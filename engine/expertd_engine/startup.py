@@ -26,8 +26,9 @@ from expertd_engine.kv_pool import KVPool
 from expertd_engine.memory import MemoryMeter, available_bytes, release_free_memory
 from expertd_engine.messages import PROTOCOL_VERSION, EngineInfo
 from expertd_engine.model.attention import KVStorage, LayerShape, block_bytes
+from expertd_engine.model.expert_torch import SlotViews
 from expertd_engine.model.loader import LoadedModel, attach_experts, load_model
-from expertd_engine.model.moe import MoELayer, SlotViews
+from expertd_engine.model.moe import MoELayer, RouteSource
 from expertd_engine.model.runner import Runner
 from expertd_engine.model.trial import Trial
 from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
@@ -68,14 +69,24 @@ class _Context:
     constrain: Constrain
     fallbacks: list[str]
     numerics: str
+    lookahead: Lookahead
+    routes: RouteSource | None
 
 
 def start_engine(
-    store: ExpertStore, config: Config, server_pid: int, report: Report, wrap: Callable[[Runner], Forward]
+    store: ExpertStore,
+    config: Config,
+    server_pid: int,
+    report: Report,
+    wrap: Callable[[Runner], Forward],
+    *,
+    lookahead: Lookahead | None = None,
+    routes: RouteSource | None = None,
 ) -> Engine:
     """Raises StoreError, ModelError, ConfigError or BudgetError; nothing is left behind then but this process.
 
-    `wrap` puts the caller's own measuring around the runner.
+    `wrap` puts the caller's own measuring around the runner. `lookahead` and `routes` stand in for what the model has
+    of its own, for measurements.
     """
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     _verify(store, report)
@@ -98,7 +109,8 @@ def start_engine(
     if not trial.peak_is_exact:
         fallbacks.append("the largest step is overestimated: this system does not let peak memory be measured anew")
     numerics = "invariant" if invariant else "per-batch"
-    context = _Context(config, store, loaded, trial.shapes, limits, constrain, fallbacks, numerics)
+    foresight = lookahead or lookahead_for(store.index, 2 * config.io_threads)
+    context = _Context(config, store, loaded, trial.shapes, limits, constrain, fallbacks, numerics, foresight, routes)
     plan = plan_memory(_measured(context, base, step), _asked(config, max_model_len))
     report("allot", 0.0)
     return _assemble(context, plan, meter, wrap)
@@ -153,7 +165,7 @@ def _assemble(context: _Context, plan: StartupPlan, meter: MemoryMeter, wrap: Ca
     if records.fallback_reason:
         context.fallbacks.append(f"experts are read through the page cache: {records.fallback_reason}")
     cache, layers = _expert_cache(context, plan, records)
-    runner = Runner(loaded, layers, storage, cache)
+    runner = Runner(loaded, layers, storage, cache, context.routes)
     prefixes = PrefixCache(pool, store.index.store_id) if config.prefix_cache else None
     scheduler = Scheduler(context.limits, pool, prefixes)
     core = EngineCore(scheduler, wrap(runner), loaded.eos_token_ids, context.constrain)
@@ -165,7 +177,7 @@ def _assemble(context: _Context, plan: StartupPlan, meter: MemoryMeter, wrap: Ca
 
 def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile) -> tuple[ExpertCache, list[MoELayer]]:
     config, index = context.config, context.store.index
-    lookahead = lookahead_for(index, 2 * config.io_threads)
+    lookahead = context.lookahead
     record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
     ledger = Ledger(
         record_bytes,
@@ -220,6 +232,8 @@ def _describe(
         expert_bytes_total=index.expert_bytes_total(),
         expert_budget_bytes=plan.expert_budget_bytes,
         minimum_expert_budget_bytes=cache.ledger.minimum_bytes,
+        maximum_expert_budget_bytes=index.expert_bytes_total() if plan.memory_budget_bytes is None
+        else plan.expert_budget_bytes,
         memory_budget_bytes=plan.memory_budget_bytes,
         kv_block_tokens=BLOCK_TOKENS,
         kv_blocks=pool.capacity,

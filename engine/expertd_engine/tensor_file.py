@@ -16,7 +16,7 @@ _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_HEADER_ALIGNMENT = 64
+_ALIGNMENT = 64
 
 
 class TensorShape(NamedTuple):
@@ -33,12 +33,13 @@ class TensorShape(NamedTuple):
 class TensorFileWriter:
     """A safetensors file under way; `shapes` names all that it will hold. Tensors may come in any order, each once.
 
-    Format: 8 bytes of header length, little-endian; JSON header; tensors back to back, widest dtype first, which keeps
-    each aligned to its element (https://huggingface.co/docs/safetensors).
+    Format: 8 bytes of header length, little-endian; JSON header; tensors back to back, without gaps
+    (https://huggingface.co/docs/safetensors). Those whose length is a multiple of 64 bytes come first, which keeps each
+    aligned to that, as kernels want matrices; then the others, widest dtype first, each aligned to its element.
     """
 
     def __init__(self, path: Path, shapes: Mapping[str, TensorShape]) -> None:
-        self._shapes = dict(sorted(shapes.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+        self._shapes = dict(sorted(shapes.items(), key=lambda item: _place(*item)))
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._offsets: dict[str, int] = {}
         end = 0
@@ -50,7 +51,7 @@ class TensorFileWriter:
                 "data_offsets": [self._offsets[name], end],
             }
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % _HEADER_ALIGNMENT)
+        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
         self._begin = 8 + len(text)
         self._missing = set(self._shapes)
         self._file = path.open("wb")
@@ -79,3 +80,7 @@ class TensorFileWriter:
             written += self._file.write(flat.view(torch.uint8).numpy().data)
         if written != expected.num_bytes:
             raise ValueError(f"{name}: {written} bytes written, {expected.num_bytes} declared")
+
+
+def _place(name: str, tensor: TensorShape) -> tuple[bool, int, str]:
+    return tensor.num_bytes % _ALIGNMENT != 0, -tensor.dtype.itemsize, name

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Generator, Sequence
+from collections.abc import Container, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from expertd_engine.experts.slab import PAGE, Slab
 from expertd_engine.experts.store_format import RecordLayout, TensorSpec
 from expertd_engine.families import find_experts
-from expertd_engine.model.moe import MoELayer, SlotViews, StepRoutes
+from expertd_engine.model.expert_torch import SlotViews, TorchExperts
+from expertd_engine.model.moe import MoELayer, StepRoutes
 from support.tiny_families import make_model
 
 FAMILIES = {
@@ -23,11 +25,26 @@ FAMILIES = {
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-class InSlots:
-    """All experts of one module in slots, in reverse; the order of leases is recorded."""
+def canonical(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The module's expert parameters as records have them: gate and up apart, each matrix `[E, outputs, inputs]`."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        is_bias = name.endswith("_bias")
+        whole = parameter.detach() if is_bias or not module.is_transposed else parameter.detach().transpose(1, 2)
+        if name.startswith("gate_up_proj"):
+            gate, up = whole.chunk(2, dim=1) if module.is_concatenated else (whole[:, 0::2], whole[:, 1::2])
+            tensors[name.replace("gate_up", "gate")] = gate
+            tensors[name.replace("gate_up", "up")] = up
+        else:
+            tensors[name] = whole
+    return {name: tensor.float() if name.endswith("_bias") else tensor for name, tensor in tensors.items()}
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        parameters = dict(module.named_parameters(recurse=False))
+
+class InSlots(AbstractContextManager["InSlots"]):
+    """All experts of one module in slots, in reverse; they are granted `at_once` at a time, the last first."""
+
+    def __init__(self, module: torch.nn.Module, at_once: int = 1000) -> None:
+        parameters = canonical(module)
         self.num_experts = len(next(iter(parameters.values())))
         specs, offset = [], 0
         for name, tensor in parameters.items():
@@ -41,19 +58,32 @@ class InSlots:
         for expert, slot in enumerate(self.slot_of):
             for name, view in self.views.get(slot, 0).items():
                 view.copy_(parameters[name][expert])
+        self.at_once = at_once
         self.leased: list[int] = []
+        self.waiting: list[int] = []
+        self.held: set[int] = set()
         self.ended = 0
 
-    def lease_each(
-        self, layer: int, experts: Sequence[int], *, scanned: Container[int] = ()
-    ) -> Generator[tuple[int, int]]:
-        assert list(experts) == sorted(set(experts))
-        try:
-            for expert in experts:
-                self.leased.append(expert)
-                yield expert, self.slot_of[expert]
-        finally:
-            self.ended += 1
+    def lease(
+        self, layer: int, experts: Sequence[int], *, pairs: Sequence[int] = (), scanned: Container[int] = ()
+    ) -> InSlots:
+        assert list(experts) == sorted(set(experts)) and len(pairs) == len(experts) and min(pairs) > 0
+        self.leased += experts
+        self.asked = list(experts)
+        self.waiting = list(range(len(experts)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended += 1
+
+    def take(self) -> list[tuple[int, int]]:
+        taken, self.waiting = self.waiting[-self.at_once :], self.waiting[: -self.at_once]
+        self.held.update(taken)
+        return [(index, self.slot_of[self.asked[index]]) for index in taken]
+
+    def release(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            self.held.remove(index)
 
 
 class World:
@@ -61,7 +91,7 @@ class World:
         self.model = make_model(family, seed=0, dtype=dtype)
         self.module = find_experts(self.model)[-1][1]
         self.slots = InSlots(self.module)
-        self.layer = MoELayer(0, 0, self.slots.views)
+        self.layer = MoELayer(0, TorchExperts(self.module, self.slots.views, 0))
         self.hidden_size = int(self.model.config.hidden_size)
 
     def ours(
@@ -69,7 +99,7 @@ class World:
     ) -> torch.Tensor:
         self.layer.step = StepRoutes(len(hidden) if num_rows is None else num_rows, self.slots)
         with torch.inference_mode():
-            return self.layer.forward(self.module, hidden, index, weights)
+            return self.layer.forward(hidden, index, weights)
 
     def theirs(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         self.model.set_experts_implementation("eager")
@@ -125,6 +155,19 @@ def test_the_order_of_a_tokens_choices_does_not_matter(world: tuple[World, torch
     hidden, index, weights = made.inputs(9, 5, dtype)
     expected = made.ours(hidden, index, weights)
     assert torch.equal(made.ours(hidden, index.flip(1), weights.flip(1)), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_the_order_in_which_experts_arrive_does_not_matter(
+    world: tuple[World, torch.dtype], rows: int, at_once: int
+) -> None:
+    made, dtype = world
+    hidden, index, weights = made.inputs(rows, 5, dtype)
+    expected = made.ours(hidden, index, weights)
+    made.slots.at_once = at_once
+    assert torch.equal(made.ours(hidden, index, weights), expected)
+    assert not made.slots.held
 
 
 def test_experts_are_asked_for_once_ascending_and_always_given_back(world: tuple[World, torch.dtype]) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -127,14 +129,86 @@ def test_a_failing_sequence_ends_and_its_batch_mates_go_on() -> None:
     assert told.tokens == run_alone(make_submit(2)).tokens
 
 
-def test_a_failure_of_nobody_is_not_retried_for_ever() -> None:
+def run_with_failures(fails: Callable[[StepPlan], bool], num_sequences: int, *, late: int = 0) -> Told:
+    """Sequences 1 to n in one batch (the last `late` of them come after three steps); steps that `fails` names give
+    up."""
+
     def before(plan: StepPlan) -> None:
-        raise StepFailed([], "shrug")
+        if fails(plan):
+            raise StepFailed((), "disk on fire")
+
+    core, told = make_core(forward=HashForward(before=before)), Told()
+    messages = [make_submit(i, [i, 6, 7], max_tokens=6, ignore_eos=True) for i in range(1, num_sequences + 1)]
+    for message in messages[: num_sequences - late]:
+        core.submit(message, 0.0)
+    for _ in range(3):
+        told.take(core.step(0.0))
+    for message in messages[num_sequences - late :]:
+        core.submit(message, 0.0)
+    return run_to_end(core, told, max_steps=200)
+
+
+def alone(sequence_id: int) -> list[int]:
+    return run_alone(make_submit(sequence_id, [sequence_id, 6, 7], max_tokens=6, ignore_eos=True)).tokens[sequence_id]
+
+
+def held_by(sequence_id: int, plan: StepPlan) -> bool:
+    return holds(plan, sequence_id)
+
+
+def holds(plan: StepPlan, *sequence_ids: int) -> bool:
+    return any(chunk.sequence.sequence_id in sequence_ids for chunk in plan.chunks)
+
+
+@pytest.mark.parametrize("nth", range(9))
+def test_a_step_that_fails_once_by_nobody_costs_nobody_anything(nth: int) -> None:
+    told = run_with_failures(lambda plan: plan.step == nth, 3, late=1)
+    assert told.tokens == {i: alone(i) for i in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("late", [0, 1])
+def test_who_makes_every_step_fail_is_found_and_ends_alone(count: int, late: int) -> None:
+    """Whichever place it has in the batch."""
+    for guilty in range(1, count + 1):
+        told = run_with_failures(partial(held_by, guilty), count, late=late)
+        assert (told.finished[guilty].reason, told.finished[guilty].error) == ("error", "disk on fire")
+        assert told.tokens == {i: alone(i) for i in range(1, count + 1) if i != guilty}
+
+
+def test_several_at_fault_end_and_the_others_do_not() -> None:
+    told = run_with_failures(lambda plan: holds(plan, 2, 3, 7), 8, late=3)
+    assert told.tokens == {i: alone(i) for i in (1, 4, 5, 6, 8)}
+
+
+def test_where_every_step_fails_every_sequence_ends() -> None:
+    told = run_with_failures(lambda plan: True, 8, late=2)
+    assert told.reasons() == dict.fromkeys(range(1, 9), "error")
+
+
+def test_an_abort_among_those_on_trial_ends_once() -> None:
+    calls: list[int] = []
+
+    def before(plan: StepPlan) -> None:
+        calls.append(plan.step)
+        if len(calls) == 2:
+            core.abort([1, 3], 0.0)
+        if len(calls) <= 2:
+            raise StepFailed((), "disk on fire")
 
     core = make_core(forward=HashForward(before=before))
-    core.submit(make_submit(), 0.0)
-    with pytest.raises(EngineError, match="none of which it holds"):
-        core.step(0.0)
+    for sequence_id in (1, 2, 3, 4):
+        core.submit(make_submit(sequence_id), 0.0)
+    assert {i for i, reason in run_to_end(core).reasons().items() if reason == "abort"} == {1, 3}
+
+
+def test_an_engine_that_stops_tells_the_end_of_all_that_lives() -> None:
+    core = make_core(make_scheduler(max_sequences=1))
+    for sequence_id in (1, 2):
+        core.submit(make_submit(sequence_id), 0.0)
+    core.step(0.0)
+    assert [(f.sequence_id, f.reason) for f in core.end_all(1.0).finished] == [(1, "abort"), (2, "abort")]
+    assert core.end_all(2.0) == Steps([], []) and not core.has_work
 
 
 def test_abort_of_a_live_and_an_unknown_id() -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 
 import pytest
 
 from expertd_engine.errors import BudgetError, StoreError
-from expertd_engine.experts.cache import LEASES_AHEAD, ExpertCache, ExpertUnavailableError
+from expertd_engine.experts.cache import MIN_WINDOW, ExpertCache, ExpertUnavailableError
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead
@@ -50,17 +49,19 @@ class World:
     def use(self, layer: int, experts: Sequence[int], *, scan: bool = False) -> None:
         """Lease each and check that the slot holds its record, and is leased, at that moment."""
         seen = []
-        with closing(self.cache.lease_each(layer, experts, scanned=experts if scan else ())) as leased:
-            for expert, slot in leased:
-                seen.append(expert)
-                assert set(self.slab.view(slot, PAGE)) == {16 * layer + expert}
-                assert self.ledger.state(ExpertId(layer, expert)) == "leased"
-        assert seen == list(experts)
+        with self.cache.lease(layer, experts, scanned=experts if scan else ()) as leases:
+            while len(seen) < len(experts):
+                for index, slot in leases.take():
+                    seen.append(experts[index])
+                    assert set(self.slab.view(slot, PAGE)) == {16 * layer + experts[index]}
+                    assert self.ledger.state(ExpertId(layer, experts[index])) == "leased"
+                    leases.release([index])
+        assert sorted(seen) == list(experts)
 
     def settle(self) -> None:
         """Wait for all loads under way, then check the ledger's laws and that no lease is left."""
         while self.ledger.loading_bytes:
-            self.cache._handle(self.cache.transfers.completions.get(timeout=10))
+            self.cache.handle([self.cache.transfers.completions.get(timeout=10)])
         self.ledger.check()
         states = [self.ledger.state(ExpertId(layer, e)) for layer in range(LAYERS) for e in range(EXPERTS)]
         assert "leased" not in states and not self.cache._leases
@@ -105,16 +106,17 @@ def test_a_step_reports_its_own_numbers(worlds: list[World]) -> None:
     world.use(0, [1, 2, 5, 6])
     second = world.cache.end_step()
     assert (second.hits, second.late, second.misses, second.loaded_bytes) == (3, 0, 1, PAGE)
-    assert world.cache.stall_s == pytest.approx(first.stall_s + second.stall_s)
+    assert world.cache.stalls.total_s == pytest.approx(first.stall_s + second.stall_s)
 
 
-def test_few_leases_are_held_ahead(worlds: list[World]) -> None:
+def test_few_leases_are_held_at_once(worlds: list[World]) -> None:
     worlds.append(world := World(24))
     world.cache.begin_step([1])
-    with closing(world.cache.lease_each(0, range(EXPERTS))) as leased:
-        next(leased)
-        world.cache.pump()
-        assert world.ledger.counters.lookups() == 1 + LEASES_AHEAD
+    with world.cache.lease(0, range(EXPERTS)) as leases:
+        held = [index for index, _ in leases.take()]
+        assert world.ledger.counters.lookups() == MIN_WINDOW
+        leases.release(held)
+        assert world.ledger.counters.lookups() == min(EXPERTS, MIN_WINDOW + len(held))
 
 
 @pytest.mark.parametrize("slots", [2, 4, 24])
@@ -122,9 +124,12 @@ def test_few_leases_are_held_ahead(worlds: list[World]) -> None:
 def test_leases_end_with_a_step_that_is_given_up(worlds: list[World], slots: int, taken: int) -> None:
     worlds.append(world := World(slots))
     world.cache.begin_step([1])
-    with closing(world.cache.lease_each(0, range(EXPERTS))) as leased:
-        for _ in range(taken):
-            next(leased)
+    with world.cache.lease(0, range(EXPERTS)) as leases:
+        done = 0
+        while done < taken:
+            for index, _ in leases.take():
+                leases.release([index])
+                done += 1
     world.cache.end_step()
     world.settle()
     world.cache.begin_step([1])
@@ -159,7 +164,7 @@ def test_what_is_foreseen_is_loaded_before_it_is_asked_for(worlds: list[World]) 
     worlds.append(world := World(24, "next-use", EveryExpert(LAYERS, EXPERTS, 4)))
     world.cache.begin_step([1])
     while world.ledger.loading_bytes:
-        world.cache._handle(world.cache.transfers.completions.get(timeout=10))
+        world.cache.handle([world.cache.transfers.completions.get(timeout=10)])
     assert world.ledger.counters.prefetch_loads >= 4
     world.use(0, range(EXPERTS))
     assert world.cache.end_step().hits >= 4

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
-from expertd_engine.experts.events import Drop, ExpertId, Instruction, Priority
+from expertd_engine.experts.events import Drop, ExpertId, Instruction, LookupResult, Priority
+from expertd_engine.histogram import Histogram
+from expertd_engine.messages import HistogramData
 
 PrefetchOutcome = Literal["used", "late", "wasted", "cancelled"]
+
+StallCause = Literal["disk_read", "expert_wait"]
+"""`disk_read`: a demanded record is being read; `expert_wait`: it has no slot yet, loads given up must end first."""
+
+STALL_BOUNDS_S = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 40.0)
 
 
 class LedgerError(AssertionError):
@@ -39,11 +46,16 @@ class Counters:
     Every prefetch issued ends as exactly one of used (first demand after it was loaded), late (demanded before),
     wasted (read in vain: given up or evicted before any demand, or failed) or cancelled (given up before it began);
     until then it is pending.
+
+    Lists are by MoE layer. A lookup is one (step, layer, expert); an activation one (token, choice) pair, counted by
+    where its expert was when it was demanded; a lookup is covered if a hint had named that very use before.
     """
 
     hits: list[int]
     late: list[int]
     misses: list[int]
+    covered: list[int]
+    activations: dict[LookupResult, list[int]]
     demand_loads: int = 0
     demand_bytes: int = 0
     prefetch_loads: int = 0
@@ -54,8 +66,23 @@ class Counters:
     prefetch_wasted: int = 0
     prefetch_cancelled: int = 0
     prefetch_pending: int = 0
+    prefetch_outcome_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(get_args(PrefetchOutcome), 0))
+    """Lengths of the records whose prefetch ended so; of a cancelled one nothing was read."""
     load_failures: int = 0
     evictions: dict[str, int] = field(default_factory=lambda: {"capacity": 0, "budget_change": 0})
+
+    @classmethod
+    def of(cls, layers: int) -> Counters:
+        """Zeros for a model of so many MoE layers."""
+        hits, late, misses, covered = ([0] * layers for _ in range(4))
+        return cls(hits, late, misses, covered, {result: [0] * layers for result in get_args(LookupResult)})
+
+    def count_lookup(self, layer: int, result: LookupResult, pairs: int, foreseen: bool) -> None:
+        """One use of one expert of `layer`, by `pairs` (token, choice) pairs."""
+        by_layer = {"hit": self.hits, "late": self.late, "miss": self.misses}[result]
+        by_layer[layer] += 1
+        self.covered[layer] += foreseen
+        self.activations[result][layer] += pairs
 
     def count_load(self, priority: Priority, nbytes: int) -> None:
         """A load has brought its bytes."""
@@ -66,9 +93,10 @@ class Counters:
             self.prefetch_loads += 1
             self.prefetch_bytes += nbytes
 
-    def end_prefetch(self, outcome: PrefetchOutcome) -> None:
-        """A pending prefetch has ended."""
+    def end_prefetch(self, outcome: PrefetchOutcome, nbytes: int) -> None:
+        """A pending prefetch of a record of `nbytes` has ended."""
         self.prefetch_pending -= 1
+        self.prefetch_outcome_bytes[outcome] += nbytes
         if outcome == "used":
             self.prefetch_used += 1
         elif outcome == "late":
@@ -86,6 +114,37 @@ class Counters:
     def lookups(self) -> int:
         """Of all layers and results."""
         return sum(self.hits) + sum(self.late) + sum(self.misses)
+
+
+class Stalls:
+    """Time in which the running step stood still because an expert's bytes were missing. Seconds."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[StallCause, float] = dict.fromkeys(get_args(StallCause), 0.0)
+        self._before: dict[StallCause, float] = dict(self._seconds)
+        self._steps = {cause: Histogram(STALL_BOUNDS_S) for cause in self._seconds}
+
+    @property
+    def total_s(self) -> float:
+        """Of all causes, since start."""
+        return sum(self._seconds.values())
+
+    def by_cause(self) -> Mapping[StallCause, float]:
+        return dict(self._seconds)
+
+    def by_step(self) -> Mapping[StallCause, HistogramData]:
+        """How long steps stood still; steps that did not are not counted."""
+        return {cause: histogram.data() for cause, histogram in self._steps.items()}
+
+    def add(self, cause: StallCause, seconds: float) -> None:
+        self._seconds[cause] += seconds
+
+    def end_step(self) -> None:
+        """What was added since the last call belongs to one step."""
+        for cause, seconds in self._seconds.items():
+            if seconds > self._before[cause]:
+                self._steps[cause].add(seconds - self._before[cause])
+        self._before = dict(self._seconds)
 
 
 def slots_needed(record_bytes: Sequence[int], budget_bytes: int) -> int:

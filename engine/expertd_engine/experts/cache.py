@@ -7,10 +7,12 @@ connects the three and measures how long the step waited.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Generator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 
 from expertd_engine.errors import ExpertdError
+from expertd_engine.experts.accounting import Stalls
 from expertd_engine.experts.events import (
     Abort,
     Cancel,
@@ -35,9 +37,10 @@ from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.transfer import Transfers
 from expertd_engine.request import ExpertCounts
 
-LEASES_AHEAD = 4
-"""Leases asked for beyond the one computing. Few, because each takes a slot from the experts that could stay: on a
-cycle over 480 experts with 120 slots, 4 gives 24 % hits, a whole layer of 16 gives 22 %."""
+MIN_WINDOW = 5
+WINDOW_SHARE = 8
+"""A layer asks at once for an eighth of the slots at most, or `MIN_WINDOW`: each lease takes a slot from the experts
+that could stay. On a cycle over 480 experts with 120 slots, 5 give 24 % hits, a whole layer of 16 gives 22 %."""
 
 
 class ExpertUnavailableError(ExpertdError):
@@ -46,14 +49,95 @@ class ExpertUnavailableError(ExpertdError):
 
 @dataclass(slots=True)
 class _Lease:
-    expert: ExpertId
     lease_id: int
-    slot: int | None = None
-    denied: str | None = None
+    index: int
+    """Place among the experts that the layer asked for."""
+    expert: ExpertId
+    layer: LayerLeases
+    slot: int = -1
+
+
+class LayerLeases:
+    """One layer's leases: asked for in ascending order, a window at a time, given as they are granted.
+
+    A context manager: every lease ends with the block, whatever ends it.
+    """
+
+    def __init__(
+        self,
+        cache: ExpertCache,
+        experts: Sequence[ExpertId],
+        pairs: Sequence[int],
+        scanned: Container[int],
+        hints: tuple[Hint, ...],
+    ) -> None:
+        self._cache = cache
+        self._experts = experts
+        self._pairs = pairs
+        self._scanned = scanned
+        self._hints = hints
+        self._open: dict[int, _Lease] = {}
+        """By index."""
+        self._asked = 0
+        self.granted: list[_Lease] = []
+        """Not yet taken."""
+        self.failure: ExpertUnavailableError | None = None
+
+    def __enter__(self) -> LayerLeases:
+        self._cache.handle(self._demands())
+        self._cache.pulse()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._open:
+            self._cache.abort(self._open.values())
+
+    def take(self) -> list[tuple[int, int]]:
+        """`(index, slot)` of all that was granted since the last call, ascending by index, waiting for at least one.
+
+        A slot holds the record of `experts[index]` until `release`. Raises ExpertUnavailableError.
+        """
+        self._cache.pump()
+        while not self.granted and self.failure is None:
+            self._cache.wait()
+        if self.failure is not None:
+            raise self.failure
+        taken = sorted((lease.index, lease.slot) for lease in self.granted)
+        self.granted.clear()
+        return taken
+
+    def release(self, indices: Iterable[int]) -> None:
+        """The step has done with these taken ones; the next of the layer's experts are asked for."""
+        ended = [self._open.pop(index).lease_id for index in indices]
+        self._cache.forget(ended)
+        self._cache.handle([*map(Release, ended), *self._demands()])
+
+    def denied(self, lease: _Lease, reason: str) -> None:
+        """The ledger has ended the lease."""
+        del self._open[lease.index]
+        layer, expert = lease.expert
+        self.failure = ExpertUnavailableError(f"expert {expert} of MoE layer {layer} cannot be loaded: {reason}")
+
+    def _demands(self) -> list[Event]:
+        stop = min(len(self._experts), self._asked + self._cache.window - len(self._open))
+        events: list[Event] = []
+        for index in range(self._asked, stop):
+            expert = self._experts[index]
+            demand = self._cache.demand(expert, scan=expert.expert in self._scanned, pairs=self._pairs[index])
+            lease = self._open[index] = _Lease(demand.lease_id, index, expert, self)
+            self._cache.remember(lease)
+            events.append(demand)
+            self._asked += 1
+        if self._asked == len(self._experts) and self._hints:
+            events.append(Predict(self._hints))
+            self._hints = ()
+        return events
 
 
 class ExpertCache:
-    """Leases experts to the running step, in the order asked, a few at a time.
+    """Leases experts to the running step, layer by layer.
 
     `record_bytes[layer]` is the length of a record of that MoE layer in bytes.
     """
@@ -64,9 +148,9 @@ class ExpertCache:
         self.ledger = ledger
         self.transfers = transfers
         self.lookahead = lookahead
-        self.stall_s = 0.0
+        self.stalls = Stalls()
         self.pulse: Callable[[], None] = _no_pulse
-        """Called before each layer's leases: a step that loads many experts can take minutes, and says so by this."""
+        """Called once each layer has asked: a step that loads many experts can take minutes, and says so by this."""
         self._slab = slab
         self._record_bytes = record_bytes
         self._experts_per_layer = max(ledger.experts_per_layer)
@@ -82,98 +166,90 @@ class ExpertCache:
         """A new step over these tokens begins: tell the ledger what is foreseen."""
         self._step += 1
         self._began = self._totals()
-        self._predict(tuple(self.lookahead.begin_step(self._step, token_ids)))
+        hints = tuple(self.lookahead.begin_step(self._step, token_ids))
+        if hints:
+            self.handle([Predict(hints)])
 
     def end_step(self) -> ExpertCounts:
         """The step has ended (well or not): drop stale hints, return what it met."""
-        self._handle(Tick((self._step + 1) * self._period))
+        self.handle([Tick((self._step + 1) * self._period)])
+        self.stalls.end_step()
         return self._totals() - self._began
 
-    def lease_each(
-        self, layer: int, experts: Sequence[int], *, scanned: Container[int] = ()
-    ) -> Generator[tuple[int, int]]:
-        """Yield `(expert, slot)` for each of `experts` (ascending), leased while the consumer works on it.
+    def lease(
+        self, layer: int, experts: Sequence[int], *, pairs: Sequence[int] = (), scanned: Container[int] = ()
+    ) -> LayerLeases:
+        """Leases on `experts` (ascending) of a layer, for a `with` block.
 
-        `scanned`: those that prompt tokens alone ask for (law 5). Raises ExpertUnavailableError. Close the generator
-        when done: every lease ends with it, whatever ends it.
+        `pairs`: how many (token, choice) pairs chose each; by default one. `scanned`: those that prompt tokens alone ask
+        for (law 5).
         """
-        self.pulse()
-        foreseen = tuple(self.lookahead.routed(self._step, layer, experts))
-        outstanding: list[_Lease] = []
-        asked = 0
-        try:
-            for index, expert in enumerate(experts):
-                while asked < min(len(experts), index + 1 + LEASES_AHEAD):
-                    outstanding.append(self._demand(ExpertId(layer, experts[asked]), experts[asked] in scanned))
-                    asked += 1
-                if asked == len(experts) and foreseen:
-                    self._predict(foreseen)
-                    foreseen = ()
-                yield expert, self._wait(outstanding[0])
-                lease = outstanding.pop(0)
-                del self._leases[lease.lease_id]
-                self._handle(Release(lease.lease_id))
-        finally:
-            if outstanding:
-                self._abort(outstanding)
+        hints = tuple(self.lookahead.routed(self._step, layer, experts))
+        asked = [ExpertId(layer, expert) for expert in experts]
+        return LayerLeases(self, asked, pairs or [1] * len(asked), scanned, hints)
 
     def set_budget(self, budget_bytes: int) -> None:
         """Change the expert budget. Raises BudgetError below the minimum; then nothing changes."""
-        self._handle(SetBudget(budget_bytes))
+        self.handle([SetBudget(budget_bytes)])
 
     def pump(self) -> None:
         """Take in all completions at hand, without waiting."""
+        done: list[Event] = []
         while not self.transfers.completions.empty():
-            self._handle(self.transfers.completions.get())
+            done.append(self.transfers.completions.get())
+        if done:
+            self.handle(done)
+
+    def wait(self) -> None:
+        """Wait for one completion: the step cannot go on without."""
+        cause, began = self.ledger.stall_cause(), time.perf_counter()
+        completion = self.transfers.completions.get()
+        self.stalls.add(cause, time.perf_counter() - began)
+        self.handle([completion])
 
     def close(self) -> None:
         self.transfers.close()
 
-    # ------------------------------------------------------------ leases
+    # ------------------------------------------------------------ what a layer's leases call
 
-    def _demand(self, expert: ExpertId, scan: bool) -> _Lease:
+    @property
+    def window(self) -> int:
+        """Leases that a layer may hold at once."""
+        return max(MIN_WINDOW, self.ledger.budget_bytes // max(self._record_bytes) // WINDOW_SHARE)
+
+    def demand(self, expert: ExpertId, *, scan: bool, pairs: int) -> Demand:
+        """A demand under a new lease, not yet handled."""
         self._next_lease += 1
-        lease = self._leases[self._next_lease] = _Lease(expert, self._next_lease)
         position = self._step * self._period + expert.layer * self._experts_per_layer + expert.expert
-        self._handle(
-            Demand(lease.lease_id, expert, position, next_use=self.lookahead.next_use(expert, position), scan=scan)
-        )
-        return lease
+        next_use = self.lookahead.next_use(expert, position)
+        return Demand(self._next_lease, expert, position, next_use, scan, pairs)
 
-    def _wait(self, lease: _Lease) -> int:
-        self.pump()
-        began = time.perf_counter()
-        while (slot := lease.slot) is None:
-            if lease.denied is not None:
-                layer, expert = lease.expert
-                raise ExpertUnavailableError(f"expert {expert} of MoE layer {layer} cannot be loaded: {lease.denied}")
-            self._handle(self.transfers.completions.get())
-            self.stall_s += time.perf_counter() - began
-            began = time.perf_counter()
-        return slot
+    def remember(self, lease: _Lease) -> None:
+        self._leases[lease.lease_id] = lease
 
-    def _abort(self, leases: Sequence[_Lease]) -> None:
-        live = [lease for lease in leases if lease.denied is None]
-        for lease in leases:
-            del self._leases[lease.lease_id]
-        self._handle(Abort(tuple(lease.lease_id for lease in live)))
+    def forget(self, lease_ids: Iterable[int]) -> None:
+        for lease_id in lease_ids:
+            del self._leases[lease_id]
 
-    # ------------------------------------------------------------ instructions
+    def abort(self, leases: Iterable[_Lease]) -> None:
+        """End leases in whatever state they are."""
+        ended = tuple(lease.lease_id for lease in leases)
+        self.forget(ended)
+        self.handle([Abort(ended)])
 
-    def _predict(self, hints: tuple[Hint, ...]) -> None:
-        if hints:
-            self._handle(Predict(hints))
-
-    def _handle(self, event: Event) -> None:
-        for instruction in self.ledger.handle(event):
+    def handle(self, events: Sequence[Event]) -> None:
+        """Tell the ledger, and do as it says."""
+        for instruction in self.ledger.handle_all(events):
             self._execute(instruction)
 
     def _execute(self, instruction: Instruction) -> None:
         match instruction:
+            case Granted(lease_id, _, slot):
+                lease = self._leases[lease_id]
+                lease.slot = slot
+                lease.layer.granted.append(lease)
             case Load(_, expert, slot, _):
                 self.transfers.submit(instruction, self._slab.view(slot, self._record_bytes[expert.layer]))
-            case Granted(lease_id, _, slot):
-                self._leases[lease_id].slot = slot
             case Drop(slot, keep_bytes):
                 self._slab.drop(slot, keep_bytes)
             case Promote(load_id):
@@ -181,7 +257,8 @@ class ExpertCache:
             case Cancel(load_id):
                 self.transfers.cancel(load_id)
             case Denied(lease_id, _, reason):
-                self._leases[lease_id].denied = reason
+                lease = self._leases.pop(lease_id)
+                lease.layer.denied(lease, reason)
 
     def _totals(self) -> ExpertCounts:
         counters = self.ledger.counters
@@ -190,7 +267,7 @@ class ExpertCache:
             sum(counters.late),
             sum(counters.misses),
             counters.demand_bytes + counters.prefetch_bytes,
-            self.stall_s,
+            self.stalls.total_s,
         )
 
 

@@ -38,7 +38,8 @@ class Demand:
     """The current step needs `expert` and asks for a lease. Answered by `Granted`, now or after later events.
 
     Counts one lookup. `position` is this use; `next_use` the next known one after it (None: unknown). `scan` marks a
-    use by prompt tokens alone, which must not flush the decode working set (law 5).
+    use by prompt tokens alone, which must not flush the decode working set (law 5). `pairs` is how many (token, choice)
+    pairs the use serves.
     """
 
     lease_id: int
@@ -46,6 +47,7 @@ class Demand:
     position: int
     next_use: int | None = None
     scan: bool = False
+    pairs: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from expertd_engine.errors import BudgetError, ResourceError
-from expertd_engine.experts.accounting import Counters, LedgerError
+from expertd_engine.experts.accounting import Counters, LedgerError, StallCause
 from expertd_engine.experts.events import (
     Abort,
     Cancelled,
@@ -42,6 +42,7 @@ from expertd_engine.experts.events import (
     Granted,
     Instruction,
     Loaded,
+    LookupResult,
     Predict,
     Priority,
     Release,
@@ -101,8 +102,16 @@ class Ledger:
         """Take in one event. Raises LedgerError for one that cannot be, BudgetError or ResourceError for a budget
         outside the allowed range; then nothing has changed.
         """
+        return self.handle_all((event,))
+
+    def handle_all(self, events: Iterable[Event]) -> list[Instruction]:
+        """Take in events that come together, such as a layer's demands: room is sought once, after the last of them.
+
+        Raises as `handle`; the events before the offending one have then been taken in.
+        """
         out = self._residency.out = []
-        self._handlers[type(event)](event)
+        for event in events:
+            self._handlers[type(event)](event)
         if self._cap != self.budget_bytes:
             self._follow_budget()
         if self._slots.occupied > self._cap:
@@ -145,6 +154,12 @@ class Ledger:
         """The most bytes ever charged at one instant."""
         return self._slots.peak
 
+    def stall_cause(self) -> StallCause:
+        """What a step that has to wait now is waiting for."""
+        loads = self._residency.loads.values()
+        read = any(record.leases and record.place is State.LOADING and not record.queued for record in loads)
+        return "disk_read" if read else "expert_wait"
+
     def residents_by_layer(self) -> list[int]:
         """Number of resident experts (leased ones included) of each MoE layer."""
         counts = [0] * len(self.experts_per_layer)
@@ -177,8 +192,9 @@ class Ledger:
         self._leases[event.lease_id] = record
         record.leases[event.lease_id] = None
         self._residency.story.tell(record.expert, "demanded by lease", event.lease_id)
+        foreseen = record.facts.next_use is not None and record.facts.next_use <= event.position
         self._foresight.use(record, event)
-        self._count_lookup(record)
+        self._count_lookup(record, event.pairs, foreseen)
         if record.queued:
             return
         if self._must_queue(record):
@@ -254,16 +270,16 @@ class Ledger:
 
     # ------------------------------------------------------------ leases
 
-    def _count_lookup(self, record: Record) -> None:
-        layer = record.expert.layer
+    def _count_lookup(self, record: Record, pairs: int, foreseen: bool) -> None:
         if record.place is State.RESIDENT:
-            self.counters.hits[layer] += 1
+            result: LookupResult = "hit"
             self._residency.settle_prefetch(record, "used")
         elif record.place is State.LOADING:
-            self.counters.late[layer] += 1
+            result = "late"
             self._residency.settle_prefetch(record, "late")
         else:
-            self.counters.misses[layer] += 1
+            result = "miss"
+        self.counters.count_lookup(record.expert.layer, result, pairs, foreseen)
 
     def _must_queue(self, record: Record) -> bool:
         """Whether a new demand has to wait in line: for its own room, or lest the first in line never gets any."""

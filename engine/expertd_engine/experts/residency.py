@@ -84,7 +84,7 @@ class Residency:
         """In flight, not doomed, held by no demand."""
         self.resident_bytes = self.idle_bytes = self.prefetching_bytes = self.doomed_bytes = 0
         layers = len(record_bytes)
-        self.counters = Counters([0] * layers, [0] * layers, [0] * layers)
+        self.counters = Counters.of(layers)
         self.story = Story()
         self.out: list[Instruction] = []
         self._last_load = -1
@@ -162,7 +162,7 @@ class Residency:
         """If the record is a pending prefetch, this is what became of it."""
         if record.pending:
             record.pending = False
-            self.counters.end_prefetch(outcome)
+            self.counters.end_prefetch(outcome, record.nbytes)
 
     def _leave_prefetching(self, record: Record) -> None:
         del self.prefetching[record.expert]

@@ -8,38 +8,64 @@
                             as the checkpoint has them
 
 One record is one contiguous, aligned read that lands in a slot as the kernels read it: no parsing, no repacking.
-Its tensors are the slices `parameter[e]` of the experts module's parameters, in the module's own orientation.
+Its tensors are the same for every family: `gate_proj` `[I, H]` (absent where experts have no gate), `up_proj` `[I, H]`,
+`down_proj` `[H, I]`, and `NAME_bias` (float32) where the family has biases; each multiplies as y = W x + bias. What the
+family has as one interleaved or transposed parameter is taken apart when the store is made.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import msgspec
 
-FORMAT_VERSION = 1
+from expertd_engine.kernels.formats import QUANTISED, packed_bytes
+
+FORMAT_VERSION = 2
 INDEX_NAME = "store.json"
 RECORDS_NAME = "experts.bin"
 DENSE_NAME = "dense.safetensors"
 ALIGNMENT = 4096
 """Bytes. Offset and length of direct reads, and slots, are multiples of it."""
 
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a stored tensor; `dtype` as in `TensorSpec`. ValueError for a quantised one that is no matrix."""
+    if dtype not in QUANTISED:
+        return _ITEM_BYTES[dtype] * math.prod(shape)
+    rows, cols = shape
+    return packed_bytes(dtype, rows, cols)
+
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One tensor inside a record. `offset` is in bytes from the record's start, a multiple of 64."""
 
     name: str
-    """Name of the experts module's parameter, such as `gate_up_proj`."""
+    """`gate_proj`, `up_proj`, `down_proj`, or one of these and `_bias`."""
     dtype: str
-    """`float32` or `bfloat16`; other formats join by name."""
+    """`float32`, `bfloat16`, or a quantised format of `kernels.formats`."""
     shape: list[int]
-    """Shape of one expert's slice, without the leading expert dimension."""
+    """In weights, padding of quantised formats left out."""
     offset: int
 
 
-class RecordLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the bytes of one record are to be read. `format` names the kernel's layout: an open set."""
+class QuantisedTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A dense weight that lies in dense.safetensors as bytes (U8, one dimension) in a quantised format."""
 
     format: str
-    """`float32` or `bf16` now; `int8`, `int4`, `int4s` join."""
+    """One of `kernels.formats.QUANTISED`."""
+    shape: list[int]
+    """`[N, K]` in weights, padding left out."""
+
+
+class RecordLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the bytes of one record are to be read."""
+
+    format: str
+    """What the user calls the matrices' format: `float32`, `bf16`, `int8`, `int4` or `int4s`."""
     bytes: int
     """Length of a record, padding included: a multiple of `ALIGNMENT`."""
     tensors: list[TensorSpec]
@@ -78,7 +104,9 @@ class StoreIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     architecture: str
     """Class in transformers that builds the model."""
     dense_dtype: str
-    """`float32` or `bf16`: what the model computes in."""
+    """`float32` or `bf16`: what the model computes in, and what is not quantised is stored in."""
+    dense_format: str
+    """Format of the dense matrices; those that are quantised stand in `quantised`, the others are `dense_dtype`."""
     experts_format: str
     top_k: int
     layouts: list[RecordLayout]
@@ -86,6 +114,8 @@ class StoreIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """In the order the forward pass meets them."""
     router_kind: str | None
     """One of `model.router.RouterKind`, or None: exact mode without prediction only."""
+    quantised: dict[str, QuantisedTensor]
+    """By name in dense.safetensors: transformers' name of the weight."""
     files: dict[str, FileEntry]
     created_by: str
     """`expertd X, transformers Y, torch Z`."""

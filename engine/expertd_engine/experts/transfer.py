@@ -42,15 +42,40 @@ class _Job:
     buffer: memoryview
 
 
+class Completions:
+    """What the threads have to say to the engine thread, in order.
+
+    `read_bytes` are those of the loads it has been told of, so that the sum agrees with the ledger's own between any two
+    events.
+    """
+
+    def __init__(self) -> None:
+        self.read_bytes = 0
+        self._queue: SimpleQueue[tuple[Completion, int]] = SimpleQueue()
+
+    def put(self, completion: Completion, read_bytes: int = 0) -> None:
+        self._queue.put((completion, read_bytes))
+
+    def get(self, timeout: float | None = None) -> Completion:
+        """The next, waiting for one. Raises queue.Empty after `timeout` seconds."""
+        completion, read_bytes = self._queue.get(timeout=timeout)
+        self.read_bytes += read_bytes
+        return completion
+
+    def empty(self) -> bool:
+        return self._queue.empty()
+
+
 class Transfers:
     """A pool of `threads` reader threads behind two queues."""
 
     def __init__(self, reader: RecordReader, threads: int) -> None:
-        self.completions: SimpleQueue[Completion] = SimpleQueue()
+        self.completions = Completions()
         self.stats = TransferStats()
         self._reader = reader
         self._condition = threading.Condition()
         self._queues: dict[Priority, deque[_Job]] = {Priority.DEMAND: deque(), Priority.PREFETCH: deque()}
+        self._reading = 0
         self._closed = False
         self._threads = [threading.Thread(target=self._work, name=f"transfer-{i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
@@ -75,6 +100,11 @@ class Transfers:
         if job is not None:
             self.completions.put(Cancelled(load_id))
 
+    def depth(self) -> int:
+        """Loads that wait for a thread or are in one."""
+        with self._condition:
+            return self._reading + sum(map(len, self._queues.values()))
+
     def close(self) -> None:
         """Stop the threads after the loads they are in; queued ones are forgotten."""
         with self._condition:
@@ -96,6 +126,7 @@ class Transfers:
             while not self._closed:
                 for priority in Priority:
                     if self._queues[priority]:
+                        self._reading += 1
                         return self._queues[priority].popleft()
                 self._condition.wait()
         return None
@@ -110,9 +141,10 @@ class Transfers:
             except Exception as error:  # a thread's loop top: a thread that dies leaves the engine waiting for ever
                 completion = Failed(job.load.load_id, f"{type(error).__name__}: {error}")
             self._count(time.perf_counter() - began)
-            self.completions.put(completion)
+            self.completions.put(completion, len(job.buffer) if isinstance(completion, Loaded) else 0)
 
     def _count(self, seconds: float) -> None:
         with self._condition:
+            self._reading -= 1
             self.stats.busy_s += seconds
             self.stats.latency_counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1

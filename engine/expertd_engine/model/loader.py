@@ -23,7 +23,8 @@ from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import DENSE_NAME
 from expertd_engine.families import DTYPES, Model, build_meta_model, find_experts, load_config
 from expertd_engine.model.attention import ATTENTION_NAME, paged_attention
-from expertd_engine.model.moe import EXPERTS_NAME, MoELayer, SlotViews, experts_function
+from expertd_engine.model.expert_torch import SlotViews, TorchExperts
+from expertd_engine.model.moe import EXPERTS_NAME, MoELayer, experts_function
 from expertd_engine.model.numerics import make_invariant
 from expertd_engine.model.router import RouterKind
 
@@ -84,8 +85,9 @@ def load_model(store: ExpertStore) -> LoadedModel:
 
 def attach_experts(loaded: LoadedModel, store: ExpertStore, views: SlotViews) -> list[MoELayer]:
     """Give every experts module its layer over `views`; replaces what an earlier call attached."""
-    layers = [MoELayer(i, entry.layout, views) for i, entry in enumerate(store.index.layers)]
-    for module, layer in zip(loaded.moe_modules, layers, strict=True):
+    layers = []
+    for i, (module, entry) in enumerate(zip(loaded.moe_modules, store.index.layers, strict=True)):
+        layers.append(layer := MoELayer(i, TorchExperts(module, views, entry.layout)))
         module.expertd_layer = layer  # type: ignore[assignment]  # a plain attribute, not a submodule
     return layers
 

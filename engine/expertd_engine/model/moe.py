@@ -6,115 +6,205 @@ experts arrive, so that a token's sum never depends on budget, policy, prefetch 
 
 from __future__ import annotations
 
-from collections.abc import Container, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
-from typing import Protocol
+from collections.abc import Container, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol, TypeAlias
 
+import numpy as np
 import torch
-from torch.nn.functional import linear
-
-from expertd_engine.experts.store_format import RecordLayout
+from numpy.typing import NDArray
 
 EXPERTS_NAME = "expertd"
 
-ROW_MULTIPLE = 4
-"""Matrix products give other bits for fewer rows than four and, in float32, for the last `rows mod 4`; in bfloat16 only
-now and then (one number in ten thousand at 576 × 1536, in a batch of one). So rows are padded to a multiple of four."""
+FEW_ROWS = 32
+"""Up to this many rows a layer computes experts in the order they arrive, keeping every (token, choice) partial until
+the sum; above, in ascending order, where partials would take more memory than the waiting saves."""
 
-TENSOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Int32s: TypeAlias = NDArray[np.int32]
+Floats: TypeAlias = NDArray[np.float32]
+
+
+class Leases(Protocol):
+    """What a layer holds while it computes; `experts.cache.LayerLeases` says more."""
+
+    def take(self) -> list[tuple[int, int]]:
+        """`(index, slot)` of what has been granted, ascending; waits for at least one."""
+        ...
+
+    def release(self, indices: Iterable[int]) -> None:
+        """The layer has done with these."""
+        ...
 
 
 class LeaseSource(Protocol):
     """Where a layer gets its experts from: the expert cache, or one stand-in record while the box is measured."""
 
-    def lease_each(
-        self, layer: int, experts: Sequence[int], *, scanned: Container[int] = ()
-    ) -> Generator[tuple[int, int]]:
-        """Yield `(expert, slot)` in the order of `experts`; the slot holds the record until the next iteration."""
+    def lease(
+        self, layer: int, experts: Sequence[int], *, pairs: Sequence[int], scanned: Container[int] = ()
+    ) -> AbstractContextManager[Leases]:
+        """Leases on `experts` (ascending) for the block; `pairs` (token, choice) pairs chose each."""
         ...
 
 
-class SlotViews:
-    """Tensors over slots, made once per (slot, layout) and kept: they are addresses, not copies."""
+class RouteSource(Protocol):
+    """Chooses experts in the place of the model's routers, for measurements on generated or recorded routes."""
 
-    def __init__(self, slab: memoryview, slot_bytes: int, layouts: Sequence[RecordLayout]) -> None:
-        self._slab = slab
-        self._slot_bytes = slot_bytes
-        self._layouts = layouts
-        self._views: dict[tuple[int, int], Mapping[str, torch.Tensor]] = {}
+    def route(self, layer: int, num_rows: int) -> NDArray[np.int64]:
+        """Expert ids `[num_rows, K]`, distinct in each row, for the rows of the running step at MoE layer `layer`."""
+        ...
 
-    def get(self, slot: int, layout: int) -> Mapping[str, torch.Tensor]:
-        """The record's tensors by parameter name."""
-        key = (slot, layout)
-        if key not in self._views:
-            self._views[key] = {
-                spec.name: torch.frombuffer(
-                    self._slab,
-                    dtype=TENSOR_DTYPES[spec.dtype],
-                    count=_product(spec.shape),
-                    offset=slot * self._slot_bytes + spec.offset,
-                ).view(spec.shape)
-                for spec in self._layouts[layout].tensors
-            }
-        return self._views[key]
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The (token, choice) pairs of a layer, or of some of its experts, by ascending expert, then row.
+
+    Pairs `begin[i]:begin[i + 1]` chose `experts[i]`.
+    """
+
+    experts: list[int]
+    begin: list[int]
+    rows: Int32s
+    weights: Floats
+
+    @classmethod
+    def of(cls, top_k_index: NDArray[np.int64], top_k_weights: Floats) -> Pairs:
+        """`[T, K]` each."""
+        top_k = top_k_index.shape[1]
+        flat = top_k_index.reshape(-1)
+        order = flat.argsort(kind="stable")
+        chosen = flat[order]
+        first = np.flatnonzero(np.r_[True, chosen[1:] != chosen[:-1]]) if len(flat) else np.zeros(0, np.int64)
+        rows = (order // top_k).astype(np.int32)
+        weights = np.ascontiguousarray(top_k_weights.reshape(-1)[order], np.float32)
+        return cls(chosen[first].tolist(), [*first.tolist(), len(flat)], rows, weights)
+
+    def counts(self) -> list[int]:
+        """How many chose each expert."""
+        return [last - first for first, last in pairwise(self.begin)]
+
+    def select(self, indices: Sequence[int]) -> tuple[Pairs, NDArray[np.int64]]:
+        """The pairs of `experts[i]` for i in `indices` (ascending), and where each stands among all pairs."""
+        spans = [(self.begin[i], self.begin[i + 1]) for i in indices]
+        places = np.concatenate([np.arange(first, last) for first, last in spans])
+        begin = np.cumsum([0, *(last - first for first, last in spans)]).tolist()
+        return Pairs([self.experts[i] for i in indices], begin, self.rows[places], self.weights[places]), places
+
+
+class ExpertKernel(Protocol):
+    """Computes the experts of one layer from slots."""
+
+    compute_dtype: torch.dtype
+    """Of the rows it takes."""
+
+    def add(self, x: torch.Tensor, pairs: Pairs, slots: Sequence[int], out: torch.Tensor) -> None:
+        """Add the weighted results for `x` `[T, H]` to `out` (float32 `[T, H]`), expert after expert."""
+        ...
+
+    def partials(self, x: torch.Tensor, pairs: Pairs, slots: Sequence[int]) -> torch.Tensor:
+        """Each pair's weighted result, float32 `[P, H]`, as `add` would add it."""
+        ...
 
 
 class StepRoutes:
     """What the layers of the running step share: how many rows are real, and where experts come from."""
 
-    def __init__(self, num_rows: int, source: LeaseSource, *, decode_rows: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        source: LeaseSource,
+        *,
+        decode_rows: Sequence[int] | None = None,
+        routes: RouteSource | None = None,
+    ) -> None:
         self.num_rows = num_rows
         """Rows of the batch; what lies beyond is padding and reaches no expert."""
         self.source = source
-        self._decode_rows = None if decode_rows is None else torch.tensor(decode_rows, dtype=torch.long)
+        self.routes = routes
+        """Chooses experts in the router's place, for measurements on generated routes."""
+        self._decode_rows = None if decode_rows is None else np.array(decode_rows, np.int64)
         """Rows of decoding sequences; None: all are."""
         self.activations: dict[int, int] = {}
         """(token, choice) pairs by MoE layer."""
 
-    def scanned(self, experts: Iterable[int], top_k_index: torch.Tensor) -> Container[int]:
+    def scanned(self, experts: Iterable[int], top_k_index: NDArray[np.int64]) -> Container[int]:
         """Those of `experts` that prompt tokens alone chose: they must not flush the decode working set (law 5)."""
         if self._decode_rows is None:
             return ()
-        return set(experts).difference(top_k_index.index_select(0, self._decode_rows).flatten().tolist())
+        return set(experts).difference(top_k_index[self._decode_rows].reshape(-1).tolist())
 
 
 class MoELayer:
-    """One MoE layer's experts function. Hangs on the experts module as `expertd_layer`; `step` is set for each step."""
+    """One MoE layer's experts. Hangs on the experts module as `expertd_layer`; `step` is set for each step."""
 
-    def __init__(self, layer: int, layout: int, views: SlotViews) -> None:
+    def __init__(self, layer: int, kernel: ExpertKernel) -> None:
         self.layer = layer
-        self.layout = layout
-        self.views = views
+        self.kernel = kernel
         self.step: StepRoutes | None = None
 
-    def forward(
-        self, module: torch.nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """`hidden` `[T, H]`, `top_k_index` and `top_k_weights` `[T, K]` to the weighted sums `[T, H]`."""
-        step = self.step
-        assert step is not None, "an experts module ran outside a step"
-        num_rows, top_k = step.num_rows, top_k_index.shape[-1]
+    def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """`hidden` `[T, H]`, `top_k_index` and `top_k_weights` `[T, K]` to the weighted sums `[T, H]`, as the module
+        would give them; rows of padding get zeros.
+        """
+        assert self.step is not None, "an experts module ran outside a step"
+        rows = self.step.num_rows
         out = torch.zeros(hidden.shape, dtype=torch.float32)
-        pairs = top_k_index[:num_rows].flatten()
-        order = pairs.argsort(stable=True)
-        experts, counts = (t.tolist() for t in pairs.unique(return_counts=True))
-        step.activations[self.layer] = len(pairs)
-        weights = top_k_weights[:num_rows].flatten().float().index_select(0, order).unsqueeze(1)
-        rows = order // top_k
-        begin = 0
-        scanned = step.scanned(experts, top_k_index)
-        with closing(step.source.lease_each(self.layer, experts, scanned=scanned)) as leased:
-            for (_, slot), count in zip(leased, counts, strict=True):
-                mine = slice(begin, begin + count)
-                begin += count
-                record = self.views.get(slot, self.layout)
-                if count == num_rows:  # every token chose it, in order: no copy of the rows
-                    partial = expert_ffn(module, record, hidden[:num_rows])
-                    out[:num_rows] += partial.mul_(weights[mine])
-                else:
-                    partial = expert_ffn(module, record, hidden.index_select(0, rows[mine]))
-                    out.index_add_(0, rows[mine], partial.mul_(weights[mine]))
+        self.compute(hidden[:rows], top_k_index[:rows], top_k_weights[:rows].float(), out[:rows])
         return out.to(hidden.dtype)
+
+    def compute(
+        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Add the weighted sums to `out` (float32 `[T, H]`). Every row of `hidden` is real."""
+        step = self.step
+        assert step is not None, "a layer ran outside a step"
+        chosen: NDArray[np.int64] = top_k_index.numpy()
+        if step.routes is not None:
+            chosen = step.routes.route(self.layer, len(chosen))
+        pairs = Pairs.of(chosen, top_k_weights.numpy())
+        step.activations[self.layer] = len(pairs.rows)
+        x = hidden.to(self.kernel.compute_dtype).contiguous()
+        scanned = step.scanned(pairs.experts, chosen)
+        with step.source.lease(self.layer, pairs.experts, pairs=pairs.counts(), scanned=scanned) as leases:
+            if len(x) <= FEW_ROWS:
+                self._as_they_come(x, pairs, leases, out)
+            else:
+                self._in_order(x, pairs, leases, out)
+
+    def _in_order(self, x: torch.Tensor, pairs: Pairs, leases: Leases, out: torch.Tensor) -> None:
+        at_hand: dict[int, int] = {}
+        following = 0
+        while following < len(pairs.experts):
+            at_hand.update(leases.take())
+            ready = []
+            while following in at_hand:
+                ready.append(following)
+                following += 1
+            if ready:
+                self.kernel.add(x, pairs.select(ready)[0], [at_hand.pop(i) for i in ready], out)
+                leases.release(ready)
+
+    def _as_they_come(self, x: torch.Tensor, pairs: Pairs, leases: Leases, out: torch.Tensor) -> None:
+        taken = leases.take()
+        if len(taken) == len(pairs.experts):
+            self.kernel.add(x, pairs, [slot for _, slot in taken], out)
+            leases.release(range(len(taken)))
+            return
+        partials = torch.empty(len(pairs.rows), out.shape[1])
+        missing = len(pairs.experts)
+        while True:
+            ready = [index for index, _ in taken]
+            selected, places = pairs.select(ready)
+            partials[torch.from_numpy(places)] = self.kernel.partials(x, selected, [slot for _, slot in taken])
+            leases.release(ready)
+            missing -= len(ready)
+            if not missing:
+                break
+            taken = leases.take()
+        order = torch.from_numpy(pairs.rows.argsort(kind="stable")).view(len(x), -1)
+        for choice in order.T:  # each row's pairs by ascending expert
+            out += partials[choice]
 
 
 def experts_function(
@@ -122,39 +212,4 @@ def experts_function(
 ) -> torch.Tensor:
     """What is registered in `ExpertsInterface` under `EXPERTS_NAME`: shapes as `MoELayer.forward`."""
     layer: MoELayer = module.expertd_layer  # type: ignore[assignment]  # a plain attribute, put there by the loader
-    return layer.forward(module, hidden, top_k_index, top_k_weights)
-
-
-def expert_ffn(module: torch.nn.Module, record: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """One expert on `x` `[N, H]`: the same operations as transformers' eager experts, returned in float32 `[N, H]`.
-
-    The module's class says how its parameters lie (`has_gate`, `is_transposed`, `_apply_gate`;
-    `integrations/moe.py`), so no family is named here.
-    """
-    num_rows = len(x)
-    x = _pad_rows(x)
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _project(module, record, first, x)
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]  # untyped
-    result = _project(module, record, "down_proj", inner)[:num_rows]
-    if getattr(module, "has_post_expert_norm", False):  # transformers 5.17 has no such flag
-        result = module.post_expert_norm(result)  # type: ignore[operator]  # untyped
-    assert isinstance(result, torch.Tensor)
-    return result.float()
-
-
-def _project(module: torch.nn.Module, record: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-    weight = record[name]
-    return linear(x, weight.T if module.is_transposed else weight, record.get(f"{name}_bias"))
-
-
-def _pad_rows(x: torch.Tensor) -> torch.Tensor:
-    missing = -len(x) % ROW_MULTIPLE
-    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
-
-
-def _product(shape: Sequence[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
+    return layer.forward(hidden, top_k_index, top_k_weights)

@@ -1,6 +1,6 @@
 """What makes a token's activations the same bits in any batch on the CPU, where the libraries alone do not.
 
-Matrix products want rows in multiples of four (`moe.ROW_MULTIPLE`).
+Matrix products want rows in multiples of four (`ROW_MULTIPLE`).
 Elementwise functions are cut by the library into one share per thread, and the last, partial vector of a share goes
 through scalar code with other bits: so activations are applied to pieces that are whole vectors and are never cut.
 Of the functions that families call by themselves, outside an activation, the sigmoid in float32 is such a one.
@@ -15,6 +15,9 @@ import torch
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
+ROW_MULTIPLE = 4
+"""Matrix products give other bits for fewer rows than four and, in float32, for the last `rows mod 4`; in bfloat16 only
+now and then (one number in ten thousand at 576 × 1536, in a batch of one). So rows are padded to a multiple of four."""
 PIECE_ELEMENTS = 32_768
 """The library's grain size for elementwise CPU kernels: what is not larger runs on one thread, uncut."""
 VECTOR_ELEMENTS = 64

@@ -13,8 +13,8 @@ from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError
 from expertd_engine.messages import TokenLogprob
 from expertd_engine.model.attention import Attend, AttentionBatch, KVStorage, Span
 from expertd_engine.model.loader import LoadedModel
-from expertd_engine.model.moe import ROW_MULTIPLE, MoELayer, StepRoutes
-from expertd_engine.model.numerics import InvariantSigmoids
+from expertd_engine.model.moe import MoELayer, RouteSource, StepRoutes
+from expertd_engine.model.numerics import ROW_MULTIPLE, InvariantSigmoids
 from expertd_engine.model.sampler import NoTokenLeft, SampleRow, sample, token_logprob
 from expertd_engine.request import ConstraintFailed
 from expertd_engine.request import Sequence as EngineSequence
@@ -33,7 +33,7 @@ def forward(
 ) -> torch.Tensor:
     """Logits `[len(logit_rows), V]` in float32 for the flattened `token_ids` `[T]` at `positions` `[T]`.
 
-    Tokens and logit rows are padded to a multiple of four (see `moe.ROW_MULTIPLE`), in bfloat16 too: many families
+    Tokens and logit rows are padded to a multiple of four (see `numerics.ROW_MULTIPLE`), in bfloat16 too: many families
     compute their routers in float32 whatever the weights. The padding reaches neither experts nor keys and values.
     """
     for layer in layers:
@@ -53,18 +53,26 @@ def forward(
 class Runner:
     """The engine's `Forward`: owns nothing but the connections between model, KV storage and expert cache."""
 
-    def __init__(self, loaded: LoadedModel, layers: Sequence[MoELayer], storage: KVStorage, cache: ExpertCache) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        layers: Sequence[MoELayer],
+        storage: KVStorage,
+        cache: ExpertCache,
+        routes: RouteSource | None = None,
+    ) -> None:
         self.activations = [0] * len(layers)
         """(token, choice) pairs by MoE layer, since start."""
         self._loaded = loaded
         self._layers = layers
         self._storage = storage
         self._cache = cache
+        self._routes = routes
 
     def __call__(self, plan: StepPlan) -> StepResult:
         began = time.perf_counter()
         token_ids = [t for chunk in plan.chunks for t in chunk.sequence.tokens(chunk.start, chunk.stop)]
-        routes = StepRoutes(len(token_ids), self._cache, decode_rows=_decode_rows(plan))
+        routes = StepRoutes(len(token_ids), self._cache, decode_rows=_decode_rows(plan), routes=self._routes)
         self._cache.begin_step(token_ids)
         failure: StepFailed | None = None
         try:
@@ -75,7 +83,7 @@ class Runner:
         except (ExpertUnavailableError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
                 raise
-            failure = StepFailed([chunk.sequence.sequence_id for chunk in plan.chunks], str(error))
+            failure = StepFailed((), str(error) or "the box has no memory left for this step")
             failure.__cause__ = error
         experts = self._cache.end_step()
         if failure is not None:

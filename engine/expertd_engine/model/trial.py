@@ -5,17 +5,21 @@ Experts come from stand-in records of random numbers, so that a trial costs no r
 
 from __future__ import annotations
 
-from collections.abc import Container, Generator, Sequence
+from collections.abc import Container, Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.store import ExpertStore
+from expertd_engine.experts.store_format import TensorSpec
+from expertd_engine.kernels.formats import QUANTISED, STRIP_ROWS, quantise
 from expertd_engine.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
 from expertd_engine.messages import Sampling
 from expertd_engine.model.attention import AttentionBatch, KVStorage, LayerShape, ShapeRecorder, Span
+from expertd_engine.model.expert_torch import SlotViews
 from expertd_engine.model.loader import LoadedModel, attach_experts
-from expertd_engine.model.moe import MoELayer, SlotViews, StepRoutes
+from expertd_engine.model.moe import MoELayer, StepRoutes
 from expertd_engine.model.runner import forward
 from expertd_engine.model.sampler import SampleRow, sample
 from expertd_engine.scheduler import SchedulerLimits
@@ -35,15 +39,41 @@ class StandIns:
         self.views = SlotViews(slab.whole, slab.slot_bytes, layouts)
         self._slot_of_layer = [layer.layout for layer in store.index.layers]
         generator = torch.Generator().manual_seed(0)
-        for slot in range(len(layouts)):
-            for tensor in self.views.get(slot, slot).values():
-                tensor.normal_(0, 0.02, generator=generator)
+        for slot, layout in enumerate(layouts):
+            raw = self.views.raw(slot, slot)
+            for spec in layout.tensors:
+                _fill(raw[spec.name], spec, generator)
 
-    def lease_each(
-        self, layer: int, experts: Sequence[int], *, scanned: Container[int] = ()
-    ) -> Generator[tuple[int, int]]:
-        for expert in experts:
-            yield expert, self._slot_of_layer[layer]
+    def lease(
+        self, layer: int, experts: Sequence[int], *, pairs: Sequence[int], scanned: Container[int] = ()
+    ) -> _AllGranted:
+        return _AllGranted([(index, self._slot_of_layer[layer]) for index in range(len(experts))])
+
+
+class _AllGranted(AbstractContextManager["_AllGranted"]):
+    """Leases that are all there at once."""
+
+    def __init__(self, taken: list[tuple[int, int]]) -> None:
+        self._taken = taken
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def take(self) -> list[tuple[int, int]]:
+        return self._taken
+
+    def release(self, indices: Iterable[int]) -> None:
+        return None
+
+
+def _fill(tensor: torch.Tensor, spec: TensorSpec, generator: torch.Generator) -> None:
+    """Random weights; in a quantised tensor every strip is the first one over again."""
+    if spec.dtype not in QUANTISED:
+        tensor.normal_(0, 0.02, generator=generator)
+        return
+    strip = torch.empty(STRIP_ROWS, spec.shape[1]).normal_(0, 0.02, generator=generator)
+    packed = torch.from_numpy(quantise(strip.numpy(), spec.dtype))
+    tensor.view(-1, len(packed))[:] = packed
 
 
 class Trial:

@@ -1,0 +1,164 @@
+"""Feeds an engine generated routes, and what a noisy channel lets it foresee of them. Owns where each stream stands.
+
+`GeneratedRoutes` takes the place of the model's routers; `ChannelLookahead` is the engine's only view of what is still to
+come, and says nothing that its channel does not carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from expertd_engine.bench.channel import Channel
+from expertd_engine.bench.routing import Ids, Routing, RoutingShape
+from expertd_engine.experts.events import ExpertId, Hint
+from expertd_engine.experts.lookahead import Exactness, Lookahead
+
+_BLOCK_TOKENS = 256
+
+
+class _Stream:
+    """Routes and predictions of one stream, made in blocks before they are needed."""
+
+    def __init__(self, routing: Routing, channel: Channel | None, number: int, streams: int) -> None:
+        self._shape = routing.shape
+        self._source = routing.stream(number, streams)
+        self._channel = channel
+        self._noise = np.random.default_rng([routing.seed, 4, number])
+        self._routes: list[Ids] = []
+        self._predicted: list[Ids] = []
+        self.position = 0
+        """Tokens routed so far."""
+
+    def reserve(self, tokens: int) -> None:
+        """Have `tokens` more tokens ready, so that none is made while a step is timed."""
+        while len(self._routes) * _BLOCK_TOKENS < self.position + tokens:
+            self._routes.append(self._source.take(_BLOCK_TOKENS))
+            if self._channel is not None:
+                self._predicted.append(self._channel.predict(self._routes[-1], self._shape.experts, self._noise))
+
+    def routes(self, start: int, stop: int) -> Ids:
+        """`[stop - start, layers, top_k]`"""
+        self.reserve(stop - self.position)
+        return _between(self._routes, start, stop)
+
+    def predicted(self, start: int, stop: int) -> Ids:
+        """`[stop - start, layers, leads, top_k]`"""
+        self.reserve(stop - self.position)
+        return _between(self._predicted, start, stop)
+
+
+class GeneratedRoutes:
+    """A `RouteSource`: tokens of a step are, in order, the next ones of the streams that `begin_step` names."""
+
+    def __init__(self, routing: Routing, channel: Channel | None = None, streams: int = 1) -> None:
+        self.shape: RoutingShape = routing.shape
+        self._streams = [_Stream(routing, channel, number, streams) for number in range(streams)]
+        self._rows: list[tuple[int, int, int]] = []
+        """Stream, first and last + 1 token, in the order of rows."""
+        self._routes = np.empty((0, self.shape.layers, self.shape.top_k), np.int64)
+
+    def reserve(self, tokens: int) -> None:
+        """Have `tokens` more tokens of every stream ready."""
+        for stream in self._streams:
+            stream.reserve(tokens)
+
+    def begin_step(self, rows: Sequence[tuple[int, int]]) -> None:
+        """The step about to run has these rows: `(stream, tokens)` in order. Its streams move on by as many tokens."""
+        self._rows = []
+        for number, count in rows:
+            stream = self._streams[number]
+            self._rows.append((number, stream.position, stream.position + count))
+            stream.reserve(count)
+            stream.position += count
+        parts = [self._streams[number].routes(start, stop) for number, start, stop in self._rows]
+        self._routes = np.concatenate(parts)
+
+    def route(self, layer: int, num_rows: int) -> Ids:
+        """Expert ids `[num_rows, top_k]` for the running step. Raises ValueError for rows nobody announced."""
+        if num_rows != len(self._routes):
+            raise ValueError(f"the step has {num_rows} rows; {len(self._routes)} were announced")
+        return self._routes[:, layer]
+
+    def predicted(self, layer: int, lead: int, *, next_step: bool) -> Ids:
+        """What the channel gives, `lead` layers ahead, for `layer` of this step's tokens; or of the next token of each
+        of its streams. Distinct, ascending.
+        """
+        spans = [(number, stop, stop + 1) if next_step else (number, start, stop) for number, start, stop in self._rows]
+        parts = [self._streams[number].predicted(start, stop)[:, layer, lead - 1] for number, start, stop in spans]
+        return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
+
+
+class ChannelLookahead:
+    """A `Lookahead` on generated routes: after layer l has routed, hints for the layers that the channel reaches.
+
+    Past the last layer they go on with the first layers of each stream's next token. A hint is given once: at the lead
+    at which it is first made.
+    """
+
+    def __init__(self, source: GeneratedRoutes, channel: Channel) -> None:
+        self.exactness: Exactness = "exact" if channel.is_exact else "predicted"
+        self._source = source
+        self._leads = min(len(channel.recalls), source.shape.layers)
+        self._period = source.shape.layers * source.shape.experts
+        self._told: dict[int, set[int]] = {}
+        """Experts named so far, by the position at which their layer begins."""
+
+    def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
+        return ()
+
+    def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
+        shape = self._source.shape
+        hints: list[Hint] = []
+        now = self._begin_of(step, layer)
+        for passed in [begin for begin in self._told if begin <= now]:
+            del self._told[passed]
+        for lead in range(1, self._leads + 1):
+            ahead, target = divmod(layer + lead, shape.layers)
+            begin = self._begin_of(step + ahead, target)
+            told = self._told.setdefault(begin, set())
+            named = self._source.predicted(target, lead, next_step=bool(ahead)).tolist()
+            hints += [Hint(ExpertId(target, expert), begin + expert) for expert in named if expert not in told]
+            told.update(named)
+        return hints
+
+    def next_use(self, expert: ExpertId, after: int) -> int | None:
+        uses = (begin + expert.expert for begin, told in self._told.items() if expert.expert in told)
+        layer = expert.layer * self._source.shape.experts
+        return min((use for use in uses if use > after and use % self._period == layer + expert.expert), default=None)
+
+    def _begin_of(self, step: int, layer: int) -> int:
+        return step * self._period + layer * self._source.shape.experts
+
+
+class Recorder:
+    """A `Lookahead` that also keeps which experts each layer of each step asked for."""
+
+    def __init__(self, inner: Lookahead, layers: int) -> None:
+        self.exactness = inner.exactness
+        self.steps: list[Sequence[Sequence[int]]] = []
+        self._inner = inner
+        self._layers = layers
+        self._current: dict[int, Sequence[int]] = {}
+
+    def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
+        self._current = {}
+        return self._inner.begin_step(step, token_ids)
+
+    def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
+        self._current[layer] = experts
+        return self._inner.routed(step, layer, experts)
+
+    def next_use(self, expert: ExpertId, after: int) -> int | None:
+        return self._inner.next_use(expert, after)
+
+    def take_step(self) -> list[Sequence[int]]:
+        """The experts that the last step asked for, by layer."""
+        return [self._current.get(layer, ()) for layer in range(self._layers)]
+
+
+def _between(blocks: Sequence[Ids], start: int, stop: int) -> Ids:
+    first, last = start // _BLOCK_TOKENS, (stop - 1) // _BLOCK_TOKENS
+    joined = blocks[first] if first == last else np.concatenate(blocks[first : last + 1])
+    return joined[start - first * _BLOCK_TOKENS : stop - first * _BLOCK_TOKENS]

@@ -1,0 +1,76 @@
+"""Replays routes through an LRU cache: the yardstick for hit rates and transferred bytes. Pure.
+
+The cache is one for the whole model, its slots shared by all layers, as in the residency ledger. A lookup is one
+(expert, layer) of one step: tokens of a step that share an expert ask for it once. A step's layer is one event: what it
+hits is decided against the cache as it was before, then hits become the most recent, then misses come in; otherwise an
+expert could be evicted by a neighbour in the very event that uses it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Lookups:
+    """What a replay, or an engine, met."""
+
+    hits: int = 0
+    misses: int = 0
+
+    @property
+    def hit_ratio(self) -> float:
+        """Share of lookups that hit; 1 where there were none."""
+        total = self.hits + self.misses
+        return self.hits / total if total else 1.0
+
+
+class LRUReplay:
+    """An LRU cache of `slots` experts of any layer. Raises ValueError for less than one slot."""
+
+    def __init__(self, slots: int) -> None:
+        if slots < 1:
+            raise ValueError(f"{slots} slots are not enough to replay: give at least 1")
+        self._slots = slots
+        self._resident: OrderedDict[tuple[int, int], None] = OrderedDict()
+
+    def event(self, layer: int, experts: Iterable[int]) -> Lookups:
+        """One layer of one step asks for the distinct `experts`."""
+        resident = self._resident
+        missing = []
+        found = 0
+        for expert in experts:
+            key = (layer, expert)
+            if key in resident:
+                resident.move_to_end(key)
+                found += 1
+            else:
+                missing.append(key)
+        for key in missing:
+            if len(resident) >= self._slots:
+                resident.popitem(last=False)
+            resident[key] = None
+        return Lookups(found, len(missing))
+
+    def step(self, layers: Sequence[Iterable[int]]) -> Lookups:
+        """All layers of one step in order; `layers[l]` holds the distinct experts of layer l."""
+        total = Lookups()
+        for layer, experts in enumerate(layers):
+            event = self.event(layer, experts)
+            total.hits += event.hits
+            total.misses += event.misses
+        return total
+
+
+def lru_lookups(steps: Iterable[tuple[bool, Sequence[Iterable[int]]]], slots: int) -> Lookups:
+    """Replay `steps`, each `(counted, layers)`, from an empty cache; what the counted ones met."""
+    cache = LRUReplay(slots)
+    total = Lookups()
+    for counted, layers in steps:
+        met = cache.step(layers)
+        if counted:
+            total.hits += met.hits
+            total.misses += met.misses
+    return total

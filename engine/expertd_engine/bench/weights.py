@@ -1,0 +1,69 @@
+"""Random weights made directly in the bytes of a stored format, as fast as a disk takes them. numpy alone.
+
+Nothing is drawn as float and rounded: bits are random where the format has a sign, a mantissa or a step, and constant
+where it has a scale, so that weights lie around ±0.02, as after a model's initialisation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from expertd_engine.kernels.formats import GROUP_COLUMNS, QUANTISED, STRIP_ROWS, Bytes, packed_bytes, strip_bytes
+
+SCALE = 0.02
+"""Root mean square of the weights, about."""
+
+_PLAIN = {"bfloat16": (np.dtype("<u2"), 0x80FF, 0x3C00), "float32": (np.dtype("<u4"), 0x80FFFFFF, 0x3C000000)}
+"""Type of a number's bits, those that are random (sign, mantissa, lowest exponent bit), those that are set: ±2⁻⁷…2⁻⁵."""
+_STEP = {"int8": SCALE / 73.3, "int4": SCALE / 4.61, "int4s": SCALE / 4.61}
+"""Scale of a group: `SCALE` over the standard deviation of its evenly distributed steps."""
+_MIDDLE = 7.5
+
+
+def stored_bytes(dtype: str, rows: int, cols: int) -> int:
+    """Bytes of a `[rows, cols]` matrix stored as `dtype`: `float32`, `bfloat16` or a quantised format."""
+    return packed_bytes(dtype, rows, cols) if dtype in QUANTISED else rows * cols * _PLAIN[dtype][0].itemsize
+
+
+def random_matrix(dtype: str, rows: int, cols: int, rng: np.random.Generator) -> Bytes:
+    """A `[rows, cols]` matrix of random weights, `stored_bytes` long."""
+    return _quantised(dtype, rows, cols, rng) if dtype in QUANTISED else _plain(dtype, rows * cols, rng)
+
+
+def constant(dtype: str, count: int, value: float) -> Bytes:
+    """`count` equal numbers in a plain format."""
+    bits = np.float32(value).view("<u4")
+    kind = _PLAIN[dtype][0]
+    return np.full(count, bits >> 16 if kind.itemsize == 2 else bits, kind).view(np.uint8)
+
+
+def _plain(dtype: str, count: int, rng: np.random.Generator) -> Bytes:
+    kind, random_bits, set_bits = _PLAIN[dtype]
+    bits = _random_bytes(count * kind.itemsize, rng).view(kind)
+    bits &= kind.type(random_bits)
+    bits |= kind.type(set_bits)
+    return bits.view(np.uint8)
+
+
+def _quantised(dtype: str, rows: int, cols: int, rng: np.random.Generator) -> Bytes:
+    if cols % GROUP_COLUMNS:
+        raise ValueError(f"random {dtype} weights need columns in multiples of {GROUP_COLUMNS}, not {cols}")
+    groups = cols // GROUP_COLUMNS
+    strips = -(-rows // STRIP_ROWS)
+    packed = _random_bytes(packed_bytes(dtype, rows, cols), rng).reshape(strips, strip_bytes(dtype, cols))
+    data = groups * STRIP_ROWS * GROUP_COLUMNS // (1 if dtype == "int8" else 2)
+    if dtype == "int8":
+        np.maximum(packed[:, :data], 1, out=packed[:, :data])  # q is stored as q + 128 and never -128
+    packed[:, data:] = 0
+    real = np.arange(strips * STRIP_ROWS).reshape(strips, 1, STRIP_ROWS) < rows  # weights of padding rows are 0
+    scales = [_STEP[dtype]] if dtype != "int4" else [_STEP[dtype], -_MIDDLE * _STEP[dtype]]
+    for nth, value in enumerate(scales):
+        halves = np.broadcast_to(np.where(real, value, 0.0), (strips, groups, STRIP_ROWS)).astype("<f2")
+        begin = data + nth * groups * 2 * STRIP_ROWS
+        packed[:, begin : begin + groups * 2 * STRIP_ROWS] = halves.reshape(strips, -1).view(np.uint8)
+    return packed.reshape(-1)
+
+
+def _random_bytes(count: int, rng: np.random.Generator) -> Bytes:
+    words: Bytes = rng.integers(0, 2**64, -(-count // 8), dtype=np.uint64, endpoint=False).view(np.uint8)
+    return words[:count]

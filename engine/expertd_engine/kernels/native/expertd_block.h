@@ -1,0 +1,108 @@
+/* The C interface of one decoder layer: everything of a step but the routed experts.
+ *
+ * Activations are float32 from the embedding to the logits, whatever the weights are. The caller owns all memory named
+ * here and keeps it until the call returns. A layer's experts run between two calls: `expertd_block_forward` of layer l
+ * first adds what the experts of layer l - 1 gave, and ends with the routes of its own.
+ */
+#ifndef EXPERTD_BLOCK_H
+#define EXPERTD_BLOCK_H
+
+#include "expertd_kernels.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum expertd_norm_kind { EXPERTD_NORM_NONE = 0, EXPERTD_NORM_RMS = 1, EXPERTD_NORM_LAYER = 2 };
+
+/* HALVES rotates dimension i with i + rotary_dim / 2, PAIRS dimension 2i with 2i + 1. */
+enum expertd_rope { EXPERTD_ROPE_NONE = 0, EXPERTD_ROPE_HALVES = 1, EXPERTD_ROPE_PAIRS = 2 };
+
+/* How router logits become routes. Equal scores: the lower expert id first. DENSE: the layer has no routed experts.
+ * LOGITS: the caller selects. */
+enum expertd_selection {
+  EXPERTD_SELECT_DENSE = 0,
+  EXPERTD_SELECT_LOGITS = 1,
+  EXPERTD_SELECT_SOFTMAX = 2,        /* softmax over all experts, then the top_k */
+  EXPERTD_SELECT_SOFTMAX_SHARE = 3,  /* the same, and their weights scaled to sum to one */
+  EXPERTD_SELECT_TOPK_SOFTMAX = 4    /* top_k logits, then softmax over them */
+};
+
+typedef struct expertd_norm {
+  const float *weight; /* [n] or null */
+  const float *bias;   /* [n] or null; LAYER only */
+  int32_t kind;
+  int32_t length; /* n; for queries and keys either one head or the whole projection */
+  float eps;
+} expertd_norm;
+
+/* down(act(gate x) * up x); gate.data null: down(act(up x)). up.data null: there is none. */
+typedef struct expertd_ffn {
+  expertd_matrix gate, up, down;
+  int32_t activation;
+  float alpha;
+  float limit;
+} expertd_ffn;
+
+/* x = input_norm(h);  a = attention(x);  h += r * attention_norm(a);  y = ffn_norm(h);  f = ffn(y);
+ * h += r * output_norm(f). A norm of kind NONE is the identity. With `parallel`, y = x.
+ * f is the sum of the routed experts and of `ffn` (a dense layer's own, or what is shared by all tokens), which is
+ * multiplied by sigmoid(ffn_gate y) where that exists. */
+typedef struct expertd_block {
+  expertd_norm input_norm, attention_norm, ffn_norm, output_norm, query_norm, key_norm;
+  expertd_matrix query, key, value, output;
+  expertd_matrix attention_gate; /* a *= sigmoid(gate x) before `output`; data null: none */
+  expertd_matrix router;         /* [num_experts, hidden] */
+  expertd_matrix ffn_gate;       /* [1, hidden] or data null */
+  expertd_ffn ffn;
+  const float *cos; /* [positions, rotary_dim / 2]; sin likewise */
+  const float *sin;
+  const float *sinks; /* [heads] or null */
+  int64_t positions;
+  int64_t key_offset; /* bytes from a KV block's beginning to this layer's keys [kv_heads][key_dim][block_tokens] */
+  int64_t value_offset; /* to its values [kv_heads][block_tokens][value_dim] */
+  int64_t window; /* tokens a query sees, itself included; 0: all */
+  int32_t hidden, heads, kv_heads, key_dim, value_dim;
+  int32_t rope, rotary_dim;
+  int32_t norm_after_rope; /* whether query_norm and key_norm follow the rotation */
+  int32_t parallel;
+  int32_t num_experts, top_k, selection;
+  float clip; /* queries, keys and values are held within +-clip; 0: not */
+  float scale; /* of attention scores */
+  float residual_scale; /* r */
+} expertd_block;
+
+/* One step's tokens; `rows` of them, sequence after sequence. */
+typedef struct expertd_step {
+  int64_t rows;
+  const int64_t *positions; /* [rows] */
+  int64_t spans;
+  const int64_t *span_row;    /* [spans + 1]: rows of span s; its positions are consecutive */
+  const int64_t *span_table;  /* [spans]: where its block table begins in `tables` */
+  const int32_t *tables;
+  char *blocks; /* block 0, which is all zeros */
+  int64_t block_stride; /* bytes */
+  int32_t block_tokens; /* a multiple of 16 */
+  int32_t kv_format;    /* EXPERTD_F32 or EXPERTD_BF16 */
+  float *hidden;        /* [rows, hidden]: h */
+  float *normed;        /* [rows, hidden]: y, which the experts read */
+  float *added;         /* [rows, hidden]: what `ffn` gave */
+  float *logits;        /* [rows, num_experts] */
+  int64_t *experts;     /* [rows, top_k] */
+  float *weights;       /* [rows, top_k] */
+} expertd_step;
+
+/* One layer. `previous` (null for the first) is the layer before, whose `ffn` output still lies in `added`, and
+ * `routed` [rows, hidden] the sum of its experts (null if it has none). */
+EXPERTD_API int expertd_block_forward(expertd_pool *pool, const expertd_block *block, const expertd_block *previous,
+                                      const float *routed, const expertd_step *step);
+
+/* Ends layer `last`, then logits [count, head->rows] of `logit_rows` [count]: scale * head(norm(h)). */
+EXPERTD_API int expertd_block_logits(expertd_pool *pool, const expertd_block *last, const float *routed,
+                                     const expertd_step *step, const expertd_norm *norm, const expertd_matrix *head,
+                                     const int64_t *logit_rows, int64_t count, float scale, float *logits);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

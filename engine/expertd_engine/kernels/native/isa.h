@@ -1,0 +1,39 @@
+// What each instruction set provides, and which one is in use. All give the same bits.
+#pragma once
+
+#include <cstdint>
+
+namespace expertd {
+
+constexpr int kTile = 8;  // input rows that one strip kernel call takes at most
+
+// Multiplies one strip (16 rows, or `rows` < 16 at a float matrix's end) with `tokens` <= kTile input rows:
+// out[t * 16 + r] = sum_k W[r, k] * x_t[k]. Inputs are float rows, or rows of Group in the integer formats.
+using StripKernel = void (*)(const void* strip, int64_t cols, int rows, const void* const* inputs, int tokens,
+                             float* out);
+
+struct Activation {
+  int kind;  // expertd_activation
+  float alpha, limit;
+};
+
+struct Isa {
+  const char* name;
+  bool (*runs_here)();
+  StripKernel strip[5];  // by expertd_format
+  // One row of `cols` floats as groups; `factor`: correction_factor of the format that will read it.
+  void (*quantise)(const float* x, int64_t cols, int32_t factor, struct Group* out);
+  // gate[i] = activation(gate[i], up[i]) for n values; gate null: up[i] = activation(up[i]).
+  void (*activate)(const Activation& activation, float* gate, float* up, int64_t n);
+};
+
+const Isa& isa();  // in use; chosen at the first call
+
+extern const Isa kPortable;
+#if defined(__x86_64__)
+extern const Isa kAvx2, kAvx512;
+#elif defined(__aarch64__)
+extern const Isa kNeon;
+#endif
+
+}  // namespace expertd

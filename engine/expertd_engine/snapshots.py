@@ -1,0 +1,102 @@
+"""What the engine tells of itself: how steps went, all counters and gauges, where every expert is. Reads, never changes."""
+
+from __future__ import annotations
+
+from expertd_engine.core import Forward, StepResult
+from expertd_engine.experts.events import ExpertId
+from expertd_engine.experts.ledger import Ledger, State
+from expertd_engine.experts.transfer import LATENCY_BOUNDS_S
+from expertd_engine.histogram import Histogram
+from expertd_engine.memory import MemoryUse
+from expertd_engine.messages import ExpertMap, HistogramData, LayerLookups, Snapshot
+from expertd_engine.scheduler import StepPlan
+from expertd_engine.startup import Engine
+
+PHASES = ("prefill", "decode")
+STEP_BOUNDS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0)
+STEP_BOUNDS_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+LETTERS = {State.ABSENT: ".", State.LOADING: "o", State.DOOMED: "x", State.RESIDENT: "r", State.LEASED: "L"}
+
+
+class StepMeter:
+    """The engine's `Forward`: passes plans on and counts what they were."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.steps = dict.fromkeys(PHASES, 0)
+        self.seconds = {phase: Histogram(STEP_BOUNDS_S) for phase in PHASES}
+        self.tokens = {phase: Histogram(STEP_BOUNDS_TOKENS) for phase in PHASES}
+        self._forward = forward
+
+    def __call__(self, plan: StepPlan) -> StepResult:
+        result = self._forward(plan)
+        self.steps[plan.phase] += 1
+        self.seconds[plan.phase].add(result.duration_s)
+        self.tokens[plan.phase].add(plan.num_tokens)
+        return result
+
+
+def take_expert_map(engine: Engine) -> ExpertMap:
+    """Where every expert is now, in O(experts)."""
+    ledger = engine.cache.ledger
+    counts = enumerate(ledger.experts_per_layer)
+    return ExpertMap(["".join(LETTERS[ledger.state(ExpertId(layer, i))] for i in range(n)) for layer, n in counts])
+
+
+def take_snapshot(engine: Engine, meter: StepMeter, memory: MemoryUse, memory_shrinks: int, now: float) -> Snapshot:
+    """All counters and gauges as they are between two steps or, in a long one, between two layers."""
+    ledger, transfers, scheduler = engine.cache.ledger, engine.cache.transfers, engine.core.scheduler
+    counters, reads = ledger.counters, transfers.stats
+    return Snapshot(
+        time_s=now,
+        lookups=lookups_by_layer(ledger),
+        demand_loads=counters.demand_loads,
+        demand_bytes=counters.demand_bytes,
+        prefetch_loads=counters.prefetch_loads,
+        prefetch_bytes=counters.prefetch_bytes,
+        read_bytes=transfers.completions.read_bytes,
+        prefetch_issued=counters.prefetch_issued,
+        prefetch_used=counters.prefetch_used,
+        prefetch_late=counters.prefetch_late,
+        prefetch_wasted=counters.prefetch_wasted,
+        prefetch_cancelled=counters.prefetch_cancelled,
+        prefetch_pending=counters.prefetch_pending,
+        prefetch_outcome_bytes=dict(counters.prefetch_outcome_bytes),
+        load_queue=transfers.depth(),
+        load_seconds=reads.busy_s,
+        load_failures=counters.load_failures,
+        stall_seconds=dict(engine.cache.stalls.by_cause()),
+        step_stall_seconds=dict(engine.cache.stalls.by_step()),
+        evictions=dict(counters.evictions),
+        expert_budget_bytes=ledger.budget_bytes,
+        expert_limit_bytes=ledger.limit_bytes,
+        resident_bytes=ledger.resident_bytes,
+        loading_bytes=ledger.loading_bytes,
+        peak_expert_bytes=ledger.peak_bytes,
+        residents_by_layer=ledger.residents_by_layer(),
+        memory_used_bytes=memory.used_bytes,
+        memory_peak_bytes=memory.peak_bytes,
+        memory_source=memory.source,
+        memory_shrinks=memory_shrinks,
+        dense_bytes=engine.dense_bytes,
+        kv_capacity_bytes=engine.info.kv_bytes,
+        kv_used_bytes=engine.pool.used_blocks * engine.storage.block_bytes,
+        kv_cached_bytes=engine.pool.cached_blocks * engine.storage.block_bytes,
+        prefix_cache_queries=scheduler.prefixes.num_queried if scheduler.prefixes else 0,
+        prefix_cache_hits=scheduler.prefixes.num_hit if scheduler.prefixes else 0,
+        kv_cache_evictions=engine.pool.num_evictions,
+        running=scheduler.num_running,
+        waiting=scheduler.num_waiting,
+        preemptions=scheduler.num_preemptions,
+        steps=dict(meter.steps),
+        step_seconds={phase: seconds.data() for phase, seconds in meter.seconds.items()},
+        step_tokens={phase: tokens.data() for phase, tokens in meter.tokens.items()},
+        load_latency_seconds=HistogramData(list(LATENCY_BOUNDS_S), list(reads.latency_counts), reads.busy_s),
+    )
+
+
+def lookups_by_layer(ledger: Ledger) -> list[LayerLookups]:
+    counters = ledger.counters
+    activations = (counters.activations[result] for result in ("hit", "late", "miss"))
+    columns = zip(counters.hits, counters.late, counters.misses, counters.covered, *activations, strict=True)
+    return [LayerLookups(*column) for column in columns]
