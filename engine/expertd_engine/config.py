@@ -76,7 +76,7 @@ def _option(
 
 Policy = Literal["auto", "lru", "lfu", "next-use"]
 ToolParser = Literal["auto", "none", "hermes", "mistral", "json"]
-Dtype = Literal["auto", "float32", "bf16"]
+Dtype = Literal["auto", "float32", "bf16", "int8", "int4", "int4s"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -86,7 +86,8 @@ class Config:
 
     model: str = _option("demo", "store, checkpoint folder, GGUF file, hub id, or `demo`", group="model")
     served_model_name: str | None = _option(None, "name clients use; default: the model's own", group="model")
-    dtype: Dtype = _option("auto", "weights' format when a checkpoint is prepared on first use", group="model")
+    dtype: Dtype = _option("auto", "experts' format when a checkpoint is prepared on first use", group="model")
+    dense_dtype: Dtype = _option("auto", "format of all other matrices then; auto: as the experts", group="model")
     cache_dir: Path = _option(Path("~/.cache/expertd"), "where prepared models are kept", group="model")
 
     expert_budget: Size | None = _option(
@@ -133,6 +134,7 @@ class Config:
     )
     admin_key_file: Path | None = _option(None, "keys for /admin routes, one a line", group="http")
     public_metrics: bool = _option(False, "answer /metrics without a key", group="http")
+    ui: bool = _option(True, "serve the live page /ui", group="http")
     cors_origin: str | None = _option(
         None, "origins whose web pages may call, separated by commas, or *; default: none", group="http"
     )

@@ -277,7 +277,7 @@ class HistogramData(_Message, frozen=True):
 
 
 class Snapshot(_Message, frozen=True):
-    """Counters and gauges of one instant, sent every 250 ms while they change and every second otherwise: also the heartbeat."""
+    """All numbers of one instant, sent every 250 ms while there is work, else every second: also the heartbeat."""
 
     time_s: float
     """Engine's `time.monotonic()`."""

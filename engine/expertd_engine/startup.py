@@ -15,13 +15,15 @@ from expertd_engine.core import Constrain, EngineCore, Forward, no_constraints
 from expertd_engine.errors import ConfigError, ModelError
 from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.ledger import Ledger
-from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead
+from expertd_engine.experts.lookahead import EveryExpert, LayerScan, Lookahead, NoLookahead
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.store import ExpertStore, RecordFile
 from expertd_engine.experts.store_format import StoreIndex
 from expertd_engine.experts.transfer import Transfers
 from expertd_engine.grammar import Grammars
+from expertd_engine.kernels.library import KernelsMissing, Pool
+from expertd_engine.kernels.library import load as load_kernels
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.memory import MemoryMeter, available_bytes, release_free_memory
 from expertd_engine.messages import PROTOCOL_VERSION, EngineInfo
@@ -88,16 +90,18 @@ def start_engine(
     `wrap` puts the caller's own measuring around the runner. `lookahead` and `routes` stand in for what the model has
     of its own, for measurements.
     """
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    threads = config.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
     _verify(store, report)
     report("load", 0.0)
-    loaded = load_model(store)
+    fallbacks: list[str] = []
+    loaded = load_model(store, _open_pool(threads, fallbacks))
     max_model_len = _max_model_len(config, loaded)
     meter = MemoryMeter(server_pid)
     report("trial", 0.0)
-    fallbacks: list[str] = []
     constrain = _constrain(store, loaded, fallbacks)
     trial = Trial(loaded, store, BLOCK_TOKENS)
+    fallbacks += loaded.fallbacks
     invariant = trial.is_invariant()
     if not invariant:
         fallbacks.append("numerics are per batch: this box's libraries do not give a row the same bits in every batch")
@@ -109,11 +113,19 @@ def start_engine(
     if not trial.peak_is_exact:
         fallbacks.append("the largest step is overestimated: this system does not let peak memory be measured anew")
     numerics = "invariant" if invariant else "per-batch"
-    foresight = lookahead or lookahead_for(store.index, 2 * config.io_threads)
+    foresight = lookahead_for(store.index, 2 * config.io_threads, lookahead)
     context = _Context(config, store, loaded, trial.shapes, limits, constrain, fallbacks, numerics, foresight, routes)
     plan = plan_memory(_measured(context, base, step), _asked(config, max_model_len))
     report("allot", 0.0)
     return _assemble(context, plan, meter, wrap)
+
+
+def _open_pool(threads: int, fallbacks: list[str]) -> Pool | None:
+    try:
+        return Pool(load_kernels(), threads)
+    except KernelsMissing as reason:
+        fallbacks.append(f"everything is computed by PyTorch, slowly: {reason}")
+        return None
 
 
 def _verify(store: ExpertStore, report: Report) -> None:
@@ -194,12 +206,12 @@ def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile) -> 
     return cache, attach_experts(context.loaded, context.store, views)
 
 
-def lookahead_for(index: StoreIndex, window: int) -> Lookahead:
-    """Exact where every token chooses every expert; none otherwise."""
+def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None = None) -> Lookahead:
+    """Exact where every token chooses every expert; else what is given or nothing, but for steps of many rows."""
     counts = {layer.num_experts for layer in index.layers}
     if counts == {index.top_k}:
         return EveryExpert(len(index.layers), index.top_k, window)
-    return NoLookahead()
+    return LayerScan(given or NoLookahead(), len(index.layers), max(counts), index.top_k)
 
 
 def policy_name(config: Config, lookahead: Lookahead) -> str:
@@ -232,7 +244,8 @@ def _describe(
         expert_bytes_total=index.expert_bytes_total(),
         expert_budget_bytes=plan.expert_budget_bytes,
         minimum_expert_budget_bytes=cache.ledger.minimum_bytes,
-        maximum_expert_budget_bytes=index.expert_bytes_total() if plan.memory_budget_bytes is None
+        maximum_expert_budget_bytes=index.expert_bytes_total()
+        if plan.memory_budget_bytes is None
         else plan.expert_budget_bytes,
         memory_budget_bytes=plan.memory_budget_bytes,
         kv_block_tokens=BLOCK_TOKENS,

@@ -96,7 +96,7 @@ def plan_quantised(model: Model, dense_format: str) -> dict[str, QuantisedTensor
 
 def _is_matrix(module: nn.Module) -> bool:
     # A subclass may use its weight in its own way (scaled embeddings do): only the plain classes are replaced.
-    return type(module) in (nn.Linear, nn.Embedding) and min(module.weight.shape) >= _SMALLEST_SIDE  # type: ignore[union-attr,arg-type]  # both have a weight
+    return type(module) in (nn.Linear, nn.Embedding) and min(module.weight.shape) >= _SMALLEST_SIDE  # type: ignore[arg-type]  # both have a weight
 
 
 def _record_shapes(name: str, module: nn.Module) -> tuple[dict[str, list[int]], int]:

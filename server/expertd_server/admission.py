@@ -101,6 +101,7 @@ class Bodies:
         error = Unavailable(
             f"the bodies of other requests take {others} of {self._limit} bytes",
             retry_after_s=self.rate.seconds_for(excess),
+            bound="bodies",
         )
         error.headers["connection"] = "close"  # the rest of the body is not read
         return error
@@ -192,6 +193,7 @@ class Admission:
             return Unavailable(
                 f"the request brings {prompt_tokens} prompt tokens: {self.queued_tokens} of at most {limit} wait",
                 retry_after_s=self._when(self.token_rate, prompt_tokens, self.queued_tokens, limit),
+                bound="queued_tokens",
             )
         return None
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -16,12 +17,15 @@ from expertd_server.envelope import Envelope
 from expertd_server.errors import ApiError, as_api_error, error_response
 from expertd_server.fields import Body
 from expertd_server.responses_schemas import ResponsesRequest
-from expertd_server.routes import chat, completions, models, ops, responses, tokenize
+from expertd_server.routes import chat, completions, models, operator, ops, responses, tokenize
+from expertd_server.routes.operator import BudgetRequest
 from expertd_server.routes.tokenize import DetokenizeRequest, TokenizeRequest
 from expertd_server.schemas import CompletionRequest
 from expertd_server.service import Service
 
-BODIES: tuple[type[Body], ...] = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
+BODIES: tuple[type[Body], ...] = (
+    CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest, BudgetRequest,
+)  # fmt: skip
 """What routes read from request bodies themselves, so that FastAPI does not know of it."""
 
 
@@ -31,8 +35,14 @@ def create_app(service: Service, keys: KeyRing) -> FastAPI:
         title="expertd", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
         exception_handlers={ApiError: _refuse, HTTPException: _refuse},
     )  # fmt: skip
-    for module in (completions, chat, responses, tokenize, models, ops):
-        app.include_router(module.router(service))
+    paths: dict[str, set[str]] = {}
+    for module in (completions, chat, responses, tokenize, models, ops, operator):
+        router = module.router(service)
+        app.include_router(router)
+        for route in router.routes:
+            assert isinstance(route, APIRoute)
+            paths.setdefault(route.path, set()).update(route.methods or ())
+    service.metrics.serve_routes(paths, service.engine.buffered_tokens)
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     _wrap(app, service, keys)
     return app

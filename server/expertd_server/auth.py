@@ -6,10 +6,13 @@ closed by itself. Only digests of keys are kept, and they are compared in consta
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 import re
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,9 @@ PUBLIC_PATHS = frozenset({"/live", "/livez", "/ping", "/ready", "/readyz", "/hea
 
 METRICS_PATHS = frozenset({"/metrics", "/metrics/"})
 """Public only where the operator says so."""
+
+PAGE_PATH = "/ui"
+"""The page for browsers, which can show a key by HTTP's Basic scheme alone."""
 
 _KEY = re.compile(r"[!-~]{1,512}")
 _OWNER = "expertd.owner"
@@ -132,8 +138,19 @@ class Authentication:
                 return InvalidApiKey("this route needs the admin key")
             return None if found[1] else KeyLacksScope("this route needs the admin key; the key given is not it")
         if self._keys.api and found is None:
-            return InvalidApiKey("this server needs an API key, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`")
+            error = InvalidApiKey("this server needs an API key, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`")
+            if path == PAGE_PATH:
+                error.headers["www-authenticate"] = 'Basic realm="expertd", charset="UTF-8"'  # the browser asks for it
+            return error
         return None
+
+
+def _password(credentials: str) -> Iterator[str]:
+    """A browser's way to show a key: `name:key` in base64. The name means nothing."""
+    with suppress(binascii.Error, ValueError):
+        password = base64.b64decode(credentials, validate=True).decode("latin-1").partition(":")[2]
+        if password:
+            yield password
 
 
 def _presented(headers: Headers) -> Iterator[str]:
@@ -141,4 +158,6 @@ def _presented(headers: Headers) -> Iterator[str]:
         scheme, _, key = value.partition(" ")
         if scheme.lower() == "bearer" and key.strip():
             yield key.strip()
+        elif scheme.lower() == "basic":
+            yield from _password(key.strip())
     yield from headers.getlist("x-api-key")

@@ -19,11 +19,11 @@ import uvicorn
 
 from expertd_engine.config import Config
 from expertd_engine.errors import EngineError, ResourceError
-from expertd_engine.messages import BudgetSet
 from expertd_server.admission import Admission, Bodies
 from expertd_server.app import create_app
 from expertd_server.auth import NO_KEYS, KeyRing
 from expertd_server.connections import BoundedProtocol
+from expertd_server.console import Console
 from expertd_server.engine_client import EngineClient, Handlers
 from expertd_server.errors import Draining
 from expertd_server.metrics import Metrics
@@ -78,13 +78,15 @@ class Daemon:
             Handlers(
                 progress=lambda m: self.service.progressed(m.stage, m.fraction),
                 ready=lambda m: self.supervisor.ready(m),
-                snapshot=lambda m: self.service.metrics.engine.observe(m),
-                budget_set=_log_budget,
+                snapshot=lambda m: self.service.metrics.observe(m),
+                experts=lambda m: self.service.console.drew(m),
+                budget_set=lambda m: self.service.console.budget_set(m),
                 fatal=lambda m: self.supervisor.fatal(m),
             )
         )
         admission = Admission(config.max_sequences + config.max_waiting, config.max_queued_tokens, config.max_per_key)
-        self.service = Service(config, engine, Metrics(), admission, Bodies(config.max_bodies.resolve(0)))
+        bodies = Bodies(config.max_bodies.resolve(0))
+        self.service = Service(config, engine, Metrics(), admission, bodies, Console(engine))
         self.supervisor = Supervisor(self.service, launcher, policy)
         self._http = _Server(
             uvicorn.Config(
@@ -151,9 +153,3 @@ class Daemon:
         end_s = time.monotonic() + timeout_s
         while self.service.admission.used and time.monotonic() < end_s:
             await asyncio.sleep(0.02)
-
-
-def _log_budget(message: BudgetSet) -> None:
-    logger.info(
-        "budget", extra={"fields": {"expert_budget_bytes": message.expert_budget_bytes, "error": message.error}}
-    )

@@ -21,6 +21,7 @@ import zmq.asyncio
 from expertd_engine.messages import (
     Abort,
     BudgetSet,
+    ExpertMap,
     Fatal,
     Finished,
     Output,
@@ -72,7 +73,8 @@ class Reply:
         self._patience = patience
         self._begun = False
         self._updates: deque[Update] = deque()
-        self._buffered = 0
+        self.buffered_tokens = 0
+        """Not taken yet."""
         self._limit = max_buffered_tokens
         self._failure: ApiError | None = None
         self._news = asyncio.Event()
@@ -85,14 +87,14 @@ class Reply:
         if self._failure is not None:
             raise self._failure
         update = self._updates.popleft()
-        self._buffered -= _tokens(update)
+        self.buffered_tokens -= _tokens(update)
         return update
 
     def put(self, update: Update) -> bool:
         """Add an update; False when this made the reply fail because nobody reads it."""
         self._updates.append(update)
-        self._buffered += _tokens(update)
-        if self._buffered > self._limit:
+        self.buffered_tokens += _tokens(update)
+        if self.buffered_tokens > self._limit:
             self.fail(SlowReader(self._limit))
         self._news.set()
         return self._failure is None
@@ -107,13 +109,14 @@ class Reply:
     def expire(self) -> None:
         """The patience is over: fail, unless something has begun. Whoever waited this long may come back at once."""
         if self._patience is not None and not self._begun:
-            self.fail(Unavailable(f"the request waited {self._patience.max_wait_s:g} s and was not begun"))
+            waited = f"the request waited {self._patience.max_wait_s:g} s and was not begun"
+            self.fail(Unavailable(waited, bound="queue_wait"))
 
     def fail(self, error: ApiError) -> None:
         """End the request with `error`; what is buffered is dropped."""
         self._failure = self._failure or error
         self._updates.clear()
-        self._buffered = 0
+        self.buffered_tokens = 0
         self._news.set()
 
 
@@ -132,6 +135,7 @@ class Handlers:
     progress: Callable[[Progress], None]
     ready: Callable[[Ready], None]
     snapshot: Callable[[Snapshot], None]
+    experts: Callable[[ExpertMap], None]
     budget_set: Callable[[BudgetSet], None]
     fatal: Callable[[Fatal], None]
 
@@ -153,6 +157,15 @@ class EngineClient:
     @property
     def live_sequences(self) -> int:
         return len(self._live)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether an engine process can be spoken to."""
+        return self._socket is not None
+
+    def buffered_tokens(self) -> int:
+        """Tokens that their requests have not taken yet."""
+        return sum(reply.buffered_tokens for reply in set(self._live.values()))
 
     def new_ids(self, count: int) -> list[int]:
         """Ids for `count` sequences."""
@@ -215,6 +228,8 @@ class EngineClient:
                 self._deliver(message)
             case Snapshot():
                 self._handlers.snapshot(message)
+            case ExpertMap():
+                self._handlers.experts(message)
             case Progress():
                 self._handlers.progress(message)
             case Ready():

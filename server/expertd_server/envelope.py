@@ -6,6 +6,7 @@ begun, no second one is sent.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 import uuid
@@ -15,13 +16,21 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from expertd_server.auth import PUBLIC_PATHS
 from expertd_server.errors import ClientDisconnected, as_api_error, error_response
-from expertd_server.metrics import Metrics
+from expertd_server.metrics import ENDPOINTS, OTHER_ROUTE, Metrics
+
+logger = logging.getLogger("expertd.requests")
 
 MAX_ID_CHARS = 128
 _KEY = "expertd.request_id"
-_QUIET = frozenset({"/metrics", "/metrics/"})
+_UNCOUNTED = frozenset({"/metrics", "/metrics/"})
 """Routes that do not count themselves."""
+
+_UNLOGGED = PUBLIC_PATHS | {"/status", "/experts"}
+"""What is asked again and again, and is worth a line only where it fails."""
+
+_METHODS = ("GET", "POST", "PUT", "HEAD", "OPTIONS")
 
 
 def request_id(scope: Mapping[str, Any]) -> str:
@@ -57,7 +66,7 @@ class Envelope:
                 headers["openai-processing-ms"] = str(int((time.monotonic() - started_s) * 1000))
             await send(message)
 
-        with self._metrics.http_in_flight.track_inprogress():
+        with self._metrics.in_flight(scope["path"]).track_inprogress():
             try:
                 await self._app(scope, receive, send_wrapped)
             except ClientDisconnected:
@@ -68,10 +77,18 @@ class Envelope:
                     raise
                 await error_response(mapped)(scope, receive, send_wrapped)
             finally:
-                self._count(scope, status)
+                self._count(scope, status or ClientDisconnected.status, time.monotonic() - started_s)
 
-    def _count(self, scope: Scope, status: int) -> None:
-        route = getattr(scope.get("route"), "path", "unmatched")
-        if route not in _QUIET:
-            method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS") else "other"
-            self._metrics.http_requests.labels(route, method, str(status or ClientDisconnected.status)).inc()
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", OTHER_ROUTE)
+        if route in _UNCOUNTED:
+            return
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._metrics.http_requests.labels(route, method, str(status)).inc()
+        if route not in ENDPOINTS and not (route in _UNLOGGED and status < 400):
+            _log(scope, {"route": route, "method": method, "status": status, "total_ms": round(seconds * 1000, 3)})
+
+
+def _log(scope: Scope, fields: Mapping[str, object]) -> None:
+    """The line of a request that generated nothing; those that reach an endpoint have `RequestRecord`'s."""
+    logger.info("http", extra={"fields": {"request_id": scope[_KEY], **fields}})

@@ -137,8 +137,12 @@ class Unavailable(ApiError):
     status = 503
     code = "server_is_overloaded"
 
-    def __init__(self, message: str, *, code: str | None = None, retry_after_s: int | None = 1) -> None:
+    def __init__(
+        self, message: str, *, code: str | None = None, retry_after_s: int | None = 1, bound: str = "queue_full"
+    ) -> None:
+        """`bound` says to the metrics which of the server's bounds an overload has met."""
         super().__init__(message, code=code)
+        self.bound = bound
         self.headers.update(_retry(retry_after_s))
 
 

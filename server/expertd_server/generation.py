@@ -105,6 +105,7 @@ async def read_and_plan(
 ) -> tuple[AnyRequest, Plan]:
     """The checked request and what `plan` makes of it. Its body counts until then. Raises ApiError."""
     model = service.serving()
+    record.model = model.name
     with service.bodies.share() as share:
         request = await _read_request(service, http, record, parse, share)
         service.check_model(request.model, model)

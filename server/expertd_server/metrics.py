@@ -5,7 +5,8 @@ What the engine counts is in `engine_metrics`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,11 +14,12 @@ from prometheus_client import (
     Gauge,
     GCCollector,
     Histogram,
+    PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
 )
 
-from expertd_engine.messages import EngineInfo
+from expertd_engine.messages import EngineInfo, Snapshot
 from expertd_server import __version__
 from expertd_server.engine_metrics import EngineCounters
 
@@ -30,12 +32,17 @@ TOKEN_GAP_BUCKETS = (
 REQUEST_BUCKETS = (
     0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
 )  # fmt: skip
+IPC_BUCKETS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
 TOKEN_COUNT_BUCKETS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
 
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 FINISH_REASONS = ("stop", "length", "abort", "error")
-REJECTIONS = ("queue_full", "rate", "draining", "loading", "engine_dead", "too_large", "invalid")
+REJECTIONS = (
+    "queue_full", "queued_tokens", "queue_wait", "bodies", "rate", "draining", "loading", "engine_dead", "too_large",
+    "invalid",
+)  # fmt: skip
 RESTARTS = ("exit", "wedged")
+OTHER_ROUTE = "unmatched"
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a `_created` gauge beside every counter is noise in every browser of series
 
@@ -48,7 +55,9 @@ class Metrics:
         self.engine = EngineCounters()
         self.registry.register(self.engine)
         ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
+        self._routes: frozenset[str] = frozenset()
         self._add_requests()
         self._add_latencies()
         self._add_state()
@@ -64,13 +73,18 @@ class Metrics:
             "requests_rejected_total", "Requests refused before any work.", ("reason",), [(r,) for r in REJECTIONS]
         )
         self.prompt_tokens = self._counter("prompt_tokens_total", "Tokens of prompts accepted.")
+        self.cached_prompt_tokens = self._counter(
+            "cached_prompt_tokens_total",
+            "Prompt tokens whose keys and values were found, not computed; one per choice.",
+        )
         self.generation_tokens = self._counter("generation_tokens_total", "Tokens generated.")
         self.http_requests = self._counter(
             "http_requests_total", "HTTP requests answered; route is the template.", ("route", "method", "status")
         )
-        self.http_in_flight = Gauge(
-            "expertd_http_requests_in_flight", "HTTP requests being answered.", registry=self.registry
-        )
+        self.http_in_flight = self._gauge(
+            "http_requests_in_flight", "HTTP requests being answered; route is the path, if it is one of ours.",
+            ("route",),
+        )  # fmt: skip
 
     def _add_latencies(self) -> None:
         self.queue = self._histogram("request_queue_seconds", "Arrival of a sequence to its first step.", TTFT_BUCKETS)
@@ -94,10 +108,17 @@ class Metrics:
         self.request_generation_tokens = self._histogram(
             "request_generation_tokens", "Tokens generated for a request.", TOKEN_COUNT_BUCKETS
         )
+        self.ipc_delay = self._histogram(
+            "ipc_delay_seconds", "From the taking of the engine's numbers to their reading here.", IPC_BUCKETS
+        )
 
     def _add_state(self) -> None:
         self.ready = Gauge("expertd_ready", "1 while requests are taken.", registry=self.registry)
         self.engine_up = Gauge("expertd_engine_up", "1 while an engine process serves.", registry=self.registry)
+        self.ipc_queue = Gauge(
+            "expertd_ipc_queue_depth", "Tokens from the engine that their requests have not taken yet.",
+            registry=self.registry,
+        )  # fmt: skip
         self.restarts = self._counter(
             "engine_restarts_total", "Engine processes started again, by why.", ("reason",), [(r,) for r in RESTARTS]
         )
@@ -113,6 +134,25 @@ class Metrics:
             "fallback_info", "A path that runs slower or weaker than designed.", ("fallback",)
         )
 
+    def serve_routes(self, methods_by_path: Mapping[str, Iterable[str]], queued_tokens: Callable[[], int]) -> None:
+        """The routes that there are: their zeros begin. `queued_tokens` is asked at each scrape."""
+        self._routes = frozenset(methods_by_path)
+        self.ipc_queue.set_function(queued_tokens)
+        for path, methods in methods_by_path.items():
+            for method in methods:
+                self.http_requests.labels(path, method, "200")
+        for path in (*methods_by_path, OTHER_ROUTE):
+            self.http_in_flight.labels(path)
+
+    def in_flight(self, path: str) -> Gauge:
+        """The gauge of requests under way to this path."""
+        return self.http_in_flight.labels(path if path in self._routes else OTHER_ROUTE)
+
+    def observe(self, snapshot: Snapshot) -> None:
+        """The engine has sent its numbers; both processes read the same clock."""
+        self.engine.observe(snapshot)
+        self.ipc_delay.observe(max(0.0, time.monotonic() - snapshot.time_s))
+
     def engine_ready(self, model_name: str, info: EngineInfo) -> None:
         """An engine serves: say what, and begin its counters."""
         self.engine.engine_started(info)
@@ -127,6 +167,7 @@ class Metrics:
             self.fallback_info.labels(fallback).set(1)
 
     def engine_ended(self) -> None:
+        """The engine's gauges are over; its counts stay."""
         self.engine.engine_ended()
         self.engine_up.set(0)
 

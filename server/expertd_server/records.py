@@ -13,13 +13,12 @@ from contextlib import contextmanager
 
 from expertd_engine.messages import SequenceStats
 from expertd_server.engine_client import Update
-from expertd_server.errors import ApiError, ClientDisconnected
+from expertd_server.errors import ApiError, ClientDisconnected, Unavailable
 from expertd_server.metrics import Metrics
 
 logger = logging.getLogger("expertd.requests")
 
 _REJECTIONS = {
-    "server_is_overloaded": "queue_full",
     "draining": "draining",
     "model_loading": "loading",
     "engine_dead": "engine_dead",
@@ -38,6 +37,7 @@ class RequestRecord:
         self._request_id = request_id
         self._prompt_tokens = 0
         self._completion_tokens = 0
+        self._cached_tokens = 0
         self._first_s: float | None = None
         self._first_by_sequence: dict[int, float] = {}
         self._last_by_sequence: dict[int, float] = {}
@@ -46,6 +46,8 @@ class RequestRecord:
         self._started = False
         self._finished = False
         self.stream = False
+        self.model: str | None = None
+        """The one that serves, once that is known."""
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -65,6 +67,9 @@ class RequestRecord:
 
     def saw(self, update: Update) -> None:
         """Time and count what the engine sent for one sequence."""
+        if update.output is not None and update.output.cached_tokens:
+            self._cached_tokens += update.output.cached_tokens
+            self._metrics.cached_prompt_tokens.inc(update.output.cached_tokens)
         if update.output is not None and update.output.token_ids:
             self._saw_tokens(update.sequence_id, len(update.output.token_ids))
         if update.finished is not None:
@@ -106,7 +111,7 @@ class RequestRecord:
             if reason != "abort":
                 self._metrics.e2e.observe(time.monotonic() - self.arrival_s)
         elif isinstance(error, ApiError) and not isinstance(error, ClientDisconnected) and error.status != 500:
-            self._metrics.rejected.labels(_REJECTIONS.get(error.code, "invalid")).inc()
+            self._metrics.rejected.labels(_rejection(error)).inc()
         self._log(reason, error)
 
     @staticmethod
@@ -129,12 +134,14 @@ class RequestRecord:
                 "fields": {
                     "request_id": self._request_id,
                     "route": self._endpoint,
+                    "model": self.model,
                     "stream": self.stream,
                     "status": status,
                     "finish_reason": reason,
                     "error": error.code if isinstance(error, ApiError) else None,
                     "prompt_tokens": self._prompt_tokens,
                     "completion_tokens": self._completion_tokens,
+                    "cached_tokens": self._cached_tokens,
                     "ttft_ms": _ms(self._first_s - self.arrival_s) if self._first_s is not None else None,
                     "total_ms": _ms(now - self.arrival_s),
                     "queue_ms": _ms(max((stats.queue_s for stats in self._stats), default=0.0)),
@@ -147,6 +154,12 @@ class RequestRecord:
                 }
             },
         )
+
+
+def _rejection(error: ApiError) -> str:
+    if isinstance(error, Unavailable) and error.code == Unavailable.code:
+        return error.bound
+    return _REJECTIONS.get(error.code, "invalid")
 
 
 def _ms(seconds: float) -> float:

@@ -12,6 +12,7 @@ from expertd_engine.messages import EngineInfo
 from expertd_server import __version__
 from expertd_server.admission import Admission, Bodies
 from expertd_server.chat_format import ChatFormat
+from expertd_server.console import Console
 from expertd_server.engine_client import EngineClient
 from expertd_server.errors import Draining, EngineDead, ModelNotFound, Unavailable
 from expertd_server.grammar import GrammarChecker
@@ -47,6 +48,7 @@ class Service:
     metrics: Metrics
     admission: Admission
     bodies: Bodies
+    console: Console
     state: State = "loading"
     stage: str = "starting"
     progress: float = 0.0
@@ -54,6 +56,7 @@ class Service:
     grammars: GrammarChecker = field(default_factory=GrammarChecker)
     unknown_fields: set[str] = field(default_factory=set)
     """Unknown request fields already logged."""
+    began_s: float = field(default_factory=time.monotonic)
 
     def set_state(self, state: State) -> None:
         """Change the state; a server that drains never comes back."""
@@ -88,4 +91,10 @@ class Service:
         loaded = self.model.loaded_unix_s if self.model else int(time.time())
         self.model = ServedModel(name, codec, chat, info, loaded)
         self.metrics.engine_ready(name, info)
+        self.console.engine_ready()
         self.set_state("ready")
+
+    def engine_ended(self) -> None:
+        """The engine that served does no more."""
+        self.metrics.engine_ended()
+        self.console.engine_ended()

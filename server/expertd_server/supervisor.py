@@ -99,7 +99,7 @@ class SubprocessLauncher:
         config = self._config
         process = await asyncio.create_subprocess_exec(
             *_module("expertd_engine.sources"), config.model, "--cache-dir", str(config.cache_dir.expanduser()),
-            "--dtype", config.dtype, stdout=asyncio.subprocess.PIPE,
+            "--dtype", config.dtype, "--dense-dtype", config.dense_dtype, stdout=asyncio.subprocess.PIPE,
         )  # fmt: skip
         try:
             return await self._read_store(process, service)
@@ -257,7 +257,7 @@ class Supervisor:
     def _ended(self) -> None:
         self._fail_requests()
         if self._served_since_s is not None:
-            self._service.metrics.engine_ended()
+            self._service.engine_ended()
 
     def _mark_dead(self) -> None:
         if self._service.model is not None:

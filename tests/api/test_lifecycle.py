@@ -129,7 +129,7 @@ def test_engine_death_in_a_stream_is_an_error_event_before_done(start: Start) ->
 def test_a_dead_engine_is_replaced_and_counters_do_not_fall(start: Start) -> None:
     server = start()
     server.complete(max_tokens=5)
-    lookups = 'expertd_expert_lookups_total{layer="0",result="hit",tier="device"}'
+    lookups = 'expertd_expert_lookups_total{layer="0",result="hit",tier="host"}'
     server.until(lambda: server.metrics()[lookups] == 5)
     server.engine.crash()
     server.launcher.wait_for_engine(2)
@@ -138,7 +138,7 @@ def test_a_dead_engine_is_replaced_and_counters_do_not_fall(start: Start) -> Non
     assert server.metrics()['expertd_engine_restarts_total{reason="exit"}'] == 1
     server.complete(max_tokens=3)
     server.until(lambda: server.metrics()[lookups] == 8)
-    assert server.metrics()['expertd_swap_transfer_seconds_count{from_tier="disk",to_tier="device"}'] == 8
+    assert server.metrics()['expertd_swap_transfer_seconds_count{from_tier="disk",to_tier="host"}'] == 8
 
 
 def test_an_engine_that_keeps_dying_ends_the_server(start: Start) -> None:

@@ -105,12 +105,12 @@ def test_the_engines_numbers_agree_with_each_other(start: Start) -> None:
     metrics = server.metrics()
     moved = [v for k, v in metrics.items() if k.startswith("expertd_swap_bytes_total")]
     assert sum(moved) == 2 * 4096 * 5
-    issued = metrics['expertd_swap_transfers_total{from_tier="disk",kind="prefetch",to_tier="device"}']
+    issued = metrics['expertd_swap_transfers_total{from_tier="disk",kind="prefetch",to_tier="host"}']
     outcomes = sum(v for k, v in metrics.items() if k.startswith("expertd_expert_prefetch_total"))
     assert outcomes + metrics["expertd_expert_prefetch_pending"] == issued
-    held = [metrics[f'expertd_memory_{k}_bytes{{pool="experts",tier="device"}}'] for k in ("resident", "reserved")]
-    assert sum(held) <= metrics['expertd_memory_budget_bytes{pool="experts",tier="device"}']
-    assert metrics['expertd_swap_transfer_seconds_bucket{from_tier="disk",le="+Inf",to_tier="device"}'] == 5
+    held = [metrics[f'expertd_memory_{k}_bytes{{pool="experts",tier="host"}}'] for k in ("resident", "reserved")]
+    assert sum(held) <= metrics['expertd_memory_budget_bytes{pool="experts",tier="host"}']
+    assert metrics['expertd_swap_transfer_seconds_bucket{from_tier="disk",le="+Inf",to_tier="host"}'] == 5
     assert 0 <= metrics["expertd_metrics_snapshot_age_seconds"] < 60
 
 

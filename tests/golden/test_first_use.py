@@ -30,7 +30,11 @@ def test_checkpoint_is_prepared_once_for_each_format(tmp_path: Path) -> None:
     other = resolve(str(tmp_path / "checkpoint"), tmp_path / "cache", "float32")
     assert other != store and ExpertStore.open(other).index.experts_format == "float32"
     assert resolve(str(other), tmp_path / "cache") == other
-    assert set((tmp_path / "cache" / "stores").iterdir()) == {store, other}
+    quantised = resolve(str(tmp_path / "checkpoint"), tmp_path / "cache", "int4", "int8")
+    index = ExpertStore.open(quantised).index
+    assert (index.experts_format, index.dense_format) == ("int4", "int8")
+    assert resolve(str(tmp_path / "checkpoint"), tmp_path / "cache", "int4", "int8") == quantised
+    assert set((tmp_path / "cache" / "stores").iterdir()) == {store, other, quantised}
 
 
 def test_dense_checkpoint_is_converted_on_the_way(tmp_path: Path) -> None:
@@ -43,10 +47,12 @@ def test_dense_checkpoint_is_converted_on_the_way(tmp_path: Path) -> None:
 def test_module_prints_progress_and_the_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_mixtral(tmp_path / "checkpoint")
     capsys.readouterr()
-    assert main([str(tmp_path / "checkpoint"), "--cache-dir", str(tmp_path / "cache"), "--dtype", "float32"]) == 0
+    formats = ["--dtype", "float32", "--dense-dtype", "int8"]
+    assert main([str(tmp_path / "checkpoint"), "--cache-dir", str(tmp_path / "cache"), *formats]) == 0
     *progress, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert progress[-1] == {"stage": "experts", "fraction": 1.0}
-    assert ExpertStore.open(Path(last["store"])).index.experts_format == "float32"
+    index = ExpertStore.open(Path(last["store"])).index
+    assert (index.experts_format, index.dense_format) == ("float32", "int8")
 
 
 def test_two_at_once_make_one_store(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from expertd_engine.experts.slab import PAGE, Slab
 from expertd_engine.experts.store_format import RecordLayout, TensorSpec
 from expertd_engine.families import find_experts
+from expertd_engine.kernels.library import Pool, load, why_missing
+from expertd_engine.model.expert_native import NativeExperts, expert_layout
 from expertd_engine.model.expert_torch import SlotViews, TorchExperts
-from expertd_engine.model.moe import MoELayer, StepRoutes
+from expertd_engine.model.moe import ExpertKernel, MoELayer, StepRoutes
 from support.tiny_families import make_model
 
 FAMILIES = {
@@ -87,11 +89,15 @@ class InSlots(AbstractContextManager["InSlots"]):
 
 
 class World:
-    def __init__(self, family: str, dtype: torch.dtype) -> None:
+    def __init__(self, family: str, dtype: torch.dtype, pool: Pool | None = None) -> None:
         self.model = make_model(family, seed=0, dtype=dtype)
         self.module = find_experts(self.model)[-1][1]
         self.slots = InSlots(self.module)
-        self.layer = MoELayer(0, TorchExperts(self.module, self.slots.views, 0))
+        views = self.slots.views
+        kernel: ExpertKernel = TorchExperts(self.module, views, 0)
+        if pool is not None:
+            kernel = NativeExperts(pool, expert_layout(self.module, views.layouts[0]), views)
+        self.layer = MoELayer(0, kernel)
         self.hidden_size = int(self.model.config.hidden_size)
 
     def ours(
@@ -115,9 +121,23 @@ class World:
         return hidden, index, weights.to(dtype)
 
 
-@pytest.fixture(params=[(family, dtype) for family in FAMILIES for dtype in DTYPES], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    missing = why_missing()
+    if missing is not None:
+        pytest.skip(missing)
+    with Pool(load(), 2) as opened:
+        yield opened
+
+
+@pytest.fixture(
+    params=[(family, dtype, kernel) for family in FAMILIES for dtype in DTYPES for kernel in ("torch", "native")],
+    ids=lambda p: f"{p[0]}-{p[1]}-{p[2]}",
+)
 def world(request: pytest.FixtureRequest) -> Any:
-    return World(*request.param), request.param[1]
+    family, dtype, kernel = request.param
+    native = request.getfixturevalue("pool") if kernel == "native" else None
+    return World(family, dtype, native), dtype
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 8])
@@ -195,5 +215,5 @@ def test_scanned_are_the_experts_that_prompt_tokens_alone_chose() -> None:
     wanted = {None: set(), (): {0, 1, 2, 3}, (1,): {0, 3}, (0, 2): set()}
     for decode_rows, scanned in wanted.items():
         routes = StepRoutes(3, world.slots, decode_rows=None if decode_rows is None else list(decode_rows))
-        found = routes.scanned(range(4), chosen)
+        found = routes.scanned(range(4), chosen.numpy())
         assert {expert for expert in range(4) if expert in found} == scanned

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +22,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from expertd_engine.errors import ModelError, ResourceError, StoreError, UsageError
 from expertd_engine.experts.store import ExpertStore, is_store
-from expertd_engine.families import dense_dtype_plan, find_experts, tied_names
+from expertd_engine.experts.store_format import tensor_bytes
+from expertd_engine.families import SERVABLE, build_servable_model, dense_dtype_plan, find_experts, tied_names
+from expertd_engine.kernels.formats import QUANTISED, dequantise
+from expertd_engine.model.router_kinds import adapt_router
 from expertd_engine.prepare import main, prepare
-from support.tiny_families import FAMILIES, make_checkpoint, make_model
+from expertd_engine.weights_plan import plan_quantised
+from support.tiny_families import FAMILIES, make_checkpoint, make_config, make_model
 from support.tiny_mixtral import EXPERTS, make_llama, make_mixtral
 
 Record = dict[str, torch.Tensor]
@@ -39,22 +43,46 @@ def _records(store: ExpertStore) -> Iterator[tuple[str, int, Record]]:
             records.read_record(address, buffer)
             tensors = {}
             for spec in store.index.layouts[layer.layout].tensors:
-                dtype: torch.dtype = getattr(torch, spec.dtype)
                 assert spec.offset % 64 == 0
-                size = torch.Size(spec.shape)
-                flat = torch.frombuffer(buffer, dtype=dtype, count=size.numel(), offset=spec.offset)
-                tensors[spec.name] = flat.view(size)
+                stored = buffer[spec.offset : spec.offset + tensor_bytes(spec.dtype, spec.shape)]
+                tensors[spec.name] = _values(torch.frombuffer(stored, dtype=torch.uint8), spec.dtype, spec.shape)
             yield layer.module, address.expert, tensors
+
+
+def _values(stored: torch.Tensor, dtype: str, shape: Sequence[int]) -> torch.Tensor:
+    """What the bytes of a stored tensor stand for."""
+    if dtype in QUANTISED:
+        rows, cols = shape
+        return torch.from_numpy(dequantise(stored.numpy(), dtype, rows, cols))
+    plain: torch.dtype = getattr(torch, dtype)
+    return stored.view(plain).view(torch.Size(shape))
+
+
+def _expected(module: torch.nn.Module, expert: int) -> Record:
+    """One expert's tensors as a record should have them, of a module as its family has it."""
+    record: Record = {}
+    for name, parameter in module.named_parameters():
+        tensor = parameter[expert].T if module.is_transposed and parameter[expert].dim() == 2 else parameter[expert]
+        if not name.startswith("gate_up_proj"):
+            record[name] = tensor
+            continue
+        half = len(tensor) // 2
+        gate, up = (
+            (slice(half), slice(half, None)) if module.is_concatenated else (slice(0, None, 2), slice(1, None, 2))
+        )
+        record |= {name.replace("gate_up", "gate"): tensor[gate], name.replace("gate_up", "up"): tensor[up]}
+    return record
 
 
 def _assert_holds(store: ExpertStore, model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Every weight of `model`, cast to `dtype` as transformers would, is in the store; and nothing else."""
     seen = 0
     for module, expert, tensors in _records(store):
-        parameters = dict(model.get_submodule(module).named_parameters())
-        assert tensors.keys() == parameters.keys()
-        for name, parameter in parameters.items():
-            assert torch.equal(tensors[name], parameter[expert].to(dtype)), (module, expert, name)
+        expected = _expected(model.get_submodule(module), expert)
+        assert tensors.keys() == expected.keys()
+        for name, tensor in expected.items():
+            kept = torch.float32 if name.endswith("_bias") else dtype
+            assert torch.equal(tensors[name], tensor.to(kept)), (module, expert, name)
         seen += 1
     assert seen == sum(next(module.parameters()).shape[0] for _, module in find_experts(model))
     dense, plan, state = load_file(store.dense_path), dense_dtype_plan(model.to(dtype), dtype), model.state_dict()
@@ -102,6 +130,84 @@ def test_every_family_is_stored_whole(family: str, tmp_path: Path) -> None:
     _assert_holds(store, make_model(family, seed=1), torch.float32)
 
 
+def _error(stored: torch.Tensor, weights: torch.Tensor) -> float:
+    """Root mean square of the error over that of the weights."""
+    assert stored.shape == weights.shape
+    return float((stored - weights.detach()).norm() / weights.detach().norm())
+
+
+ROUNDING = {"int8": 0.008, "int4": 0.1, "int4s": 0.11}
+"""Bounds of `_error`. Normal distributions have 0.0054, 0.070 and 0.081; narrow random matrices somewhat more."""
+
+
+@pytest.mark.parametrize("format", QUANTISED)
+@pytest.mark.parametrize("family", sorted(SERVABLE))
+def test_every_family_is_stored_quantised(family: str, format: str, tmp_path: Path) -> None:
+    make_checkpoint(family, tmp_path / "checkpoint", seed=1)
+    store, model = prepare(tmp_path / "checkpoint", tmp_path / "store", format), make_model(family, seed=1)
+    index = store.index
+    assert (index.experts_format, index.dense_format, index.dense_dtype) == (format, format, "float32")
+    for module, expert, tensors in _records(store):
+        expected = _expected(model.get_submodule(module), expert)
+        assert tensors.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert _error(tensors[name], tensor) <= (0 if name.endswith("_bias") else ROUNDING[format])
+    dense, state = load_file(store.dense_path), model.state_dict()
+    assert dense.keys() == dense_dtype_plan(model, torch.float32).keys()
+    for name, tensor in dense.items():
+        if name in index.quantised:
+            form = index.quantised[name]
+            assert (
+                form.format == format and _error(_values(tensor, format, form.shape), state[name]) <= ROUNDING[format]
+            )
+        else:
+            assert torch.equal(tensor, state[name])
+
+
+@pytest.mark.parametrize("family", sorted(SERVABLE))
+def test_what_is_delicate_or_small_is_never_quantised(family: str) -> None:
+    model = build_servable_model(make_config(family), torch.float32)
+    quantised = plan_quantised(model, "int8")
+    assert {"model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight"} <= quantised.keys()
+    routers = [adapter.module for name, _ in find_experts(model) if (adapter := adapt_router(model, name))]
+    assert len(routers) == len(find_experts(model))
+    delicate = {id(parameter) for router in routers for parameter in router.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in delicate or parameter.dim() != 2 or min(parameter.shape) < 32:
+            assert name not in quantised
+
+
+def test_formats_of_experts_and_dense_weights_are_chosen_apart(tmp_path: Path) -> None:
+    model = make_mixtral(tmp_path / "checkpoint")
+    store = prepare(tmp_path / "checkpoint", tmp_path / "one", "int4", "bf16")
+    assert (store.index.dense_dtype, store.index.quantised, store.index.layouts[0].format) == ("bf16", {}, "int4")
+    norm = "model.norm.weight"
+    assert torch.equal(load_file(store.dense_path)[norm], model.state_dict()[norm].bfloat16())
+    store = prepare(tmp_path / "checkpoint", tmp_path / "other", "bf16", "int8")
+    assert store.index.dense_dtype == "float32" and {spec.dtype for spec in store.index.layouts[0].tensors} == {
+        "bfloat16"
+    }
+    assert len(store.index.quantised) == 3 * 2 + 2  # queries and outputs of three layers (keys are narrow), both ends
+
+
+def test_quantised_tensors_lie_where_kernels_may_read_them(tmp_path: Path) -> None:
+    make_checkpoint("qwen2_moe", tmp_path / "checkpoint", seed=1)
+    path = prepare(tmp_path / "checkpoint", tmp_path / "store", "int4").dense_path
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    for spec in json.loads(data[8:begin]).values():
+        if spec.get("dtype") == "U8":
+            assert (begin + spec["data_offsets"][0]) % 64 == 0
+
+
+def test_weights_that_a_format_cannot_hold_are_named(tmp_path: Path) -> None:
+    make_mixtral(tmp_path / "checkpoint")
+    with _rewritten(tmp_path / "checkpoint") as tensors:
+        tensors[EXPERT_11][3, 3] = torch.inf
+    with pytest.raises(ModelError, match=r"layers.2.mlp.experts.up_proj cannot be stored as int4: .* not finite"):
+        prepare(tmp_path / "checkpoint", tmp_path / "store", "int4")
+
+
 def test_what_must_stay_float32_does(tmp_path: Path) -> None:
     make_checkpoint("deepseek_v3", tmp_path / "checkpoint", seed=1)
     dense = load_file(prepare(tmp_path / "checkpoint", tmp_path / "store", "bf16").dense_path)
@@ -125,8 +231,7 @@ def test_block_scaled_fp8_is_dequantised(tmp_path: Path) -> None:
     store = prepare(source, tmp_path / "store", "float32")
     for module, expert, record in _records(store):
         stored = {name: expected[f"{module}.{expert}.{name}_proj.weight"] for name in ("gate", "up", "down")}
-        assert torch.equal(record["gate_up_proj"], torch.cat([stored["gate"], stored["up"]]))
-        assert torch.equal(record["down_proj"], stored["down"])
+        assert all(torch.equal(record[f"{name}_proj"], weight) for name, weight in stored.items())
     attention = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(load_file(store.dense_path)[attention], expected[attention])
     assert "quantization_config" not in json.loads((store.path / "config.json").read_text())
@@ -209,8 +314,10 @@ def test_unreadable_checkpoints_are_named(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(ModelError, match="tokenizer"):
         prepare(tmp_path / "mute", tmp_path / "store")
-    with pytest.raises(UsageError, match="'int3' is not known"):
+    with pytest.raises(UsageError, match="experts format 'int3' is not known: allowed are float32, bf16, int8, int4"):
         prepare(tmp_path / "mute", tmp_path / "store", "int3")
+    with pytest.raises(UsageError, match="dense format 'q8' is not known"):
+        prepare(tmp_path / "mute", tmp_path / "store", "int8", "q8")
     assert not (tmp_path / "store").exists()
 
 
@@ -289,8 +396,9 @@ def test_the_same_checkpoint_gives_the_same_store_id(tmp_path: Path) -> None:
 def test_command_prepares_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_mixtral(tmp_path / "checkpoint")
     checkpoint, store = str(tmp_path / "checkpoint"), str(tmp_path / "store")
-    assert main([checkpoint, store, "--experts", "float32", "--name", "mine", "--verify"]) == 0
-    assert ExpertStore.open(tmp_path / "store").index.name == "mine"
+    assert main([checkpoint, store, "--experts", "int4", "--dense", "int8", "--name", "mine", "--verify"]) == 0
+    index = ExpertStore.open(tmp_path / "store").index
+    assert (index.name, index.experts_format, index.dense_format) == ("mine", "int4", "int8")
     assert main([store, "--verify"]) == 0
     with (tmp_path / "store" / "experts.bin").open("r+b") as file:
         file.write(b"\xff" * 8)

@@ -56,3 +56,8 @@ DEMO_FLOAT32_LOGITS = Tolerance(8.5e-5, 3e-4)
 """The block model in our engine against the dense original under plain transformers: 20 prompts × 64 tokens."""
 DEMO_PERPLEXITY_RATIO = Tolerance(1.1e-4, 4e-4)
 """|perplexity in bf16 ÷ the dense original's in bf16, minus one|."""
+
+DENSE_MATRICES = Tolerance(1e-6, 4e-6)
+"""A product with a stored matrix against float64, over the largest of the results."""
+QUANTISED_DENSE_LOGITS = Tolerance(1e-4, 4e-4)
+"""Dense matrices in int4, experts in float32: our engine against transformers with the weights that those stand for."""

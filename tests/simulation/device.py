@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 from random import Random
 from typing import NamedTuple
@@ -80,6 +81,8 @@ class SimSlab:
         """Pieces of all slots."""
         self.writer: dict[int, int] = {}
         """The load that writes to a slot."""
+        self.changed: Callable[[], None] = lambda: None
+        """Called whenever `committed` has changed."""
 
     def view(self, slot: int, num_bytes: int) -> View:
         return View(slot, num_bytes // UNIT)
@@ -113,6 +116,7 @@ class SimSlab:
     def _commit(self, slot: int, pieces: int) -> None:
         self.committed += pieces - self._committed[slot]
         self._committed[slot] = pieces
+        self.changed()
 
 
 @dataclass(slots=True)
@@ -200,9 +204,9 @@ class SimDisk:
         fails = expert in faults.unreadable or rng.random() < faults.fail
         written = rng.randrange(view.pieces) if fails else view.pieces
         for index in range(written):
-            content = piece_of(expert, index)
-            self._clock.at(seconds * (index + 1) / view.pieces, lambda i=index, c=content: self._slab.write(view, i, c))  # type: ignore[misc]  # the loop's values
-        self._clock.at(seconds, lambda: self._end(load, view, fails))
+            write = partial(self._slab.write, view, index, piece_of(expert, index))
+            self._clock.at(seconds * (index + 1) / view.pieces, write)
+        self._clock.at(seconds * view.pieces / view.pieces, partial(self._end, load, view, fails))
 
     def _end(self, load: Load, view: View, fails: bool) -> None:
         self._idle += 1

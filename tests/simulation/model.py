@@ -20,7 +20,7 @@ from expertd_engine.request import Sequence as EngineSequence
 from expertd_engine.scheduler import Chunk, StepPlan
 from simulation.device import UNIT, SimSlab, record_of
 
-VOCAB = 40
+VOCAB = 24
 EOS = 0
 
 Content = Callable[[int, int], tuple[int, ...]]

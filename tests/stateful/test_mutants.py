@@ -41,11 +41,11 @@ MUTANTS = [read_mutant(patch) for patch in sorted((ROOT / "tests" / "mutants").g
 
 
 class Copy:
-    """A copy of engine/ and tests/, whose tests import the copy and nothing else of ours."""
+    """A copy of engine/, server/ and tests/, whose tests import the copy and nothing else of ours."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("engine", "tests"):
+        for name in ("engine", "server", "tests"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         (folder / "mutant_profile.py").write_text(PROFILE)
@@ -64,7 +64,7 @@ class Copy:
     def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(self.folder / "engine"), str(self.folder)]),
+            "PYTHONPATH": os.pathsep.join(str(self.folder / name) for name in ("engine", "server", ".")),
             "PYTHONDONTWRITEBYTECODE": "1",
             "GIT_CEILING_DIRECTORIES": str(self.folder.parent),  # or git applies nothing inside another repository
         }

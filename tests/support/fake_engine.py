@@ -25,6 +25,7 @@ from expertd_engine.messages import (
     Abort,
     BudgetSet,
     EngineInfo,
+    ExpertMap,
     Fatal,
     Finished,
     FinishReason,
@@ -42,6 +43,7 @@ from expertd_engine.messages import (
     TokenLogprob,
     TopLogprob,
     ToServer,
+    Watch,
 )
 from expertd_server.service import Service
 
@@ -107,6 +109,7 @@ def engine_info(**changes: object) -> EngineInfo:
         dtype="float32", vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN, max_sequences=8, max_step_tokens=64,
         eos_token_ids=[END], num_moe_layers=2, num_experts=4, top_k=2, expert_record_bytes=4096,
         expert_bytes_total=32768, expert_budget_bytes=16384, minimum_expert_budget_bytes=8192,
+        maximum_expert_budget_bytes=32768,
         memory_budget_bytes=None, kv_block_tokens=16, kv_blocks=32, kv_bytes=65536, policy="lru", lookahead="none",
         prefetch=True, numerics="invariant", direct_io=True, fallbacks=["direct I/O was refused"], torch_version="0",
         transformers_version="0",
@@ -118,18 +121,24 @@ def snapshot(steps: int, waiting: int = 0, running: int = 0) -> Snapshot:
     """Counters of an engine after `steps` steps: one hit, one miss and one prefetch each."""
     bounds = [0.001, 0.01]
     histogram = HistogramData(bounds, [steps, 0, 0], 0.0005 * steps)
+    empty = HistogramData(bounds, [0, 0, 0], 0.0)
     return Snapshot(
-        time_s=0.0, lookups=[LayerLookups(steps, 0, steps, 2 * steps)] * 2, demand_loads=steps,
-        demand_bytes=4096 * steps, prefetch_loads=steps, prefetch_bytes=4096 * steps, prefetch_used=steps,
-        prefetch_late=0, prefetch_wasted=0, prefetch_cancelled=0, prefetch_pending=0, load_seconds=0.5 * steps,
-        load_failures=0, stall_seconds={"expert_wait": 0.25 * steps}, evictions={"capacity": steps, "budget_change": 0},
+        time_s=0.0, lookups=[LayerLookups(steps, 0, steps, steps, 3 * steps, 0, steps)] * 2, demand_loads=steps,
+        demand_bytes=4096 * steps, prefetch_loads=steps, prefetch_bytes=4096 * steps, read_bytes=8192 * steps,
+        prefetch_issued=steps, prefetch_used=steps,
+        prefetch_late=0, prefetch_wasted=0, prefetch_cancelled=0, prefetch_pending=0,
+        prefetch_outcome_bytes={"used": 4096 * steps, "late": 0, "wasted": 0, "cancelled": 0}, load_queue=0,
+        load_seconds=0.5 * steps,
+        load_failures=0, stall_seconds={"disk_read": 0.25 * steps, "expert_wait": 0.0},
+        step_stall_seconds={"disk_read": histogram, "expert_wait": empty}, evictions={"capacity": steps, "budget_change": 0},
         expert_budget_bytes=16384, expert_limit_bytes=16384, resident_bytes=8192, loading_bytes=4096,
         peak_expert_bytes=12288, residents_by_layer=[1, 1], memory_used_bytes=1, memory_peak_bytes=2,
         memory_source="process", memory_shrinks=0, dense_bytes=100, kv_capacity_bytes=65536, kv_used_bytes=0,
         kv_cached_bytes=4096, prefix_cache_queries=10 * steps, prefix_cache_hits=4 * steps, kv_cache_evictions=steps,
         running=running,
-        waiting=waiting, preemptions=0, steps={"prefill": 0, "decode": steps}, step_seconds=histogram,
-        step_tokens=histogram, load_latency_seconds=histogram,
+        waiting=waiting, preemptions=0, steps={"prefill": 0, "decode": steps}, 
+        step_seconds={"prefill": empty, "decode": histogram}, step_tokens={"prefill": empty, "decode": histogram},
+        load_latency_seconds=histogram,
     )  # fmt: skip
 
 
@@ -165,6 +174,7 @@ class FakeEngine:
         self.submitted: dict[int, Submit] = {}
         self.aborted: list[int] = []
         self.shut_down = False
+        self.budget = script.info.expert_budget_bytes
         self._script = script
         self._endpoint = endpoint
         self._permits: int | None = 0 if script.held else None
@@ -288,12 +298,21 @@ class FakeEngine:
                     ended = [self._end(sequence, "abort") for sequence in live if sequence is not None]
                     self._send(Steps([], ended))
                 case SetBudget():
-                    self._send(BudgetSet(message.expert_budget_bytes))
+                    self._set_budget(message.expert_budget_bytes)
+                case Watch():
+                    self._send(ExpertMap(["rL.o", "r..x"]))
                 case Shutdown():
                     self.shut_down = True
             self._changed.notify_all()
         if self.shut_down:
             self._exit(0)
+
+    def _set_budget(self, asked: int) -> None:
+        """As the engine does it, between the bounds of the script's info."""
+        info = self._script.info
+        allowed = info.minimum_expert_budget_bytes <= asked <= info.maximum_expert_budget_bytes
+        self.budget = asked if allowed else self.budget
+        self._send(BudgetSet(self.budget, self.budget, None if allowed else f"{asked} bytes are out of bounds"))
 
     def _answer(self, submit: Submit) -> Iterator[int]:
         answer = self._script.answer

@@ -1,4 +1,4 @@
-"""Quantised matrices lie as the kernels read them, whatever their shape, and are as near the weights as the format allows."""
+"""Quantised matrices lie as the kernels read them, whatever their shape, as near the weights as the format allows."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def test_sizes(format: str, bits: float) -> None:
 @pytest.mark.parametrize("format", QUANTISED)
 def test_padding_is_zero_weights(format: str) -> None:
     read = dequantise(quantise(_weights((17, 33)), format), format, 32, 64)
-    assert not read[17:].any() and np.abs(read[:17, 33:]).max() <= np.abs(read).max() * (0.2 if format == "int4" else 0)
+    assert not read[17:].any()
+    if format != "int4":  # there columns of padding take part in their group's range, and meet activations of 0
+        assert not read[:, 33:].any()
 
 
 @st.composite
@@ -112,7 +114,9 @@ def _reference(kind: str, weights: Floats) -> Floats:
     return np.asarray(gguf.quants.dequantize(gguf.quants.quantize(weights, quantiser), quantiser), np.float32)
 
 
-@pytest.mark.parametrize(("format", "kind", "share"), [("int8", "Q8_0", 1.01), ("int4", "Q4_1", 0.93), ("int4s", "Q4_0", 0.96)])
+@pytest.mark.parametrize(
+    ("format", "kind", "share"), [("int8", "Q8_0", 1.01), ("int4", "Q4_1", 0.93), ("int4s", "Q4_0", 0.96)]
+)
 def test_errors_are_smaller_than_those_of_plain_rounding(format: str, kind: str, share: float) -> None:
     """The root mean square on normally distributed weights; measured 1.0, 0.90 and 0.94 of ggml's."""
     weights = _weights((256, 512))

@@ -56,8 +56,9 @@ def _write_store(folder: Path) -> dict[ExpertId, bytes]:
     ]
     index = StoreIndex(
         format_version=FORMAT_VERSION, store_id="", name="tiny", source="made", model_type="mixtral",
-        architecture="MixtralForCausalLM", dense_dtype="float32", experts_format="float32", top_k=2,
-        layouts=[RecordLayout("float32", size, []) for size in RECORD_BYTES], layers=layers, router_kind=None,
+        architecture="MixtralForCausalLM", dense_dtype="float32", dense_format="float32", experts_format="float32",
+        top_k=2, layouts=[RecordLayout("float32", size, []) for size in RECORD_BYTES], layers=layers, router_kind=None,
+        quantised={},
         files={
             DENSE_NAME: describe_file(folder / DENSE_NAME),
             RECORDS_NAME: describe_file(folder / RECORDS_NAME, checksum=False),
@@ -131,10 +132,10 @@ def test_missing_and_overlong_files_are_named(folder: Path) -> None:
         ExpertStore.open(folder)
 
 
-def _other_version(folder: Path) -> None:
+def _of_version(folder: Path, version: int) -> None:
     index = msgspec.json.decode((folder / INDEX_NAME).read_bytes())
-    # A later version may have other fields: the version must be understood before the rest is.
-    (folder / INDEX_NAME).write_bytes(msgspec.json.encode({**index, "format_version": 99, "news": 1}))
+    # Another version may have other fields: the version must be understood before the rest is.
+    (folder / INDEX_NAME).write_bytes(msgspec.json.encode({**index, "format_version": version, "news": 1}))
 
 
 def _tampered(folder: Path) -> None:
@@ -151,7 +152,8 @@ def _tampered(folder: Path) -> None:
             "is not an expert store, or its store.json",
         ),
         (lambda folder: (folder / INDEX_NAME).write_bytes(b"\xff\x00"), "is not an expert store, or its store.json"),
-        (_other_version, "has format version 99; this expertd reads version 1"),
+        (lambda folder: _of_version(folder, 1), "has format version 1; .* reads version 2: prepare it again"),
+        (lambda folder: _of_version(folder, 99), "has format version 99; this expertd reads version 2"),
         (_tampered, "store.json was changed"),
     ],
 )

@@ -128,4 +128,15 @@ def test_closing_ends_the_threads_and_forgets_what_is_queued(reader: GatedReader
         reader.gate.release()
     closing.join(WAIT_S)
     assert not closing.is_alive()
-    assert sorted(reader.begun) == [0, 1] and transfers.completions.qsize() == 2
+    assert sorted(reader.begun) == [0, 1]
+    assert len(results(transfers, reader, 2)) == 2 and transfers.completions.empty()
+
+
+def test_what_was_read_counts_once_the_engine_hears_of_it(transfers: Transfers, reader: GatedReader) -> None:
+    reader.errors[1] = OSError("gone")
+    for number in range(3):
+        submit(transfers, number, Priority.DEMAND)
+    assert transfers.depth() == 3 and transfers.completions.read_bytes == 0
+    assert results(transfers, reader, 1) == [Loaded(0)] and transfers.completions.read_bytes == 8
+    results(transfers, reader, 2)  # one of them fails
+    assert transfers.completions.read_bytes == 16 and transfers.depth() == 0

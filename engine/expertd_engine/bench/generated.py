@@ -15,6 +15,9 @@ from expertd_engine.bench.routing import Ids, Routing, RoutingShape
 from expertd_engine.experts.events import ExpertId, Hint
 from expertd_engine.experts.lookahead import Exactness, Lookahead
 
+SWEEP = -1
+"""Number of the stream whose tokens use all experts of every layer in turn: for loading them all."""
+
 _BLOCK_TOKENS = 256
 
 
@@ -40,12 +43,12 @@ class _Stream:
 
     def routes(self, start: int, stop: int) -> Ids:
         """`[stop - start, layers, top_k]`"""
-        self.reserve(stop - self.position)
+        self.reserve(max(0, stop - self.position))
         return _between(self._routes, start, stop)
 
     def predicted(self, start: int, stop: int) -> Ids:
         """`[stop - start, layers, leads, top_k]`"""
-        self.reserve(stop - self.position)
+        self.reserve(max(0, stop - self.position))
         return _between(self._predicted, start, stop)
 
 
@@ -56,7 +59,7 @@ class GeneratedRoutes:
         self.shape: RoutingShape = routing.shape
         self._streams = [_Stream(routing, channel, number, streams) for number in range(streams)]
         self._rows: list[tuple[int, int, int]] = []
-        """Stream, first and last + 1 token, in the order of rows."""
+        """Stream, first and last + 1 token, in the order of rows; sweeps left out."""
         self._routes = np.empty((0, self.shape.layers, self.shape.top_k), np.int64)
 
     def reserve(self, tokens: int) -> None:
@@ -67,12 +70,15 @@ class GeneratedRoutes:
     def begin_step(self, rows: Sequence[tuple[int, int]]) -> None:
         """The step about to run has these rows: `(stream, tokens)` in order. Its streams move on by as many tokens."""
         self._rows = []
+        parts = []
         for number, count in rows:
+            if number == SWEEP:
+                parts.append(_sweep(self.shape, count))
+                continue
             stream = self._streams[number]
-            self._rows.append((number, stream.position, stream.position + count))
-            stream.reserve(count)
-            stream.position += count
-        parts = [self._streams[number].routes(start, stop) for number, start, stop in self._rows]
+            start, stream.position = stream.position, stream.position + count
+            self._rows.append((number, start, stream.position))
+            parts.append(stream.routes(start, stream.position))
         self._routes = np.concatenate(parts)
 
     def route(self, layer: int, num_rows: int) -> Ids:
@@ -133,29 +139,38 @@ class ChannelLookahead:
 
 
 class Recorder:
-    """A `Lookahead` that also keeps which experts each layer of each step asked for."""
+    """A `Lookahead` that also keeps which experts each layer of the running step asked for."""
 
-    def __init__(self, inner: Lookahead, layers: int) -> None:
-        self.exactness = inner.exactness
-        self.steps: list[Sequence[Sequence[int]]] = []
+    def __init__(self, inner: Lookahead, shape: RoutingShape) -> None:
+        self.exactness: Exactness = inner.exactness
         self._inner = inner
-        self._layers = layers
-        self._current: dict[int, Sequence[int]] = {}
+        self._shape = shape
+        self._asked: dict[int, Sequence[int]] = {}
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
-        self._current = {}
+        self._asked = {}
         return self._inner.begin_step(step, token_ids)
 
     def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
-        self._current[layer] = experts
+        self._asked[layer] = experts
         return self._inner.routed(step, layer, experts)
 
     def next_use(self, expert: ExpertId, after: int) -> int | None:
         return self._inner.next_use(expert, after)
 
     def take_step(self) -> list[Sequence[int]]:
-        """The experts that the last step asked for, by layer."""
-        return [self._current.get(layer, ()) for layer in range(self._layers)]
+        """The experts that the last step asked for, by layer.
+
+        An engine whose tokens choose every expert foresees by itself and never asks a lookahead: then all of them.
+        """
+        every = range(self._shape.experts) if self._shape.top_k == self._shape.experts else ()
+        return [self._asked.get(layer, every) for layer in range(self._shape.layers)]
+
+
+def _sweep(shape: RoutingShape, tokens: int) -> Ids:
+    """Every expert once before any a second time, the same in all layers."""
+    chosen = np.arange(tokens * shape.top_k).reshape(tokens, 1, shape.top_k) % shape.experts
+    return np.repeat(np.sort(chosen, axis=-1), shape.layers, axis=1)
 
 
 def _between(blocks: Sequence[Ids], start: int, stop: int) -> Ids:

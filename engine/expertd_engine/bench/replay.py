@@ -20,6 +20,10 @@ class Lookups:
     hits: int = 0
     misses: int = 0
 
+    def add(self, other: Lookups) -> None:
+        self.hits += other.hits
+        self.misses += other.misses
+
     @property
     def hit_ratio(self) -> float:
         """Share of lookups that hit; 1 where there were none."""
@@ -58,9 +62,25 @@ class LRUReplay:
         """All layers of one step in order; `layers[l]` holds the distinct experts of layer l."""
         total = Lookups()
         for layer, experts in enumerate(layers):
-            event = self.event(layer, experts)
-            total.hits += event.hits
-            total.misses += event.misses
+            total.add(self.event(layer, experts))
+        return total
+
+
+class Replays:
+    """LRU caches of several sizes that see the same steps, as an engine does whose budget changes now and then."""
+
+    def __init__(self) -> None:
+        self._caches: dict[int, LRUReplay] = {}
+
+    def feed(self, steps: Sequence[Sequence[Iterable[int]]], slots: int) -> Lookups:
+        """Show `steps` to all caches; what the one of `slots` met."""
+        self._caches.setdefault(slots, LRUReplay(slots))
+        total = Lookups()
+        for layers in steps:
+            for size, cache in self._caches.items():
+                met = cache.step(layers)
+                if size == slots:
+                    total.add(met)
         return total
 
 
@@ -71,6 +91,5 @@ def lru_lookups(steps: Iterable[tuple[bool, Sequence[Iterable[int]]]], slots: in
     for counted, layers in steps:
         met = cache.step(layers)
         if counted:
-            total.hits += met.hits
-            total.misses += met.misses
+            total.add(met)
     return total

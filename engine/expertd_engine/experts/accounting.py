@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -129,12 +129,12 @@ class Stalls:
         """Of all causes, since start."""
         return sum(self._seconds.values())
 
-    def by_cause(self) -> Mapping[StallCause, float]:
-        return dict(self._seconds)
+    def by_cause(self) -> dict[str, float]:
+        return {str(cause): seconds for cause, seconds in self._seconds.items()}
 
-    def by_step(self) -> Mapping[StallCause, HistogramData]:
+    def by_step(self) -> dict[str, HistogramData]:
         """How long steps stood still; steps that did not are not counted."""
-        return {cause: histogram.data() for cause, histogram in self._steps.items()}
+        return {str(cause): histogram.data() for cause, histogram in self._steps.items()}
 
     def add(self, cause: StallCause, seconds: float) -> None:
         self._seconds[cause] += seconds

@@ -181,8 +181,8 @@ class ExpertCache:
     ) -> LayerLeases:
         """Leases on `experts` (ascending) of a layer, for a `with` block.
 
-        `pairs`: how many (token, choice) pairs chose each; by default one. `scanned`: those that prompt tokens alone ask
-        for (law 5).
+        `pairs`: how many (token, choice) pairs chose each; by default one. `scanned`: those that prompt tokens alone
+        ask for (law 5).
         """
         hints = tuple(self.lookahead.routed(self._step, layer, experts))
         asked = [ExpertId(layer, expert) for expert in experts]

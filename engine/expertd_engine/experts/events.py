@@ -3,15 +3,18 @@
 Owner: the engine thread. `Ledger.handle(event)` takes one event and returns instructions, in the order in which they
 must be carried out. Nothing here does I/O, reads a clock or knows torch.
 
+Thousands of these are made for a token, which is why they are structs: five times as quick to make as dataclasses.
+
 Positions are integers in virtual time: `step × (layers × experts) + layer × experts + expert`. They order uses, past
 and future, without a clock.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, NamedTuple
+
+import msgspec
 
 
 class ExpertId(NamedTuple):
@@ -33,8 +36,7 @@ LookupResult = Literal["hit", "late", "miss"]
 # ---------------------------------------------------------------- events
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(msgspec.Struct, frozen=True, gc=False):
     """The current step needs `expert` and asks for a lease. Answered by `Granted`, now or after later events.
 
     Counts one lookup. `position` is this use; `next_use` the next known one after it (None: unknown). `scan` marks a
@@ -50,65 +52,56 @@ class Demand:
     pairs: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Hint:
+class Hint(msgspec.Struct, frozen=True, gc=False):
     expert: ExpertId
     needed_at: int
     """Position of the foreseen use."""
 
 
-@dataclass(frozen=True, slots=True)
-class Predict:
+class Predict(msgspec.Struct, frozen=True, gc=False):
     """Foreseen uses, soonest first. May start prefetches; also tells next-use policies what they need to know."""
 
     hints: tuple[Hint, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(msgspec.Struct, frozen=True, gc=False):
     """The load's bytes are all in its slot."""
 
     load_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True, gc=False):
     """The load ended without its bytes. A demanded record is tried once more, then its leases are `Denied`."""
 
     load_id: int
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Cancelled:
+class Cancelled(msgspec.Struct, frozen=True, gc=False):
     """Answer to `Cancel` for a load that had not begun: nothing was and nothing will be written."""
 
     load_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(msgspec.Struct, frozen=True, gc=False):
     """The step has done with a granted lease. Releasing twice, or what was never granted, is an error (law 3)."""
 
     lease_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Abort:
+class Abort(msgspec.Struct, frozen=True, gc=False):
     """The step was given up: end these leases in whatever state they are (waiting, loading, granted)."""
 
     lease_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SetBudget:
+class SetBudget(msgspec.Struct, frozen=True, gc=False):
     """A new expert budget in bytes; becomes the limit as soon as unleased bytes allow (law 1)."""
 
     budget_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True, gc=False):
     """A step has ended at `position`: hints that lie before it are stale, and prefetches for them are given up."""
 
     position: int
@@ -119,8 +112,7 @@ Event = Demand | Predict | Loaded | Failed | Cancelled | Release | Abort | SetBu
 # ---------------------------------------------------------------- instructions
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(msgspec.Struct, frozen=True, gc=False):
     """Read `expert`'s record into `slot`. The slot's earlier content is dead from now on."""
 
     load_id: int
@@ -129,30 +121,26 @@ class Load:
     priority: Priority
 
 
-@dataclass(frozen=True, slots=True)
-class Promote:
+class Promote(msgspec.Struct, frozen=True, gc=False):
     """A prefetch under way is now demanded: move it ahead of all prefetches."""
 
     load_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
+class Cancel(msgspec.Struct, frozen=True, gc=False):
     """Give the load up if it has not begun (answer `Cancelled`); else let it end (`Loaded` or `Failed`) as doomed."""
 
     load_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(msgspec.Struct, frozen=True, gc=False):
     """Return the slot's memory from byte `keep_bytes` on to the system. The bytes stop being charged at once."""
 
     slot: int
     keep_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Granted:
+class Granted(msgspec.Struct, frozen=True, gc=False):
     """The lease holds: the record stays in `slot`, unchanged, until `Release`."""
 
     lease_id: int
@@ -160,8 +148,7 @@ class Granted:
     slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class Denied:
+class Denied(msgspec.Struct, frozen=True, gc=False):
     """The lease cannot be had: the record could not be loaded. The lease has ended."""
 
     lease_id: int

@@ -22,14 +22,14 @@ class Foresight:
         self._policy = policy
         self._prefetch = prefetch
         self._hints: list[tuple[int, ExpertId]] = []  # heap; an entry is void unless the record's `hinted` agrees
+        self._known: dict[ExpertId, Record] = {}  # those with a known next use
 
     def use(self, record: Record, event: Demand) -> None:
         """A demand, already among the record's leases. Knows law 5."""
         facts = record.facts
         self.position = max(self.position, event.position)
         self.lookups += 1
-        known = [use for use in (facts.next_use, event.next_use) if use is not None and use > event.position]
-        facts.next_use = min(known, default=None)
+        self._know(record, event.position, event.next_use)
         brought_in = len(record.leases) == 1 and (record.pending or record.place in (State.ABSENT, State.DOOMED))
         if event.scan and not brought_in and not facts.probation:
             return  # the working set's recency is decoding's own
@@ -45,6 +45,7 @@ class Foresight:
             return
         if facts.next_use is None or needed_at < facts.next_use:
             facts.next_use = needed_at
+            self._known[record.expert] = record
             if facts.ticket:
                 self._residency.victims.offer(facts)
         wanted = self._prefetch and record.place is State.ABSENT
@@ -73,12 +74,25 @@ class Foresight:
     def advance(self, position: int) -> None:
         """Forget uses foreseen before `position`. What was loaded for them alone is given up, or the first to go."""
         self.position = max(self.position, position)
-        for record in self._residency.records.values():
+        for expert, record in list(self._known.items()):
             facts = record.facts
             if facts.next_use is not None and facts.next_use < self.position:
                 facts.next_use = None
-                if record.expert in self._residency.prefetching:
+                del self._known[expert]
+                if expert in self._residency.prefetching:
                     self._residency.doom(record)
                 facts.probation = facts.probation or record.pending
                 if facts.ticket:
                     self._residency.victims.offer(facts)
+
+    def _know(self, record: Record, used_at: int, told: int | None) -> None:
+        """Of the known uses after this one, the soonest stands."""
+        facts = record.facts
+        if facts.next_use is None and told is None:
+            return
+        known = [use for use in (facts.next_use, told) if use is not None and use > used_at]
+        facts.next_use = min(known, default=None)
+        if facts.next_use is None:
+            self._known.pop(record.expert, None)
+        else:
+            self._known[record.expert] = record

@@ -6,6 +6,7 @@ bytes move, never which expert computes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
@@ -75,3 +76,48 @@ class EveryExpert:
             Hint(ExpertId(*divmod(position % self.period, self.num_experts)), position)
             for position in range(start, start + self.window)
         ]
+
+
+class LayerScan:
+    """Around another source: a step of many rows uses nearly every expert, so its layers can be read in order.
+
+    Applies to steps of at least `min_rows` rows. After each layer the first half of the next one's experts are hints:
+    that bridges attention and router, and leaves most slots to the experts that decoding works with (law 5); the other
+    half is demanded while the first computes. Hints, not knowledge: `next_use` stays the inner source's.
+    """
+
+    USED_SHARE = 0.9
+    """Of a layer's experts that a step must be expected to use."""
+
+    def __init__(self, inner: Lookahead, num_layers: int, num_experts: int, top_k: int) -> None:
+        self.inner = inner
+        self.exactness = inner.exactness
+        self.min_rows = rows_that_use(self.USED_SHARE, num_experts, top_k)
+        self._num_layers = num_layers
+        self._num_experts = num_experts
+        self._scanning = False
+
+    def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
+        self._scanning = len(token_ids) >= self.min_rows
+        hints = self.inner.begin_step(step, token_ids)
+        return self._layer(step, 0) if self._scanning else hints
+
+    def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
+        hints = self.inner.routed(step, layer, experts)
+        return self._layer(step, layer + 1) if self._scanning else hints
+
+    def next_use(self, expert: ExpertId, after: int) -> int | None:
+        return self.inner.next_use(expert, after)
+
+    def _layer(self, step: int, layer: int) -> list[Hint]:
+        if layer == self._num_layers:
+            return []
+        first = (step * self._num_layers + layer) * self._num_experts
+        return [Hint(ExpertId(layer, e), first + e) for e in range(-(-self._num_experts // 2))]
+
+
+def rows_that_use(share: float, num_experts: int, top_k: int) -> int:
+    """Rows whose choices, were they independent and even, leave at most `1 - share` of a layer's experts unused."""
+    if top_k >= num_experts:
+        return 1
+    return math.ceil(math.log(1 - share) / math.log(1 - top_k / num_experts))

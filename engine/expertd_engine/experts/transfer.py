@@ -45,8 +45,7 @@ class _Job:
 class Completions:
     """What the threads have to say to the engine thread, in order.
 
-    `read_bytes` are those of the loads it has been told of, so that the sum agrees with the ledger's own between any two
-    events.
+    `read_bytes` are those of the loads it has been told of: so they agree with the ledger's between any two events.
     """
 
     def __init__(self) -> None:

@@ -70,8 +70,6 @@ def quantise(weights: Floats, format: str, *, threads: int = 1) -> Bytes:
     Raises ValueError for numbers that are not finite or too large for a float16 scale.
     """
     rows, cols = weights.shape
-    if weights.size and not float(np.abs(weights).max()) <= LARGEST:  # also false for NaN
-        raise ValueError(f"weights beyond ±{LARGEST:.0f}, or not finite, cannot be quantised")
     packed = np.zeros((-(-rows // STRIP_ROWS), strip_bytes(format, cols)), np.uint8)
     step = max(1, _CHUNK_WEIGHTS // max(1, STRIP_ROWS * cols))
 
@@ -111,6 +109,8 @@ def _as_groups(weights: Floats) -> Floats:
 
 
 def _fit(format: str, weights: Floats) -> _Groups:
+    if not float(np.abs(weights).max()) <= LARGEST:  # also false for NaN
+        raise ValueError(f"weights beyond ±{LARGEST:.0f}, or not finite, cannot be quantised")
     return {"int8": _fit_int8, "int4": _fit_affine, "int4s": _fit_symmetric}[format](weights)
 
 
@@ -214,9 +214,9 @@ def _pack(strips: Bytes, groups: _Groups, format: str, cols: int) -> None:
     data, has_minima = _bytes_of_group(format)
     end = shape[2] * data
     offset = {"int8": 128, "int4": 0, "int4s": 8}[format]
-    q = (groups.q + np.float32(offset)).astype(np.uint8)
+    q: Bytes = (groups.q + np.float32(offset)).astype(np.uint8)
     if format != "int8":
-        q = q[: GROUP_COLUMNS // 2] | q[GROUP_COLUMNS // 2 :] << 4
+        q = q[: GROUP_COLUMNS // 2] | q[GROUP_COLUMNS // 2 :] << np.uint8(4)
     columns = q.reshape(-1, 4, *shape).transpose(2, 4, 0, 3, 1)  # [strip, group, quad, row, column]
     strips[:, :end] = columns.reshape(len(strips), end)
     for values in (groups.scale, groups.minimum) if has_minima else (groups.scale,):

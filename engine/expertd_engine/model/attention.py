@@ -45,31 +45,40 @@ class LayerShape(NamedTuple):
 
 
 class KVStorage:
-    """The bytes behind the KV pool's block numbers: `[block][layer][keys | values][token][head][dim]`.
+    """The bytes behind the KV pool's block numbers: `[block][layer]`, then keys `[kv_head][key_dim][token]` and values
+    `[kv_head][token][value_dim]`.
 
-    One block is contiguous over all layers, so that a block that is given up can return its pages. Block 0 is the
-    null block: never written, all zeros; tables are padded with it.
+    One block is contiguous over all layers, so that a block that is given up can return its pages. A head's keys lie
+    transposed: scores of as many keys as a register holds are then one product after another, without sums over lanes.
+    Block 0 is the null block: never written, all zeros; tables are padded with it.
     """
 
     def __init__(self, shapes: Sequence[LayerShape], num_blocks: int, block_tokens: int, dtype: torch.dtype) -> None:
         self.block_tokens = block_tokens
         self.num_blocks = num_blocks
+        self.dtype = dtype
         self.block_bytes = block_bytes(shapes, block_tokens, dtype)
         self.token_bytes_max = max(s.kv_heads * (s.key_dim + s.value_dim) for s in shapes) * dtype.itemsize
         """Bytes one token's keys and values take in the layer that stores most."""
         self.mask_row_bytes_max = TILE_QUERIES * max(s.group for s in shapes) * dtype.itemsize
         """Bytes one key takes in the mask of one tile, in the layer with most heads to a key."""
         self._slab = Slab(num_blocks, self.block_bytes)
-        pool = torch.frombuffer(self._slab.whole, dtype=dtype).view(num_blocks, -1)
+        self.address = self._slab.address
+        """Of block 0."""
         self.keys: list[torch.Tensor] = []
         """Per layer, `[blocks, block_tokens, kv_heads, key_dim]`; `values` likewise."""
         self.values: list[torch.Tensor] = []
-        offset = 0
-        for shape in shapes:
-            for parts, dim in ((self.keys, shape.key_dim), (self.values, shape.value_dim)):
-                length = block_tokens * shape.kv_heads * dim
-                parts.append(pool[:, offset : offset + length].view(num_blocks, block_tokens, shape.kv_heads, dim))
-                offset += length
+        self.offsets: list[tuple[int, int]] = []
+        """Per layer, bytes from a block's beginning to its keys and to its values."""
+        pool = torch.frombuffer(self._slab.whole, dtype=dtype).view(num_blocks, -1)
+        begin = 0
+        for heads, _, key_dim, value_dim in shapes:
+            middle = begin + block_tokens * heads * key_dim
+            end = middle + block_tokens * heads * value_dim
+            self.offsets.append((begin * dtype.itemsize, middle * dtype.itemsize))
+            self.keys.append(pool[:, begin:middle].view(-1, heads, key_dim, block_tokens).permute(0, 3, 1, 2))
+            self.values.append(pool[:, middle:end].view(-1, heads, block_tokens, value_dim).permute(0, 2, 1, 3))
+            begin = end
 
 
 def block_bytes(shapes: Sequence[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:

@@ -88,7 +88,7 @@ def expert_ffn(module: torch.nn.Module, record: Mapping[str, torch.Tensor], x: t
     num_rows = len(x)
     x = _pad_rows(x)
     inner = _project(record, "up_proj", x)
-    inner = _gated(module, _project(record, "gate_proj", x), inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]  # untyped
+    inner = gated(module, _project(record, "gate_proj", x), inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]  # untyped
     result = _project(record, "down_proj", inner)[:num_rows]
     if getattr(module, "has_post_expert_norm", False):  # transformers 5.17 has no such flag
         result = module.post_expert_norm(result)  # type: ignore[operator]  # untyped
@@ -96,7 +96,7 @@ def expert_ffn(module: torch.nn.Module, record: Mapping[str, torch.Tensor], x: t
     return result.float()
 
 
-def _gated(module: torch.nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def gated(module: torch.nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """The module's own activation, which takes gate and up as its parameter has them: joined, or one by one in turn."""
     both = torch.cat([gate, up], dim=-1) if module.is_concatenated else torch.stack([gate, up], dim=-1).flatten(-2)
     result = module._apply_gate(both)  # type: ignore[operator]  # untyped

@@ -21,10 +21,14 @@ from expertd_engine.errors import StoreError
 from expertd_engine.experts.slab import PAGE, Slab
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import DENSE_NAME
-from expertd_engine.families import DTYPES, Model, build_meta_model, find_experts, load_config
+from expertd_engine.families import DTYPES, Model, build_meta_model, find_experts, load_config, tied_names
+from expertd_engine.kernels.library import Pool
+from expertd_engine.kernels.library import Pool
 from expertd_engine.model.attention import ATTENTION_NAME, paged_attention
+from expertd_engine.model.dense import Matrix, NativeMatrices, TorchMatrices, install
+from expertd_engine.model.expert_native import NativeExperts, Unsupported, expert_layout
 from expertd_engine.model.expert_torch import SlotViews, TorchExperts
-from expertd_engine.model.moe import EXPERTS_NAME, MoELayer, experts_function
+from expertd_engine.model.moe import EXPERTS_NAME, ExpertKernel, MoELayer, experts_function
 from expertd_engine.model.numerics import make_invariant
 from expertd_engine.model.router import RouterKind
 
@@ -49,10 +53,17 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     float32_sigmoids: bool
     """Whether it may compute sigmoids in float32, as routers of that kind do whatever the weights."""
+    fallbacks: list[str]
+    """What is slower than designed, for people to read."""
+    pool: Pool | None
+    """The native kernels' threads; None where there are none."""
 
 
-def load_model(store: ExpertStore) -> LoadedModel:
-    """Build the store's model with everything but its experts. Raises StoreError or ModelError."""
+def load_model(store: ExpertStore, pool: Pool | None = None) -> LoadedModel:
+    """Build the store's model with everything but its experts. Raises StoreError or ModelError.
+
+    `pool` runs the native kernels; without, everything is computed in torch.
+    """
     AttentionInterface.register(ATTENTION_NAME, paged_attention)
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, experts_function)
     config = load_config(store.path)
@@ -64,8 +75,7 @@ def load_model(store: ExpertStore) -> LoadedModel:
     for module in modules.values():
         module._parameters.clear()  # their bytes live in the store and the slots
     dense, dense_bytes = read_dense(store)
-    model.load_state_dict(dense, strict=False, assign=True)
-    model.tie_weights()
+    fallbacks = _load_dense(model, dense, store, pool)
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
         raise StoreError(f"store {store.path} lacks {len(missing)} dense weights, the first is {missing[0]}")
@@ -76,20 +86,49 @@ def load_model(store: ExpertStore) -> LoadedModel:
         moe_modules=list(modules.values()),
         dtype=dtype,
         dense_bytes=dense_bytes,
-        vocab_size=model.get_output_embeddings().weight.shape[0],
+        vocab_size=model.get_output_embeddings().out_features,
         context_tokens=int(config.max_position_embeddings),
         eos_token_ids=_eos_token_ids(config, _read_json(store, "generation_config.json")),
         float32_sigmoids=dtype == torch.float32 or store.index.router_kind in (RouterKind.SIGMOID_GROUPED, None),
+        fallbacks=fallbacks,
+        pool=pool,
     )
+
+
+def _load_dense(model: Model, dense: Mapping[str, torch.Tensor], store: ExpertStore, pool: Pool | None) -> list[str]:
+    """Give the model its dense weights, quantised ones in modules of ours. Returns what is slower than designed."""
+    index = store.index
+    plain = {name: tensor for name, tensor in dense.items() if name not in index.quantised}
+    matrices = {name: Matrix(dense[name], form.format, *form.shape) for name, form in index.quantised.items()}
+    tied = tied_names(model)
+    kernels = TorchMatrices() if pool is None else NativeMatrices(pool)
+    install(model, matrices, tied, DTYPES[index.dense_dtype], kernels)
+    model.load_state_dict(plain, strict=False, assign=True)
+    if not tied.values() & matrices.keys():
+        model.tie_weights()
+    if matrices and pool is None:
+        return [f"dense {index.dense_format} weights are dequantised by PyTorch for each product"]
+    return []
 
 
 def attach_experts(loaded: LoadedModel, store: ExpertStore, views: SlotViews) -> list[MoELayer]:
     """Give every experts module its layer over `views`; replaces what an earlier call attached."""
     layers = []
     for i, (module, entry) in enumerate(zip(loaded.moe_modules, store.index.layers, strict=True)):
-        layers.append(layer := MoELayer(i, TorchExperts(module, views, entry.layout)))
+        layers.append(layer := MoELayer(i, _expert_kernel(loaded, module, views, entry.layout)))
         module.expertd_layer = layer  # type: ignore[assignment]  # a plain attribute, not a submodule
     return layers
+
+
+def _expert_kernel(loaded: LoadedModel, module: torch.nn.Module, views: SlotViews, layout: int) -> ExpertKernel:
+    if loaded.pool is not None:
+        try:
+            return NativeExperts(loaded.pool, expert_layout(module, views.layouts[layout]), views)
+        except Unsupported as reason:
+            fallback = f"experts are computed by PyTorch, slowly: {reason}"
+            if fallback not in loaded.fallbacks:
+                loaded.fallbacks.append(fallback)
+    return TorchExperts(module, views, layout)
 
 
 def read_dense(store: ExpertStore) -> tuple[dict[str, torch.Tensor], int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,17 +14,18 @@ from expertd_engine.messages import HistogramData
 from expertd_server.engine_metrics import EngineCounters, add_histograms
 from support.fake_engine import engine_info, snapshot
 
-GAUGE_WORDS = (
-    "_age_seconds", "_pending", "_bytes{pool", "memory_", "kv_cache_used_", "kv_cache_cached_", "kv_cache_capacity_",
-    "requests_", "experts_resident",
-)  # fmt: skip
-
-
-def samples(counters: EngineCounters) -> dict[str, float]:
+def samples(counters: EngineCounters, only: Sequence[str] = ()) -> dict[str, float]:
+    """Values by name and labels, of families of the types in `only` or of all."""
     registry = CollectorRegistry()
     registry.register(counters)
-    lines = (line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#"))
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+    values, kind = {}, ""
+    for line in generate_latest(registry).decode().splitlines():
+        if line.startswith("# TYPE"):
+            kind = line.split()[-1]
+        elif not line.startswith("#") and (not only or kind in only):
+            name, _, value = line.rpartition(" ")
+            values[name] = float(value)
+    return values
 
 
 @given(st.lists(st.lists(st.integers(0, 5), max_size=4), max_size=4))
@@ -30,13 +34,14 @@ def test_counters_never_fall_over_any_lives_of_engines(lives: list[list[int]]) -
     before: dict[str, float] = {}
     for life in lives:
         counters.engine_started(engine_info())
+        counted = samples(counters, only=("counter", "histogram"))
         steps = 0
         for more in life:
             steps += more
             counters.observe(snapshot(steps))
             now = samples(counters)
             assert all(now[name] >= value for name, value in before.items())
-            before = {n: v for n, v in now.items() if not any(word in n for word in GAUGE_WORDS)}
+            before = {name: value for name, value in now.items() if name in counted}
         counters.engine_ended()
         now = samples(counters)
         assert all(now[name] == value for name, value in before.items())
@@ -49,7 +54,7 @@ def test_gauges_of_an_engine_end_with_it() -> None:
     assert samples(counters)["expertd_requests_waiting"] == 2
     counters.engine_ended()
     assert samples(counters)["expertd_requests_waiting"] == 0
-    assert samples(counters)['expertd_memory_resident_bytes{pool="experts",tier="device"}'] == 0
+    assert samples(counters)['expertd_memory_resident_bytes{pool="experts",tier="host"}'] == 0
 
 
 def test_buckets_are_cumulative_and_end_in_infinity() -> None:
@@ -57,8 +62,12 @@ def test_buckets_are_cumulative_and_end_in_infinity() -> None:
     counters.engine_started(engine_info())
     counters.observe(snapshot(2))
     shown = samples(counters)
-    assert shown['expertd_engine_step_seconds_bucket{le="0.001"}'] == 2
-    assert shown['expertd_engine_step_seconds_bucket{le="+Inf"}'] == shown["expertd_engine_step_seconds_count"] == 2
+    assert shown['expertd_engine_step_seconds_bucket{le="0.001",phase="decode"}'] == 2
+    assert (
+        shown['expertd_engine_step_seconds_bucket{le="+Inf",phase="decode"}']
+        == shown['expertd_engine_step_seconds_count{phase="decode"}']
+        == 2
+    )
 
 
 def test_histograms_of_different_bounds_are_not_added() -> None:
@@ -74,6 +83,43 @@ def test_the_prefix_cache_is_shown_beside_the_kv_in_use() -> None:
     assert shown["expertd_prefix_cache_queries_total"] == 30
     assert shown["expertd_prefix_cache_hits_total"] == 12
     assert shown["expertd_kv_cache_evictions_total"] == 3
-    assert shown['expertd_kv_cache_used_bytes{tier="device"}'] == 0
-    assert shown['expertd_kv_cache_cached_bytes{tier="device"}'] == 4096
-    assert shown['expertd_memory_resident_bytes{pool="kv",tier="device"}'] == 4096
+    assert shown['expertd_kv_cache_used_bytes{tier="host"}'] == 0
+    assert shown['expertd_kv_cache_cached_bytes{tier="host"}'] == 4096
+    assert shown['expertd_memory_resident_bytes{pool="kv",tier="host"}'] == 4096
+
+
+def test_what_was_being_prefetched_when_an_engine_ended_was_read_in_vain() -> None:
+    counters = EngineCounters()
+    counters.engine_started(engine_info())
+    counters.observe(msgspec.structs.replace(snapshot(3), prefetch_issued=5, prefetch_pending=2))
+    assert issued(counters) == known(counters) == 5
+    counters.engine_ended()
+    assert issued(counters) == known(counters) == 5
+    counters.engine_started(engine_info())
+    counters.observe(snapshot(1))
+    assert issued(counters) == known(counters) == 6
+
+
+def issued(counters: EngineCounters) -> float:
+    return samples(counters)["expertd_expert_prefetch_issued_total"]
+
+
+def known(counters: EngineCounters) -> float:
+    """Prefetches that ended, and those that have not."""
+    shown = samples(counters)
+    ended = sum(v for k, v in shown.items() if k.startswith("expertd_expert_prefetch_total"))
+    return ended + shown["expertd_expert_prefetch_pending"]
+
+
+def test_lookups_by_result_and_by_foresight_have_one_sum_and_activations_are_pairs() -> None:
+    counters = EngineCounters()
+    counters.engine_started(engine_info())
+    counters.observe(snapshot(3))
+    shown = samples(counters)
+
+    def total(name: str) -> float:
+        return sum(v for k, v in shown.items() if k.startswith(f"expertd_{name}_total"))
+
+    assert total("expert_lookups") == total("expert_lookahead_experts") == 2 * 6
+    assert total("expert_activations") == 2 * 12
+    assert total("store_read_bytes") == total("swap_bytes") == 3 * 8192

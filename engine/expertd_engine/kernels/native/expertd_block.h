@@ -93,14 +93,18 @@ typedef struct expertd_step {
 } expertd_step;
 
 /* One layer. `previous` (null for the first) is the layer before, whose `ffn` output still lies in `added`, and
- * `routed` [rows, hidden] the sum of its experts (null if it has none). */
+ * `routed` [rows, hidden] the sum of its experts (null if it has none); read, and left full of zeros for the next sum. */
 EXPERTD_API int expertd_block_forward(expertd_pool *pool, const expertd_block *block, const expertd_block *previous,
-                                      const float *routed, const expertd_step *step);
+                                      float *routed, const expertd_step *step);
 
-/* Ends layer `last`, then logits [count, head->rows] of `logit_rows` [count]: scale * head(norm(h)). */
-EXPERTD_API int expertd_block_logits(expertd_pool *pool, const expertd_block *last, const float *routed,
-                                     const expertd_step *step, const expertd_norm *norm, const expertd_matrix *head,
-                                     const int64_t *logit_rows, int64_t count, float scale, float *logits);
+/* What the layer after `block` would begin with: after it, `hidden` is the layer's output. */
+EXPERTD_API int expertd_block_finish(expertd_pool *pool, const expertd_block *block, float *routed,
+                                     const expertd_step *step);
+
+/* scale * head(norm(h)) of `count` rows of hidden [rows, norm->length], to logits [count, head->rows]. */
+EXPERTD_API int expertd_block_logits(expertd_pool *pool, const expertd_norm *norm, const expertd_matrix *head,
+                                     float scale, const float *hidden, int64_t rows, const int64_t *logit_rows,
+                                     int64_t count, float *logits);
 
 #ifdef __cplusplus
 }

@@ -65,6 +65,12 @@ def _html(data: bytes) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip())
 
 
+_ESCAPES = {
+    "\\-": "-", "\\e": "\\", "\\(aq": "'", "\\(cq": "'", "\\(lq": '"', "\\(rq": '"', "\\(bu": "*", "\\(em": "–",
+    "\\(at": "@", "\\(ti": "~", "\\(ha": "^", "\\ ": " ",
+}  # fmt: skip
+
+
 def _manual(data: bytes) -> str:
     """A manual page without its markup: requests lose their names, escapes become what they print."""
     lines = []
@@ -76,9 +82,14 @@ def _manual(data: bytes) -> str:
             line = ("\n" if name in ("SH", "SS", "TP", "PP", "P", "IP", "LP", "Pp", "It") else "") + rest.replace('"', "")
         lines.append(line)
     text = re.sub(r"\\f(\[\w*\]|\(\w\w|\w)|\\[&%/,|^:]|\\s[-+]?\d", "", "\n".join(lines))
-    for escape, printed in {"\\-": "-", "\\e": "\\", "\\(aq": "'", "\\(bu": "*", "\\(em": "–", "\\ ": " "}.items():
+    for escape, printed in _ESCAPES.items():
         text = text.replace(escape, printed)
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _entries(data: bytes) -> str:
+    """A dictionary's entries without the mark of its edition that follows each."""
+    return re.sub(r"\s*\[(1913 Webster|Webster 1913 Suppl\.|PJC|WordNet [\d.]+)[^\]\n]*\]", "", _plain(data))
 
 
 DOMAINS: dict[str, Domain] = {
@@ -95,7 +106,7 @@ DOMAINS: dict[str, Domain] = {
         r"\.py$",
         _plain,
     ),
-    "dictionary": Domain(("dict-gcide",), "GPL-3.0-or-later", r"gcide\.dict\.dz$", _plain),
+    "dictionary": Domain(("dict-gcide",), "GPL-3.0-or-later", r"gcide\.dict\.dz$", _entries),
     "prose": Domain(
         ("anarchism", "jargon-text", "fortunes"),
         "GPL-2.0-or-later and GFDL-1.1-or-later; public domain; BSD",

@@ -1,0 +1,154 @@
+"""What a benchmark says to the processes that it measures, and what they answer. Plain data, one JSON line a message.
+
+A process is told once what to be (its specification, as its one argument), then answers one `Answer` to each request it
+reads from standard input. It ends with its input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An engine to measure. Sizes are as on the command line."""
+
+    store: str
+    expert_budget: str | None = None
+    memory_budget: str | None = None
+    policy: str = "auto"
+    prefetch: bool = True
+    routing: str = "model"
+    hints: str = "none"
+    """A channel over generated routes; `none` leaves what the engine foresees by itself."""
+    streams: int = 1
+    threads: int | None = None
+    io_threads: int = 2
+    max_step_tokens: int = 512
+    max_model_len: int = 512
+    seed: int = 0
+
+
+class PeerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A llama.cpp model to measure."""
+
+    gguf: str
+    streams: int = 1
+    threads: int | None = None
+    max_tokens: int = 512
+    """Of one stream: prompt and answer."""
+    seed: int = 0
+
+
+class DecodeRequest(msgspec.Struct, frozen=True, tag="decode", forbid_unknown_fields=True):
+    """Start every stream on a prompt, take `warm` tokens each, then time `tokens` each."""
+
+    tokens: int
+    warm: int
+    prompt: int
+    budget_bytes: int | None = None
+    """Change the expert budget first; with all experts allowed, load them."""
+
+
+class PrefillRequest(msgspec.Struct, frozen=True, tag="prefill", forbid_unknown_fields=True):
+    """Time a prompt of `tokens` from its submission to its first token; with `decode`, while a stream decodes: that one
+    takes `warm` tokens before, and `after` tokens afterwards.
+    """
+
+    tokens: int
+    decode: bool = False
+    warm: int = 32
+    after: int = 64
+    budget_bytes: int | None = None
+
+
+class DiskRequest(msgspec.Struct, frozen=True, tag="disk", forbid_unknown_fields=True):
+    """Read records in random order, as the engine does, for about `seconds`."""
+
+    seconds: float
+
+
+class DescribeRequest(msgspec.Struct, frozen=True, tag="describe", forbid_unknown_fields=True):
+    """What was started? Answered by `EngineFacts` or `PeerFacts`."""
+
+
+Request = DecodeRequest | PrefillRequest | DiskRequest | DescribeRequest
+
+
+class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The engine under measurement. Sizes in bytes."""
+
+    experts_total: int
+    expert_budget: int
+    experts_format: str
+    dense_format: str
+    layers: int
+    experts: int
+    top_k: int
+    policy: str
+    lookahead: str
+    numerics: str
+    fallbacks: list[str]
+    device: str
+
+
+class PeerFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: str
+    threads: int
+    system: str
+
+
+class Decoded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One timed window. Everything but `peak_bytes` is of the window alone."""
+
+    elapsed_s: float
+    tokens: int
+    """Of all streams."""
+    hits: int = 0
+    late: int = 0
+    misses: int = 0
+    missed_bytes: int = 0
+    """Read because a step demanded them and nothing had foreseen it."""
+    transferred_bytes: int = 0
+    stall_s: float = 0.0
+    lru_transferred_bytes: int = 0
+    """What an LRU cache of as many slots would have read on the same routes."""
+    union: float = 0.0
+    """Distinct experts a layer and step, mean."""
+    peak_bytes: int = 0
+    """Most expert bytes charged since start."""
+    process_peak_bytes: int = 0
+
+    @property
+    def tok_s(self) -> float:
+        return self.tokens / self.elapsed_s
+
+
+class Prefilled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    ttft_s: float
+    transferred_bytes: int = 0
+    resident_bytes: int = 0
+    """Before the prompt."""
+    peak_bytes: int = 0
+    process_peak_bytes: int = 0
+    before_s: list[float] = []
+    """Seconds between the other stream's tokens before the prompt,"""
+    during_s: list[float] = []
+    """while it was computed,"""
+    after_s: list[float] = []
+    """and afterwards."""
+
+
+class DiskRead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    bytes_per_s: float
+    direct: bool
+    record_bytes: int
+    threads: int
+
+
+class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`error` is set where the request failed; else `result`."""
+
+    result: Any = None
+    error: str | None = None

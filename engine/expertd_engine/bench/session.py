@@ -1,0 +1,267 @@
+"""A real engine in this process, stepped and timed: scheduler, core, ledger and kernels as they serve. Owns the clock.
+
+Prompts are random tokens; sampling is greedy and ignores the end of text. What a window counts begins when all its
+streams decode.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from expertd_engine.bench.channel import Channel, make_channel
+from expertd_engine.bench.disk import read_bandwidth
+from expertd_engine.bench.generated import SWEEP, ChannelLookahead, GeneratedRoutes, Recorder
+from expertd_engine.bench.protocol import (
+    Decoded,
+    DecodeRequest,
+    DiskRead,
+    EngineFacts,
+    EngineSpec,
+    Prefilled,
+    PrefillRequest,
+)
+from expertd_engine.bench.replay import Replays
+from expertd_engine.bench.routing import RoutingShape, make_routing
+from expertd_engine.config import Config, parse_size
+from expertd_engine.core import Forward, StepResult
+from expertd_engine.errors import EngineError, UsageError
+from expertd_engine.experts.lookahead import NoLookahead
+from expertd_engine.experts.store import ExpertStore
+from expertd_engine.memory import peak_rss_bytes
+from expertd_engine.messages import Sampling, Submit, TextInput
+from expertd_engine.request import ExpertCounts
+from expertd_engine.scheduler import StepPlan
+from expertd_engine.startup import start_engine
+
+_PRELOAD_TURNS = 8
+_PRELOAD_TOKENS = 256
+
+
+class EngineSession:
+    """One engine, its generated routes, and the LRU caches that are its yardsticks."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        """Starts the engine. Raises what `start_engine` raises, and UsageError for hints without generated routes."""
+        self._spec = spec
+        self._store = ExpertStore.open(Path(spec.store))
+        self._shape = shape_of(self._store)
+        self._routes, channel = _generated(spec, self._shape)
+        foresight = ChannelLookahead(self._routes, channel) if self._routes and channel else NoLookahead()
+        self._recorder = Recorder(foresight, self._shape)
+        self._rng = np.random.default_rng(spec.seed)
+        self._stream_of: dict[int, int] = {}
+        self._next_id = 1
+        self._outputs: dict[int, int] = {}
+        """Tokens so far, by sequence."""
+        self._counts = ExpertCounts()
+        self._replays = Replays()
+        self._decoded: list[list[Sequence[int]]] = []
+        """What each decode step asked for, by layer, that the replays have not seen."""
+        self._engine = start_engine(
+            self._store,
+            _config(spec),
+            os.getpid(),
+            lambda stage, fraction: None,
+            self._watch,
+            lookahead=self._recorder,
+            routes=self._routes,
+        )
+
+    def close(self) -> None:
+        self._engine.cache.close()
+
+    # ------------------------------------------------------------ what can be asked
+
+    def describe(self) -> EngineFacts:
+        info, index = self._engine.info, self._store.index
+        return EngineFacts(
+            experts_total=index.expert_bytes_total(),
+            expert_budget=self._engine.cache.ledger.budget_bytes,
+            experts_format=index.experts_format,
+            dense_format=index.dense_format,
+            layers=self._shape.layers,
+            experts=self._shape.experts,
+            top_k=self._shape.top_k,
+            policy=info.policy,
+            lookahead=info.lookahead,
+            numerics=info.numerics,
+            fallbacks=info.fallbacks,
+            device="cpu",
+        )
+
+    def disk(self, seconds: float) -> DiskRead:
+        return read_bandwidth(self._store, self._spec.io_threads, seconds, self._spec.seed)
+
+    def decode(self, request: DecodeRequest) -> Decoded:
+        """Time `tokens` steps of all streams, after their prompts and `warm` steps."""
+        self._set_budget(request.budget_bytes)
+        slots = self._engine.cache.ledger.budget_bytes // self._store.index.record_bytes(0)
+        steps = request.warm + request.tokens
+        streams = self._start(request.prompt, steps)
+        for _ in range(request.warm):
+            self._step()
+        self._replays.feed(self._decoded, slots)
+        self._decoded.clear()
+        before = self._counts
+        began = time.perf_counter()
+        for _ in range(request.tokens):
+            self._step()
+        elapsed_s = time.perf_counter() - began
+        met = self._counts - before
+        union = sum(len(experts) for step in self._decoded for experts in step)
+        lru = self._replays.feed(self._decoded, slots)
+        self._decoded.clear()
+        self._end(streams)
+        record = self._store.index.record_bytes(0)
+        return Decoded(
+            elapsed_s=elapsed_s,
+            tokens=request.tokens * len(streams),
+            hits=met.hits,
+            late=met.late,
+            misses=met.misses,
+            missed_bytes=met.misses * record,
+            transferred_bytes=met.loaded_bytes,
+            stall_s=met.stall_s,
+            lru_transferred_bytes=lru.misses * record,
+            union=union / (request.tokens * self._shape.layers),
+            peak_bytes=self._engine.cache.ledger.peak_bytes,
+            process_peak_bytes=peak_rss_bytes(),
+        )
+
+    def prefill(self, request: PrefillRequest) -> Prefilled:
+        """Time one prompt; with `decode`, while another stream decodes, whose pace is told before, during and after."""
+        self._set_budget(request.budget_bytes)
+        other = self._start(request.warm, 3 * request.warm + request.tokens + request.after, streams=1)
+        before_s = [self._step() for _ in range(request.warm)]
+        if not request.decode:
+            self._end(other)
+        resident, before = self._engine.cache.ledger.resident_bytes, self._counts
+        prompt = self._submit(request.tokens, 1, stream=self._spec.streams)
+        during_s = self._step_until([prompt], 1)
+        met = self._counts - before
+        after_s = [self._step() for _ in range(request.after if request.decode else 0)]
+        self._end(other if request.decode else [])
+        self._decoded.clear()
+        return Prefilled(
+            ttft_s=sum(during_s),
+            transferred_bytes=met.loaded_bytes,
+            resident_bytes=resident,
+            peak_bytes=self._engine.cache.ledger.peak_bytes,
+            process_peak_bytes=peak_rss_bytes(),
+            before_s=before_s if request.decode else [],
+            during_s=during_s if request.decode else [],
+            after_s=after_s,
+        )
+
+    # ------------------------------------------------------------ steps
+
+    def _watch(self, runner: Forward) -> Forward:
+        """Around the runner: announces whose rows come, and keeps what a step met."""
+
+        def forward(plan: StepPlan) -> StepResult:
+            if self._routes:
+                rows = [(self._stream_of[chunk.sequence.sequence_id], chunk.num_tokens) for chunk in plan.chunks]
+                self._routes.begin_step(rows)
+            result = runner(plan)
+            self._counts += result.experts
+            if plan.phase == "decode":
+                self._decoded.append(self._recorder.take_step())
+            return result
+
+        return forward
+
+    def _step(self) -> float:
+        """One step; the seconds it took. Raises EngineError if it ended a sequence with an error."""
+        began = time.perf_counter()
+        told = self._engine.core.step(began)
+        elapsed_s = time.perf_counter() - began
+        for output in told.outputs:
+            self._outputs[output.sequence_id] = self._outputs.get(output.sequence_id, 0) + len(output.token_ids)
+        for finished in told.finished:
+            if finished.error:
+                raise EngineError(f"a measured sequence failed: {finished.error}")
+        return elapsed_s
+
+    def _step_until(self, sequence_ids: Sequence[int], tokens: int) -> list[float]:
+        """Step until each of these has as many tokens; the seconds of each step."""
+        steps_s = []
+        while any(self._outputs.get(sequence_id, 0) < tokens for sequence_id in sequence_ids):
+            steps_s.append(self._step())
+        return steps_s
+
+    def _start(self, prompt: int, tokens: int, streams: int | None = None) -> list[int]:
+        """Submit all streams, with room for `tokens` each, and step until all decode."""
+        count = streams or self._spec.streams
+        if self._routes:
+            self._routes.reserve(prompt + tokens + count + 2)
+        started = [self._submit(prompt, tokens + count + 2, stream) for stream in range(count)]
+        self._step_until(started, 1)
+        return started
+
+    def _submit(self, prompt: int, tokens: int, stream: int) -> int:
+        sequence_id = self._next_id
+        self._next_id += 1
+        self._stream_of[sequence_id] = stream
+        ids = self._rng.integers(0, self._engine.info.vocab_size, prompt).tolist()
+        sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        self._engine.core.submit(Submit(sequence_id, [TextInput(ids)], sampling), time.perf_counter())
+        return sequence_id
+
+    def _end(self, sequence_ids: Sequence[int]) -> None:
+        core = self._engine.core
+        core.abort(sequence_ids, time.perf_counter())
+        while core.has_work:
+            core.step(time.perf_counter())
+
+    # ------------------------------------------------------------ budgets
+
+    def _set_budget(self, budget_bytes: int | None) -> None:
+        """Change the budget where one is given; where it holds all experts, see that all are there."""
+        ledger = self._engine.cache.ledger
+        total = self._store.index.expert_bytes_total()
+        if budget_bytes is not None and budget_bytes != ledger.budget_bytes:
+            self._engine.cache.set_budget(min(budget_bytes, total))
+        turns = 0
+        while ledger.budget_bytes >= total > ledger.resident_bytes:
+            if turns == _PRELOAD_TURNS:
+                raise EngineError(f"{total - ledger.resident_bytes} bytes of experts are never used: no resident run")
+            tokens = -(-self._shape.experts // self._shape.top_k) if self._routes else _PRELOAD_TOKENS
+            self._step_until([self._submit(tokens, 1, SWEEP)], 1)
+            self._end([])
+            turns += 1
+
+
+def shape_of(store: ExpertStore) -> RoutingShape:
+    """What routes for a store's model look like."""
+    index = store.index
+    return RoutingShape(len(index.layers), max(layer.num_experts for layer in index.layers), index.top_k)
+
+
+def _generated(spec: EngineSpec, shape: RoutingShape) -> tuple[GeneratedRoutes | None, Channel | None]:
+    routing, channel = make_routing(spec.routing, shape, spec.seed), make_channel(spec.hints)
+    if routing is None:
+        if channel is not None:
+            raise UsageError(f"hints {spec.hints!r} need generated routes: give --routing other than model")
+        return None, None
+    return GeneratedRoutes(routing, channel, spec.streams + 1), channel
+
+
+def _config(spec: EngineSpec) -> Config:
+    return Config(
+        model=spec.store,
+        expert_budget=parse_size(spec.expert_budget, share_allowed=True) if spec.expert_budget else None,
+        memory_budget=parse_size(spec.memory_budget) if spec.memory_budget else None,
+        expert_policy=spec.policy,
+        prefetch=spec.prefetch,
+        prefix_cache=False,
+        max_model_len=spec.max_model_len,
+        max_sequences=spec.streams + 1,
+        max_step_tokens=spec.max_step_tokens,
+        threads=spec.threads,
+        io_threads=spec.io_threads,
+    )

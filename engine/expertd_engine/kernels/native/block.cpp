@@ -1,0 +1,406 @@
+// One decoder layer as a sequence of phases: the caller's thread runs this code, every phase uses all threads.
+//
+// Each phase writes rows that depend on their own row of the phase before, or, in attention, on the keys and values of
+// their own sequence; so a token's bits do not depend on what else is in the step.
+#include <algorithm>
+#include <cstring>
+
+#include "block_kernels.h"
+#include "errors.h"
+#include "isa.h"
+#include "linear.h"
+
+namespace expertd {
+
+const BlockKernels& block_kernels() {
+#if defined(__x86_64__)
+  if (&isa() == &kAvx512) return block_avx512;
+  if (&isa() == &kAvx2) return block_avx2;
+#elif defined(__aarch64__)
+  if (&isa() == &kNeon) return block_neon;
+#endif
+  return block_portable;
+}
+
+namespace {
+
+constexpr int64_t kRowTask = 16384;     // numbers per task of a row-wise phase: some microseconds
+constexpr int32_t kAttentionRows = 48;  // query rows that read a key tile while it is in the cache
+constexpr int kMaxProducts = 4;
+
+// Runs `row_of(row)` for all rows, several rows of `width` numbers to a task.
+template <class F>
+void for_rows(Pool& pool, int64_t rows, int64_t width, F row_of) {
+  const int64_t share = std::max<int64_t>(1, kRowTask / std::max<int64_t>(1, width));
+  pool.parallel_for((rows + share - 1) / share, [&](int64_t task) {
+    const int64_t end = std::min(rows, (task + 1) * share);
+    for (int64_t row = task * share; row < end; ++row) row_of(row);
+  });
+}
+
+// Rows that several matrices read, brought into each format that is asked for once.
+class Readers {
+ public:
+  Readers(Pool& pool, const float* x, int64_t rows, int64_t cols) : pool_(pool), x_(x), rows_(rows), cols_(cols) {}
+
+  // Absent matrices are skipped.
+  void add(const expertd_matrix& matrix, float* y) {
+    if (matrix.data) products_[count_++] = {&matrix, inputs(matrix.format), rows_, y, matrix.rows};
+  }
+  void run() { run_products(pool_, products_, count_); }
+
+ private:
+  Inputs inputs(int32_t format) {
+    if (!known_[format]) prepared_[format] = prepare_inputs(pool_, format, x_, rows_, cols_, cols_);
+    known_[format] = true;
+    return prepared_[format];
+  }
+
+  Pool& pool_;
+  const float* x_;
+  int64_t rows_, cols_;
+  Inputs prepared_[EXPERTD_INT4S + 1];
+  bool known_[EXPERTD_INT4S + 1] = {};
+  Product products_[kMaxProducts];
+  int count_ = 0;
+};
+
+void multiply(Pool& pool, const expertd_matrix& matrix, const float* x, int64_t rows, float* y) {
+  Readers one(pool, x, rows, matrix.cols);
+  one.add(matrix, y);
+  one.run();
+}
+
+class Layer {
+ public:
+  Layer(Pool& pool, const expertd_block& block, const expertd_step& step)
+      : pool_(pool), kernels_(block_kernels()), block_(block), step_(step), rows_(step.rows) {}
+
+  void forward(const expertd_block* previous, float* routed);
+  static void finish_row(const expertd_block& block, const expertd_step& step, float* routed, int64_t row);
+
+ private:
+  void project();
+  void place_row(int64_t row);
+  void place_heads(float* heads, int32_t count, int32_t dim, const expertd_norm& norm, int64_t row);
+  void place_rows();
+  void attend();
+  void attend_item(int64_t span, int64_t first, int64_t count, int32_t head, int thread);
+  void mix();
+  void route();
+
+  template <class T>
+  T* scratch(int64_t count) {
+    return pool_.scratch().get<T>(count);
+  }
+
+  Pool& pool_;
+  const BlockKernels& kernels_;
+  const expertd_block& block_;
+  const expertd_step& step_;
+  const int64_t rows_;
+  float *x_ = nullptr, *query_ = nullptr, *key_ = nullptr, *value_ = nullptr, *gate_ = nullptr, *mixed_ = nullptr;
+  int64_t* blocks_ = nullptr;  // [rows]: the KV block of each row
+  float* work_ = nullptr;      // attention's scratch, a part for each thread
+  int64_t work_floats_ = 0;
+};
+
+// h += r * output_norm(routed + added), of the layer that is over.
+void Layer::finish_row(const expertd_block& block, const expertd_step& step, float* routed, int64_t row) {
+  const int64_t width = block.hidden;
+  float* const hidden = step.hidden + row * width;
+  float* const added = step.added + row * width;
+  const bool has_ffn = block.ffn.up.data != nullptr;
+  if (routed) {
+    float* const sums = routed + row * width;
+    for (int64_t i = 0; i < width; ++i) added[i] = has_ffn ? sums[i] + added[i] : sums[i];
+    std::fill(sums, sums + width, 0.0f);
+  }
+  if (block.output_norm.kind) block_kernels().norm(block.output_norm, added, added);
+  for (int64_t i = 0; i < width; ++i) hidden[i] += added[i] * block.residual_scale;
+}
+
+void Layer::forward(const expertd_block* previous, float* routed) {
+  const int64_t width = block_.hidden;
+  x_ = block_.parallel ? step_.normed : scratch<float>(rows_ * width);
+  for_rows(pool_, rows_, width, [&](int64_t row) {
+    if (previous) finish_row(*previous, step_, routed, row);
+    const float* from = step_.hidden + row * width;
+    if (block_.input_norm.kind)
+      kernels_.norm(block_.input_norm, from, x_ + row * width);
+    else
+      std::copy(from, from + width, x_ + row * width);
+  });
+  project();
+  place_rows();
+  attend();
+  mix();
+  route();
+}
+
+void Layer::project() {
+  query_ = scratch<float>(rows_ * block_.query.rows);
+  key_ = scratch<float>(rows_ * block_.key.rows);
+  value_ = scratch<float>(rows_ * block_.value.rows);
+  mixed_ = scratch<float>(rows_ * block_.output.cols);
+  if (block_.attention_gate.data) gate_ = scratch<float>(rows_ * block_.attention_gate.rows);
+  Readers readers(pool_, x_, rows_, block_.hidden);
+  readers.add(block_.query, query_);
+  readers.add(block_.key, key_);
+  readers.add(block_.value, value_);
+  readers.add(block_.attention_gate, gate_);
+  readers.run();
+}
+
+// Norm and rotation of a row's heads, in the layer's order.
+void Layer::place_heads(float* heads, int32_t count, int32_t dim, const expertd_norm& norm, int64_t row) {
+  const auto normalise = [&] {
+    if (!norm.kind) return;
+    for (int64_t i = 0; i < int64_t(count) * dim; i += norm.length) kernels_.norm(norm, heads + i, heads + i);
+  };
+  if (!block_.norm_after_rope) normalise();
+  if (block_.clip > 0)
+    for (int64_t i = 0; i < int64_t(count) * dim; ++i) heads[i] = std::clamp(heads[i], -block_.clip, block_.clip);
+  if (block_.rope) {
+    const int64_t angles = step_.positions[row] * (block_.rotary_dim / 2);
+    for (int32_t head = 0; head < count; ++head)
+      kernels_.rotate(block_.rope, block_.rotary_dim, block_.cos + angles, block_.sin + angles,
+                      heads + int64_t(head) * dim);
+  }
+  if (block_.norm_after_rope) normalise();
+}
+
+void Layer::place_row(int64_t row) {
+  const expertd_block& b = block_;
+  float* const query = query_ + row * b.query.rows;
+  float* const key = key_ + row * b.key.rows;
+  float* const value = value_ + row * b.value.rows;
+  place_heads(query, b.heads, b.key_dim, b.query_norm, row);
+  place_heads(key, b.kv_heads, b.key_dim, b.key_norm, row);
+  for (int64_t i = 0; i < b.query.rows; ++i) query[i] *= b.scale;
+  if (b.clip > 0)
+    for (int64_t i = 0; i < b.value.rows; ++i) value[i] = std::clamp(value[i], -b.clip, b.clip);
+  const int64_t tokens = step_.block_tokens, bytes = step_.kv_format == EXPERTD_F32 ? 4 : 2;
+  const auto write = bytes == 4 ? kernels_.write_f32 : kernels_.write_bf16;
+  char* const base = step_.blocks + blocks_[row] * step_.block_stride;
+  const int64_t inside = step_.positions[row] % tokens;
+  for (int64_t head = 0; head < b.kv_heads; ++head) {
+    char* const keys = base + b.key_offset + (head * b.key_dim * tokens + inside) * bytes;
+    write(key + head * b.key_dim, b.key_dim, tokens, keys);
+    char* const values = base + b.value_offset + (head * tokens + inside) * b.value_dim * bytes;
+    write(value + head * b.value_dim, b.value_dim, 1, values);
+  }
+}
+
+void Layer::place_rows() {
+  blocks_ = scratch<int64_t>(rows_);
+  for (int64_t span = 0; span < step_.spans; ++span)
+    for (int64_t row = step_.span_row[span]; row < step_.span_row[span + 1]; ++row)
+      blocks_[row] = step_.tables[step_.span_table[span] + step_.positions[row] / step_.block_tokens];
+  for_rows(pool_, rows_, 4 * (block_.query.rows + block_.key.rows), [&](int64_t row) { place_row(row); });
+}
+
+// Items are (sequence, positions, key head), the longest first.
+void Layer::attend() {
+  struct Item {
+    int64_t span, first, count;
+  };
+  const int32_t group = block_.heads / block_.kv_heads;
+  const int64_t tile = std::max(1, kAttentionRows / group);
+  Item* const items = scratch<Item>(rows_);
+  int64_t count = 0;
+  for (int64_t span = 0; span < step_.spans; ++span)
+    for (int64_t end = step_.span_row[span + 1]; end > step_.span_row[span]; end -= tile) {
+      const int64_t first = std::max(step_.span_row[span], end - tile);
+      items[count++] = {span, first, end - first};
+    }
+  work_floats_ = tile * group * block_.key_dim + attention_scratch(tile * group, block_.value_dim);
+  work_ = scratch<float>(work_floats_ * pool_.threads());
+  pool_.parallel_for(count * block_.kv_heads, [&](int64_t task, int thread) {
+    const Item& item = items[task / block_.kv_heads];
+    attend_item(item.span, item.first, item.count, int32_t(task % block_.kv_heads), thread);
+  });
+}
+
+void Layer::attend_item(int64_t span, int64_t first, int64_t count, int32_t head, int thread) {
+  const expertd_block& b = block_;
+  const int32_t group = b.heads / b.kv_heads;
+  const int64_t tokens = step_.block_tokens, bytes = step_.kv_format == EXPERTD_F32 ? 4 : 2;
+  float* const query = work_ + thread * work_floats_;
+  const int64_t width = int64_t(group) * b.key_dim;
+  for (int64_t i = 0; i < count; ++i) {
+    const float* from = query_ + (first + i) * b.query.rows + head * width;
+    std::copy(from, from + width, query + i * width);
+  }
+  AttentionWork work;
+  work.query = query;
+  work.sinks = b.sinks ? b.sinks + head * int64_t(group) : nullptr;
+  work.table = step_.tables + step_.span_table[span];
+  work.keys = step_.blocks + b.key_offset + head * b.key_dim * tokens * bytes;
+  work.values = step_.blocks + b.value_offset + head * b.value_dim * tokens * bytes;
+  work.block_stride = step_.block_stride;
+  work.first = step_.positions[first];
+  work.known = step_.positions[step_.span_row[span + 1] - 1] + 1;
+  work.window = b.window;
+  work.block_tokens = step_.block_tokens;
+  work.rows = int32_t(count) * group;
+  work.group = group;
+  work.key_dim = b.key_dim;
+  work.value_dim = b.value_dim;
+  work.out_stride = b.output.cols;
+  work.out = mixed_ + first * work.out_stride + int64_t(head) * group * b.value_dim;
+  work.scratch = query + int64_t(work.rows) * b.key_dim;
+  (step_.kv_format == EXPERTD_F32 ? kernels_.attend_f32 : kernels_.attend_bf16)(work);
+}
+
+// The output projection, its residual, and what the FFN reads.
+void Layer::mix() {
+  const int64_t width = block_.hidden;
+  if (gate_)
+    for_rows(pool_, rows_, block_.output.cols, [&](int64_t row) {
+      kernels_.gate(gate_ + row * block_.output.cols, block_.output.cols, mixed_ + row * block_.output.cols);
+    });
+  float* const attended = scratch<float>(rows_ * width);
+  multiply(pool_, block_.output, mixed_, rows_, attended);
+  for_rows(pool_, rows_, width, [&](int64_t row) {
+    float* const from = attended + row * width;
+    float* const hidden = step_.hidden + row * width;
+    float* const normed = step_.normed + row * width;
+    if (block_.attention_norm.kind) kernels_.norm(block_.attention_norm, from, from);
+    for (int64_t i = 0; i < width; ++i) hidden[i] += from[i] * block_.residual_scale;
+    if (block_.parallel) return;
+    if (block_.ffn_norm.kind)
+      kernels_.norm(block_.ffn_norm, hidden, normed);
+    else
+      std::copy(hidden, hidden + width, normed);
+  });
+}
+
+// Routes of the experts, and what every token shares.
+void Layer::route() {
+  const expertd_ffn& ffn = block_.ffn;
+  const int64_t inner = ffn.up.data ? ffn.up.rows : 0;
+  float* const up = scratch<float>(rows_ * inner);
+  float* const gate = ffn.gate.data ? scratch<float>(rows_ * inner) : nullptr;
+  float* const share = block_.ffn_gate.data ? scratch<float>(rows_) : nullptr;
+  const bool selects = block_.selection > EXPERTD_SELECT_LOGITS;
+  float* const left = selects ? scratch<float>(rows_ * block_.num_experts) : nullptr;
+  Readers readers(pool_, step_.normed, rows_, block_.hidden);
+  readers.add(block_.router, step_.logits);
+  readers.add(ffn.gate, gate);
+  readers.add(ffn.up, up);
+  readers.add(block_.ffn_gate, share);
+  readers.run();
+  const Activation activation{ffn.activation, ffn.alpha, ffn.limit};
+  for_rows(pool_, rows_, 4 * inner + 8 * block_.num_experts, [&](int64_t row) {
+    const int64_t experts = block_.num_experts, top_k = block_.top_k;
+    if (selects)
+      kernels_.select(block_.selection, step_.logits + row * experts, block_.num_experts, block_.top_k,
+                      left + row * experts, step_.experts + row * top_k, step_.weights + row * top_k);
+    if (inner) isa().activate(activation, gate ? gate + row * inner : nullptr, up + row * inner, inner);
+  });
+  if (!inner) return;
+  multiply(pool_, ffn.down, gate ? gate : up, rows_, step_.added);
+  if (!share) return;
+  for_rows(pool_, rows_, block_.hidden, [&](int64_t row) {
+    float one[1] = {1.0f};
+    kernels_.gate(share + row, 1, one);
+    for (int64_t i = 0; i < block_.hidden; ++i) step_.added[row * block_.hidden + i] *= one[0];
+  });
+}
+
+void check_shape(const char* name, const expertd_matrix& matrix, int64_t rows, int64_t cols) {
+  check_matrix(name, &matrix);
+  require(matrix.rows == rows && matrix.cols == cols,
+          std::string(name) + " is " + std::to_string(matrix.rows) + " x " + std::to_string(matrix.cols) + "; it must be " +
+              std::to_string(rows) + " x " + std::to_string(cols));
+}
+
+void check_ffn(const expertd_block& b) {
+  if (b.selection != EXPERTD_SELECT_DENSE) {
+    check_shape("router", b.router, b.num_experts, b.hidden);
+    require(b.top_k >= 1 && b.top_k <= b.num_experts, "top_k is " + std::to_string(b.top_k) + "; allowed are 1 to " +
+                                                          std::to_string(b.num_experts) + ", the number of experts");
+  }
+  if (b.ffn.up.data == nullptr) return;
+  check_matrix("ffn.up", &b.ffn.up);
+  check_shape("ffn.up", b.ffn.up, b.ffn.up.rows, b.hidden);
+  if (b.ffn.gate.data) check_shape("ffn.gate", b.ffn.gate, b.ffn.up.rows, b.hidden);
+  check_shape("ffn.down", b.ffn.down, b.hidden, b.ffn.up.rows);
+  if (b.ffn_gate.data) check_shape("ffn_gate", b.ffn_gate, 1, b.hidden);
+}
+
+void check_block(const expertd_block* block) {
+  require(block != nullptr, "block is null");
+  const expertd_block& b = *block;
+  require(b.heads >= 1 && b.kv_heads >= 1 && b.heads % b.kv_heads == 0,
+          std::to_string(b.heads) + " query heads cannot share " + std::to_string(b.kv_heads) + " key heads");
+  check_shape("query", b.query, int64_t(b.heads) * b.key_dim, b.hidden);
+  check_shape("key", b.key, int64_t(b.kv_heads) * b.key_dim, b.hidden);
+  check_shape("value", b.value, int64_t(b.kv_heads) * b.value_dim, b.hidden);
+  check_shape("output", b.output, b.hidden, int64_t(b.heads) * b.value_dim);
+  if (b.attention_gate.data) check_shape("attention_gate", b.attention_gate, b.output.cols, b.hidden);
+  require(!b.rope || (b.rotary_dim >= 2 && b.rotary_dim % 2 == 0 && b.rotary_dim <= b.key_dim && b.cos && b.sin),
+          "rotary_dim is " + std::to_string(b.rotary_dim) + "; allowed are even numbers up to the key dimension");
+  check_ffn(b);
+}
+
+void check_step(const expertd_step* step, const expertd_block& block) {
+  require(step != nullptr, "step is null");
+  require(step->block_tokens >= 16 && step->block_tokens % 16 == 0,
+          "block_tokens is " + std::to_string(step->block_tokens) + "; allowed are multiples of 16");
+  require(is_float_format(step->kv_format), "kv_format is " + std::to_string(step->kv_format) + "; allowed are 0 and 1");
+  require(step->rows >= 1 && step->span_row[step->spans] == step->rows, "the spans are not the step's rows");
+  for (int64_t row = 0; row < step->rows; ++row)
+    require(step->positions[row] >= 0 && (!block.rope || step->positions[row] < block.positions),
+            "position " + std::to_string(step->positions[row]) + " is not in the table of " +
+                std::to_string(block.positions));
+}
+
+}  // namespace
+}  // namespace expertd
+
+using namespace expertd;
+
+extern "C" int expertd_block_forward(expertd_pool* pool, const expertd_block* block, const expertd_block* previous,
+                                     float* routed, const expertd_step* step) {
+  return guarded([&] {
+    check_block(block);
+    check_step(step, *block);
+    Call call(pool);
+    Layer(call.pool(), *block, *step).forward(previous, routed);
+  });
+}
+
+extern "C" int expertd_block_finish(expertd_pool* pool, const expertd_block* block, float* routed,
+                                    const expertd_step* step) {
+  return guarded([&] {
+    check_block(block);
+    check_step(step, *block);
+    Call call(pool);
+    for_rows(call.pool(), step->rows, block->hidden,
+             [&](int64_t row) { Layer::finish_row(*block, *step, routed, row); });
+  });
+}
+
+extern "C" int expertd_block_logits(expertd_pool* pool, const expertd_norm* norm, const expertd_matrix* head,
+                                    float scale, const float* hidden, int64_t rows, const int64_t* logit_rows,
+                                    int64_t count, float* logits) {
+  return guarded([&] {
+    require(norm != nullptr && norm->kind != EXPERTD_NORM_NONE, "norm is absent");
+    check_matrix("head", head);
+    check_shape("head", *head, head->rows, norm->length);
+    for (int64_t i = 0; i < count; ++i)
+      require(logit_rows[i] >= 0 && logit_rows[i] < rows,
+              "logit row " + std::to_string(logit_rows[i]) + " is not one of " + std::to_string(rows));
+    Call call(pool);
+    const int64_t width = norm->length;
+    float* const normed = call.pool().scratch().get<float>(count * width);
+    for_rows(call.pool(), count, width, [&](int64_t i) {
+      block_kernels().norm(*norm, hidden + logit_rows[i] * width, normed + i * width);
+    });
+    multiply(call.pool(), *head, normed, count, logits);
+    if (scale == 1.0f) return;
+    for (int64_t i = 0; i < count * head->rows; ++i) logits[i] *= scale;
+  });
+}

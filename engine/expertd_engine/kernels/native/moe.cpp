@@ -1,0 +1,265 @@
+// All routed experts of a layer in one call: gate, up, activation and requantisation in one phase, down and the weighted
+// sum in the next. Both split rows of weights, never tokens' sums, so that every sum has one order.
+#include <algorithm>
+
+#include "isa.h"
+#include "linear.h"
+
+namespace expertd {
+namespace {
+
+constexpr int64_t kBatchBytes = 8 << 20;  // inner activations held at a time; more pairs go in several rounds
+constexpr int kBlockRows = kGroupColumns;  // inner rows of a task: they make exactly one group of down's input
+constexpr int kBlockStrips = kBlockRows / kStripRows;
+constexpr int64_t kMostStrips = 4;  // strips of down per task: their inputs are read once for all of them
+
+struct Arguments {
+  const expertd_expert_layout* layout;
+  int64_t tokens;
+  int32_t num_experts;
+  const void* const* records;
+  const int32_t* pair_begin;
+  const int32_t* pair_row;
+  const float* pair_weight;
+  float* out;
+  float* partials;
+};
+
+// Pairs of one expert within a round.
+struct Segment {
+  const std::byte* record;
+  int64_t begin, end;
+  int64_t tasks_before;
+};
+
+// What one round works on: at most kBatchBytes of inner activations.
+struct Round {
+  const Segment* segments;
+  int count;
+  int64_t first_pair;
+  int64_t tasks;  // of the first phase
+  std::byte* inner;
+  int64_t inner_stride;
+};
+
+class Moe {
+ public:
+  Moe(Pool& pool, const Arguments& arguments, const Inputs& inputs)
+      : pool_(pool),
+        a_(arguments),
+        layout_(*arguments.layout),
+        inputs_(inputs),
+        inner_stride_(input_bytes(layout_.format, layout_.inner)),
+        blocks_(ceil_div(layout_.inner, kBlockRows)),
+        rows_per_block_(rows_per_block(inputs.stride)),
+        round_pairs_(std::max<int64_t>(kTile, kBatchBytes / inner_stride_)) {}
+
+  void run() {
+    const int64_t pairs = a_.pair_begin[a_.num_experts];
+    const int64_t most = std::min(pairs - a_.pair_begin[0], round_pairs_);
+    auto* segments = pool_.scratch().get<Segment>(a_.num_experts);
+    auto* inner = pool_.scratch().get<std::byte>(most * inner_stride_);
+    int64_t pair = a_.pair_begin[0];
+    for (int32_t expert = 0; pair < pairs;) {
+      Round round{segments, 0, pair, 0, inner, inner_stride_};
+      const int64_t round_end = std::min(pairs, pair + round_pairs_);
+      while (pair < round_end) {
+        while (a_.pair_begin[expert + 1] <= pair) ++expert;
+        const int64_t end = std::min<int64_t>(round_end, a_.pair_begin[expert + 1]);
+        segments[round.count++] = {static_cast<const std::byte*>(a_.records[expert]), pair, end, round.tasks};
+        round.tasks += blocks_ * ceil_div(end - pair, rows_per_block_);
+        pair = end;
+      }
+      pool_.parallel_for(round.tasks, [&](int64_t task) { inner_task(round, task); });
+      const int64_t strips = strips_of(layout_.hidden);
+      const int64_t chunk = std::clamp<int64_t>(strips / (8 * pool_.threads()), 1, kMostStrips);
+      pool_.parallel_for(ceil_div(strips, chunk), [&](int64_t task) {
+        down_task(round, task * chunk, std::min(strips, (task + 1) * chunk));
+      });
+    }
+  }
+
+ private:
+  static const float* floats_at(const Segment& segment, int64_t offset) {
+    return offset < 0 ? nullptr : reinterpret_cast<const float*>(segment.record + offset);
+  }
+
+  // Up to kTile pairs from `pair` on: their inputs.
+  int gather(int64_t pair, int64_t end, const void** inputs) const {
+    const int count = static_cast<int>(std::min<int64_t>(kTile, end - pair));
+    for (int t = 0; t < count; ++t) inputs[t] = inputs_.row(a_.pair_row[pair + t]);
+    return count;
+  }
+
+  // One block of inner rows of one expert, for a block of its pairs.
+  void inner_task(const Round& round, int64_t task) const {
+    const Segment* segment = round.segments;
+    int count = round.count;
+    while (count > 1) {  // the last segment that begins at or before the task
+      const int half = count / 2;
+      if (segment[half].tasks_before <= task) {
+        segment += half;
+        count -= half;
+      } else {
+        count = half;
+      }
+    }
+    const int64_t local = task - segment->tasks_before;
+    const int64_t begin = segment->begin + local / blocks_ * rows_per_block_;
+    const int64_t end = std::min(segment->end, begin + rows_per_block_);
+    for (int64_t pair = begin; pair < end; pair += kTile) inner_tile(round, *segment, local % blocks_, pair, end);
+  }
+
+  void inner_tile(const Round& round, const Segment& segment, int64_t block, int64_t pair, int64_t end) const {
+    const int64_t first = block * kBlockRows;
+    const int valid = static_cast<int>(std::min<int64_t>(kBlockRows, layout_.inner - first));
+    const bool gated = layout_.gate >= 0;
+    const void* inputs[kTile];
+    const int count = gather(pair, end, inputs);
+    float gate[kTile][kBlockRows], up[kTile][kBlockRows];
+    if (gated) project(segment, layout_.gate, layout_.gate_bias, first, valid, inputs, count, gate);
+    project(segment, layout_.up, layout_.up_bias, first, valid, inputs, count, up);
+    const Activation activation{layout_.activation, layout_.alpha, layout_.limit};
+    for (int t = 0; t < count; ++t) {
+      isa().activate(activation, gated ? gate[t] : nullptr, up[t], valid);
+      std::byte* row = round.inner + (pair + t - round.first_pair) * round.inner_stride;
+      prepare_row(layout_.format, gated ? gate[t] : up[t], valid, row + input_bytes(layout_.format, first));
+    }
+  }
+
+  // out[t][i] = inner row first + i of gate or up, with its bias.
+  void project(const Segment& segment, int64_t matrix, int64_t bias, int64_t first, int valid,
+               const void* const* inputs, int count, float (*out)[kBlockRows]) const {
+    const int64_t bytes = strip_bytes(layout_.format, layout_.hidden);
+    const float* biases = floats_at(segment, bias);
+    float sums[kTile * kStripRows];
+    for (int s = 0; s * kStripRows < valid; ++s) {
+      const int rows = std::min(kStripRows, valid - s * kStripRows);
+      isa().strip[layout_.format](segment.record + matrix + (first / kStripRows + s) * bytes, layout_.hidden, rows,
+                                  inputs, count, sums);
+      for (int t = 0; t < count; ++t) {
+        for (int r = 0; r < rows; ++r) {
+          const int i = s * kStripRows + r;
+          out[t][i] = biases ? sums[t * kStripRows + r] + biases[first + i] : sums[t * kStripRows + r];
+        }
+      }
+    }
+  }
+
+  // Strips of down of all experts, in ascending order: nobody else writes these columns.
+  void down_task(const Round& round, int64_t strip_begin, int64_t strip_end) const {
+    for (int i = 0; i < round.count; ++i) {
+      const Segment& segment = round.segments[i];
+      for (int64_t pair = segment.begin; pair < segment.end; pair += kTile) {
+        const void* inputs[kTile];
+        const int count = static_cast<int>(std::min<int64_t>(kTile, segment.end - pair));
+        for (int t = 0; t < count; ++t) {
+          inputs[t] = round.inner + (pair + t - round.first_pair) * round.inner_stride;
+        }
+        for (int64_t strip = strip_begin; strip < strip_end; ++strip) down_tile(segment, strip, pair, inputs, count);
+      }
+    }
+  }
+
+  void down_tile(const Segment& segment, int64_t strip, int64_t pair, const void* const* inputs, int count) const {
+    const int64_t first = strip * kStripRows, hidden = layout_.hidden;
+    const int rows = static_cast<int>(std::min<int64_t>(kStripRows, hidden - first));
+    const float* bias = floats_at(segment, layout_.down_bias);
+    float sums[kTile * kStripRows];
+    isa().strip[layout_.format](segment.record + layout_.down + strip * strip_bytes(layout_.format, layout_.inner),
+                                layout_.inner, rows, inputs, count, sums);
+    for (int t = 0; t < count; ++t) {
+      const float weight = a_.pair_weight[pair + t];
+      const float* sum = sums + t * kStripRows;
+      float part[kStripRows];
+      for (int r = 0; r < rows; ++r) part[r] = weight * (bias ? sum[r] + bias[first + r] : sum[r]);
+      if (a_.partials != nullptr) {
+        std::copy_n(part, rows, a_.partials + (pair + t) * hidden + first);
+      } else {
+        float* out = a_.out + a_.pair_row[pair + t] * hidden + first;
+        for (int r = 0; r < rows; ++r) out[r] += part[r];
+      }
+    }
+  }
+
+  Pool& pool_;
+  const Arguments& a_;
+  const expertd_expert_layout& layout_;
+  const Inputs inputs_;
+  const int64_t inner_stride_, blocks_, rows_per_block_, round_pairs_;
+};
+
+void check_layout(const expertd_expert_layout* layout) {
+  require(layout != nullptr, "layout is null");
+  check_format(layout->format);
+  check_dimension("layout.hidden", layout->hidden);
+  check_dimension("layout.inner", layout->inner);
+  require(layout->activation >= EXPERTD_SILU && layout->activation <= EXPERTD_SWIGLU_CLAMPED,
+          "layout.activation is " + std::to_string(layout->activation) + "; allowed are 0 to 5");
+  require(layout->up >= 0 && layout->down >= 0, "layout.up or layout.down is absent: every expert has both");
+  require(layout->activation != EXPERTD_SWIGLU_CLAMPED || (layout->gate >= 0 && layout->limit >= 0),
+          "the clamped swiglu needs a gate and a limit that is not negative");
+  for (const int64_t offset : {layout->gate, layout->up, layout->down, layout->gate_bias, layout->up_bias,
+                               layout->down_bias}) {
+    require(offset == -1 || (offset >= 0 && offset % 4 == 0),
+            "layout has an offset of " + std::to_string(offset) + "; allowed are -1 and multiples of 4");
+  }
+}
+
+void check_pairs(const Arguments& a) {
+  require(a.num_experts >= 0 && a.tokens >= 0, "num_experts or tokens is negative");
+  require(a.pair_begin != nullptr, "pair_begin is null");
+  require(a.pair_begin[0] >= 0, "pair_begin[0] is negative");
+  for (int32_t e = 0; e < a.num_experts; ++e) {
+    const std::string expert = std::to_string(e);
+    require(a.pair_begin[e + 1] >= a.pair_begin[e], "pair_begin falls after expert " + expert);
+    if (a.pair_begin[e + 1] == a.pair_begin[e]) continue;
+    require(a.records != nullptr && a.records[e] != nullptr, "records[" + expert + "] is null, and it has pairs");
+  }
+  if (a.pair_begin[a.num_experts] == a.pair_begin[0]) return;
+  require(a.pair_row != nullptr && a.pair_weight != nullptr, "pair_row or pair_weight is null");
+  for (int32_t p = a.pair_begin[0]; p < a.pair_begin[a.num_experts]; ++p) {
+    require(a.pair_row[p] >= 0 && a.pair_row[p] < a.tokens,
+            "pair_row[" + std::to_string(p) + "] is " + std::to_string(a.pair_row[p]) + "; there are " +
+                std::to_string(a.tokens) + " tokens");
+  }
+}
+
+}  // namespace
+}  // namespace expertd
+
+using namespace expertd;
+
+extern "C" int expertd_moe(expertd_pool* pool, const expertd_expert_layout* layout, const float* x, int64_t tokens,
+                           int32_t num_experts, const void* const* records, const int32_t* pair_begin,
+                           const int32_t* pair_row, const float* pair_weight, float* out, float* partials) {
+  return guarded([&] {
+    check_layout(layout);
+    const Arguments arguments{layout, tokens, num_experts, records, pair_begin, pair_row, pair_weight, out, partials};
+    check_pairs(arguments);
+    require(tokens == 0 || (x != nullptr && (out != nullptr || partials != nullptr)), "x, or out and partials, is null");
+    Call call(pool);
+    const Inputs inputs = prepare_inputs(call.pool(), layout->format, x, tokens, layout->hidden, layout->hidden);
+    Moe(call.pool(), arguments, inputs).run();
+  });
+}
+
+extern "C" int expertd_moe_sum(expertd_pool* pool, const float* partials, int64_t tokens, int32_t hidden,
+                               const int32_t* begin, const int32_t* pair, float* out) {
+  return guarded([&] {
+    check_dimension("hidden", hidden);
+    require(tokens >= 0 && (tokens == 0 || (partials && begin && pair && out)), "a pointer is null, or tokens negative");
+    Call call(pool);
+    constexpr int64_t kColumns = 4096;  // of a task
+    const int64_t blocks = ceil_div(hidden, kColumns);
+    call.pool().parallel_for(tokens * blocks, [&](int64_t task) {
+      const int64_t t = task / blocks, first = task % blocks * kColumns;
+      const int64_t last = std::min<int64_t>(hidden, first + kColumns);
+      float* row = out + t * hidden;
+      for (int32_t i = begin[t]; i < begin[t + 1]; ++i) {
+        const float* part = partials + static_cast<int64_t>(pair[i]) * hidden;
+        for (int64_t n = first; n < last; ++n) row[n] += part[n];
+      }
+    });
+  });
+}

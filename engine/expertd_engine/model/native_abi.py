@@ -1,0 +1,109 @@
+"""The C interface of one decoder layer (`kernels/native/expertd_block.h`) in ctypes. Owns no memory.
+
+Structures hold addresses; whoever fills one keeps what lies behind them alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum
+
+from expertd_engine.kernels.library import Library, Matrix
+
+
+class NormKind(IntEnum):
+    NONE = 0
+    RMS = 1
+    LAYER = 2
+
+
+class Rope(IntEnum):
+    """Which dimensions are rotated together: i and i + half, or 2i and 2i + 1."""
+
+    NONE = 0
+    HALVES = 1
+    PAIRS = 2
+
+
+class Selection(IntEnum):
+    """How router logits become routes. Equal scores: the lower expert id first (`torch.topk` promises no order)."""
+
+    DENSE = 0
+    LOGITS = 1
+    SOFTMAX = 2
+    SOFTMAX_SHARE = 3
+    TOPK_SOFTMAX = 4
+
+
+class Norm(ctypes.Structure):
+    """`expertd_norm`."""
+
+    _fields_ = [
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("kind", c_int32),
+        ("length", c_int32),
+        ("eps", c_float),
+    ]
+
+
+class FeedForward(ctypes.Structure):
+    """`expertd_ffn`."""
+
+    _fields_ = [
+        ("gate", Matrix),
+        ("up", Matrix),
+        ("down", Matrix),
+        ("activation", c_int32),
+        ("alpha", c_float),
+        ("limit", c_float),
+    ]
+
+
+class Block(ctypes.Structure):
+    """`expertd_block`: one decoder layer."""
+
+    _fields_ = [
+        *((name, Norm) for name in ("input_norm", "attention_norm", "ffn_norm", "output_norm")),
+        *((name, Norm) for name in ("query_norm", "key_norm")),
+        *((name, Matrix) for name in ("query", "key", "value", "output", "attention_gate", "router", "ffn_gate")),
+        ("ffn", FeedForward),
+        *((name, c_void_p) for name in ("cos", "sin", "sinks")),
+        *((name, c_int64) for name in ("positions", "key_offset", "value_offset", "window")),
+        *((name, c_int32) for name in ("hidden", "heads", "kv_heads", "key_dim", "value_dim")),
+        *((name, c_int32) for name in ("rope", "rotary_dim", "norm_after_rope", "parallel")),
+        *((name, c_int32) for name in ("num_experts", "top_k", "selection")),
+        *((name, c_float) for name in ("clip", "scale", "residual_scale")),
+    ]
+
+
+class Step(ctypes.Structure):
+    """`expertd_step`: one step's tokens and activations."""
+
+    _fields_ = [
+        ("rows", c_int64),
+        ("positions", c_void_p),
+        ("spans", c_int64),
+        *((name, c_void_p) for name in ("span_row", "span_table", "tables", "blocks")),
+        ("block_stride", c_int64),
+        ("block_tokens", c_int32),
+        ("kv_format", c_int32),
+        *((name, c_void_p) for name in ("hidden", "normed", "added", "logits", "experts", "weights")),
+    ]
+
+
+class BlockCalls:
+    """The functions of `expertd_block.h`. Each raises ValueError for refused arguments, KernelError otherwise."""
+
+    def __init__(self, library: Library) -> None:
+        block, step, address = POINTER(Block), POINTER(Step), c_void_p
+        self.forward: Callable[..., None] = library.bind(
+            "expertd_block_forward", [address, block, block, address, step]
+        )
+        self.finish: Callable[..., None] = library.bind("expertd_block_finish", [address, block, address, step])
+        self.logits: Callable[..., None] = library.bind(
+            "expertd_block_logits",
+            [address, POINTER(Norm), POINTER(Matrix), c_float, address, c_int64, address, c_int64, address],
+        )

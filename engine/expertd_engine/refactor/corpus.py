@@ -1,0 +1,226 @@
+"""Texts as tokens: one folder of plain-text files a domain, split by file into a training and a held-out part.
+
+Owns the tokenised corpus on disk (`corpus/DOMAIN.{train,held}.npy`, `cloze.json`), which later stages read and a
+second run finds ready.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from expertd_engine.console import Progress, silent
+from expertd_engine.errors import ModelError
+
+Tokens: TypeAlias = NDArray[np.uint32] | NDArray[np.uint16]
+
+WHOLE = "text"
+"""The one domain of a folder that has files and no folders: clusters of activations will stand in for domains."""
+
+_HELD_OUT_SHARE = 1 / 16
+_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".c", ".h", ".html", ".json", ""})
+_CLOZE_CONTEXT_CHARACTERS = 700
+_WORD = re.compile(r"[^\W\d_]{3,}")
+
+
+@dataclass(frozen=True, slots=True)
+class ClozeItem:
+    """`tokens[:begin]` is the context, `tokens[begin:]` the last word."""
+
+    domain: str
+    tokens: list[int]
+    begin: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Domain → tokens, documents one after the other with the end-of-text token between them."""
+
+    train: Mapping[str, Tokens]
+    held_out: Mapping[str, Tokens]
+    cloze: Sequence[ClozeItem]
+
+    @property
+    def domains(self) -> list[str]:
+        return sorted(self.train)
+
+    def num_tokens(self) -> int:
+        return sum(len(tokens) for tokens in self.train.values())
+
+    def windows(self, domain: str, count: int, length: int) -> NDArray[np.int64]:
+        """At most `count` held-out windows `[N, length]`, evenly spread and not overlapping."""
+        tokens = self.held_out[domain]
+        fitting = len(tokens) // length
+        if fitting == 0:
+            raise ModelError(
+                f"the held-out part of {domain!r} has {len(tokens)} tokens: at least {length} are needed; give more text"
+            )
+        starts = np.linspace(0, fitting - 1, min(count, fitting)).round().astype(int) * length
+        return np.stack([tokens[start : start + length] for start in starts]).astype(np.int64)
+
+    def batches(
+        self, rows: int, length: int, seed: int, weights: Mapping[str, float] | None = None
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Endless `(tokens [rows, length + 1], domain index [rows])`; equal shares of domains unless `weights` says."""
+        generator = np.random.default_rng(seed)
+        shares = np.array([1.0 if weights is None else weights.get(name, 1.0) for name in self.domains])
+        owed = np.zeros(len(shares))
+        while True:
+            owed += rows * shares / shares.sum()
+            taken = _round_to(owed, rows)
+            owed -= taken
+            labels = np.repeat(np.arange(len(shares)), taken)
+            yield np.stack([self._draw(self.domains[i], length + 1, generator) for i in labels]), labels
+
+    def _draw(self, domain: str, length: int, generator: np.random.Generator) -> NDArray[np.int64]:
+        tokens = self.train[domain]
+        start = int(generator.integers(0, len(tokens) - length + 1))
+        return tokens[start : start + length].astype(np.int64)
+
+
+def _round_to(shares: NDArray[np.float64], total: int) -> NDArray[np.int64]:
+    """Whole numbers near `shares` that sum to `total`; the largest remainders are rounded up."""
+    whole = np.floor(np.maximum(shares, 0)).astype(np.int64)
+    for index in np.argsort(whole - shares, kind="stable")[: max(0, total - int(whole.sum()))]:
+        whole[index] += 1
+    return whole
+
+
+def read_corpus(
+    texts: Path,
+    tokenizer: Tokenizer,
+    end_of_text: int,
+    folder: Path,
+    *,
+    min_tokens: int,
+    cloze_items: int = 500,
+    progress: Progress = silent,
+) -> Corpus:
+    """Tokenise `texts` into `folder`, or read what an earlier run left there.
+
+    Raises ModelError for a missing folder, a domain without text, and one whose training part has fewer than
+    `min_tokens` tokens.
+    """
+    files = find_texts(texts)
+    fingerprint = _fingerprint(files, tokenizer)
+    stamp = folder / "corpus.json"
+    if not (stamp.is_file() and json.loads(stamp.read_text())["fingerprint"] == fingerprint):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(files, tokenizer, end_of_text, folder, cloze_items, progress)
+        stamp.write_text(json.dumps({"fingerprint": fingerprint, "domains": sorted(files)}))
+    corpus = load_corpus(folder)
+    for domain, tokens in corpus.train.items():
+        if len(tokens) < min_tokens:
+            raise ModelError(
+                f"domain {domain!r} of {texts} has {len(tokens)} training tokens: at least {min_tokens} are needed"
+            )
+    return corpus
+
+
+def load_corpus(folder: Path) -> Corpus:
+    """A corpus that `read_corpus` wrote. Raises ModelError when there is none."""
+    stamp = folder / "corpus.json"
+    if not stamp.is_file():
+        raise ModelError(f"no tokenised corpus in {folder}")
+    domains = json.loads(stamp.read_text())["domains"]
+    cloze = [ClozeItem(**item) for item in json.loads((folder / "cloze.json").read_text())]
+    parts: list[dict[str, Any]] = [
+        {domain: np.load(folder / f"{domain}.{part}.npy", mmap_mode="r") for domain in domains}
+        for part in ("train", "held")
+    ]
+    return Corpus(parts[0], parts[1], cloze)
+
+
+def find_texts(texts: Path) -> dict[str, list[Path]]:
+    """Domain → its text files, sorted. Raises ModelError when there is nothing to read."""
+    if not texts.is_dir():
+        raise ModelError(f"no folder of texts at {texts}")
+    folders = sorted(path for path in texts.iterdir() if path.is_dir() and not path.name.startswith("."))
+    named = {folder.name: folder for folder in folders} or {WHOLE: texts}
+    files = {
+        name: sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in _SUFFIXES)
+        for name, folder in named.items()
+    }
+    empty = [name for name, paths in files.items() if not any(path.stat().st_size for path in paths)]
+    if empty:
+        raise ModelError(f"{texts} holds no text for {', '.join(empty)}: allowed are files {', '.join(sorted(_SUFFIXES))}")
+    return files
+
+
+def _fingerprint(files: Mapping[str, Sequence[Path]], tokenizer: Tokenizer) -> str:
+    stamps = {name: [(path.name, path.stat().st_size) for path in paths] for name, paths in files.items()}
+    return hashlib.sha256(json.dumps([stamps, tokenizer.get_vocab_size()]).encode()).hexdigest()
+
+
+def _write(
+    files: Mapping[str, Sequence[Path]],
+    tokenizer: Tokenizer,
+    end_of_text: int,
+    folder: Path,
+    cloze_items: int,
+    progress: Progress,
+) -> None:
+    kind = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    cloze: list[dict[str, Any]] = []
+    for number, (name, paths) in enumerate(files.items()):
+        held, train = _split(paths)
+        for part, texts in (("train", train), ("held", held)):
+            ids: list[int] = []
+            for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+                ids += [*encoding.ids, end_of_text]
+            np.save(folder / f"{name}.{part}.npy", np.array(ids, kind))
+        cloze += _cloze(name, held, tokenizer, -(-cloze_items // len(files)))
+        progress("tokenise", (number + 1) / len(files))
+    (folder / "cloze.json").write_text(json.dumps(cloze[:cloze_items]))
+
+
+def _split(paths: Sequence[Path]) -> tuple[list[str], list[str]]:
+    """Held-out and training texts. By file, spread by a hash of the name; one lone file is cut near its end."""
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+    if len(texts) == 1:
+        cut = int(len(texts[0]) * (1 - _HELD_OUT_SHARE))
+        return [texts[0][cut:]], [texts[0][:cut]]
+    order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(paths[i].name.encode()).digest())
+    total, taken, held = sum(map(len, texts)), 0, set()
+    for i in order[:-1]:
+        if taken >= total * _HELD_OUT_SHARE:
+            break
+        held.add(i)
+        taken += len(texts[i])
+    return [texts[i] for i in sorted(held)], [texts[i] for i in range(len(texts)) if i not in held]
+
+
+def _cloze(domain: str, texts: Sequence[str], tokenizer: Tokenizer, count: int) -> list[dict[str, Any]]:
+    """Passages whose last word is to be told, at most one a paragraph, spread over the held-out texts."""
+    found = []
+    for text in texts:
+        position = 0
+        for paragraph in re.split(r"\n\s*\n", text):
+            words = list(_WORD.finditer(paragraph))
+            start = text.find(paragraph, position)
+            position = start + len(paragraph)
+            if len(words) >= 8 and paragraph[words[-1].start() - 1].isspace():
+                found.append((text, start + words[-1].start(), start + words[-1].end()))
+    step = max(1, len(found) // count)
+    items = (_cloze_item(domain, tokenizer, *one) for one in found[::step])
+    return [item for item in items if item is not None][:count]
+
+
+def _cloze_item(domain: str, tokenizer: Tokenizer, text: str, begin: int, end: int) -> dict[str, Any] | None:
+    """None where the word does not begin with a token of its own."""
+    first = max(0, begin - _CLOZE_CONTEXT_CHARACTERS)
+    encoding = tokenizer.encode(text[first:end], add_special_tokens=False)
+    starts = [i for i, (_, stop) in enumerate(encoding.offsets) if stop > begin - first]
+    at = encoding.offsets[starts[0]][0] if starts else -1
+    if not starts or starts[0] < 8 or text[first + at : begin].strip():
+        return None
+    return {"domain": domain, "tokens": list(encoding.ids), "begin": starts[0]}

@@ -1,0 +1,197 @@
+"""Which of the engine's numbers are metrics, and under what name, labels and words. Pure tables over a `Snapshot`.
+
+`tier` is where bytes lie: `host` (memory, where experts are computed from) and `disk` (the store). Labels are closed
+sets, and each of their values is there from the first scrape of an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from expertd_engine.messages import HistogramData, LayerLookups, Snapshot
+
+Labels = tuple[str, ...]
+Samples = Iterable[tuple[Labels, float]]
+HistogramSamples = Iterable[tuple[Labels, HistogramData]]
+
+HOST, DISK = "host", "disk"
+UP = (DISK, HOST)
+"""The way of a load: from tier, to tier."""
+
+FROM_TO = ("from_tier", "to_tier")
+PHASES = ("prefill", "decode")
+STALL_CAUSES = ("disk_read", "expert_wait")
+PREFETCH_OUTCOMES = ("used", "late", "wasted", "cancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One counter or gauge read off a snapshot; counters are cumulative since the engine process started."""
+
+    name: str
+    help: str
+    labels: Labels
+    read: Callable[[Snapshot], Samples]
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramFamily:
+    """One histogram read off a snapshot, cumulative like counters."""
+
+    name: str
+    help: str
+    labels: Labels
+    read: Callable[[Snapshot], HistogramSamples]
+
+
+def _by_layer(read: Callable[[LayerLookups], dict[Labels, int]]) -> Callable[[Snapshot], Samples]:
+    def samples(s: Snapshot) -> Iterator[tuple[Labels, float]]:
+        for i, layer in enumerate(s.lookups):
+            for labels, count in read(layer).items():
+                yield (str(i), *labels), count
+
+    return samples
+
+
+def _one(read: Callable[[Snapshot], float]) -> Callable[[Snapshot], Samples]:
+    return lambda s: [((), read(s))]
+
+
+def _by_key(read: Callable[[Snapshot], dict[str, int] | dict[str, float]]) -> Callable[[Snapshot], Samples]:
+    return lambda s: [((key,), value) for key, value in read(s).items()]
+
+
+def _outcomes(s: Snapshot) -> dict[str, int]:
+    return dict(
+        zip(
+            PREFETCH_OUTCOMES,
+            (s.prefetch_used, s.prefetch_late, s.prefetch_wasted, s.prefetch_cancelled),
+            strict=True,
+        )
+    )
+
+
+COUNTERS = (
+    Family("expert_lookups", "Lookups, one per distinct (step, layer, expert), by the tier where the expert was found.",
+           ("layer", "tier", "result"),
+           _by_layer(lambda x: {(HOST, "hit"): x.hit, (DISK, "late"): x.late, (DISK, "miss"): x.miss})),
+    Family("expert_activations", "Pairs of (token, choice) routed, by where their expert was when it was asked for.",
+           ("layer", "residency"),
+           _by_layer(lambda x: {("resident",): x.hit_activations, ("loading",): x.late_activations,
+                                ("absent",): x.miss_activations})),
+    Family("expert_substitutions", "Pairs of (token, choice) that another expert answered. Exact mode has none.",
+           ("layer", "mode"), _by_layer(lambda x: {("virtual",): 0})),
+    Family("expert_lookahead_experts", "Lookups by whether lookahead had named the use before it came.",
+           ("layer", "outcome"),
+           _by_layer(lambda x: {("covered",): x.covered, ("uncovered",): x.hit + x.late + x.miss - x.covered})),
+    Family("expert_prefetch_issued", "Prefetches issued: the sum of all outcomes and of those pending.", (),
+           _one(lambda s: s.prefetch_issued)),
+    Family("expert_prefetch", "Prefetches by what became of them.", ("tier_from", "tier_to", "outcome"),
+           lambda s: [((*UP, outcome), count) for outcome, count in _outcomes(s).items()]),
+    Family("expert_prefetch_bytes", "Record bytes of prefetches by what became of them.",
+           ("tier_from", "tier_to", "outcome"),
+           lambda s: [((*UP, outcome), count) for outcome, count in s.prefetch_outcome_bytes.items()]),
+    Family("expert_evictions", "Experts that gave way, by reason.", ("tier", "reason"),
+           lambda s: [((HOST, reason), count) for reason, count in s.evictions.items()]),
+    Family("expert_load_failures", "Loads that ended without their bytes.", (), _one(lambda s: s.load_failures)),
+    Family("swap_transfers", "Records moved, by kind.", (*FROM_TO, "kind"),
+           lambda s: [((*UP, "demand"), s.demand_loads), ((*UP, "prefetch"), s.prefetch_loads)]),
+    Family("swap_bytes", "Bytes moved, by kind.", (*FROM_TO, "kind"),
+           lambda s: [((*UP, "demand"), s.demand_bytes), ((*UP, "prefetch"), s.prefetch_bytes)]),
+    Family("swap_seconds", "Busy time of the transfer threads, summed over threads.", FROM_TO,
+           lambda s: [(UP, s.load_seconds)]),
+    Family("store_read_bytes", "Bytes that transfer threads read from the store: the sum of swap_bytes.", (),
+           _one(lambda s: s.read_bytes)),
+    Family("stall_seconds", "Time in which compute stood still because data was missing: disk_read, an expert is being "
+           "read; expert_wait, it waits for a slot.", ("cause",), _by_key(lambda s: s.stall_seconds)),
+    Family("engine_steps", "Forward passes; prefill: with any prompt token in it.", ("phase",),
+           _by_key(lambda s: s.steps)),
+    Family("preemptions", "Sequences that gave KV blocks back and start over.", (), _one(lambda s: s.preemptions)),
+    Family("memory_shrinks", "Times memory was above its budget and the expert budget was lowered by the excess.", (),
+           _one(lambda s: s.memory_shrinks)),
+    Family("prefix_cache_queries", "Tokens of admitted sequences that were looked up among cached KV blocks.", (),
+           _one(lambda s: s.prefix_cache_queries)),
+    Family("prefix_cache_hits", "Tokens found in cached KV blocks and so not computed.", (),
+           _one(lambda s: s.prefix_cache_hits)),
+    Family("kv_cache_evictions", "Cached KV blocks given up for room.", (), _one(lambda s: s.kv_cache_evictions)),
+)  # fmt: skip
+
+GAUGES = (
+    Family("expert_prefetch_pending", "Prefetches issued whose outcome is not known yet.", (),
+           _one(lambda s: s.prefetch_pending)),
+    Family("memory_budget_bytes", "The budget of a pool.", ("pool", "tier"),
+           lambda s: [(("experts", HOST), s.expert_budget_bytes), (("kv", HOST), s.kv_capacity_bytes)]),
+    Family("memory_limit_bytes", "The limit in force: above the budget only while a lowered one waits for leases.",
+           ("pool", "tier"), lambda s: [(("experts", HOST), s.expert_limit_bytes)]),
+    Family("memory_resident_bytes", "Bytes that hold finished data.", ("pool", "tier"),
+           lambda s: [(("experts", HOST), s.resident_bytes), (("dense", HOST), s.dense_bytes),
+                      (("kv", HOST), s.kv_used_bytes + s.kv_cached_bytes)]),
+    Family("memory_reserved_bytes", "Bytes taken by what is not there yet: loads in flight, doomed ones included.",
+           ("pool", "tier"), lambda s: [(("experts", HOST), s.loading_bytes)]),
+    Family("memory_peak_bytes", "Largest sum of resident and reserved bytes since the engine started.",
+           ("pool", "tier"), lambda s: [(("experts", HOST), s.peak_expert_bytes)]),
+    Family("memory_used_bytes", "Memory in use as the kernel counts it.", ("source",),
+           lambda s: [((s.memory_source,), s.memory_used_bytes)]),
+    Family("memory_used_peak_bytes", "Largest memory in use as the kernel counts it.", ("source",),
+           lambda s: [((s.memory_source,), s.memory_peak_bytes)]),
+    Family("experts_resident", "Experts in slots.", ("layer", "tier"),
+           lambda s: [((str(i), HOST), count) for i, count in enumerate(s.residents_by_layer)]),
+    Family("swap_queue_depth", "Loads that wait for a transfer thread or are in one.", ("from_tier",),
+           lambda s: [((DISK,), s.load_queue)]),
+    Family("kv_cache_used_bytes", "Bytes of KV blocks that sequences hold.", ("tier",),
+           lambda s: [((HOST,), s.kv_used_bytes)]),
+    Family("kv_cache_cached_bytes", "Bytes of KV blocks that no sequence holds, kept for prompts that begin alike.",
+           ("tier",), lambda s: [((HOST,), s.kv_cached_bytes)]),
+    Family("kv_cache_capacity_bytes", "Bytes of all KV blocks.", ("tier",), lambda s: [((HOST,), s.kv_capacity_bytes)]),
+    Family("kv_cache_usage_ratio", "Share of KV blocks that sequences hold, 0 to 1.", ("tier",),
+           lambda s: [((HOST,), s.kv_used_bytes / s.kv_capacity_bytes if s.kv_capacity_bytes else 0.0)]),
+    Family("requests_running", "Sequences being computed.", (), _one(lambda s: s.running)),
+    Family("requests_waiting", "Sequences waiting in the engine.", (), _one(lambda s: s.waiting)),
+)  # fmt: skip
+
+HISTOGRAMS = (
+    HistogramFamily("engine_step_seconds", "Duration of a step.", ("phase",),
+                    lambda s: [((phase,), data) for phase, data in s.step_seconds.items()]),
+    HistogramFamily("engine_step_tokens", "Tokens in a step.", ("phase",),
+                    lambda s: [((phase,), data) for phase, data in s.step_tokens.items()]),
+    HistogramFamily("swap_transfer_seconds", "Duration of one load, from when it began.", FROM_TO,
+                    lambda s: [(UP, s.load_latency_seconds)]),
+    HistogramFamily("step_stall_seconds", "How long steps stood still that did, by cause as stall_seconds.",
+                    ("cause",), lambda s: [((cause,), data) for cause, data in s.step_stall_seconds.items()]),
+)  # fmt: skip
+
+NOTHING = HistogramData([], [0], 0.0)
+"""A histogram of unknown bounds that counted nothing."""
+
+_ZERO_COUNTS = (
+    "demand_loads", "demand_bytes", "prefetch_loads", "prefetch_bytes", "read_bytes", "prefetch_issued",
+    "prefetch_used", "prefetch_late", "prefetch_wasted", "prefetch_cancelled", "prefetch_pending", "load_queue",
+    "load_failures", "expert_budget_bytes", "expert_limit_bytes", "resident_bytes", "loading_bytes",
+    "peak_expert_bytes", "memory_used_bytes", "memory_peak_bytes", "memory_shrinks", "dense_bytes",
+    "kv_capacity_bytes", "kv_used_bytes", "kv_cached_bytes", "prefix_cache_queries", "prefix_cache_hits",
+    "kv_cache_evictions", "running", "waiting", "preemptions",
+)  # fmt: skip
+
+
+def empty_snapshot(layers: int = 0) -> Snapshot:
+    """A snapshot of an engine that has done nothing: the zeros of the first scrape."""
+    counts = dict.fromkeys(_ZERO_COUNTS, 0)
+    rest: dict[str, object] = {
+        "time_s": 0.0,
+        "lookups": [LayerLookups(0, 0, 0, 0, 0, 0, 0)] * layers,
+        "prefetch_outcome_bytes": dict.fromkeys(PREFETCH_OUTCOMES, 0),
+        "load_seconds": 0.0,
+        "stall_seconds": dict.fromkeys(STALL_CAUSES, 0.0),
+        "step_stall_seconds": dict.fromkeys(STALL_CAUSES, NOTHING),
+        "evictions": {"capacity": 0, "budget_change": 0},
+        "residents_by_layer": [0] * layers,
+        "memory_source": "process",
+        "steps": dict.fromkeys(PHASES, 0),
+        "step_seconds": dict.fromkeys(PHASES, NOTHING),
+        "step_tokens": dict.fromkeys(PHASES, NOTHING),
+        "load_latency_seconds": NOTHING,
+    }
+    return msgspec.convert({"type": "Snapshot", **counts, **rest}, Snapshot)

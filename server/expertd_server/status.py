@@ -1,0 +1,97 @@
+"""What an operator reads at one glance: state, budgets, work, experts. Made of numbers at hand."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from expertd_engine.messages import EngineInfo, Snapshot
+from expertd_server import __version__
+from expertd_server.engine_metrics import EngineCounters
+from expertd_server.service import Service
+
+
+def status(service: Service) -> dict[str, Any]:
+    """The body of GET /status. Counters go on over engine restarts, as on /metrics; gauges are those of the engine that serves."""
+    body: dict[str, Any] = {
+        "status": service.state,
+        "version": __version__,
+        "uptime_s": round(time.monotonic() - service.began_s, 1),
+        "snapshot_age_s": _age(service.metrics.engine.snapshot_age_s()),
+        "requests": _requests(service),
+        "tokens": {
+            "prompt": _total(service, "expertd_prompt_tokens_total"),
+            "generated": _total(service, "expertd_generation_tokens_total"),
+        },
+        "experts": experts(service.metrics.engine),
+    }
+    if service.state == "loading":
+        body |= {"stage": service.stage, "progress": round(service.progress, 4)}
+    if service.model is not None:
+        body["model"] = _model(service.model.name, service.model.info)
+        body["memory"] = memory(service.metrics.engine.snapshot, service.model.info)
+    return body
+
+
+def _age(seconds: float) -> float | None:
+    return None if seconds == float("inf") else round(seconds, 3)
+
+
+def _total(service: Service, sample: str) -> float:
+    return service.metrics.registry.get_sample_value(sample) or 0.0
+
+
+def _requests(service: Service) -> dict[str, Any]:
+    snapshot = service.metrics.engine.snapshot
+    return {
+        "running": snapshot.running,
+        "waiting": snapshot.waiting,
+        "admitted": service.admission.used,
+        "capacity": service.admission.capacity,
+        "queued_prompt_tokens": service.admission.queued_tokens,
+        "preemptions": snapshot.preemptions,
+    }
+
+
+def _model(name: str, info: EngineInfo) -> dict[str, Any]:
+    return {
+        "name": name, "dtype": info.dtype, "layers": info.num_moe_layers, "experts": info.num_experts,
+        "top_k": info.top_k, "numerics": info.numerics, "policy": info.policy, "lookahead": info.lookahead,
+        "fallbacks": info.fallbacks,
+    }  # fmt: skip
+
+
+def memory(snapshot: Snapshot, info: EngineInfo) -> dict[str, Any]:
+    """Bytes: the expert budget and what fills it, keys and values, and everything together as the kernel counts it."""
+    return {
+        "experts": {
+            "budget": snapshot.expert_budget_bytes, "limit": snapshot.expert_limit_bytes,
+            "resident": snapshot.resident_bytes, "loading": snapshot.loading_bytes, "peak": snapshot.peak_expert_bytes,
+            "minimum": info.minimum_expert_budget_bytes, "maximum": info.maximum_expert_budget_bytes,
+            "all": info.expert_bytes_total,
+        },
+        "kv": {
+            "capacity": snapshot.kv_capacity_bytes, "used": snapshot.kv_used_bytes, "cached": snapshot.kv_cached_bytes,
+        },
+        "dense": snapshot.dense_bytes,
+        "total": {
+            "budget": info.memory_budget_bytes, "used": snapshot.memory_used_bytes, "peak": snapshot.memory_peak_bytes,
+            "source": snapshot.memory_source, "shrinks": snapshot.memory_shrinks,
+        },
+    }  # fmt: skip
+
+
+def experts(counters: EngineCounters) -> dict[str, float]:
+    """Sums over layers, since the server started. `hit_ratio` is *the* hit rate: distinct lookups that found their
+    expert resident, of all; 0 before the first."""
+    sums: dict[str, float] = {}
+    for (name, labels), value in counters.totals().items():
+        key = {
+            "expert_lookups": labels[-1:], "expert_lookahead_experts": labels[-1:],
+            "expert_prefetch": ("prefetch_" + labels[-1],) if labels else (),
+            "stall_seconds": ("stall_s",), "store_read_bytes": ("read_bytes",),
+        }.get(name, ())  # fmt: skip
+        for each in key:
+            sums[each] = sums.get(each, 0) + value
+    lookups = sum(sums.get(result, 0) for result in ("hit", "late", "miss"))
+    return {"hit_ratio": sums.get("hit", 0) / lookups if lookups else 0.0, "lookups": lookups, **sums}
