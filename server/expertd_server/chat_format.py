@@ -102,6 +102,11 @@ class ChatFormat:
         self._tags = tags_of(source)
         self._decode = codec.decoder_showing(MARKERS.union(self._tags or ()))
 
+    @property
+    def available(self) -> bool:
+        """Whether the model has a template, without which it takes no conversations."""
+        return bool(self._templates)
+
     def plan(self, request: ChatRequest) -> ChatPlan:
         """Render the conversation, which takes time: call it on a worker thread. Raises InvalidRequest."""
         messages = checked_messages(request.messages)

@@ -105,7 +105,8 @@ class RequestRecord:
             return
         self._finished = True
         reason = self._outcome(reasons, error)
-        if self._started:
+        never_begun = isinstance(error, Unavailable) and error.bound == "queue_wait"
+        if self._started and not never_begun:
             self._metrics.requests.labels(self._endpoint, reason).inc()
             self._metrics.request_generation_tokens.observe(self._completion_tokens)
             if reason != "abort":

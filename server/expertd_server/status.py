@@ -12,7 +12,7 @@ from expertd_server.service import Service
 
 
 def status(service: Service) -> dict[str, Any]:
-    """The body of GET /status. Counters go on over engine restarts, as on /metrics; gauges are those of the engine that serves."""
+    """The body of GET /status. Counters go on over engine restarts, gauges are those of the engine that serves."""
     body: dict[str, Any] = {
         "status": service.state,
         "version": __version__,
@@ -28,7 +28,7 @@ def status(service: Service) -> dict[str, Any]:
     if service.state == "loading":
         body |= {"stage": service.stage, "progress": round(service.progress, 4)}
     if service.model is not None:
-        body["model"] = _model(service.model.name, service.model.info)
+        body["model"] = {**_model(service.model.name, service.model.info), "chat": service.model.chat.available}
         body["memory"] = memory(service.metrics.engine.snapshot, service.model.info)
     return body
 

@@ -16,8 +16,9 @@ from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.store import ExpertStore, RecordFile
 from expertd_engine.experts.store_format import RECORDS_NAME
 from expertd_engine.messages import Sampling
-from expertd_engine.model import attention, moe
+from expertd_engine.model import attention, expert_torch
 from expertd_engine.model.loader import load_model
+from expertd_engine.model.moe import MoELayer
 from expertd_engine.model.trial import Trial
 from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine
@@ -238,7 +239,7 @@ def test_memory_that_runs_out_ends_the_step_alone(
             def exhausted(*_: Any) -> torch.Tensor:
                 return torch.empty(2**55, dtype=torch.uint8)
 
-            patch.setattr(moe, "expert_ffn", exhausted)
+            patch.setattr(MoELayer, "compute", exhausted)
             (failed,) = generate(engine, [MINE], GREEDY, first_id=5)
         assert failed.finished is not None and failed.finished.reason == "error"
         check_idle(engine)
@@ -283,7 +284,7 @@ def test_the_trial_notices_rows_that_are_not_padded(
     stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "ROW_MULTIPLE", 1)
-    monkeypatch.setattr(moe, "ROW_MULTIPLE", 1)
+    monkeypatch.setattr(expert_torch, "ROW_MULTIPLE", 1)
     assert not is_invariant(stores["mixtral", "float32"])
 
 
@@ -304,12 +305,12 @@ def test_the_trial_notices_keys_that_follow_the_chunk(
 def test_the_trial_notices_experts_that_depend_on_the_number_of_rows(
     stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ffn = moe.expert_ffn
+    ffn = expert_torch.expert_ffn
 
     def drifting(module: torch.nn.Module, record: Any, x: torch.Tensor) -> torch.Tensor:
         return ffn(module, record, x) * (1 + 1e-3 * len(x))
 
-    monkeypatch.setattr(moe, "expert_ffn", drifting)
+    monkeypatch.setattr(expert_torch, "expert_ffn", drifting)
     assert not is_invariant(stores["mixtral", "bf16"])
 
 

@@ -60,6 +60,8 @@ class LedgerChecker:
         """Loads that were given up; what they bring may stay, but need not."""
         self._place: dict[ExpertId, int] = {}
         """Slot by resident expert."""
+        self._left: dict[ExpertId, int] = {}
+        """Slots whose expert was loaded into another one: to be given up before the handling of the event ends."""
         self._allowed = ledger.budget_bytes
         self.loaded = 0
         self.loaded_bytes = 0
@@ -95,6 +97,7 @@ class LedgerChecker:
 
     def instructions(self, out: Sequence[Instruction]) -> None:
         """Before they are carried out: what they do to slots, in their order."""
+        self._left.clear()
         for instruction in out:
             match instruction:
                 case Load():
@@ -113,13 +116,17 @@ class LedgerChecker:
                         self._forget(slot)
                 case _:
                     pass
+        if self._left:
+            raise Violation(f"law 3: loaded twice, by expert and first slot: {self._left}")
 
     def _load(self, load: Load) -> None:
         flying = {flight.expert: flight for flight in self._flights.values()}
-        if load.expert in flying or load.expert in self._place:
-            raise Violation(f"law 3: {load.expert} is loaded twice")
+        if load.expert in flying:
+            raise Violation(f"law 3: {load.expert} is loaded twice at once")
         self._overwritten(load.slot, "overwritten")
         self._forget(load.slot)
+        if load.expert in self._place:
+            self._left[load.expert] = self._place.pop(load.expert)
         self._flights[load.load_id] = load
         if load.priority is Priority.PREFETCH:
             starved = [expert for expert in self._asked.values() if expert not in flying and expert not in self._place]
@@ -131,8 +138,9 @@ class LedgerChecker:
             raise Violation(f"law 2: slot {slot} is {how} under a lease")
 
     def _forget(self, slot: int) -> None:
-        for expert in [expert for expert, place in self._place.items() if place == slot]:
-            del self._place[expert]
+        for places in (self._place, self._left):
+            for expert in [expert for expert, place in places.items() if place == slot]:
+                del places[expert]
 
     # ------------------------------------------------------------ what is there
 

@@ -128,10 +128,13 @@ class DiskFaults:
     late: float = 0.0
     """That the news of an ended load comes late."""
     unreadable: set[ExpertId] = field(default_factory=set)
+    failing: range = range(0)
+    """Numbers of the reads that fail, counted from 0."""
 
     def clear(self) -> None:
         self.fail = self.stall = self.late = 0.0
         self.unreadable.clear()
+        self.failing = range(0)
 
 
 class Completions:
@@ -160,8 +163,8 @@ class SimDisk:
     def __init__(self, clock: Clock, slab: SimSlab, threads: int, rng: Random, faults: DiskFaults) -> None:
         self.completions = Completions(clock)
         self.faults = faults
-        self.failures: list[ExpertId] = []
-        """Experts of all loads that failed."""
+        self.reads = 0
+        """Begun since start."""
         self._clock, self._slab, self._rng = clock, slab, rng
         self._idle = threads
         self._queues: dict[Priority, list[tuple[Load, View]]] = {Priority.DEMAND: [], Priority.PREFETCH: []}
@@ -201,7 +204,8 @@ class SimDisk:
     def _begin(self, load: Load, view: View) -> None:
         rng, faults, expert = self._rng, self.faults, load.expert
         seconds = rng.uniform(0.2, 2.0) * (50.0 if rng.random() < faults.stall else 1.0)
-        fails = expert in faults.unreadable or rng.random() < faults.fail
+        fails = expert in faults.unreadable or rng.random() < faults.fail or self.reads in faults.failing
+        self.reads += 1
         written = rng.randrange(view.pieces) if fails else view.pieces
         for index in range(written):
             write = partial(self._slab.write, view, index, piece_of(expert, index))
@@ -211,9 +215,6 @@ class SimDisk:
     def _end(self, load: Load, view: View, fails: bool) -> None:
         self._idle += 1
         completion: Completion = Failed(load.load_id, "read error") if fails else Loaded(load.load_id)
-        if fails:
-            self.failures.append(load.expert)
-
         def tell() -> None:
             self._slab.let_go(view)
             self.completions.put(completion)

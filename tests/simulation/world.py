@@ -91,6 +91,9 @@ class World:
         self.faults = DiskFaults()
         self.step_faults = 0.0
         self.kills = 0.0
+        self.failing_allocations = range(0)
+        """Numbers of the allocations that fail, counted from 0: one or two in each layer of each step."""
+        self.allocations = 0
         self.requests, self.counters = RequestChecker(), CounterChecker()
         self.clock = Clock()
         self.step = 0
@@ -220,8 +223,6 @@ class World:
         self.scheduler.check()
         if self.pool.used_blocks or self.requests.live:
             raise Violation(f"at the end {self.pool.used_blocks} blocks are held, {self.requests.live} live")
-        if self.disk.failures and not self.ledger.counters.load_failures:
-            raise Violation("law 6: failed loads were not counted")
         if self.ledger.loading_bytes or self.ledger.resident_bytes > self.ledger.budget_bytes:
             raise Violation(f"at rest {self.ledger.resident_bytes} bytes of a budget of {self.ledger.budget_bytes}")
         self.counters.observe(self.snapshot())
@@ -303,6 +304,9 @@ class World:
         """Inside a step: time passes, memory is not to be had, somebody leaves, the engine is killed."""
         rng = self.rng
         self.clock.advance(rng.uniform(0.0, 0.4))
+        self.allocations += 1
+        if self.allocations - 1 in self.failing_allocations:
+            raise MemoryError
         if self.calm or self.step >= EVENTFUL_STEPS:
             return
         if rng.random() < self.step_faults:

@@ -130,13 +130,14 @@ def snapshot(steps: int, waiting: int = 0, running: int = 0) -> Snapshot:
         prefetch_outcome_bytes={"used": 4096 * steps, "late": 0, "wasted": 0, "cancelled": 0}, load_queue=0,
         load_seconds=0.5 * steps,
         load_failures=0, stall_seconds={"disk_read": 0.25 * steps, "expert_wait": 0.0},
-        step_stall_seconds={"disk_read": histogram, "expert_wait": empty}, evictions={"capacity": steps, "budget_change": 0},
+        step_stall_seconds={"disk_read": histogram, "expert_wait": empty},
+        evictions={"capacity": steps, "budget_change": 0},
         expert_budget_bytes=16384, expert_limit_bytes=16384, resident_bytes=8192, loading_bytes=4096,
         peak_expert_bytes=12288, residents_by_layer=[1, 1], memory_used_bytes=1, memory_peak_bytes=2,
         memory_source="process", memory_shrinks=0, dense_bytes=100, kv_capacity_bytes=65536, kv_used_bytes=0,
         kv_cached_bytes=4096, prefix_cache_queries=10 * steps, prefix_cache_hits=4 * steps, kv_cache_evictions=steps,
         running=running,
-        waiting=waiting, preemptions=0, steps={"prefill": 0, "decode": steps}, 
+        waiting=waiting, preemptions=0, steps={"prefill": 0, "decode": steps},
         step_seconds={"prefill": empty, "decode": histogram}, step_tokens={"prefill": empty, "decode": histogram},
         load_latency_seconds=histogram,
     )  # fmt: skip
@@ -160,6 +161,8 @@ class Script:
     cached_tokens: int = 0
     """Prompt tokens that every sequence claims to have found computed."""
     held: bool = False
+    deaf_to_budgets: bool = False
+    """Changes of the budget are never answered."""
     start_error: Fatal | None = None
     info: EngineInfo = field(default_factory=engine_info)
 
@@ -175,6 +178,7 @@ class FakeEngine:
         self.aborted: list[int] = []
         self.shut_down = False
         self.budget = script.info.expert_budget_bytes
+        self.budgets_asked = 0
         self._script = script
         self._endpoint = endpoint
         self._permits: int | None = 0 if script.held else None
@@ -298,7 +302,9 @@ class FakeEngine:
                     ended = [self._end(sequence, "abort") for sequence in live if sequence is not None]
                     self._send(Steps([], ended))
                 case SetBudget():
-                    self._set_budget(message.expert_budget_bytes)
+                    self.budgets_asked += 1
+                    if not self._script.deaf_to_budgets:
+                        self._set_budget(message.expert_budget_bytes)
                 case Watch():
                     self._send(ExpertMap(["rL.o", "r..x"]))
                 case Shutdown():

@@ -48,11 +48,12 @@ class MatrixKernels(Protocol):
 
 
 class TorchMatrices:
-    """`MatrixKernels` in torch. Quantised matrices are dequantised, block by block, for each product: right but slow."""
+    """`MatrixKernels` in torch. Quantised matrices are dequantised, block by block, for each product: slow."""
 
     def matmul(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor:
         if matrix.format not in QUANTISED:
-            return linear(x.to(matrix.data.dtype), matrix.data, bias).float()
+            dtype = matrix.data.dtype
+            return linear(x.to(dtype), matrix.data, None if bias is None else bias.to(dtype)).float()
         x = round_activations(x)
         out = torch.empty(len(x), matrix.rows)
         for first, block in _blocks(matrix):

@@ -23,7 +23,6 @@ from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import DENSE_NAME
 from expertd_engine.families import DTYPES, Model, build_meta_model, find_experts, load_config, tied_names
 from expertd_engine.kernels.library import Pool
-from expertd_engine.kernels.library import Pool
 from expertd_engine.model.attention import ATTENTION_NAME, paged_attention
 from expertd_engine.model.dense import Matrix, NativeMatrices, TorchMatrices, install
 from expertd_engine.model.expert_native import NativeExperts, Unsupported, expert_layout

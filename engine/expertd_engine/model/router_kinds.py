@@ -48,7 +48,7 @@ class ModuleRouterAdapter:
     hidden_dtype: torch.dtype
     module: nn.Module
     _project: Callable[[Tensor], Tensor]
-    _rule: Rule
+    rule: Rule
     _forward: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class ModuleRouterAdapter:
         """
         if mask is not None:
             self._check_mask(mask, logits.shape[0])
-        return self._rule(logits, mask)
+        return self.rule(logits, mask)
 
     def native(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the module itself answers for `hidden` `[T, H]`: logits `[T, E]`, experts and weights `[T, K]`."""
@@ -246,7 +246,7 @@ def _adapt(router: Any, block: Any, model: Any) -> ModuleRouterAdapter | None:
         hidden_dtype=model.dtype,
         module=router,
         _project=lambda hidden: behaviour.project(router, hidden),
-        _rule=rule,
+        rule=rule,
         _forward=lambda hidden: behaviour.forward(router, block, hidden),
     )
 

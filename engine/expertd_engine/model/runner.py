@@ -10,6 +10,7 @@ import torch
 
 from expertd_engine.core import SampledToken, StepFailed, StepResult
 from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError
+from expertd_engine.kernels.library import KernelError
 from expertd_engine.messages import TokenLogprob
 from expertd_engine.model.attention import Attend, AttentionBatch, KVStorage, Span
 from expertd_engine.model.loader import LoadedModel
@@ -80,7 +81,7 @@ class Runner:
             sampled, prompt_logprobs = _read_out(plan, logits)
         except StepFailed as error:
             failure = error
-        except (ExpertUnavailableError, MemoryError, RuntimeError) as error:
+        except (ExpertUnavailableError, KernelError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
                 raise
             failure = StepFailed((), str(error) or "the box has no memory left for this step")

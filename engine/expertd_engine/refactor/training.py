@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +93,7 @@ class Trainer:
         self.device = student.head.device
         self.curve = Curve()
         self._done = {"router": 0, "experts": 0}
+        self._tempered = False
         self._saved_at = time.monotonic()
         self._optimisers = {
             "experts": _adam(student.expert_parameters(), recipe.learning_rate, self.device),
@@ -133,7 +134,7 @@ class Trainer:
             self.curve.tokens += self.recipe.rows * self.recipe.length * (stage == "experts")
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == end:
                 self._note(stage, step + 1, total, since)
-        if stage == "router" and end == self.recipe.router_steps // self.recipe.rounds:
+        if stage == "router" and not self._tempered:
             self._temper()
 
     def _step(self, stage: str, batch: Any) -> Tensor:
@@ -202,7 +203,8 @@ class Trainer:
         return torch.autocast(self.device.type, self.student.compute_dtype)
 
     def _temper(self) -> None:
-        """Soften distilled gates whose weights scale experts; an index has none."""
+        """Once, soften distilled gates whose weights scale experts; an index has none."""
+        self._tempered = True
         shape = self.student.shape
         assert shape is not None
         if not shape.weighted:
@@ -230,6 +232,7 @@ class Trainer:
             return
         state = {
             "done": self._done,
+            "tempered": self._tempered,
             "trained": self.student.trained(),
             "optimisers": {name: one.state_dict() for name, one in self._optimisers.items()},
             "curve": self.curve,
@@ -242,7 +245,7 @@ class Trainer:
         if self.checkpoint is None or not self.checkpoint.is_file():
             return
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=False)  # our own file
-        self._done, self.curve = state["done"], state["curve"]
+        self._done, self._tempered, self.curve = state["done"], state["tempered"], state["curve"]
         self.student.load_trained(state["trained"])
         for name, one in self._optimisers.items():
             one.load_state_dict(state["optimisers"][name])
@@ -265,8 +268,3 @@ def _schedule(step: int, total: int, warmup_share: float) -> float:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def batches_of(ids: Tensor, rows: int) -> Iterator[Tensor]:
-    """Consecutive pieces of at most `rows` rows."""
-    yield from ids.split(rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from importlib.resources import files
 from typing import Any
 
@@ -18,10 +20,10 @@ from expertd_server.service import Service
 from expertd_server.status import status
 
 PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "default-src 'none'; script-src '{script}'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "frame-ancestors 'none'; form-action 'none'; base-uri 'none'"
 )
-"""The page asks nobody but this server for anything."""
+"""The page runs its own script alone, and asks nobody but this server for anything."""
 
 
 class BudgetRequest(Body):
@@ -68,14 +70,21 @@ def router(service: Service) -> APIRouter:
         openapi_extra=body_of(BudgetRequest),
     )  # fmt: skip
     if service.config.ui:
-        page = files("expertd_server").joinpath("pages/ui.html").read_text(encoding="utf-8")
-
-        async def ui() -> Response:
-            """The live page."""
-            return HTMLResponse(page, headers={"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"})
-
-        routes.add_api_route("/ui", ui, response_class=HTMLResponse, responses=dict(declared(401)))
+        _add_page(routes)
     return routes
+
+
+def _add_page(routes: APIRouter) -> None:
+    page = files("expertd_server").joinpath("pages/ui.html").read_text(encoding="utf-8")
+    script = page.partition("<script>")[2].partition("</script>")[0]
+    digest = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    headers = {"content-security-policy": PAGE_POLICY.format(script=digest), "cache-control": "no-cache"}
+
+    async def ui() -> Response:
+        """The live page."""
+        return HTMLResponse(page, headers=headers)
+
+    routes.add_api_route("/ui", ui, response_class=HTMLResponse, responses=dict(declared(401)))
 
 
 async def _set_budget(service: Service, request: Request) -> BudgetAnswer:

@@ -14,7 +14,7 @@ def _ignore(_: object) -> None:
 
 def test_what_could_not_be_sent_does_not_live() -> None:
     async def submit_without_engine() -> int:
-        client = EngineClient(Handlers(_ignore, _ignore, _ignore, _ignore, _ignore))
+        client = EngineClient(Handlers(_ignore, _ignore, _ignore, _ignore, _ignore, _ignore))
         sequence = Submit(sequence_id=1, inputs=[TextInput([1])], sampling=Sampling(max_tokens=1))
         with pytest.raises(RuntimeError, match="no engine"), client.submit([sequence], Patience(60.0, _ignore)):
             pytest.fail("nothing was submitted")

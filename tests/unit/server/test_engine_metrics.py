@@ -14,6 +14,7 @@ from expertd_engine.messages import HistogramData
 from expertd_server.engine_metrics import EngineCounters, add_histograms
 from support.fake_engine import engine_info, snapshot
 
+
 def samples(counters: EngineCounters, only: Sequence[str] = ()) -> dict[str, float]:
     """Values by name and labels, of families of the types in `only` or of all."""
     registry = CollectorRegistry()

@@ -1,0 +1,216 @@
+"""The whole model but its routed experts in native code: one call per decoder layer, Python only between them.
+
+The residual stream and all activations are float32 whatever the weights are, where the modules would round to the
+weights' type after every operation. A token's logits depend on its own history alone: attention has one form for prefill
+and decode, and no sum's order depends on the batch, the chunk or the number of threads (law 7).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Callable, Sequence
+from ctypes import byref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertd_engine.kernels.library import FORMATS, Matrix, Pool
+from expertd_engine.model.attention import KVStorage, Span
+from expertd_engine.model.moe import MoELayer, StepRoutes
+from expertd_engine.model.native_abi import Block, BlockCalls, Norm, Selection, Step
+from expertd_engine.model.numerics import InvariantSigmoids
+
+TOKENS_ALIGNED = 16
+"""Tokens of a KV block are a multiple of this: a group of keys that is one register lies in one block."""
+_KEPT_ROWS = 64
+"""Activations of steps up to this size are kept for the next one."""
+
+Select = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Router logits `[T, E]` to experts and weights `[T, K]`."""
+
+
+@dataclass(eq=False)
+class NativeLayer:
+    """One decoder layer. `keep` holds what `block`'s addresses point to."""
+
+    block: Block
+    moe: int | None
+    """Which MoE layer it is; None: dense."""
+    select: Select | None
+    """Who routes, where the native path gives logits alone."""
+    keep: Sequence[Tensor]
+
+
+@dataclass(eq=False)
+class Ends:
+    """What stands before the first layer and after the last."""
+
+    embedding: Matrix
+    embedding_scale: float
+    norm: Norm
+    head: Matrix
+    logit_scale: float
+    keep: Sequence[Tensor]
+
+
+class _Activations:
+    """One step's memory, for `rows` tokens."""
+
+    def __init__(self, rows: int, hidden: int, layers: Sequence[NativeLayer]) -> None:
+        self.rows = rows
+        self.hidden = torch.empty(rows, hidden)
+        self.normed = torch.empty(rows, hidden)
+        self.added = torch.empty(rows, hidden)
+        self.routed = torch.zeros(rows, hidden)
+        self.logits = torch.empty(rows * max(layer.block.num_experts for layer in layers))
+        choices = max(layer.block.top_k for layer in layers)
+        self.experts = torch.empty(rows * choices, dtype=torch.int64)
+        self.weights = torch.empty(rows * choices)
+        self.routes = [self._routes(layer.block) for layer in layers]
+        """Each layer's logits `[T, E]`, experts and weights `[T, K]`: the same memory for all."""
+
+    def _routes(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.logits[: self.rows * block.num_experts].view(self.rows, block.num_experts)
+        experts, weights = (t[: self.rows * block.top_k].view(self.rows, block.top_k) for t in (self.experts, self.weights))
+        return logits, experts, weights
+
+
+class StepMemory:
+    """One step as native code reads it, and everything that its addresses point to."""
+
+    def __init__(
+        self, activations: _Activations, positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
+    ) -> None:
+        self.activations = activations
+        tables: list[int] = []
+        starts: list[int] = []
+        for span in spans:
+            starts.append(len(tables))
+            tables += span.blocks
+        self._arrays = (
+            array("q", positions),
+            array("q", [*(span.row for span in spans), len(positions)]),
+            array("q", starts),
+            array("i", tables),
+        )
+        at = [one.buffer_info()[0] for one in self._arrays]
+        memory = activations
+        self.step = Step(
+            *(len(positions), at[0], len(spans), at[1], at[2], at[3]),
+            *(storage.address, storage.block_bytes, storage.block_tokens),
+            FORMATS[str(storage.dtype).removeprefix("torch.")],
+            *(t.data_ptr() for t in (memory.hidden, memory.normed, memory.added)),
+            *(t.data_ptr() for t in (memory.logits, memory.experts, memory.weights)),
+        )
+        self.address = ctypes.addressof(self.step)
+
+
+class NativeModel:
+    """Computes steps of one model. Owns descriptors and activations; weights, keys and values are others'."""
+
+    def __init__(self, pool: Pool, layers: Sequence[NativeLayer], ends: Ends) -> None:
+        self._pool = pool
+        self._calls = BlockCalls(pool.library)
+        self._layers = layers
+        self._ends = ends
+        self._hidden = layers[0].block.hidden
+        self._storage: KVStorage | None = None
+        self._kept: _Activations | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def forward(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        spans: Sequence[Span],
+        storage: KVStorage,
+        layers: Sequence[MoELayer],
+        routes: StepRoutes,
+        logit_rows: Sequence[int],
+    ) -> Tensor:
+        """Logits `[len(logit_rows), V]` in float32 for the flattened `token_ids` `[T]` at `positions` `[T]`.
+
+        `spans` are the rows of each sequence, in their order. Keys and values go into `storage`; `layers` are the MoE
+        layers' experts. Raises what they raise, KernelError, and ValueError for a token that the model does not have.
+        """
+        for moe in layers:
+            moe.step = routes
+        memory = self.begin(token_ids, positions, spans, storage)
+        previous: NativeLayer | None = None
+        for index, layer in enumerate(self._layers):
+            self.run_layer(index, previous, memory)
+            if layer.moe is not None:
+                self._experts(index, layers[layer.moe].compute, memory)
+            previous = layer
+        self.finish(len(self._layers) - 1, memory)
+        if len(token_ids) <= _KEPT_ROWS:
+            self._kept = memory.activations
+        return self.logits(memory, logit_rows)
+
+    def begin(
+        self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
+    ) -> StepMemory:
+        """Set up a step and look its tokens up."""
+        if storage is not self._storage:
+            self._bind(storage)
+        memory = StepMemory(self._activations(len(token_ids)), positions, spans, storage)
+        ids = array("q", token_ids)
+        hidden, ends = memory.activations.hidden, self._ends
+        self._pool.library.rows(ends.embedding, ids.buffer_info()[0], len(ids), hidden.data_ptr())
+        if ends.embedding_scale != 1.0:
+            hidden.mul_(ends.embedding_scale)
+        return memory
+
+    def run_layer(self, index: int, previous: NativeLayer | None, memory: StepMemory) -> None:
+        """End the previous layer and run this one up to its routes."""
+        layer, activations = self._layers[index], memory.activations
+        before, routed = None, None
+        if previous is not None:
+            before = byref(previous.block)
+            routed = None if previous.moe is None else activations.routed.data_ptr()
+        self._calls.forward(self._pool.address, byref(layer.block), before, routed, byref(memory.step))
+        if layer.select is not None:
+            logits, experts, weights = activations.routes[index]
+            with InvariantSigmoids():
+                chosen, shares = layer.select(logits)
+            experts.copy_(chosen)
+            weights.copy_(shares)
+
+    def finish(self, index: int, memory: StepMemory) -> None:
+        """Make the residual stream the output of layer `index`, which ran last."""
+        layer = self._layers[index]
+        routed = None if layer.moe is None else memory.activations.routed.data_ptr()
+        self._calls.finish(self._pool.address, byref(layer.block), routed, byref(memory.step))
+
+    def logits(self, memory: StepMemory, rows: Sequence[int]) -> Tensor:
+        """`[len(rows), V]` of rows of the residual stream."""
+        ends, activations = self._ends, memory.activations
+        out = torch.empty(len(rows), ends.head.rows)
+        wanted = array("q", rows)
+        self._calls.logits(
+            *(self._pool.address, byref(ends.norm), byref(ends.head), ends.logit_scale),
+            *(activations.hidden.data_ptr(), activations.rows, wanted.buffer_info()[0], len(rows), out.data_ptr()),
+        )
+        return out
+
+    def _experts(self, index: int, compute: Callable[[Tensor, Tensor, Tensor, Tensor], None], memory: StepMemory) -> None:
+        activations = memory.activations
+        _, experts, weights = activations.routes[index]
+        compute(activations.normed, experts, weights, activations.routed)
+
+    def _bind(self, storage: KVStorage) -> None:
+        for layer, (keys, values) in zip(self._layers, storage.offsets, strict=True):
+            layer.block.key_offset, layer.block.value_offset = keys, values
+        self._storage = storage
+
+    def _activations(self, rows: int) -> _Activations:
+        kept, self._kept = self._kept, None  # a step that fails half way leaves sums behind: not to be used again
+        if kept is not None and kept.rows == rows:
+            return kept
+        return _Activations(rows, self._hidden, self._layers)
+
