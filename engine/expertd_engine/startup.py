@@ -195,7 +195,7 @@ def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile) -> 
         record_bytes,
         [layer.num_experts for layer in index.layers],
         plan.expert_budget_bytes,
-        make_policy(policy_name(config, lookahead)),
+        make_policy(policy_name(config), len(index.layers) * index.top_k),
         max_budget_bytes=index.expert_bytes_total(),
         prefetch=config.prefetch,
         prefetch_depth=2 * config.io_threads,
@@ -214,11 +214,9 @@ def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None = None
     return LayerScan(given or NoLookahead(), len(index.layers), max(counts), index.top_k)
 
 
-def policy_name(config: Config, lookahead: Lookahead) -> str:
-    """`auto`: next-use where the future is known, else least recently used."""
-    if config.expert_policy != "auto":
-        return config.expert_policy
-    return "next-use" if lookahead.exactness == "exact" else "lru"
+def policy_name(config: Config) -> str:
+    """`auto`: what is known of the future first, then frequency."""
+    return "next-use" if config.expert_policy == "auto" else config.expert_policy
 
 
 def _describe(
@@ -251,7 +249,7 @@ def _describe(
         kv_block_tokens=BLOCK_TOKENS,
         kv_blocks=pool.capacity,
         kv_bytes=pool.capacity * storage.block_bytes,
-        policy=policy_name(config, cache.lookahead),
+        policy=policy_name(config),
         lookahead=cache.lookahead.exactness,
         prefetch=config.prefetch,
         numerics=context.numerics,

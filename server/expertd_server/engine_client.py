@@ -33,7 +33,7 @@ from expertd_engine.messages import (
     ToEngine,
     ToServer,
 )
-from expertd_server.errors import ApiError, Unavailable
+from expertd_server.errors import ApiError, EngineDead, Unavailable
 
 MAX_BUFFERED_TOKENS = 4096
 """Tokens kept for a client that does not read. A client this far behind has stopped, and is cut off."""
@@ -204,9 +204,9 @@ class EngineClient:
         self.abort(list(self._live))
 
     def send(self, message: ToEngine) -> None:
-        """Hand a message to the socket, whose queue is unbounded: admission bounds what gets here."""
+        """Hand a message to the socket, whose queue is unbounded: admission bounds what gets here. Raises EngineDead."""
         if self._socket is None:
-            raise RuntimeError("no engine is connected")
+            raise EngineDead("no engine is connected")
         self._socket.send(self._encoder.encode(message))
 
     async def serve(self, socket: zmq.asyncio.Socket) -> None:

@@ -41,7 +41,7 @@ REJECTIONS = (
     "queue_full", "queued_tokens", "queue_wait", "bodies", "rate", "draining", "loading", "engine_dead", "too_large",
     "invalid",
 )  # fmt: skip
-RESTARTS = ("exit", "wedged")
+RESTARTS = ("exit", "wedged", "start")
 OTHER_ROUTE = "unmatched"
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a `_created` gauge beside every counter is noise in every browser of series

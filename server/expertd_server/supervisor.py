@@ -29,7 +29,7 @@ import zmq
 import zmq.asyncio
 
 from expertd_engine.config import Config, config_to_json
-from expertd_engine.errors import EngineError, ExpertdError
+from expertd_engine.errors import EngineError, ExpertdError, ResourceError
 from expertd_engine.messages import PROTOCOL_VERSION, EngineInfo, Fatal, Ready, Shutdown
 from expertd_server.chat_format import ChatFormat
 from expertd_server.errors import EngineDead
@@ -175,7 +175,7 @@ class Supervisor:
         self._stopping = True
         if self._process is None or self._process.returncode is not None:
             return
-        with contextlib.suppress(RuntimeError):  # it never connected, or has gone
+        with contextlib.suppress(EngineDead):  # it never connected, or has gone
             self._service.engine.send(Shutdown())
         await self._end(self._process, signal.SIGTERM)
 
@@ -215,6 +215,17 @@ class Supervisor:
         """Serve with one engine process until it ends; says why. Raises ChildFailed if it never got ready the first
         time."""
         self._fatal, self._served_since_s = None, None
+        try:
+            reason = await self._serve_with_one(store)
+        except (OSError, zmq.ZMQError) as error:  # no room for a socket, no process to be had: perhaps later
+            reason = "start"
+            self._fatal = Fatal(ResourceError.exit_code, f"no engine process can be started: {error}")
+            self._mark_dead()
+        if self._service.model is None and not self._stopping:
+            raise ChildFailed(self._fatal.exit_code if self._fatal else EngineError.exit_code, self._last_words())
+        return reason
+
+    async def _serve_with_one(self, store: Path) -> str:
         async with _private_socket() as (socket, endpoint):
             reading = asyncio.create_task(self._service.engine.serve(socket))
             try:
@@ -226,8 +237,6 @@ class Supervisor:
                 reading.cancel()
                 await asyncio.gather(reading, return_exceptions=True)
                 self._ended()
-        if self._service.model is None and not self._stopping:
-            raise ChildFailed(self._fatal.exit_code if self._fatal else EngineError.exit_code, self._last_words())
         return reason
 
     async def _watch(self, process: Process, reading: asyncio.Task[None]) -> str:

@@ -97,7 +97,7 @@ def test_bodies_that_are_being_read_are_bounded_together(start: Start, path: str
     assert answer.startswith(b"HTTP/1.1 200")
     assert bodies.used == 0
     assert server.complete(user="b" * 600).status_code == 200
-    refused = server.metrics()['expertd_requests_rejected_total{reason="queue_full"}']
+    refused = server.metrics()['expertd_requests_rejected_total{reason="bodies"}']
     assert refused == (1 if path == "/v1/completions" else 0), "requests for text alone are counted"
 
 

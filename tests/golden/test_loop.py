@@ -13,12 +13,15 @@ import zmq
 
 from expertd_engine import loop
 from expertd_engine.experts.store import ExpertStore
-from expertd_engine.loop import Channel, EngineLoop, Histogram, StepMeter
+from expertd_engine.histogram import Histogram
+from expertd_engine.loop import Channel, EngineLoop
 from expertd_engine.messages import (
     Abort,
     BudgetSet,
+    ExpertMap,
     Finished,
     HistogramData,
+    LayerLookups,
     Output,
     Sampling,
     SetBudget,
@@ -29,8 +32,10 @@ from expertd_engine.messages import (
     TextInput,
     ToEngine,
     ToServer,
+    Watch,
 )
 from expertd_engine.prepare import prepare
+from expertd_engine.snapshots import StepMeter
 from expertd_engine.startup import Engine, start_engine
 from support.engine import make_config
 from support.tiny_mixtral import make_mixtral
@@ -82,18 +87,25 @@ class Server:
 
     def receive(self) -> ToServer:
         """The next message that is no snapshot; those are kept."""
-        while isinstance(message := self._next(), Snapshot):
-            self.snapshots.append(message)
+        while isinstance(message := self._next(), (Snapshot, ExpertMap)):
+            if isinstance(message, Snapshot):
+                self.snapshots.append(message)
         return message
 
     def snapshot(self) -> Snapshot:
         """The next one."""
-        message = self._next()
-        assert isinstance(message, Snapshot)
+        while not isinstance(message := self._next(), Snapshot):
+            assert isinstance(message, ExpertMap)
         return message
 
     def _next(self) -> ToServer:
         message: ToServer = self._decoder.decode(self._socket.recv())
+        return message
+
+    def until_map(self, what: Callable[[ExpertMap], bool]) -> ExpertMap:
+        """The first map of which `what` is true; everything else is passed over."""
+        while not (isinstance(message := self._next(), ExpertMap) and what(message)):
+            pass
         return message
 
     def until_finished(self, count: int) -> tuple[list[Output], list[Finished]]:
@@ -158,7 +170,7 @@ def test_a_budget_is_set_or_refused_with_the_reason(server: Server) -> None:
     too_much = server.receive()
     assert isinstance(too_much, BudgetSet) and too_much.error is not None
     server.send(SetBudget(info.minimum_expert_budget_bytes))
-    assert server.receive() == BudgetSet(info.minimum_expert_budget_bytes)
+    assert server.receive() == BudgetSet(info.minimum_expert_budget_bytes, info.minimum_expert_budget_bytes)
 
 
 def test_a_budget_that_shrinks_while_requests_run_ends_none_of_them(
@@ -166,7 +178,7 @@ def test_a_budget_that_shrinks_while_requests_run_ends_none_of_them(
 ) -> None:
     info = server.engine.info
     server.send(SetBudget(info.expert_bytes_total))
-    assert server.receive() == BudgetSet(info.expert_bytes_total)
+    assert server.receive() == BudgetSet(info.expert_bytes_total, info.expert_bytes_total)
     server.send(submit(10, 40))
     expected, _ = server.until_finished(1)
     in_step, go_on = threading.Event(), threading.Event()
@@ -183,7 +195,9 @@ def test_a_budget_that_shrinks_while_requests_run_ends_none_of_them(
     told = [server.receive()]
     while not (isinstance(told[-1], Steps) and told[-1].finished):
         told.append(server.receive())
-    assert BudgetSet(info.minimum_expert_budget_bytes) in told, "the budget changed before the request ended"
+    assert BudgetSet(info.minimum_expert_budget_bytes, info.minimum_expert_budget_bytes) in told, (
+        "the budget changed before the request ended"
+    )
     outputs = [output for one in told if isinstance(one, Steps) for output in one.outputs]
     assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
     assert server.engine.cache.ledger.resident_bytes <= info.minimum_expert_budget_bytes
@@ -205,15 +219,41 @@ def test_a_snapshot_at_idle_agrees_with_itself_and_the_engine(server: Server) ->
     info = server.engine.info
     assert snapshot.running == snapshot.waiting == snapshot.kv_used_bytes == 0
     assert snapshot.steps["prefill"] >= 1 and snapshot.steps["decode"] >= 2
-    assert sum(snapshot.step_seconds.counts) == sum(snapshot.step_tokens.counts) == sum(snapshot.steps.values())
+    for phase, count in snapshot.steps.items():
+        assert sum(snapshot.step_seconds[phase].counts) == sum(snapshot.step_tokens[phase].counts) == count
     assert sum(snapshot.load_latency_seconds.counts) == snapshot.demand_loads + snapshot.prefetch_loads
     assert len(snapshot.lookups) == len(snapshot.residents_by_layer) == info.num_moe_layers
-    assert all(layer.hit + layer.late + layer.miss <= layer.activations for layer in snapshot.lookups)
-    tokens = snapshot.step_tokens.total
-    assert [layer.activations for layer in snapshot.lookups] == [tokens * info.top_k] * info.num_moe_layers
+    assert snapshot.read_bytes == snapshot.demand_bytes + snapshot.prefetch_bytes
+    ended = snapshot.prefetch_used + snapshot.prefetch_late + snapshot.prefetch_wasted + snapshot.prefetch_cancelled
+    assert snapshot.prefetch_issued == ended + snapshot.prefetch_pending
+    assert all(
+        layer.hit <= layer.hit_activations and layer.miss <= layer.miss_activations for layer in snapshot.lookups
+    )
+    assert all(layer.covered <= layer.hit + layer.late + layer.miss for layer in snapshot.lookups)
+    tokens = sum(histogram.total for histogram in snapshot.step_tokens.values())
+    assert [pairs(layer) for layer in snapshot.lookups] == [tokens * info.top_k] * info.num_moe_layers
     assert snapshot.resident_bytes == sum(snapshot.residents_by_layer) * info.expert_record_bytes
     assert snapshot.resident_bytes + snapshot.loading_bytes <= snapshot.expert_limit_bytes
-    assert snapshot.stall_seconds.keys() == {"expert_wait"} and snapshot.memory_used_bytes > 0
+    assert snapshot.stall_seconds.keys() == snapshot.step_stall_seconds.keys() == {"disk_read", "expert_wait"}
+    assert all(snapshot.step_stall_seconds[c].total == pytest.approx(s) for c, s in snapshot.stall_seconds.items())
+    assert snapshot.memory_used_bytes > 0
+
+
+def pairs(layer: LayerLookups) -> int:
+    return layer.hit_activations + layer.late_activations + layer.miss_activations
+
+
+def test_maps_are_drawn_inside_steps_while_somebody_looks(server: Server) -> None:
+    """Between steps nothing is leased, so a map with leases was drawn inside one."""
+    server.send(Watch(60.0))
+    server.send(submit(7, 200))
+    seen = server.until_map(lambda experts: "L" in "".join(experts.layers))
+    info = server.engine.info
+    assert [len(layer) for layer in seen.layers] == [info.num_experts] * info.num_moe_layers
+    server.send(Abort([7]))
+    server.until_finished(1)
+    idle = server.until_map(lambda experts: "L" not in "".join(experts.layers))
+    assert "r" in "".join(idle.layers)
 
 
 def test_shutdown_ends_the_loop_whatever_runs(server: Server) -> None:

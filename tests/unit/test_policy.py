@@ -25,10 +25,23 @@ def test_lru_gives_the_least_recently_used_first() -> None:
 
 
 def test_next_use_gives_unknown_then_furthest_first_and_ties_by_recency() -> None:
-    victims = Victims(NextUse())
+    victims = Victims(NextUse(half_life=100))
     for expert, (last_use, next_use) in enumerate([(1, 10), (4, None), (2, 30), (3, None), (0, 10)]):
         victims.offer(facts(expert, last_use, next_use))
     assert drain(victims) == [3, 1, 2, 4, 0]
+
+
+def test_next_use_gives_the_least_frequent_of_the_unknown_first() -> None:
+    policy = NextUse(half_life=1000)
+    often, lately, known = facts(0), facts(1), facts(2, next_use=10**9)
+    for expert, uses in ((often, (0, 1, 2)), (lately, (50,)), (known, (0,))):
+        for now in uses:
+            expert.last_use = now
+            policy.used(expert)
+    victims = Victims(policy)
+    for expert in (known, often, lately):
+        victims.offer(expert)
+    assert drain(victims) == [1, 0, 2]
 
 
 @pytest.mark.parametrize("uses, first", [((0, [0, 1, 2]), 1), ((0, [0]), 0)])
@@ -70,7 +83,7 @@ def test_probation_goes_before_any_rank() -> None:
 
 
 def test_offering_again_moves_and_withdrawing_removes() -> None:
-    victims = Victims(NextUse())
+    victims = Victims(NextUse(half_life=100))
     first, second, third = facts(0, next_use=10), facts(1, next_use=20), facts(2, next_use=30)
     for expert in (first, second, third):
         victims.offer(expert)

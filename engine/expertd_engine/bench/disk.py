@@ -41,26 +41,25 @@ def _read(
     store: ExpertStore, transfers: Transfers, slab: Slab, experts: list[ExpertId], rng: random.Random, seconds: float
 ) -> tuple[int, float]:
     """Bytes and seconds, from the first request to the last answer."""
-    sizes: dict[int, int] = {}
-
-    def submit(load_id: int, slot: int) -> None:
-        expert = rng.choice(experts)
-        sizes[load_id] = store.index.record_bytes(expert.layer)
-        transfers.submit(Load(load_id, expert, slot, Priority.DEMAND), slab.view(slot, sizes[load_id]))
-
+    in_flight: dict[int, memoryview] = {}
+    """Where each load goes, by its number."""
+    free = [slab.view(slot, slab.slot_bytes) for slot in range(slab.num_slots)]
+    submitted = moved = 0
     began = time.perf_counter()
-    for slot in range(slab.num_slots):
-        submit(slot, slot)
-    submitted, done, moved = slab.num_slots, 0, 0
-    while done < submitted:
+    while True:
+        while free and time.perf_counter() - began < seconds:
+            expert = rng.choice(experts)
+            in_flight[submitted] = free.pop()
+            size = store.index.record_bytes(expert.layer)
+            transfers.submit(Load(submitted, expert, 0, Priority.DEMAND), in_flight[submitted][:size])
+            submitted += 1
+            moved += size
+        if not in_flight:
+            break
         completion = transfers.completions.get()
         if isinstance(completion, Failed):
             raise StoreError(f"a record of {store.path} cannot be read: {completion.reason}")
-        done += 1
-        moved += sizes.pop(completion.load_id)
-        if time.perf_counter() - began < seconds:
-            submit(submitted, completion.load_id % slab.num_slots)
-            submitted += 1
+        free.append(in_flight.pop(completion.load_id))
     return moved, time.perf_counter() - began
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 
-class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class EngineSpec(msgspec.Struct, frozen=True, tag="engine", forbid_unknown_fields=True):
     """An engine to measure. Sizes are as on the command line."""
 
     store: str
@@ -30,7 +30,7 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0
 
 
-class PeerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PeerSpec(msgspec.Struct, frozen=True, tag="peer", forbid_unknown_fields=True):
     """A llama.cpp model to measure."""
 
     gguf: str
@@ -148,7 +148,7 @@ class DiskRead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`error` is set where the request failed; else `result`."""
+    """`error` is set where the request failed; else `result`. The first answer comes unasked: it has started."""
 
     result: Any = None
     error: str | None = None

@@ -69,7 +69,7 @@ class LFU:
 
     name = "lfu"
 
-    def __init__(self, half_life: int = 16384) -> None:
+    def __init__(self, half_life: int) -> None:
         self.half_life = half_life
 
     def used(self, facts: Facts) -> None:
@@ -81,26 +81,34 @@ class LFU:
         return facts.weight
 
 
-class NextUse:
-    """Belady: furthest known next use first; an unknown one counts as never."""
+class NextUse(LFU):
+    """Belady where the next use is known, furthest first; before those go all without a known one, by aged frequency.
+
+    What is known reaches a few layers to a token ahead, so an expert without a known use is the better victim.
+    """
 
     name = "next-use"
 
-    def used(self, facts: Facts) -> None:
-        return None
-
     def rank(self, facts: Facts) -> float:
-        return -math.inf if facts.next_use is None else -facts.next_use
+        return super().rank(facts) if facts.next_use is None else _KNOWN - facts.next_use
 
 
-_POLICIES: dict[str, Callable[[], Policy]] = {"lru": LRU, "lfu": LFU, "next-use": NextUse}
+_KNOWN = 2.0**52
+"""Above any weight; integers up to there are exact."""
+HALF_LIFE_TOKENS = 5.5
+"""Of a use. On generated routes with the reuse of real models, LRU misses 3 to 15 % more than 5 to 12 tokens do."""
+
+_POLICIES: dict[str, Callable[[int], Policy]] = {"lru": lambda _: LRU(), "lfu": LFU, "next-use": NextUse}
 
 
-def make_policy(name: str) -> Policy:
-    """A fresh policy by its name. Raises ConfigError for an unknown one."""
+def make_policy(name: str, lookups_per_token: int = 128) -> Policy:
+    """A fresh policy by its name. Raises ConfigError for an unknown one.
+
+    `lookups_per_token`: MoE layers × top-k.
+    """
     if name not in _POLICIES:
         raise ConfigError(f"expert policy {name!r} is not known: choose from {', '.join(_POLICIES)}")
-    return _POLICIES[name]()
+    return _POLICIES[name](max(1, round(HALF_LIFE_TOKENS * lookups_per_token)))
 
 
 class Victims:

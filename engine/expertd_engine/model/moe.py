@@ -125,8 +125,6 @@ class StepRoutes:
         """Chooses experts in the router's place, for measurements on generated routes."""
         self._decode_rows = None if decode_rows is None else np.array(decode_rows, np.int64)
         """Rows of decoding sequences; None: all are."""
-        self.activations: dict[int, int] = {}
-        """(token, choice) pairs by MoE layer."""
 
     def scanned(self, experts: Iterable[int], top_k_index: NDArray[np.int64]) -> Container[int]:
         """Those of `experts` that prompt tokens alone chose: they must not flush the decode working set (law 5)."""
@@ -163,7 +161,6 @@ class MoELayer:
         if step.routes is not None:
             chosen = step.routes.route(self.layer, len(chosen))
         pairs = Pairs.of(chosen, top_k_weights.numpy())
-        step.activations[self.layer] = len(pairs.rows)
         x = hidden.to(self.kernel.compute_dtype).contiguous()
         scanned = step.scanned(pairs.experts, chosen)
         with step.source.lease(self.layer, pairs.experts, pairs=pairs.counts(), scanned=scanned) as leases:

@@ -75,7 +75,7 @@ class Block(ctypes.Structure):
         *((name, c_int32) for name in ("hidden", "heads", "kv_heads", "key_dim", "value_dim")),
         *((name, c_int32) for name in ("rope", "rotary_dim", "norm_after_rope", "parallel")),
         *((name, c_int32) for name in ("num_experts", "top_k", "selection")),
-        *((name, c_float) for name in ("clip", "scale", "residual_scale")),
+        *((name, c_float) for name in ("clip", "scale", "attention_residual", "ffn_residual")),
     ]
 
 

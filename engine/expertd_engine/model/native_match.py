@@ -168,7 +168,9 @@ def match_layer(
     else:
         adapter = find_router(experts)
         _place_moe(parts, ffn, experts, adapter)
-    parts.block.residual_scale = float(getattr(seen.module, "residual_multiplier", 1.0))
+    residual = float(getattr(seen.module, "residual_multiplier", 1.0))
+    averages = getattr(ffn, "shared_expert_combination_strategy", None) == "average"
+    parts.block.attention_residual, parts.block.ffn_residual = residual, residual / 2 if averages else residual
     _check_claimed(seen.module, experts, parts)
     native = parts.block.selection != Selection.LOGITS
     return Matched(parts.block, parts.keep, experts, None if native else adapter)
@@ -176,7 +178,8 @@ def match_layer(
 
 def variants(matched: Matched, seen: LayerSeen) -> Iterator[tuple[Rope, bool]]:
     """What is left open, most usual first: which dimensions rotate together, and whether head norms come after."""
-    ropes = (Rope.NONE,) if seen.rope is None else (Rope.HALVES, Rope.PAIRS, Rope.NONE)
+    fits = seen.rope is not None and seen.rope.rotary_dim <= matched.block.key_dim
+    ropes = (Rope.HALVES, Rope.PAIRS, Rope.NONE) if fits else (Rope.NONE,)
     has_norms = matched.block.query_norm.kind != NormKind.NONE
     for rope in ropes:
         yield rope, False
@@ -256,7 +259,7 @@ def _router_matrix(parts: _Parts, adapter: ModuleRouterAdapter) -> Matrix:
     """The router's one matrix `[experts, hidden]`, its own or its only linear layer's."""
     shape = (adapter.num_experts, adapter.hidden_size)
     for module in adapter.module.modules():
-        if isinstance(module, nn.Linear | QuantisedLinear) and (module.out_features, module.in_features) == shape:
+        if isinstance(module, QuantisedLinear) and (module.out_features, module.in_features) == shape:
             return parts.matrix(module)
         weight = module._parameters.get("weight")
         if weight is not None and tuple(weight.shape) == shape:

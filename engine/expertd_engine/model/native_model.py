@@ -30,6 +30,9 @@ _KEPT_ROWS = 64
 Select = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Router logits `[T, E]` to experts and weights `[T, K]`."""
 
+Experts = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Adds the routed experts of rows `[T, H]`, by experts and weights `[T, K]`, to `[T, H]` (`MoELayer.compute`)."""
+
 
 @dataclass(eq=False)
 class NativeLayer:
@@ -114,7 +117,7 @@ class NativeModel:
         self._pool = pool
         self._calls = BlockCalls(pool.library)
         self._layers = layers
-        self._ends = ends
+        self.ends = ends
         self._hidden = layers[0].block.hidden
         self._storage: KVStorage | None = None
         self._kept: _Activations | None = None
@@ -160,7 +163,7 @@ class NativeModel:
             self._bind(storage)
         memory = StepMemory(self._activations(len(token_ids)), positions, spans, storage)
         ids = array("q", token_ids)
-        hidden, ends = memory.activations.hidden, self._ends
+        hidden, ends = memory.activations.hidden, self.ends
         self._pool.library.rows(ends.embedding, ids.buffer_info()[0], len(ids), hidden.data_ptr())
         if ends.embedding_scale != 1.0:
             hidden.mul_(ends.embedding_scale)
@@ -181,6 +184,13 @@ class NativeModel:
             experts.copy_(chosen)
             weights.copy_(shares)
 
+    def run_alone(self, index: int, experts: Experts, memory: StepMemory) -> None:
+        """One layer from the residual stream to the residual stream, with `experts` for the routed ones."""
+        self.run_layer(index, None, memory)
+        if self._layers[index].moe is not None:
+            self._experts(index, experts, memory)
+        self.finish(index, memory)
+
     def finish(self, index: int, memory: StepMemory) -> None:
         """Make the residual stream the output of layer `index`, which ran last."""
         layer = self._layers[index]
@@ -189,7 +199,7 @@ class NativeModel:
 
     def logits(self, memory: StepMemory, rows: Sequence[int]) -> Tensor:
         """`[len(rows), V]` of rows of the residual stream."""
-        ends, activations = self._ends, memory.activations
+        ends, activations = self.ends, memory.activations
         out = torch.empty(len(rows), ends.head.rows)
         wanted = array("q", rows)
         self._calls.logits(
@@ -198,7 +208,7 @@ class NativeModel:
         )
         return out
 
-    def _experts(self, index: int, compute: Callable[[Tensor, Tensor, Tensor, Tensor], None], memory: StepMemory) -> None:
+    def _experts(self, index: int, compute: Experts, memory: StepMemory) -> None:
         activations = memory.activations
         _, experts, weights = activations.routes[index]
         compute(activations.normed, experts, weights, activations.routed)

@@ -117,7 +117,7 @@ class _Hooks:
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
-        rotary = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+        rotary = [m for m in model.modules() if any(name.endswith("inv_freq") for name in m._buffers)]
         with ExitStack() as stack:
             for layer in self._layers:
                 stack.enter_context(layer.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -158,11 +158,17 @@ def _rope_table(
     answer = rotary(*map(everywhere, arguments), **{name: everywhere(value) for name, value in options.items()})
     if not (isinstance(answer, tuple) and len(answer) == 2 and all(t.is_floating_point() for t in answer)):
         return None
-    cos, sin = (t[0] for t in answer)
-    half = cos.shape[1] // 2
-    if cos.shape[1] % 2 == 0 and torch.equal(cos[:, :half], cos[:, half:]):
-        cos, sin = cos[:, :half], sin[:, :half]  # written twice over, once for each half
-    return RopeTable(cos.contiguous(), sin.contiguous())
+    cos, sin = (_once(t[0]).contiguous() for t in answer)
+    return RopeTable(cos, sin)
+
+
+def _once(angles: Tensor) -> Tensor:
+    """`[positions, rotary_dim]` written twice over, half after half or number after number, to `[…, rotary_dim / 2]`."""
+    half = angles.shape[1] // 2
+    for first, second in ((angles[:, :half], angles[:, half:]), (angles[:, ::2], angles[:, 1::2])):
+        if torch.equal(first, second):
+            return first
+    return angles
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:

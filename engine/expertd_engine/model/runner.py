@@ -62,8 +62,6 @@ class Runner:
         cache: ExpertCache,
         routes: RouteSource | None = None,
     ) -> None:
-        self.activations = [0] * len(layers)
-        """(token, choice) pairs by MoE layer, since start."""
         self._loaded = loaded
         self._layers = layers
         self._storage = storage
@@ -89,8 +87,6 @@ class Runner:
         experts = self._cache.end_step()
         if failure is not None:
             raise failure
-        for layer, pairs in routes.activations.items():
-            self.activations[layer] += pairs
         return StepResult(sampled, time.perf_counter() - began, prompt_logprobs, experts)
 
     def _logits(self, plan: StepPlan, routes: StepRoutes, token_ids: list[int]) -> torch.Tensor:

@@ -26,6 +26,9 @@ PAGE_POLICY = (
 """The page runs its own script alone, and asks nobody but this server for anything."""
 
 
+_PAGE = {"content": {"text/html": {"schema": {"type": "string"}}}}
+
+
 class BudgetRequest(Body):
     """Body of PUT /admin/budget."""
 
@@ -66,7 +69,7 @@ def router(service: Service) -> APIRouter:
     routes.add_api_route("/status", read_status, response_model=None, responses=dict(declared(401)))
     routes.add_api_route("/experts", read_experts, response_model=None, responses=dict(declared(401)))
     routes.add_api_route(
-        "/admin/budget", set_budget, methods=["PUT"], responses=dict(declared(400, 401, 403, 413, 415, 503)),
+        "/admin/budget", set_budget, methods=["PUT"], responses=dict(declared(400, 401, 403, 413, 415, 500, 503)),
         openapi_extra=body_of(BudgetRequest),
     )  # fmt: skip
     if service.config.ui:
@@ -84,7 +87,7 @@ def _add_page(routes: APIRouter) -> None:
         """The live page."""
         return HTMLResponse(page, headers=headers)
 
-    routes.add_api_route("/ui", ui, response_class=HTMLResponse, responses=dict(declared(401)))
+    routes.add_api_route("/ui", ui, response_model=None, responses={200: _PAGE, **declared(401)})
 
 
 async def _set_budget(service: Service, request: Request) -> BudgetAnswer:

@@ -105,7 +105,7 @@ class Layer {
   int64_t work_floats_ = 0;
 };
 
-// h += r * output_norm(routed + added), of the layer that is over.
+// h += ffn_residual * output_norm(routed + added), of the layer that is over.
 void Layer::finish_row(const expertd_block& block, const expertd_step& step, float* routed, int64_t row) {
   const int64_t width = block.hidden;
   float* const hidden = step.hidden + row * width;
@@ -117,7 +117,7 @@ void Layer::finish_row(const expertd_block& block, const expertd_step& step, flo
     std::fill(sums, sums + width, 0.0f);
   }
   if (block.output_norm.kind) block_kernels().norm(block.output_norm, added, added);
-  for (int64_t i = 0; i < width; ++i) hidden[i] += added[i] * block.residual_scale;
+  for (int64_t i = 0; i < width; ++i) hidden[i] += added[i] * block.ffn_residual;
 }
 
 void Layer::forward(const expertd_block* previous, float* routed) {
@@ -267,7 +267,7 @@ void Layer::mix() {
     float* const hidden = step_.hidden + row * width;
     float* const normed = step_.normed + row * width;
     if (block_.attention_norm.kind) kernels_.norm(block_.attention_norm, from, from);
-    for (int64_t i = 0; i < width; ++i) hidden[i] += from[i] * block_.residual_scale;
+    for (int64_t i = 0; i < width; ++i) hidden[i] += from[i] * block_.attention_residual;
     if (block_.parallel) return;
     if (block_.ffn_norm.kind)
       kernels_.norm(block_.ffn_norm, hidden, normed);

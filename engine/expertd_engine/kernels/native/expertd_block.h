@@ -44,8 +44,8 @@ typedef struct expertd_ffn {
   float limit;
 } expertd_ffn;
 
-/* x = input_norm(h);  a = attention(x);  h += r * attention_norm(a);  y = ffn_norm(h);  f = ffn(y);
- * h += r * output_norm(f). A norm of kind NONE is the identity. With `parallel`, y = x.
+/* x = input_norm(h);  a = attention(x);  h += attention_residual * attention_norm(a);  y = ffn_norm(h);  f = ffn(y);
+ * h += ffn_residual * output_norm(f). A norm of kind NONE is the identity. With `parallel`, y = x.
  * f is the sum of the routed experts and of `ffn` (a dense layer's own, or what is shared by all tokens), which is
  * multiplied by sigmoid(ffn_gate y) where that exists. */
 typedef struct expertd_block {
@@ -69,7 +69,7 @@ typedef struct expertd_block {
   int32_t num_experts, top_k, selection;
   float clip; /* queries, keys and values are held within +-clip; 0: not */
   float scale; /* of attention scores */
-  float residual_scale; /* r */
+  float attention_residual, ffn_residual;
 } expertd_block;
 
 /* One step's tokens; `rows` of them, sequence after sequence. */

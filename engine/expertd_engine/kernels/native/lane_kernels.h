@@ -74,7 +74,8 @@ inline void dot_rows(const Element* w, int64_t cols, int rows, const void* const
 }
 
 template <class Element>
-void float_strip(const void* strip, int64_t cols, int rows, const void* const* inputs, int tokens, float* out) {
+void float_strip(const void* strip, const void* /*then*/, int64_t cols, int rows, const void* const* inputs, int tokens,
+                 float* out) {
   const auto* w = static_cast<const Element*>(strip);
   int t = 0;
   for (; t + kDotTokens <= tokens; t += kDotTokens) {
@@ -92,18 +93,25 @@ inline Weights unpack(const uint8_t* group, int first_row) {
 
 // kPassRows rows from `first_row` on, T tokens, all groups.
 template <int format, int T>
-inline void integer_pass(const uint8_t* strip, int64_t groups, int first_row, const void* const* inputs, float* out) {
+inline void integer_pass(const uint8_t* strip, const uint8_t* then, int64_t groups, int first_row,
+                         const void* const* inputs, float* out) {
   constexpr int64_t kGroupBytes = format == EXPERTD_INT8 ? 512 : 256;
+  constexpr int64_t kScaleBytes = format == EXPERTD_INT4 ? 64 : 32;
   constexpr int kOffset = format == EXPERTD_INT8 ? 128 : format == EXPERTD_INT4S ? 8 : 0;
   const auto* scales = reinterpret_cast<const uint16_t*>(strip + groups * kGroupBytes) + first_row;
   const auto* minima = scales + groups * kStripRows;
+  constexpr int64_t kAhead = kPrefetchBytes / kGroupBytes;
   const Group* x[T];
   for (int t = 0; t < T; ++t) x[t] = static_cast<const Group*>(inputs[t]);
   Rows acc[T];
   for (int t = 0; t < T; ++t) acc[t] = rows_zero();
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* data = strip + g * kGroupBytes;
-    for (int64_t line = 0; line < kGroupBytes; line += 64) prefetch(data + line + kPrefetchBytes);
+    // Data: kPrefetchBytes ahead, and from the end on into the next strip's. Scales and minima: one strip ahead, because
+    // a group needs its own at once and they lie at the strip's end.
+    const uint8_t* ahead = g < groups - kAhead ? data + kAhead * kGroupBytes : then + (g + kAhead - groups) * kGroupBytes;
+    for (int64_t line = 0; line < kGroupBytes; line += 64) prefetch(ahead + line);
+    prefetch(then + groups * kGroupBytes + g * kScaleBytes);
     const Weights w = unpack<format>(data, first_row);
     const Rows d = rows_load_half(scales + g * kStripRows);
     for (int t = 0; t < T; ++t) {
@@ -124,23 +132,26 @@ inline void integer_pass(const uint8_t* strip, int64_t groups, int first_row, co
 
 // `tokens` <= T inputs, by as many as there are.
 template <int format, int T>
-inline void integer_tile(const uint8_t* strip, int64_t groups, const void* const* inputs, int tokens, float* out) {
+inline void integer_tile(const uint8_t* strip, const uint8_t* then, int64_t groups, const void* const* inputs,
+                         int tokens, float* out) {
   if (tokens == T) {
     for (int row = 0; row < kStripRows; row += kPassRows) {
-      integer_pass<format, T>(strip, groups, row, inputs, out);
+      integer_pass<format, T>(strip, then, groups, row, inputs, out);
     }
   } else if constexpr (T > 1) {
-    integer_tile<format, T - 1>(strip, groups, inputs, tokens, out);
+    integer_tile<format, T - 1>(strip, then, groups, inputs, tokens, out);
   }
 }
 
 template <int format>
-void integer_strip(const void* strip, int64_t cols, int /*rows*/, const void* const* inputs, int tokens, float* out) {
+void integer_strip(const void* strip, const void* then, int64_t cols, int /*rows*/, const void* const* inputs,
+                   int tokens, float* out) {
   const int64_t groups = (cols + kGroupColumns - 1) / kGroupColumns;
   const auto* data = static_cast<const uint8_t*>(strip);
+  const auto* next = static_cast<const uint8_t*>(then);
   for (int t = 0; t < tokens; t += kIntegerTile) {
     const int count = tokens - t < kIntegerTile ? tokens - t : kIntegerTile;
-    integer_tile<format, kIntegerTile>(data, groups, inputs + t, count, out + t * kStripRows);
+    integer_tile<format, kIntegerTile>(data, next, groups, inputs + t, count, out + t * kStripRows);
   }
 }
 

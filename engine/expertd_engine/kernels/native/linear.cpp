@@ -33,7 +33,7 @@ void run_strips(const Product& product, int64_t strip_begin, int64_t strip_end, 
       const int tokens = static_cast<int>(std::min<int64_t>(kTile, row_end - row));
       const void* inputs[kTile];
       for (int t = 0; t < tokens; ++t) inputs[t] = product.inputs.row(row + t);
-      kernel(data, w.cols, valid, inputs, tokens, sums);
+      kernel(data, data + bytes, w.cols, valid, inputs, tokens, sums);
       for (int t = 0; t < tokens; ++t) {
         float* y = product.y + (row + t) * product.ldy + first;
         const float* sum = sums + t * kStripRows;

@@ -51,6 +51,8 @@ class Moe {
         inputs_(inputs),
         inner_stride_(input_bytes(layout_.format, layout_.inner)),
         blocks_(ceil_div(layout_.inner, kBlockRows)),
+        block_bytes_(kBlockStrips * strip_bytes(layout_.format, layout_.hidden)),
+        down_strip_bytes_(strip_bytes(layout_.format, layout_.inner)),
         rows_per_block_(rows_per_block(inputs.stride)),
         round_pairs_(std::max<int64_t>(kTile, kBatchBytes / inner_stride_)) {}
 
@@ -117,8 +119,10 @@ class Moe {
     const void* inputs[kTile];
     const int count = gather(pair, end, inputs);
     float gate[kTile][kBlockRows], up[kTile][kBlockRows];
-    if (gated) project(segment, layout_.gate, layout_.gate_bias, first, valid, inputs, count, gate);
-    project(segment, layout_.up, layout_.up_bias, first, valid, inputs, count, up);
+    if (gated) project(segment, layout_.gate, layout_.gate_bias, layout_.up, first, valid, inputs, count, gate);
+    // After up comes, for whoever takes it, the next block.
+    const int64_t next_block = (gated ? layout_.gate : layout_.up) + block_bytes_;
+    project(segment, layout_.up, layout_.up_bias, next_block, first, valid, inputs, count, up);
     const Activation activation{layout_.activation, layout_.alpha, layout_.limit};
     for (int t = 0; t < count; ++t) {
       isa().activate(activation, gated ? gate[t] : nullptr, up[t], valid);
@@ -127,16 +131,19 @@ class Moe {
     }
   }
 
-  // out[t][i] = inner row first + i of gate or up, with its bias.
-  void project(const Segment& segment, int64_t matrix, int64_t bias, int64_t first, int valid,
+  // out[t][i] = inner row first + i of the matrix at offset `matrix`, with its bias. `then`: the offset of the matrix whose
+  // same rows are read next.
+  void project(const Segment& segment, int64_t matrix, int64_t bias, int64_t then, int64_t first, int valid,
                const void* const* inputs, int count, float (*out)[kBlockRows]) const {
-    const int64_t bytes = strip_bytes(layout_.format, layout_.hidden);
+    const int64_t bytes = block_bytes_ / kBlockStrips;
+    const std::byte* strip = segment.record + matrix + first / kStripRows * bytes;
+    const std::byte* after = segment.record + then + first / kStripRows * bytes;
     const float* biases = floats_at(segment, bias);
     float sums[kTile * kStripRows];
-    for (int s = 0; s * kStripRows < valid; ++s) {
+    for (int s = 0; s * kStripRows < valid; ++s, strip += bytes) {
       const int rows = std::min(kStripRows, valid - s * kStripRows);
-      isa().strip[layout_.format](segment.record + matrix + (first / kStripRows + s) * bytes, layout_.hidden, rows,
-                                  inputs, count, sums);
+      const bool last = (s + 1) * kStripRows >= valid;
+      isa().strip[layout_.format](strip, last ? after : strip + bytes, layout_.hidden, rows, inputs, count, sums);
       for (int t = 0; t < count; ++t) {
         for (int r = 0; r < rows; ++r) {
           const int i = s * kStripRows + r;
@@ -150,24 +157,33 @@ class Moe {
   void down_task(const Round& round, int64_t strip_begin, int64_t strip_end) const {
     for (int i = 0; i < round.count; ++i) {
       const Segment& segment = round.segments[i];
+      const std::byte* next = i + 1 < round.count ? down_strip(round.segments[i + 1], strip_begin)
+                                                  : down_strip(round.segments[0], strip_end);
       for (int64_t pair = segment.begin; pair < segment.end; pair += kTile) {
         const void* inputs[kTile];
         const int count = static_cast<int>(std::min<int64_t>(kTile, segment.end - pair));
         for (int t = 0; t < count; ++t) {
           inputs[t] = round.inner + (pair + t - round.first_pair) * round.inner_stride;
         }
-        for (int64_t strip = strip_begin; strip < strip_end; ++strip) down_tile(segment, strip, pair, inputs, count);
+        for (int64_t strip = strip_begin; strip < strip_end; ++strip) {
+          const std::byte* then = strip + 1 < strip_end ? down_strip(segment, strip + 1) : next;
+          down_tile(segment, strip, then, pair, inputs, count);
+        }
       }
     }
   }
 
-  void down_tile(const Segment& segment, int64_t strip, int64_t pair, const void* const* inputs, int count) const {
+  const std::byte* down_strip(const Segment& segment, int64_t strip) const {
+    return segment.record + layout_.down + strip * down_strip_bytes_;
+  }
+
+  void down_tile(const Segment& segment, int64_t strip, const std::byte* then, int64_t pair, const void* const* inputs,
+                 int count) const {
     const int64_t first = strip * kStripRows, hidden = layout_.hidden;
     const int rows = static_cast<int>(std::min<int64_t>(kStripRows, hidden - first));
     const float* bias = floats_at(segment, layout_.down_bias);
     float sums[kTile * kStripRows];
-    isa().strip[layout_.format](segment.record + layout_.down + strip * strip_bytes(layout_.format, layout_.inner),
-                                layout_.inner, rows, inputs, count, sums);
+    isa().strip[layout_.format](down_strip(segment, strip), then, layout_.inner, rows, inputs, count, sums);
     for (int t = 0; t < count; ++t) {
       const float weight = a_.pair_weight[pair + t];
       const float* sum = sums + t * kStripRows;
@@ -186,7 +202,7 @@ class Moe {
   const Arguments& a_;
   const expertd_expert_layout& layout_;
   const Inputs inputs_;
-  const int64_t inner_stride_, blocks_, rows_per_block_, round_pairs_;
+  const int64_t inner_stride_, blocks_, block_bytes_, down_strip_bytes_, rows_per_block_, round_pairs_;
 };
 
 void check_layout(const expertd_expert_layout* layout) {
