@@ -31,7 +31,7 @@ from expertd_engine.model.attention import KVStorage, LayerShape, block_bytes
 from expertd_engine.model.expert_torch import SlotViews
 from expertd_engine.model.loader import LoadedModel, attach_experts, load_model
 from expertd_engine.model.moe import MoELayer, RouteSource
-from expertd_engine.model.runner import Runner
+from expertd_engine.model.runner import Runner, StepModel
 from expertd_engine.model.trial import Trial
 from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
 from expertd_engine.prefix_cache import PrefixCache
@@ -73,6 +73,7 @@ class _Context:
     numerics: str
     lookahead: Lookahead
     routes: RouteSource | None
+    model: StepModel
 
 
 def start_engine(
@@ -100,7 +101,9 @@ def start_engine(
     meter = MemoryMeter(server_pid)
     report("trial", 0.0)
     constrain = _constrain(store, loaded, fallbacks)
-    trial = Trial(loaded, store, BLOCK_TOKENS)
+    trial = Trial(loaded, store, BLOCK_TOKENS, max_model_len)
+    if loaded.pool is not None and trial.not_native:
+        fallbacks.append(f"all but the experts is computed by PyTorch, slowly: {trial.not_native}")
     fallbacks += loaded.fallbacks
     invariant = trial.is_invariant()
     if not invariant:
@@ -114,7 +117,9 @@ def start_engine(
         fallbacks.append("the largest step is overestimated: this system does not let peak memory be measured anew")
     numerics = "invariant" if invariant else "per-batch"
     foresight = lookahead_for(store.index, 2 * config.io_threads, lookahead)
-    context = _Context(config, store, loaded, trial.shapes, limits, constrain, fallbacks, numerics, foresight, routes)
+    context = _Context(
+        config, store, loaded, trial.shapes, limits, constrain, fallbacks, numerics, foresight, routes, trial.model
+    )
     plan = plan_memory(_measured(context, base, step), _asked(config, max_model_len))
     report("allot", 0.0)
     return _assemble(context, plan, meter, wrap)
@@ -177,7 +182,7 @@ def _assemble(context: _Context, plan: StartupPlan, meter: MemoryMeter, wrap: Ca
     if records.fallback_reason:
         context.fallbacks.append(f"experts are read through the page cache: {records.fallback_reason}")
     cache, layers = _expert_cache(context, plan, records)
-    runner = Runner(loaded, layers, storage, cache, context.routes)
+    runner = Runner(context.model, layers, storage, cache, context.routes)
     prefixes = PrefixCache(pool, store.index.store_id) if config.prefix_cache else None
     scheduler = Scheduler(context.limits, pool, prefixes)
     core = EngineCore(scheduler, wrap(runner), loaded.eos_token_ids, context.constrain)

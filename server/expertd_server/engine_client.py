@@ -204,7 +204,7 @@ class EngineClient:
         self.abort(list(self._live))
 
     def send(self, message: ToEngine) -> None:
-        """Hand a message to the socket, whose queue is unbounded: admission bounds what gets here. Raises EngineDead."""
+        """Hand a message to the socket. Its queue is unbounded: admission bounds what gets here. Raises EngineDead."""
         if self._socket is None:
             raise EngineDead("no engine is connected")
         self._socket.send(self._encoder.encode(message))

@@ -1,4 +1,4 @@
-"""A real engine over a disk that misbehaves: what fails is tried again or said clearly, and the next answer is right."""
+"""A real engine over a bad disk: what fails is tried again or said clearly, and the next answer is right."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ import pytest
 
 from expertd_engine.experts.store_format import RECORDS_NAME
 from expertd_engine.messages import Sampling
-from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine
 from support.engine import Generated, generate, running_engine
-from support.tiny_mixtral import make_mixtral
 
 GREEDY = Sampling(max_tokens=4, temperature=0, ignore_eos=True)
 PROMPTS = ([1, 2, 3, 4, 5], [9, 8, 7], [42])
@@ -25,18 +23,10 @@ WAIT_S = 60.0
 Read = Callable[[int, Sequence[memoryview], int], int]
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    make_mixtral(folder / "source", num_hidden_layers=2)
-    prepare(folder / "source", folder / "store", "float32")
-    return folder / "store"
-
-
 @pytest.fixture
-def engine(store: Path) -> Iterator[Engine]:
+def engine(tiny: Path) -> Iterator[Engine]:
     """At the smallest budget, so that every step reads."""
-    with running_engine(store, threads=1, expert_budget="10%", max_model_len=64, prefix_cache=False) as engine:
+    with running_engine(tiny, threads=1, expert_budget="10%", max_model_len=64, prefix_cache=False) as engine:
         yield engine
 
 
@@ -141,9 +131,9 @@ def test_a_read_that_stalls_is_waited_for(engine: Engine, disk: Disk) -> None:
     assert tokens(generated) == expected
 
 
-def test_a_file_truncated_under_the_engine_is_named_and_a_mended_one_served(engine: Engine, store: Path) -> None:
+def test_a_file_truncated_under_the_engine_is_named_and_a_mended_one_served(engine: Engine, tiny: Path) -> None:
     expected = tokens(answers(engine))
-    path = store / RECORDS_NAME
+    path = tiny / RECORDS_NAME
     whole = path.read_bytes()
     try:
         os.truncate(path, 8192)

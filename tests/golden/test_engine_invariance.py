@@ -270,7 +270,7 @@ def test_an_abort_between_steps_leaves_the_others_right(stores: dict[tuple[str, 
 
 def is_invariant(store: Path) -> bool:
     opened = ExpertStore.open(store)
-    return Trial(load_model(opened), opened, 16).is_invariant()
+    return Trial(load_model(opened), opened, 16, 256).is_invariant()
 
 
 @pytest.mark.parametrize("experts_format", FORMATS)

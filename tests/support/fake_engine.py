@@ -227,6 +227,10 @@ class FakeEngine:
         """Send any message."""
         self._do(lambda: self._send(message))
 
+    def babble(self, frame: bytes) -> None:
+        """Send what is no message."""
+        self._do(lambda: self._socket.send(frame))
+
     def wait_for(self, what: Callable[[], bool]) -> None:
         """Until `what` about this engine is true. Raises AssertionError after `WAIT_S`."""
         with self._changed:

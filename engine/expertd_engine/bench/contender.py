@@ -44,7 +44,9 @@ class Contender:
             if self._limit_bytes is not None:
                 self._group = self._stack.enter_context(limited_memory(self._limit_bytes))
                 command = inside(self._group, command)
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment(self._specification)
+            )
             self._stack.callback(self._end)
             self._answer(f"did not start in {self._timeout_s:.0f} s")
         except BaseException:
@@ -108,3 +110,10 @@ class Contender:
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()
+
+
+def _environment(specification: EngineSpec | PeerSpec) -> dict[str, str]:
+    """Ours. A peer does without what is set for OpenMP in our favour: it names its threads itself."""
+    if isinstance(specification, EngineSpec):
+        return dict(os.environ)
+    return {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}

@@ -10,8 +10,10 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import torch
 
 from expertd_engine.bench.channel import Channel, make_channel
 from expertd_engine.bench.disk import read_bandwidth
@@ -27,11 +29,12 @@ from expertd_engine.bench.protocol import (
 )
 from expertd_engine.bench.replay import Replays
 from expertd_engine.bench.routing import RoutingShape, make_routing
-from expertd_engine.config import Config, parse_size
+from expertd_engine.config import Config, Policy, parse_size
 from expertd_engine.core import Forward, StepResult
 from expertd_engine.errors import EngineError, UsageError
 from expertd_engine.experts.lookahead import NoLookahead
 from expertd_engine.experts.store import ExpertStore
+from expertd_engine.kernels import library
 from expertd_engine.memory import peak_rss_bytes
 from expertd_engine.messages import Sampling, Submit, TextInput
 from expertd_engine.request import ExpertCounts
@@ -91,7 +94,7 @@ class EngineSession:
             lookahead=info.lookahead,
             numerics=info.numerics,
             fallbacks=info.fallbacks,
-            device="cpu",
+            device=f"cpu, {torch.get_num_threads()} threads, {_kernels()}",
         )
 
     def disk(self, seconds: float) -> DiskRead:
@@ -242,6 +245,11 @@ def shape_of(store: ExpertStore) -> RoutingShape:
     return RoutingShape(len(index.layers), max(layer.num_experts for layer in index.layers), index.top_k)
 
 
+def _kernels() -> str:
+    """Which kernels compute the experts."""
+    return "torch kernels" if library.why_missing() else f"{library.load().instruction_set} kernels"
+
+
 def _generated(spec: EngineSpec, shape: RoutingShape) -> tuple[GeneratedRoutes | None, Channel | None]:
     routing, channel = make_routing(spec.routing, shape, spec.seed), make_channel(spec.hints)
     if routing is None:
@@ -256,7 +264,7 @@ def _config(spec: EngineSpec) -> Config:
         model=spec.store,
         expert_budget=parse_size(spec.expert_budget, share_allowed=True) if spec.expert_budget else None,
         memory_budget=parse_size(spec.memory_budget) if spec.memory_budget else None,
-        expert_policy=spec.policy,
+        expert_policy=cast(Policy, spec.policy),  # checked by the command line
         prefetch=spec.prefetch,
         prefix_cache=False,
         max_model_len=spec.max_model_len,

@@ -39,7 +39,7 @@ def constant(dtype: str, count: int, value: float) -> Bytes:
 
 def _plain(dtype: str, count: int, rng: np.random.Generator) -> Bytes:
     kind, random_bits, set_bits = _PLAIN[dtype]
-    bits = _random_bytes(count * kind.itemsize, rng).view(kind)
+    bits = random_bytes(count * kind.itemsize, rng).view(kind)
     bits &= kind.type(random_bits)
     bits |= kind.type(set_bits)
     return bits.view(np.uint8)
@@ -50,7 +50,7 @@ def _quantised(dtype: str, rows: int, cols: int, rng: np.random.Generator) -> By
         raise ValueError(f"random {dtype} weights need columns in multiples of {GROUP_COLUMNS}, not {cols}")
     groups = cols // GROUP_COLUMNS
     strips = -(-rows // STRIP_ROWS)
-    packed = _random_bytes(packed_bytes(dtype, rows, cols), rng).reshape(strips, strip_bytes(dtype, cols))
+    packed = random_bytes(packed_bytes(dtype, rows, cols), rng).reshape(strips, strip_bytes(dtype, cols))
     data = groups * STRIP_ROWS * GROUP_COLUMNS // (1 if dtype == "int8" else 2)
     if dtype == "int8":
         np.maximum(packed[:, :data], 1, out=packed[:, :data])  # q is stored as q + 128 and never -128
@@ -64,6 +64,7 @@ def _quantised(dtype: str, rows: int, cols: int, rng: np.random.Generator) -> By
     return packed.reshape(-1)
 
 
-def _random_bytes(count: int, rng: np.random.Generator) -> Bytes:
+def random_bytes(count: int, rng: np.random.Generator) -> Bytes:
+    """`count` random bytes."""
     words: Bytes = rng.integers(0, 2**64, -(-count // 8), dtype=np.uint64, endpoint=False).view(np.uint8)
     return words[:count]

@@ -27,14 +27,14 @@ class Rope(IntEnum):
     PAIRS = 2
 
 
-class Selection(IntEnum):
-    """How router logits become routes. Equal scores: the lower expert id first (`torch.topk` promises no order)."""
+class Scores(IntEnum):
+    """How router logits become scores. LOGITS: who calls selects."""
 
     DENSE = 0
     LOGITS = 1
     SOFTMAX = 2
-    SOFTMAX_SHARE = 3
-    TOPK_SOFTMAX = 4
+    SIGMOID = 3
+    CHOSEN = 4
 
 
 class Norm(ctypes.Structure):
@@ -46,6 +46,18 @@ class Norm(ctypes.Structure):
         ("kind", c_int32),
         ("length", c_int32),
         ("eps", c_float),
+    ]
+
+
+class Router(ctypes.Structure):
+    """`expertd_router`. Of equal scores the lower expert id comes first (`torch.topk` promises no order)."""
+
+    _fields_ = [
+        ("matrix", Matrix),
+        ("bias", c_void_p),
+        *((name, c_int32) for name in ("experts", "top_k", "scores", "groups", "groups_kept", "group_best", "shares")),
+        ("epsilon", c_float),
+        ("scale", c_float),
     ]
 
 
@@ -68,13 +80,13 @@ class Block(ctypes.Structure):
     _fields_ = [
         *((name, Norm) for name in ("input_norm", "attention_norm", "ffn_norm", "output_norm")),
         *((name, Norm) for name in ("query_norm", "key_norm")),
-        *((name, Matrix) for name in ("query", "key", "value", "output", "attention_gate", "router", "ffn_gate")),
+        *((name, Matrix) for name in ("query", "key", "value", "output", "attention_gate", "ffn_gate")),
+        ("router", Router),
         ("ffn", FeedForward),
         *((name, c_void_p) for name in ("cos", "sin", "sinks")),
         *((name, c_int64) for name in ("positions", "key_offset", "value_offset", "window")),
         *((name, c_int32) for name in ("hidden", "heads", "kv_heads", "key_dim", "value_dim")),
         *((name, c_int32) for name in ("rope", "rotary_dim", "norm_after_rope", "parallel")),
-        *((name, c_int32) for name in ("num_experts", "top_k", "selection")),
         *((name, c_float) for name in ("clip", "scale", "attention_residual", "ffn_residual")),
     ]
 

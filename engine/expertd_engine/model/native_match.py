@@ -19,11 +19,19 @@ from torch.nn import functional
 from expertd_engine.kernels.library import ACTIVATIONS, FORMATS, Matrix
 from expertd_engine.model.attention import LayerShape
 from expertd_engine.model.dense import QuantisedEmbedding, QuantisedLinear
-from expertd_engine.model.native_abi import Block, FeedForward, Norm, NormKind, Rope, Selection
+from expertd_engine.model.native_abi import Block, FeedForward, Norm, NormKind, Rope, Router, Scores
 from expertd_engine.model.native_witness import LayerSeen, NotMatched
 from expertd_engine.model.numerics import InvariantActivation
 from expertd_engine.model.router_kinds import ModuleRouterAdapter
-from expertd_engine.model.router_rules import Rule, ScoreTopK, TopKSoftmax, share, softmax_scores
+from expertd_engine.model.router_rules import (
+    Rule,
+    ScoreTopK,
+    TopKSoftmax,
+    share,
+    share_safe,
+    sigmoid_scores,
+    softmax_scores,
+)
 
 _NORM_PLACES: dict[frozenset[str], dict[str, str]] = {
     frozenset(places.values()): places
@@ -58,6 +66,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "relu2": lambda x: functional.relu(x).square(),
 }
+
+_SCORES = {softmax_scores: Scores.SOFTMAX, sigmoid_scores: Scores.SIGMOID}
+_SHARE_EPSILONS: dict[Callable[[Tensor], Tensor] | None, float] = {None: 0.0, share: 0.0, share_safe: 1e-20}
 
 
 @dataclass(eq=False)
@@ -172,7 +183,7 @@ def match_layer(
     averages = getattr(ffn, "shared_expert_combination_strategy", None) == "average"
     parts.block.attention_residual, parts.block.ffn_residual = residual, residual / 2 if averages else residual
     _check_claimed(seen.module, experts, parts)
-    native = parts.block.selection != Selection.LOGITS
+    native = parts.block.router.scores != Scores.LOGITS
     return Matched(parts.block, parts.keep, experts, None if native else adapter)
 
 
@@ -240,8 +251,7 @@ def _place_moe(parts: _Parts, ffn: nn.Module, experts: nn.Module, adapter: Modul
     if adapter is None:
         raise NotMatched(f"{type(ffn).__name__} has a router of no known kind")
     block = parts.block
-    block.router = _router_matrix(parts, adapter)
-    block.num_experts, block.top_k, block.selection = adapter.num_experts, adapter.top_k, _selection(adapter.rule)
+    block.router = _router(parts, adapter)
     for tensor in (*adapter.module.parameters(), *ffn.parameters(recurse=False)):
         parts.claim(tensor)  # what else a router has (selection biases) its adapter knows
     for name, child in ffn.named_children():
@@ -267,13 +277,20 @@ def _router_matrix(parts: _Parts, adapter: ModuleRouterAdapter) -> Matrix:
     raise NotMatched(f"{type(adapter.module).__name__} has no matrix of {shape[0]} × {shape[1]}")
 
 
-def _selection(rule: Rule) -> Selection:
+def _router(parts: _Parts, adapter: ModuleRouterAdapter) -> Router:
+    """With the rule where native code has it, else for its logits alone."""
+    rule: Rule = adapter.rule
+    router = Router(matrix=_router_matrix(parts, adapter), experts=adapter.num_experts, top_k=adapter.top_k, scale=1.0)
+    router.scores = Scores.LOGITS
     if isinstance(rule, TopKSoftmax):
-        return Selection.TOPK_SOFTMAX
-    plain = isinstance(rule, ScoreTopK) and rule.score is softmax_scores and rule.scale == 1.0
-    if plain and rule.bias is None and rule.groups is None and rule.normalise in (None, share):
-        return Selection.SOFTMAX if rule.normalise is None else Selection.SOFTMAX_SHARE
-    return Selection.LOGITS
+        router.scores = Scores.CHOSEN
+    elif isinstance(rule, ScoreTopK) and rule.score in _SCORES and rule.normalise in _SHARE_EPSILONS:
+        router.scores, router.scale = _SCORES[rule.score], rule.scale
+        router.shares, router.epsilon = rule.normalise is not None, _SHARE_EPSILONS[rule.normalise]
+        router.bias = None if rule.bias is None else parts.vector(rule.bias())
+        if rule.groups is not None:
+            router.groups, router.groups_kept, router.group_best = rule.groups.count, rule.groups.kept, rule.groups.best
+    return router
 
 
 def _mlp(parts: _Parts, module: Any) -> FeedForward:

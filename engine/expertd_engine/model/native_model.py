@@ -19,7 +19,7 @@ from torch import Tensor
 from expertd_engine.kernels.library import FORMATS, Matrix, Pool
 from expertd_engine.model.attention import KVStorage, Span
 from expertd_engine.model.moe import MoELayer, StepRoutes
-from expertd_engine.model.native_abi import Block, BlockCalls, Norm, Selection, Step
+from expertd_engine.model.native_abi import Block, BlockCalls, Norm, Step
 from expertd_engine.model.numerics import InvariantSigmoids
 
 TOKENS_ALIGNED = 16
@@ -67,17 +67,23 @@ class _Activations:
         self.normed = torch.empty(rows, hidden)
         self.added = torch.empty(rows, hidden)
         self.routed = torch.zeros(rows, hidden)
-        self.logits = torch.empty(rows * max(layer.block.num_experts for layer in layers))
-        choices = max(layer.block.top_k for layer in layers)
+        self.logits = torch.empty(rows * max(layer.block.router.experts for layer in layers))
+        choices = max(layer.block.router.top_k for layer in layers)
         self.experts = torch.empty(rows * choices, dtype=torch.int64)
         self.weights = torch.empty(rows * choices)
         self.routes = [self._routes(layer.block) for layer in layers]
         """Each layer's logits `[T, E]`, experts and weights `[T, K]`: the same memory for all."""
 
     def _routes(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.logits[: self.rows * block.num_experts].view(self.rows, block.num_experts)
-        experts, weights = (t[: self.rows * block.top_k].view(self.rows, block.top_k) for t in (self.experts, self.weights))
-        return logits, experts, weights
+        def first(memory: Tensor, width: int) -> Tensor:
+            return memory[: self.rows * width].view(self.rows, width)
+
+        router = block.router
+        return (
+            first(self.logits, router.experts),
+            first(self.experts, router.top_k),
+            first(self.weights, router.top_k),
+        )
 
 
 class StepMemory:

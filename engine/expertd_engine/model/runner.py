@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Protocol
 
 import torch
 
@@ -51,18 +52,58 @@ def forward(
     return logits
 
 
+class StepModel(Protocol):
+    """Who computes a step's logits: the native path (`native_model`), or transformers' modules."""
+
+    def forward(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        spans: Sequence[Span],
+        storage: KVStorage,
+        layers: Sequence[MoELayer],
+        routes: StepRoutes,
+        logit_rows: Sequence[int],
+    ) -> torch.Tensor:
+        """Logits `[len(logit_rows), V]` in float32 for the flattened `token_ids` `[T]` at `positions` `[T]`.
+
+        `spans` are the rows of each sequence, whose keys and values go into `storage`; `layers` are the experts.
+        """
+        ...
+
+
+class ModuleModel:
+    """A step through transformers' own modules."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+
+    def forward(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        spans: Sequence[Span],
+        storage: KVStorage,
+        layers: Sequence[MoELayer],
+        routes: StepRoutes,
+        logit_rows: Sequence[int],
+    ) -> torch.Tensor:
+        attend = AttentionBatch(spans, storage)
+        return forward(self._loaded, layers, routes, attend, token_ids, positions, logit_rows)
+
+
 class Runner:
     """The engine's `Forward`: owns nothing but the connections between model, KV storage and expert cache."""
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        model: StepModel,
         layers: Sequence[MoELayer],
         storage: KVStorage,
         cache: ExpertCache,
         routes: RouteSource | None = None,
     ) -> None:
-        self._loaded = loaded
+        self._model = model
         self._layers = layers
         self._storage = storage
         self._cache = cache
@@ -98,8 +139,7 @@ class Runner:
             rows += [row + position - chunk.start for position in _logit_positions(chunk)]
             row += chunk.num_tokens
         positions = [p for chunk in plan.chunks for p in range(chunk.start, chunk.stop)]
-        batch = AttentionBatch(spans, self._storage)
-        return forward(self._loaded, self._layers, routes, batch, token_ids, positions, rows)
+        return self._model.forward(token_ids, positions, spans, self._storage, self._layers, routes, rows)
 
 
 def _decode_rows(plan: StepPlan) -> list[int] | None:

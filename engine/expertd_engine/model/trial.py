@@ -20,7 +20,9 @@ from expertd_engine.model.attention import AttentionBatch, KVStorage, LayerShape
 from expertd_engine.model.expert_torch import SlotViews
 from expertd_engine.model.loader import LoadedModel, attach_experts
 from expertd_engine.model.moe import MoELayer, StepRoutes
-from expertd_engine.model.runner import forward
+from expertd_engine.model.native_build import build_native
+from expertd_engine.model.native_witness import NotMatched
+from expertd_engine.model.runner import ModuleModel, StepModel, forward
 from expertd_engine.model.sampler import SampleRow, sample
 from expertd_engine.scheduler import SchedulerLimits
 
@@ -79,16 +81,22 @@ def _fill(tensor: torch.Tensor, spec: TensorSpec, generator: torch.Generator) ->
 class Trial:
     """Runs trial steps on a loaded model; leaves nothing attached that serving would use."""
 
-    def __init__(self, loaded: LoadedModel, store: ExpertStore, block_tokens: int) -> None:
+    def __init__(self, loaded: LoadedModel, store: ExpertStore, block_tokens: int, max_model_len: int) -> None:
         self._loaded = loaded
         self._stand_ins = StandIns(store)
         self._layers: list[MoELayer] = attach_experts(loaded, store, self._stand_ins.views)
         self._block_tokens = block_tokens
         self.peak_is_exact = True
         """Whether the largest step was measured alone; else its bytes count from the highest mark since start."""
-        recorder = ShapeRecorder()
-        self._forward(recorder, [0], [0], [0])
-        self.shapes: list[LayerShape] = recorder.in_order()
+        self.shapes = self._learn_shapes()
+        self.model: StepModel = ModuleModel(loaded)
+        """What steps are computed by."""
+        self.not_native: str | None = None
+        """Why it is not the native path; None if it is."""
+        try:
+            self.model = build_native(loaded, self.shapes, block_tokens, max_model_len)
+        except NotMatched as reason:
+            self.not_native = str(reason)
 
     def is_invariant(self) -> bool:
         """Whether one sequence's logits keep their bits over several cuts into steps, alone and beside others."""
@@ -114,10 +122,10 @@ class Trial:
 
     def _full_step(self, max_step_tokens: int, logit_rows: int) -> None:
         storage = self._storage(max_step_tokens)
-        batch = AttentionBatch([Span(0, 0, max_step_tokens, self._blocks(max_step_tokens))], storage)
+        spans = [Span(0, 0, max_step_tokens, self._blocks(max_step_tokens))]
         rows = [i % max_step_tokens for i in range(logit_rows)]
         positions = list(range(max_step_tokens))
-        logits = self._forward(batch, [1] * max_step_tokens, positions, rows)
+        logits = self._forward(spans, storage, [1] * max_step_tokens, positions, rows)
         options = Sampling(top_p=0.9, min_p=0.01, repetition_penalty=1.1, frequency_penalty=0.1, logprobs=20)
         for row in logits:
             sample(row, SampleRow(options, 0, [1], [1], ()))
@@ -149,16 +157,20 @@ class Trial:
                 step_tokens = step_tokens + tokens[:count]
                 positions = positions + list(range(start, start + count))
                 assert start + count <= len(others) * size
-            batch = AttentionBatch(spans, storage)
-            logits.append(self._forward(batch, step_tokens, positions, list(range(length))))
+            logits.append(self._forward(spans, storage, step_tokens, positions, list(range(length))))
             start += length
         return torch.cat(logits)
 
+    def _learn_shapes(self) -> list[LayerShape]:
+        recorder = ShapeRecorder()
+        forward(self._loaded, self._layers, StepRoutes(1, self._stand_ins), recorder, [0], [0], [0])
+        return recorder.in_order()
+
     def _forward(
-        self, attend: AttentionBatch | ShapeRecorder, tokens: list[int], positions: list[int], rows: list[int]
+        self, spans: list[Span], storage: KVStorage, tokens: list[int], positions: list[int], rows: list[int]
     ) -> torch.Tensor:
         routes = StepRoutes(len(tokens), self._stand_ins)
-        return forward(self._loaded, self._layers, routes, attend, tokens, positions, rows)
+        return self.model.forward(tokens, positions, spans, storage, self._layers, routes, rows)
 
     def _storage(self, num_tokens: int) -> KVStorage:
         num_blocks = 1 + -(-num_tokens // self._block_tokens)

@@ -283,20 +283,21 @@ void Layer::route() {
   float* const up = scratch<float>(rows_ * inner);
   float* const gate = ffn.gate.data ? scratch<float>(rows_ * inner) : nullptr;
   float* const share = block_.ffn_gate.data ? scratch<float>(rows_) : nullptr;
-  const bool selects = block_.selection > EXPERTD_SELECT_LOGITS;
-  float* const left = selects ? scratch<float>(rows_ * block_.num_experts) : nullptr;
+  const expertd_router& router = block_.router;
+  const bool selects = router.scores > EXPERTD_SCORES_LOGITS;
+  const int64_t selecting = select_scratch(router);
+  float* const work = selects ? scratch<float>(rows_ * selecting) : nullptr;
   Readers readers(pool_, step_.normed, rows_, block_.hidden);
-  readers.add(block_.router, step_.logits);
+  readers.add(router.matrix, step_.logits);
   readers.add(ffn.gate, gate);
   readers.add(ffn.up, up);
   readers.add(block_.ffn_gate, share);
   readers.run();
   const Activation activation{ffn.activation, ffn.alpha, ffn.limit};
-  for_rows(pool_, rows_, 4 * inner + 8 * block_.num_experts, [&](int64_t row) {
-    const int64_t experts = block_.num_experts, top_k = block_.top_k;
+  for_rows(pool_, rows_, 4 * inner + 8 * router.experts, [&](int64_t row) {
     if (selects)
-      kernels_.select(block_.selection, step_.logits + row * experts, block_.num_experts, block_.top_k,
-                      left + row * experts, step_.experts + row * top_k, step_.weights + row * top_k);
+      kernels_.select(router, step_.logits + row * router.experts, work + row * selecting,
+                      step_.experts + row * router.top_k, step_.weights + row * router.top_k);
     if (inner) isa().activate(activation, gate ? gate + row * inner : nullptr, up + row * inner, inner);
   });
   if (!inner) return;
@@ -317,10 +318,16 @@ void check_shape(const char* name, const expertd_matrix& matrix, int64_t rows, i
 }
 
 void check_ffn(const expertd_block& b) {
-  if (b.selection != EXPERTD_SELECT_DENSE) {
-    check_shape("router", b.router, b.num_experts, b.hidden);
-    require(b.top_k >= 1 && b.top_k <= b.num_experts, "top_k is " + std::to_string(b.top_k) + "; allowed are 1 to " +
-                                                          std::to_string(b.num_experts) + ", the number of experts");
+  const expertd_router& r = b.router;
+  if (r.scores != EXPERTD_SCORES_DENSE) {
+    check_shape("router", r.matrix, r.experts, b.hidden);
+    require(r.top_k >= 1 && r.top_k <= r.experts, "top_k is " + std::to_string(r.top_k) + "; allowed are 1 to " +
+                                                      std::to_string(r.experts) + ", the number of experts");
+    require(r.groups <= 1 || (r.experts % r.groups == 0 && r.groups_kept >= 1 && r.groups_kept <= r.groups &&
+                              r.group_best >= 1 && r.group_best <= std::min(8, r.experts / r.groups) &&
+                              r.top_k <= r.groups_kept * (r.experts / r.groups)),
+            std::to_string(r.groups) + " groups, " + std::to_string(r.groups_kept) + " of them kept, do not fit " +
+                std::to_string(r.experts) + " experts");
   }
   if (b.ffn.up.data == nullptr) return;
   check_matrix("ffn.up", &b.ffn.up);

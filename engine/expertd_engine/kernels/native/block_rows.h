@@ -74,40 +74,90 @@ void apply_gate(const float* gate, int64_t count, float* x) {
   });
 }
 
-// Highest first; of equals the lower id. Numbers that are no numbers come last.
-void best_of(const float* logits, int32_t experts, int32_t top_k, float* left, int64_t* chosen) {
-  constexpr float taken = -__builtin_huge_valf();
-  for (int32_t e = 0; e < experts; ++e) left[e] = logits[e];
-  for (int32_t k = 0; k < top_k; ++k) {
-    int32_t best = -1;
-    for (int32_t e = 0; e < experts; ++e)
-      if (left[e] > (best < 0 ? taken : left[best])) best = e;
-    if (best < 0) {  // only infinities and NaN are left: the lowest id not chosen yet
-      for (best = 0;; ++best) {
-        bool is_chosen = false;
-        for (int32_t i = 0; i < k; ++i) is_chosen |= chosen[i] == best;
-        if (!is_chosen) break;
-      }
+constexpr float kTaken = -__builtin_huge_valf();
+
+// Index of the highest, of equals the lowest; -1 if none is above -infinity.
+inline int32_t highest(const float* values, int32_t count) {
+  int32_t best = -1;
+  for (int32_t i = 0; i < count; ++i)
+    if (values[i] > (best < 0 ? kTaken : values[best])) best = i;
+  return best;
+}
+
+// Ids of the `count` highest of `values`, which are used up. Where only NaN and -infinity are left: the lowest ids.
+void take_highest(float* values, int32_t length, int32_t count, int64_t* taken) {
+  for (int32_t k = 0; k < count; ++k) {
+    int32_t best = highest(values, length);
+    for (bool is_free = best >= 0; !is_free;) {
+      is_free = true;
+      ++best;
+      for (int32_t i = 0; i < k; ++i) is_free &= taken[i] != best;
     }
-    chosen[k] = best;
-    left[best] = taken;
+    taken[k] = best;
+    values[best] = kTaken;
   }
 }
 
-void select_experts(int32_t selection, const float* logits, int32_t experts, int32_t top_k, float* scratch,
-                    int64_t* chosen, float* weights) {
-  best_of(logits, experts, top_k, scratch, chosen);
-  const Lanes best = broadcast(logits[chosen[0]]);
-  for (int32_t k = 0; k < top_k; ++k) weights[k] = logits[chosen[k]];
-  map(weights, top_k, weights, [&](const Lanes& v, int64_t) { return exponential(v - best); });
-  float total = 0.0f;
-  if (selection == EXPERTD_SELECT_SOFTMAX) {
-    map(logits, experts, scratch, [&](const Lanes& v, int64_t) { return exponential(v - best); });
-    total = sum_of(scratch, experts, [&](const Lanes& v, const Lanes& sums) { return v + sums; });
-  } else {
-    for (int32_t k = 0; k < top_k; ++k) total += weights[k];
+// Makes the experts of all but the best groups ineligible. `worth` [groups].
+void keep_groups(const expertd_router& router, float* eligible, float* worth) {
+  const int32_t size = router.experts / router.groups;
+  for (int32_t g = 0; g < router.groups; ++g) {
+    float* const group = eligible + g * size;
+    int32_t best[8];
+    float saved[8];
+    worth[g] = 0.0f;
+    for (int32_t k = 0; k < router.group_best; ++k) {
+      best[k] = highest(group, size);
+      if (best[k] < 0) best[k] = 0;
+      saved[k] = group[best[k]];
+      worth[g] += saved[k];
+      group[best[k]] = kTaken;
+    }
+    for (int32_t k = router.group_best; k-- > 0;) group[best[k]] = saved[k];
   }
-  for (int32_t k = 0; k < top_k; ++k) weights[k] /= total;
+  for (int32_t dropped = router.groups - router.groups_kept; dropped > 0; --dropped) {
+    int32_t worst = -1;
+    for (int32_t g = 0; g < router.groups; ++g)
+      if (worth[g] != kTaken && (worst < 0 || worth[g] <= worth[worst])) worst = g;
+    if (worst < 0) return;
+    worth[worst] = kTaken;
+    for (int32_t i = 0; i < size; ++i) eligible[worst * size + i] = kTaken;
+  }
+}
+
+void score_experts(const expertd_router& router, const float* logits, float* scores) {
+  const int32_t n = router.experts;
+  const Lanes one = broadcast(1.0f);
+  if (router.scores == EXPERTD_SCORES_SIGMOID) {
+    map(logits, n, scores, [&](const Lanes& v, int64_t) { return times_sigmoid(one, v); });
+  } else if (router.scores == EXPERTD_SCORES_CHOSEN) {
+    for (int32_t e = 0; e < n; ++e) scores[e] = logits[e];
+  } else {
+    const int32_t best = highest(logits, n);
+    const Lanes top = broadcast(best < 0 ? 0.0f : logits[best]);
+    map(logits, n, scores, [&](const Lanes& v, int64_t) { return exponential(v - top); });
+    const float total = sum_of(scores, n, [&](const Lanes& v, const Lanes& sums) { return v + sums; });
+    for (int32_t e = 0; e < n; ++e) scores[e] /= total;
+  }
+}
+
+void select_experts(const expertd_router& router, const float* logits, float* scratch, int64_t* chosen,
+                    float* weights) {
+  const int32_t n = router.experts, top_k = router.top_k;
+  float *const scores = scratch, *const eligible = scores + n, *const worth = eligible + n;
+  score_experts(router, logits, scores);
+  for (int32_t e = 0; e < n; ++e) eligible[e] = router.bias ? scores[e] + router.bias[e] : scores[e];
+  if (router.groups > 1) keep_groups(router, eligible, worth);
+  take_highest(eligible, n, top_k, chosen);
+  for (int32_t k = 0; k < top_k; ++k) weights[k] = scores[chosen[k]];
+  if (router.scores == EXPERTD_SCORES_CHOSEN) {
+    const Lanes top = broadcast(weights[0]);
+    map(weights, top_k, weights, [&](const Lanes& v, int64_t) { return exponential(v - top); });
+  }
+  float total = router.epsilon;
+  for (int32_t k = 0; k < top_k; ++k) total += weights[k];
+  const bool divides = router.shares || router.scores == EXPERTD_SCORES_CHOSEN;
+  for (int32_t k = 0; k < top_k; ++k) weights[k] = (divides ? weights[k] / total : weights[k]) * router.scale;
 }
 
 inline void narrow(float x, float* to) { *to = x; }

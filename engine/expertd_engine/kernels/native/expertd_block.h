@@ -18,14 +18,14 @@ enum expertd_norm_kind { EXPERTD_NORM_NONE = 0, EXPERTD_NORM_RMS = 1, EXPERTD_NO
 /* HALVES rotates dimension i with i + rotary_dim / 2, PAIRS dimension 2i with 2i + 1. */
 enum expertd_rope { EXPERTD_ROPE_NONE = 0, EXPERTD_ROPE_HALVES = 1, EXPERTD_ROPE_PAIRS = 2 };
 
-/* How router logits become routes. Equal scores: the lower expert id first. DENSE: the layer has no routed experts.
- * LOGITS: the caller selects. */
-enum expertd_selection {
-  EXPERTD_SELECT_DENSE = 0,
-  EXPERTD_SELECT_LOGITS = 1,
-  EXPERTD_SELECT_SOFTMAX = 2,        /* softmax over all experts, then the top_k */
-  EXPERTD_SELECT_SOFTMAX_SHARE = 3,  /* the same, and their weights scaled to sum to one */
-  EXPERTD_SELECT_TOPK_SOFTMAX = 4    /* top_k logits, then softmax over them */
+/* How a router's logits become scores. DENSE: the layer has no routed experts. LOGITS: the caller selects. CHOSEN: the
+ * best logits are chosen, and a softmax over these alone gives their weights. */
+enum expertd_scores {
+  EXPERTD_SCORES_DENSE = 0,
+  EXPERTD_SCORES_LOGITS = 1,
+  EXPERTD_SCORES_SOFTMAX = 2, /* over all experts */
+  EXPERTD_SCORES_SIGMOID = 3,
+  EXPERTD_SCORES_CHOSEN = 4
 };
 
 typedef struct expertd_norm {
@@ -44,6 +44,20 @@ typedef struct expertd_ffn {
   float limit;
 } expertd_ffn;
 
+/* Chosen are the top_k experts by score + bias, of equals the lower id first. With `groups` > 1 equal groups of experts,
+ * only those of the groups_kept best may be: a group is as good as its group_best highest scores + bias together.
+ * An expert's weight is scale times its score, which `shares` divides by the sum of the chosen scores + epsilon. */
+typedef struct expertd_router {
+  expertd_matrix matrix; /* [experts, hidden] */
+  const float *bias;     /* [experts] or null */
+  int32_t experts, top_k;
+  int32_t scores;
+  int32_t groups, groups_kept, group_best;
+  int32_t shares;
+  float epsilon;
+  float scale;
+} expertd_router;
+
 /* x = input_norm(h);  a = attention(x);  h += attention_residual * attention_norm(a);  y = ffn_norm(h);  f = ffn(y);
  * h += ffn_residual * output_norm(f). A norm of kind NONE is the identity. With `parallel`, y = x.
  * f is the sum of the routed experts and of `ffn` (a dense layer's own, or what is shared by all tokens), which is
@@ -52,8 +66,8 @@ typedef struct expertd_block {
   expertd_norm input_norm, attention_norm, ffn_norm, output_norm, query_norm, key_norm;
   expertd_matrix query, key, value, output;
   expertd_matrix attention_gate; /* a *= sigmoid(gate x) before `output`; data null: none */
-  expertd_matrix router;         /* [num_experts, hidden] */
   expertd_matrix ffn_gate;       /* [1, hidden] or data null */
+  expertd_router router;
   expertd_ffn ffn;
   const float *cos; /* [positions, rotary_dim / 2]; sin likewise */
   const float *sin;
@@ -66,7 +80,6 @@ typedef struct expertd_block {
   int32_t rope, rotary_dim;
   int32_t norm_after_rope; /* whether query_norm and key_norm follow the rotation */
   int32_t parallel;
-  int32_t num_experts, top_k, selection;
   float clip; /* queries, keys and values are held within +-clip; 0: not */
   float scale; /* of attention scores */
   float attention_residual, ffn_residual;
@@ -87,7 +100,7 @@ typedef struct expertd_step {
   float *hidden;        /* [rows, hidden]: h */
   float *normed;        /* [rows, hidden]: y, which the experts read */
   float *added;         /* [rows, hidden]: what `ffn` gave */
-  float *logits;        /* [rows, num_experts] */
+  float *logits;        /* [rows, experts] */
   int64_t *experts;     /* [rows, top_k] */
   float *weights;       /* [rows, top_k] */
 } expertd_step;
