@@ -167,6 +167,10 @@ class EngineInfo(_Message, frozen=True):
     """`exact`, `predicted` or `none`."""
     prefetch: bool
     numerics: str
+    kernels: str
+    """Instruction set of the native kernels, or `torch` where there are none."""
+    step_path: str
+    """`native`: whole steps run on them; `modules`: transformers' modules do all but the experts."""
     direct_io: bool
     fallbacks: list[str]
     """Every path that runs slower or weaker than designed, in one sentence each."""

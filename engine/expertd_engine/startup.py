@@ -31,6 +31,7 @@ from expertd_engine.model.attention import KVStorage, LayerShape, block_bytes
 from expertd_engine.model.expert_torch import SlotViews
 from expertd_engine.model.loader import LoadedModel, attach_experts, load_model
 from expertd_engine.model.moe import MoELayer, RouteSource
+from expertd_engine.model.native_model import NativeModel
 from expertd_engine.model.runner import Runner, StepModel
 from expertd_engine.model.trial import Trial
 from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
@@ -258,6 +259,8 @@ def _describe(
         lookahead=cache.lookahead.exactness,
         prefetch=config.prefetch,
         numerics=context.numerics,
+        kernels="torch" if loaded.pool is None else loaded.pool.library.instruction_set,
+        step_path="native" if isinstance(context.model, NativeModel) else "modules",
         direct_io=records.direct,
         fallbacks=context.fallbacks,
         torch_version=str(torch.__version__),

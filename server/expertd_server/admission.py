@@ -3,7 +3,8 @@ together. Pure; time comes from a clock.
 
 A request of n choices for p prompts counts n × p sequences, because that is what the engine has to hold. Permits are
 taken before the first byte of an answer and given back exactly once, whatever happens in between. A refusal says when
-to try again, judging by how fast room came free lately.
+to try again, judging by how fast room came free lately. Whoever would wait too long, at the pace at which sequences
+were begun lately, is refused at once: a lowered budget, or experts that miss, show there as everything else does.
 """
 
 from __future__ import annotations
@@ -51,6 +52,42 @@ class Rate:
     def _forget(self) -> None:
         while self._events and self._events[0][0] < self._clock() - RATE_WINDOW_S:
             self._total -= self._events.popleft()[1]
+
+
+class Pace:
+    """Seconds that somebody waited for each sequence that was begun. What is long ago counts less and less."""
+
+    HALF_LIFE_S = 30.0
+    """Of waiting: while nobody waits, nothing is learnt and nothing forgotten."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._since_s: float | None = None
+        self._waited_s = 0.0
+        self._begun = 0.0
+
+    def somebody_waits(self, waits: bool) -> None:
+        """Whether anybody does from now on."""
+        self._settle()
+        self._since_s = self._clock() if waits else None
+
+    def began(self) -> None:
+        """A sequence that waited has its first step."""
+        self._settle()
+        self._begun += 1.0
+
+    def seconds_for(self, sequences: int) -> float:
+        """How long it takes until so many have begun; 0 while nothing is known."""
+        self._settle()
+        return sequences * self._waited_s / self._begun if self._begun else 0.0
+
+    def _settle(self) -> None:
+        if self._since_s is not None:
+            now_s = self._clock()
+            faded = 0.5 ** ((now_s - self._since_s) / self.HALF_LIFE_S)
+            self._waited_s = self._waited_s * faded + now_s - self._since_s
+            self._begun *= faded
+            self._since_s = now_s
 
 
 class BodyShare:
@@ -110,8 +147,9 @@ class Bodies:
 class Permit:
     """One request's room. `started` hands back what only those who wait take up."""
 
-    def __init__(self, admission: Admission, prompt_tokens: int) -> None:
+    def __init__(self, admission: Admission, sequences: int, prompt_tokens: int) -> None:
         self._admission = admission
+        self._waiting = sequences
         self._waiting_tokens = prompt_tokens
 
     def started(self, prompt_tokens: int) -> None:
@@ -120,11 +158,16 @@ class Permit:
         self._waiting_tokens -= prompt_tokens
         self._admission.queued_tokens -= prompt_tokens
         self._admission.token_rate.add(prompt_tokens)
+        if self._waiting:
+            self._waiting -= 1
+            self._admission.waits(-1)
+            self._admission.pace.began()
 
     def ended(self) -> None:
         """Whatever still waits waits no longer."""
         self._admission.queued_tokens -= self._waiting_tokens
-        self._waiting_tokens = 0
+        self._admission.waits(-self._waiting)
+        self._waiting = self._waiting_tokens = 0
 
 
 class Admission:
@@ -135,15 +178,20 @@ class Admission:
         capacity: int,
         max_queued_tokens: int | None = None,
         max_per_key: int | None = None,
+        max_wait_s: float = math.inf,
         clock: Clock = time.monotonic,
     ) -> None:
         self.capacity = capacity
         self.used = 0
+        self.waiting = 0
+        """Sequences whose first step has not begun."""
         self.queued_tokens = 0
         self.token_rate = Rate(clock)
+        self.pace = Pace(clock)
         self._sequence_rate = Rate(clock)
         self._max_queued_tokens = max_queued_tokens
         self._max_per_key = max_per_key
+        self._max_wait_s = max_wait_s
         self._used_by_key: Counter[str] = Counter()
 
     def require_possible(self, sequences: int) -> None:
@@ -164,8 +212,9 @@ class Admission:
         refusal = self._refusal(sequences, prompt_tokens, key)
         if refusal is not None:
             raise refusal
-        permit = Permit(self, prompt_tokens)
+        permit = Permit(self, sequences, prompt_tokens)
         self.used += sequences
+        self.waits(sequences)
         self.queued_tokens += prompt_tokens
         self._used_by_key[key] += sequences
         try:
@@ -177,6 +226,11 @@ class Admission:
             if not self._used_by_key[key]:
                 del self._used_by_key[key]
             self._sequence_rate.add(sequences)
+
+    def waits(self, more: int) -> None:
+        """So many sequences more, or fewer, wait for their first step."""
+        self.waiting += more
+        self.pace.somebody_waits(self.waiting > 0)
 
     def _refusal(self, sequences: int, prompt_tokens: int, key: str) -> ApiError | None:
         if self._max_per_key is not None and self._used_by_key[key] + sequences > self._max_per_key:

@@ -22,6 +22,7 @@ from expertd_server import __version__
 _TOOLS = {
     "prepare": ("expertd_engine.prepare", "write a checkpoint as an expert store"),
     "convert": ("expertd_engine.convert", "turn a dense model into an MoE checkpoint"),
+    "bench": ("expertd_engine.bench.cli", "measure speed, beside limits and peers"),
 }
 """Commands with a parser of their own, imported when called: they import torch."""
 

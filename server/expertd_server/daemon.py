@@ -84,7 +84,10 @@ class Daemon:
                 fatal=lambda m: self.supervisor.fatal(m),
             )
         )
-        admission = Admission(config.max_sequences + config.max_waiting, config.max_queued_tokens, config.max_per_key)
+        admission = Admission(
+            config.max_sequences + config.max_waiting, config.max_queued_tokens, config.max_per_key,
+            config.max_queue_wait_s,
+        )  # fmt: skip
         bodies = Bodies(config.max_bodies.resolve(0))
         self.service = Service(config, engine, Metrics(), admission, bodies, Console(engine))
         self.supervisor = Supervisor(self.service, launcher, policy)

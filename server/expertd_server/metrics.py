@@ -127,7 +127,7 @@ class Metrics:
         self.model_info = self._gauge(
             "model_info",
             "The model served.",
-            ("model_name", "model_type", "dtype", "layers", "experts", "top_k", "numerics"),
+            ("model_name", "model_type", "dtype", "layers", "experts", "top_k", "numerics", "kernels", "step_path"),
         )
         self.budget_info = self._gauge("budget_info", "How the budget is used.", ("policy", "lookahead", "prefetch"))
         self.fallback_info = self._gauge(
@@ -159,7 +159,10 @@ class Metrics:
         self.engine_up.set(1)
         self._only(
             self.model_info,
-            (model_name, info.model_type, info.dtype, info.num_moe_layers, info.num_experts, info.top_k, info.numerics),
+            (
+                *(model_name, info.model_type, info.dtype, info.num_moe_layers, info.num_experts, info.top_k),
+                *(info.numerics, info.kernels, info.step_path),
+            ),
         )
         self._only(self.budget_info, (info.policy, info.lookahead, str(info.prefetch).lower()))
         self.fallback_info.clear()

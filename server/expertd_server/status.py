@@ -56,7 +56,8 @@ def _requests(service: Service) -> dict[str, Any]:
 def _model(name: str, info: EngineInfo) -> dict[str, Any]:
     return {
         "name": name, "dtype": info.dtype, "layers": info.num_moe_layers, "experts": info.num_experts,
-        "top_k": info.top_k, "numerics": info.numerics, "policy": info.policy, "lookahead": info.lookahead,
+        "top_k": info.top_k, "numerics": info.numerics, "kernels": info.kernels,
+        "step_path": info.step_path, "policy": info.policy, "lookahead": info.lookahead,
         "fallbacks": info.fallbacks,
     }  # fmt: skip
 

@@ -39,7 +39,7 @@ def tokens(generated: Sequence[Generated]) -> list[list[int]]:
 
 
 def errors(generated: Sequence[Generated]) -> list[str | None]:
-    return [one.finished and one.finished.error for one in generated]
+    return [None if one.finished is None else one.finished.error for one in generated]
 
 
 class Disk:

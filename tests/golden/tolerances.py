@@ -64,3 +64,29 @@ QUANTISED_DENSE_LOGITS = Tolerance(1.5e-6, 6e-6)
 activations rounded alike. Median over positions of the largest difference of a log-probability."""
 QUANTISED_DENSE_WORST = Tolerance(0.012, 0.04)
 """The same at the worst position: there an activation half-way between two steps is rounded the other way."""
+
+KERNEL_SUMS = {
+    "float32": Tolerance(1.36e-7, 5e-7),
+    "bfloat16": Tolerance(1.52e-7, 5e-7),
+    "int8": Tolerance(1.2e-7, 4e-7),
+    "int4": Tolerance(4.9e-8, 1.5e-7),
+    "int4s": Tolerance(1.2e-7, 4e-7),
+}
+"""A native matrix product against float64, of the weights and inputs that the format stands for: the difference over
+the sum of the terms' magnitudes."""
+KERNEL_ACTIVATIONS = {
+    "silu": Tolerance(1.3e-7, 4e-7),
+    "gelu": Tolerance(1.2e-6, 4e-6),
+    "gelu_tanh": Tolerance(1.0e-6, 4e-6),
+    "relu": Tolerance(0, 0),
+    "relu2": Tolerance(6.0e-8, 1.2e-7),
+    "swiglu_clamped": Tolerance(7.5e-7, 2.5e-6),
+}
+"""A native activation against torch's in float64: the difference over the larger of the result and 0.001."""
+KERNEL_EXPERTS = Tolerance(3.3e-7, 1.2e-6)
+"""A native MoE layer against float64, activations rounded alike: the difference over the largest result."""
+
+NATIVE_FLOAT32_LOGITS = Tolerance(4.8e-6, 1.9e-5)
+"""Native layers against transformers' eager ones with the same stand-in experts: log-probabilities, 17 families."""
+NATIVE_BF16_LOGITS = Tolerance(0.025, 0.1)
+"""The same with weights, keys and values in bfloat16, against float32: median over positions of the largest error."""

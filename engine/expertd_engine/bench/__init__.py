@@ -1,1 +1,1 @@
-"""What `expertd bench` runs: random models of real shapes, routes and foresight made to measure, timings side by side."""
+"""What `expertd bench` runs: random models of real shapes, routes and foresight made to measure, timings in turn."""

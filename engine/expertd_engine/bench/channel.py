@@ -1,9 +1,9 @@
 """Foresight with a stated recall: what is predicted of a token's routes at each lead, given the routes. numpy alone.
 
 At lead d (layers ahead) each chosen expert of a token is predicted right with probability `recalls[d - 1]`; a wrong
-prediction names an expert that the token does not choose in that layer. One draw decides for all leads, so a prediction
-that is right far ahead stays right, as when a predictor sees more the nearer it comes. The noise is drawn without looking
-at the routes, and a prediction for a layer depends on that layer's routes alone: nothing beyond it can leak.
+prediction names an expert that the token does not choose in that layer. One draw decides for all leads: a prediction
+that is right far ahead stays right, as when a predictor sees more the nearer it comes. The noise is drawn without
+looking at the routes, and a prediction for a layer depends on that layer's routes alone: nothing beyond it can leak.
 """
 
 from __future__ import annotations

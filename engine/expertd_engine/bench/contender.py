@@ -28,7 +28,9 @@ class Lost(Exception):
 class Contender:
     """A worker process. A context manager: the process ends with the block."""
 
-    def __init__(self, specification: EngineSpec | PeerSpec, *, limit_bytes: int | None = None, timeout_s: float) -> None:
+    def __init__(
+        self, specification: EngineSpec | PeerSpec, *, limit_bytes: int | None = None, timeout_s: float
+    ) -> None:
         """`limit_bytes`: run in a memory cgroup of this size. `timeout_s`: how long one answer may take."""
         self._specification = specification
         self._limit_bytes = limit_bytes
@@ -39,7 +41,12 @@ class Contender:
 
     def __enter__(self) -> Self:
         """Starts it and waits until it is ready. Raises Lost, EngineError, ResourceError."""
-        command = [sys.executable, "-m", "expertd_engine.bench.worker", msgspec.json.encode(self._specification).decode()]
+        command = [
+            sys.executable,
+            "-m",
+            "expertd_engine.bench.worker",
+            msgspec.json.encode(self._specification).decode(),
+        ]
         try:
             if self._limit_bytes is not None:
                 self._group = self._stack.enter_context(limited_memory(self._limit_bytes))

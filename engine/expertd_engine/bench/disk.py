@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from expertd_engine.bench.protocol import DiskRead
+from expertd_engine.errors import StoreError
 from expertd_engine.experts.events import ExpertId, Failed, Load, Priority
 from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.transfer import Transfers
-from expertd_engine.errors import StoreError
 
 _MEMORY_BYTES = 512 * 2**20
 _MEMORY_TURNS = 5

@@ -1,7 +1,7 @@
 """Fits the numbers of the routing process to published hit rates of an LRU cache, and prints how well they are met.
 
-`python -m expertd_engine.bench.fit_routing` writes `routing.json` anew; `expertd bench routing --show` prints the fit of
-what is committed. Everything is seeded: the same code writes the same file.
+`expertd bench routing --fit` writes `routing.json` anew, `expertd bench routing` prints the fit of what is committed.
+Everything is seeded: the same code writes the same file.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ _START = Persistence(popularity=0.5, topic=2.0, topic_tokens=150.0, local=1.0, l
 _ROUNDS = 120
 
 
-def hit_rates(shape: RoutingShape, numbers: Persistence, shares: Sequence[float], *, tokens: int, warm: int, seed: int) -> list[float]:
+def hit_rates(
+    shape: RoutingShape, numbers: Persistence, shares: Sequence[float], *, tokens: int, warm: int, seed: int
+) -> list[float]:
     """Hit ratio of an LRU cache of each share of all experts over one stream, the first `warm` tokens not counted."""
     routes = PersistentRoutes(shape, numbers, seed, 0).take(tokens).tolist()
     steps = [(token >= warm, layers) for token, layers in enumerate(routes)]
@@ -66,7 +68,9 @@ def fit(target: Target) -> Persistence:
     best, best_error = _START, _error(target, _START)
     for turn in range(_ROUNDS):
         spread = 0.35 * 0.97**turn
-        tried = persistence_of({name: value * float(np.exp(spread * rng.standard_normal())) for name, value in numbers_of(best).items()})
+        tried = persistence_of(
+            {name: value * float(np.exp(spread * rng.standard_normal())) for name, value in numbers_of(best).items()}
+        )
         tried = replace(tried, topic_tokens=min(tried.topic_tokens, 1000.0), local_tokens=max(tried.local_tokens, 1.0))
         error = _error(target, tried)
         if error < best_error:
@@ -91,7 +95,9 @@ def describe() -> str:
         numbers = persistence_of(entry["numbers"])
         found = hit_rates(target.shape, numbers, list(target.hits), tokens=CHECK_TOKENS, warm=CHECK_WARM_TOKENS, seed=1)
         shape = target.shape
-        lines.append(f"\ncalibrated:{profile}: {target.source}; {shape.layers} layers × {shape.experts}, top-{shape.top_k}")
+        lines.append(
+            f"\ncalibrated:{profile}: {target.source}; {shape.layers} layers × {shape.experts}, top-{shape.top_k}"
+        )
         lines.append("  " + ", ".join(f"{name} {value:g}" for name, value in numbers_of(numbers).items()))
         lines.append("  share   published   process")
         for (share, (low, high)), rate in zip(target.hits.items(), found, strict=True):
@@ -100,14 +106,9 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Fit all targets, write the file, print the table."""
+def refit() -> None:
+    """Fit all targets and write the parameter file anew."""
     profiles = {
         profile: {"source": target.source, "numbers": numbers_of(fit(target))} for profile, target in TARGETS.items()
     }
     PARAMETERS.write_text(json.dumps(profiles, indent=2) + "\n", encoding="utf-8")
-    print(describe())
-
-
-if __name__ == "__main__":
-    main()

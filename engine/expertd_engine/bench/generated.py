@@ -1,12 +1,12 @@
 """Feeds an engine generated routes, and what a noisy channel lets it foresee of them. Owns where each stream stands.
 
-`GeneratedRoutes` takes the place of the model's routers; `ChannelLookahead` is the engine's only view of what is still to
-come, and says nothing that its channel does not carry.
+`GeneratedRoutes` takes the place of the model's routers; `ChannelLookahead` is the engine's only view of what is still
+to come, and says nothing that its channel does not carry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 

@@ -129,7 +129,7 @@ def _describe(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
 
 
 def _dense_tensors(store: ExpertStore, architecture: gguf.MODEL_ARCH) -> Iterator[_Tensor]:
-    """The store's dense weights under llama.cpp's names. What is no quantised matrix is float32, as its converter has it."""
+    """The store's dense weights under llama.cpp's names; routers and vectors in float32, as its converter has them."""
     index = store.index
     names = gguf.get_tensor_name_map(architecture, len(index.layers))
     for name, shape in _dense_shapes(store).items():
@@ -151,7 +151,6 @@ def _dense_tensors(store: ExpertStore, architecture: gguf.MODEL_ARCH) -> Iterato
 def _expert_tensors(index: StoreIndex) -> Iterator[_Tensor]:
     for number, layer in enumerate(index.layers):
         for spec in index.layouts[layer.layout].tensors:
-            own, _, bias = spec.name.partition("_bias")
             own = spec.name.removesuffix("_bias")
             base = gguf.TENSOR_NAMES[_EXPERTS[own]].format(bid=number)
             shape = (layer.num_experts, *spec.shape)
@@ -171,7 +170,7 @@ def _dense_shapes(store: ExpertStore) -> dict[str, tuple[int, ...]]:
 
 def _bytes(tensor: _Tensor) -> int:
     block, size = gguf.GGML_QUANT_SIZES[tensor.kind]
-    return math.prod(tensor.shape) // block * size
+    return int(math.prod(tensor.shape) // block * size)
 
 
 def _pieces(tensor: _Tensor, rng: np.random.Generator) -> Iterator[Bytes]:

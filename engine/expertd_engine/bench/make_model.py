@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from expertd_engine.bench.shapes import make_config
+from expertd_engine.bench.shapes import Cut, make_config
 from expertd_engine.bench.weights import constant, random_matrix, stored_bytes
 from expertd_engine.console import Progress, silent
 from expertd_engine.experts.store import ExpertStore, is_store
@@ -47,22 +47,21 @@ def make_model(
     experts_format: str,
     dense_format: str | None = None,
     *,
-    layers: int | None = None,
-    vocabulary: int | None = None,
+    cut: Cut | None = None,
     seed: int = 0,
     force: bool = False,
     progress: Progress = silent,
 ) -> ExpertStore:
-    """Write a store of `shape` (see `shapes.SHAPES`), cut to `layers` and `vocabulary` where given, and open it.
+    """Write a store of `shape` (see `shapes.SHAPES`), cut down where asked, and open it.
 
-    `dense_format` None means that of the experts. Equal arguments write equal bytes. `force` replaces an existing store.
-    Raises UsageError for an unknown shape or format, ResourceError for a full disk.
+    `dense_format` None means that of the experts. Equal arguments write equal bytes. `force` replaces an existing
+    store. Raises UsageError for an unknown shape or format, ResourceError for a full disk.
     """
     dense_format = dense_format or experts_format
     check_format(experts_format, "experts")
     check_format(dense_format, "dense")
     dtype = DTYPES[compute_dtype(dense_format)]
-    config = make_config(shape, layers=layers, vocabulary=vocabulary)
+    config = make_config(shape, cut)
     model = build_servable_model(config, dtype)
     plans, layouts = plan_records(model, experts_format)
     quantised = plan_quantised(model, dense_format)

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
+
+from expertd_engine.bench.channel import make_channel
 from expertd_engine.bench.contender import Contender
+from expertd_engine.bench.gguf_model import peer_file, write_gguf
 from expertd_engine.bench.protocol import EngineSpec, PeerSpec
 from expertd_engine.config import parse_size
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.store import ExpertStore
 
-VARIABLES = {"policy": str, "routing": str, "hints": str, "expert_budget": str, "prefetch": lambda text: text == "on"}
-"""What `--versus` may change."""
+_VARIABLES: dict[str, Callable[[str], Any]] = {
+    "policy": str,
+    "routing": str,
+    "hints": str,
+    "expert_budget": str,
+    "prefetch": lambda text: text == "on",
+    "io_threads": int,
+    "threads": int,
+}
+"""What `--versus` may change, and how it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +56,82 @@ class Options:
         if self.engine.memory_budget is None:
             raise UsageError("--cgroup needs --memory-budget: that is the cgroup's size")
         return parse_size(self.engine.memory_budget).resolve(0)
+
+    def ours(self) -> Contender:
+        """The engine as asked for."""
+        return Contender(self.engine, limit_bytes=self.limit_bytes, timeout_s=self.timeout_s)
+
+    def unlimited(self) -> Contender:
+        """The same engine without any budget."""
+        free = msgspec.structs.replace(self.engine, expert_budget=None, memory_budget=None)
+        return Contender(free, timeout_s=self.timeout_s)
+
+    def variant(self) -> Contender | None:
+        """The engine with what `--versus` changes, limited alike."""
+        if self.versus is None:
+            return None
+        changes = dict(_change(part) for part in self.versus.split(","))
+        changed = msgspec.structs.replace(self.engine, **changes)
+        return Contender(changed, limit_bytes=self.limit_bytes, timeout_s=self.timeout_s)
+
+    def peer_contender(self) -> Contender | None:
+        """llama.cpp on the store's GGUF twin, which is written first where it is not there; limited alike."""
+        if self.peer is None:
+            return None
+        path = peer_file(self.store)
+        if not path.is_file():
+            write_gguf(self.store, path)
+        engine = self.engine
+        spec = PeerSpec(str(path), engine.streams, engine.threads, engine.max_model_len, engine.seed)
+        return Contender(spec, limit_bytes=self.limit_bytes, timeout_s=self.timeout_s)
+
+
+def _change(part: str) -> tuple[str, Any]:
+    name, _, value = part.partition("=")
+    name = name.strip().replace("-", "_")
+    if name not in _VARIABLES or not value:
+        raise UsageError(f"--versus {part!r} is not allowed: give NAME=VALUE with one of {', '.join(_VARIABLES)}")
+    try:
+        return name, _VARIABLES[name](value)
+    except ValueError as error:
+        raise UsageError(f"--versus {part!r} is not allowed: {error}") from None
+
+
+def read_options(arguments: argparse.Namespace, store: Path) -> Options:
+    """The command line as a value. Raises UsageError for what does not go together."""
+    if arguments.expert_budget and arguments.memory_budget:
+        raise UsageError("give --expert-budget or --memory-budget, not both: each decides how many experts fit")
+    if make_channel(arguments.hints) is not None and arguments.routing == "model":
+        raise UsageError(f"hints {arguments.hints!r} need generated routes: give --routing other than model")
+    engine = EngineSpec(
+        store=str(store),
+        expert_budget=arguments.expert_budget,
+        memory_budget=arguments.memory_budget,
+        policy=arguments.policy,
+        prefetch=not arguments.no_prefetch,
+        routing=arguments.routing,
+        hints=arguments.hints,
+        streams=arguments.streams,
+        threads=arguments.threads,
+        io_threads=arguments.io_threads,
+        max_step_tokens=arguments.max_step_tokens,
+        max_model_len=_context(arguments),
+        seed=arguments.seed,
+    )
+    return Options(
+        engine=engine,
+        pairs=arguments.pairs,
+        prompt=arguments.prompt,
+        tokens=arguments.tokens,
+        warm=arguments.warm,
+        peer=arguments.peer,
+        versus=arguments.versus,
+        cgroup=arguments.cgroup,
+        timeout_s=arguments.timeout,
+    )
+
+
+def _context(arguments: argparse.Namespace) -> int:
+    """Tokens that the longest sequence of any run may reach, in whole blocks."""
+    longest = arguments.prompt + 4 * arguments.warm + arguments.tokens + 2 * arguments.streams + 64
+    return int(-(-longest // 64) * 64)

@@ -1,4 +1,4 @@
-"""Runs contenders in turn, pair after pair, so that all see the same moods of the box. Keeps what each did, or its end."""
+"""Runs contenders in turn, pair after pair, so that all see the same moods of the box. Keeps what each did."""
 
 from __future__ import annotations
 

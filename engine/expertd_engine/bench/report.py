@@ -18,13 +18,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        cells = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         return "  ".join(cells).rstrip()
 
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
 
 
-def finish(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str], values: Mapping[str, Any]) -> str:
+def finish(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str], values: Mapping[str, Any]
+) -> str:
     """The whole report; `values` may leave out any of `FIELDS`."""
     result = {**dict.fromkeys(FIELDS), **values}
     return "\n".join([title, "", table(header, rows), "", *notes, json.dumps(_rounded(result))])

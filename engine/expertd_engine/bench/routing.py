@@ -186,7 +186,9 @@ def read_trace(path: Path, shape: RoutingShape) -> Ids:
         with np.load(path) as file:
             routes = np.sort(file["routes"].astype(np.int64), axis=-1)
     except (OSError, KeyError, ValueError) as error:
-        raise UsageError(f"trace {path} cannot be read: it must be an .npz file with an array `routes`: {error}") from None
+        raise UsageError(
+            f"trace {path} cannot be read: it must be an .npz file with an array `routes`: {error}"
+        ) from None
     wanted = (shape.layers, shape.top_k)
     if routes.ndim != 3 or routes.shape[1:] != wanted or not len(routes):
         raise UsageError(f"trace {path} has routes of shape {routes.shape}; the model needs [tokens, {wanted}]")

@@ -6,6 +6,7 @@ Numbers are those of each model's config.json on its hub page.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
@@ -14,29 +15,51 @@ from expertd_engine.errors import UsageError
 from expertd_engine.families import Config
 
 
-def make_config(shape: str, *, layers: int | None = None, vocabulary: int | None = None) -> Config:
-    """The transformers configuration of `shape`, cut to `layers` layers and `vocabulary` tokens where given.
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A smaller model of the same shape, for trials: fewer layers or tokens, widths and heads divided by `narrow`."""
 
-    Raises UsageError for a shape that is not known, or a cut that is none.
-    """
+    layers: int | None = None
+    vocabulary: int | None = None
+    narrow: int = 1
+
+
+def make_config(shape: str, cut: Cut | None = None) -> Config:
+    """The transformers configuration of `shape`. Raises UsageError for one that is not known, or a cut that is none."""
     if shape not in SHAPES:
         raise UsageError(f"shape {shape!r} is not known: choose from {', '.join(SHAPES)}")
     architecture, make, options = SHAPES[shape]
-    _check_cut("layers", layers, options["num_hidden_layers"])
-    _check_cut("vocabulary", vocabulary, options["vocab_size"])
     options = dict(options)
-    if layers is not None:
-        options["num_hidden_layers"] = layers
-    if vocabulary is not None:
-        options["vocab_size"] = vocabulary
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            options[name] = None
+    cut = cut or Cut()
+    if cut.layers is not None:
+        options["num_hidden_layers"] = _checked("layers", cut.layers, options["num_hidden_layers"])
+    if cut.vocabulary is not None:
+        options["vocab_size"] = _checked("vocabulary", cut.vocabulary, options["vocab_size"])
+        options |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    for name in _WIDTHS & options.keys():
+        if cut.narrow > 1:
+            options[name] = _divided(name, options[name], cut.narrow)
     return make(**options, architectures=[architecture], dtype="bfloat16")
 
 
-def _check_cut(name: str, value: int | None, full: int) -> None:
-    if value is not None and not 1 <= value <= full:
+_COLUMNS = 32
+"""Widths stay multiples of it: a group of the quantised formats."""
+_HEADS = frozenset({"num_attention_heads", "num_key_value_heads"})
+_WIDTHS = frozenset({"hidden_size", "intermediate_size", "moe_intermediate_size"}) | _HEADS
+
+
+def _checked(name: str, value: int, full: int) -> int:
+    if not 1 <= value <= full:
         raise UsageError(f"{name} {value} is not allowed: give 1 to {full}, the shape's own")
+    return value
+
+
+def _divided(name: str, value: int, narrow: int) -> int:
+    if name in _HEADS:
+        return max(1, value // narrow)
+    if value % (narrow * _COLUMNS):
+        raise UsageError(f"narrow {narrow} is not allowed: it must divide {name} {value} into multiples of {_COLUMNS}")
+    return value // narrow
 
 
 SHAPES: dict[str, tuple[str, Callable[..., Config], dict[str, Any]]] = {

@@ -6,6 +6,9 @@ where it has a scale, so that weights lie around ±0.02, as after a model's init
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
 from expertd_engine.kernels.formats import GROUP_COLUMNS, QUANTISED, STRIP_ROWS, Bytes, packed_bytes, strip_bytes
@@ -13,8 +16,21 @@ from expertd_engine.kernels.formats import GROUP_COLUMNS, QUANTISED, STRIP_ROWS,
 SCALE = 0.02
 """Root mean square of the weights, about."""
 
-_PLAIN = {"bfloat16": (np.dtype("<u2"), 0x80FF, 0x3C00), "float32": (np.dtype("<u4"), 0x80FFFFFF, 0x3C000000)}
-"""Type of a number's bits, those that are random (sign, mantissa, lowest exponent bit), those that are set: ±2⁻⁷…2⁻⁵."""
+
+@dataclass(frozen=True, slots=True)
+class _Bits:
+    """A plain number as bits: their type, those that are random, and those that are set."""
+
+    kind: np.dtype[Any]
+    random: int
+    fixed: int
+
+
+_PLAIN = {
+    "bfloat16": _Bits(np.dtype("<u2"), 0x80FF, 0x3C00),
+    "float32": _Bits(np.dtype("<u4"), 0x80FFFFFF, 0x3C000000),
+}
+"""Random are sign, mantissa and the lowest bit of the exponent: ±2⁻⁷ to ±2⁻⁵."""
 _STEP = {"int8": SCALE / 73.3, "int4": SCALE / 4.61, "int4s": SCALE / 4.61}
 """Scale of a group: `SCALE` over the standard deviation of its evenly distributed steps."""
 _MIDDLE = 7.5
@@ -22,7 +38,7 @@ _MIDDLE = 7.5
 
 def stored_bytes(dtype: str, rows: int, cols: int) -> int:
     """Bytes of a `[rows, cols]` matrix stored as `dtype`: `float32`, `bfloat16` or a quantised format."""
-    return packed_bytes(dtype, rows, cols) if dtype in QUANTISED else rows * cols * _PLAIN[dtype][0].itemsize
+    return packed_bytes(dtype, rows, cols) if dtype in QUANTISED else rows * cols * _PLAIN[dtype].kind.itemsize
 
 
 def random_matrix(dtype: str, rows: int, cols: int, rng: np.random.Generator) -> Bytes:
@@ -32,17 +48,19 @@ def random_matrix(dtype: str, rows: int, cols: int, rng: np.random.Generator) ->
 
 def constant(dtype: str, count: int, value: float) -> Bytes:
     """`count` equal numbers in a plain format."""
-    bits = np.float32(value).view("<u4")
-    kind = _PLAIN[dtype][0]
-    return np.full(count, bits >> 16 if kind.itemsize == 2 else bits, kind).view(np.uint8)
+    bits = int(np.float32(value).view(np.uint32))
+    kind = _PLAIN[dtype].kind
+    repeated: Bytes = np.full(count, bits >> 16 if kind.itemsize == 2 else bits, kind).view(np.uint8)
+    return repeated
 
 
 def _plain(dtype: str, count: int, rng: np.random.Generator) -> Bytes:
-    kind, random_bits, set_bits = _PLAIN[dtype]
-    bits = random_bytes(count * kind.itemsize, rng).view(kind)
-    bits &= kind.type(random_bits)
-    bits |= kind.type(set_bits)
-    return bits.view(np.uint8)
+    form = _PLAIN[dtype]
+    words = random_bytes(count * form.kind.itemsize, rng).view(form.kind)
+    words &= form.kind.type(form.random)
+    words |= form.kind.type(form.fixed)
+    stored: Bytes = words.view(np.uint8)
+    return stored
 
 
 def _quantised(dtype: str, rows: int, cols: int, rng: np.random.Generator) -> Bytes:

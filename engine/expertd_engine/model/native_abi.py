@@ -10,7 +10,7 @@ from collections.abc import Callable
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 
-from expertd_engine.kernels.library import Library, Matrix
+from expertd_engine.kernels.library import KernelsMissing, Library, Matrix
 
 
 class NormKind(IntEnum):
@@ -107,9 +107,17 @@ class Step(ctypes.Structure):
 
 
 class BlockCalls:
-    """The functions of `expertd_block.h`. Each raises ValueError for refused arguments, KernelError otherwise."""
+    """The functions of `expertd_block.h`. Each raises ValueError for refused arguments, KernelError otherwise.
+
+    Raises KernelsMissing for a library built of another version of that header.
+    """
 
     def __init__(self, library: Library) -> None:
+        for structure, name in ((Block, "expertd_block_bytes"), (Step, "expertd_step_bytes")):
+            size = getattr(library.handle, name)
+            size.argtypes, size.restype = [], c_int64
+            if size() != ctypes.sizeof(structure):
+                raise KernelsMissing(f"native kernels {library.path} are of another version: install again")
         block, step, address = POINTER(Block), POINTER(Step), c_void_p
         self.forward: Callable[..., None] = library.bind(
             "expertd_block_forward", [address, block, block, address, step]

@@ -79,11 +79,15 @@ def _ends(model: Any) -> Ends:
     others = [child for child in base.children() if any(id(p) not in known for p in child.parameters())]
     if len(others) != 1:
         raise NotMatched(f"{len(others)} parts of {type(base).__name__} stand between its layers and its head")
-    left = [name for name, p in model.named_parameters() if id(p) not in known | {id(p) for p in others[0].parameters()}]
+    left = [
+        name for name, p in model.named_parameters() if id(p) not in known | {id(p) for p in others[0].parameters()}
+    ]
     if left:
         raise NotMatched(f"parameter {left[0]!r} has no part that is known")
-    (table, *keep), (norm, *more), (matrix, *last) = match_matrix(embedding), match_norm(others[0]), match_matrix(head)
-    return Ends(table, 1.0, norm, matrix, 1.0, [*keep, *more, *last])
+    table, first = match_matrix(embedding)
+    norm, middle = match_norm(others[0])
+    matrix, last = match_matrix(head)
+    return Ends(table, 1.0, norm, matrix, 1.0, [*first, *middle, *last])
 
 
 class _Judge:
@@ -151,7 +155,9 @@ class _Judge:
         memory.activations.hidden.copy_(layer.given)
         self._model.run_alone(index, StandInExperts().compute, memory)
         errors = [self._error(memory.activations.hidden, layer.gave.float(), layer.given.float())]
-        for ours, theirs in zip(self._stored(self._storage, index), self._stored(self._seen.storage, index), strict=True):
+        for ours, theirs in zip(
+            self._stored(self._storage, index), self._stored(self._seen.storage, index), strict=True
+        ):
             errors.append(self._error(ours, theirs, torch.zeros_like(theirs)))
         return max(errors)
 
@@ -164,7 +170,9 @@ class _Judge:
         rows = []
         size = storage.block_tokens
         for pool in (storage.keys[index], storage.values[index]):
-            places = [(s.blocks[p // size], p % size) for s in self._seen.spans for p in range(s.start, s.start + s.length)]
+            places = [
+                (s.blocks[p // size], p % size) for s in self._seen.spans for p in range(s.start, s.start + s.length)
+            ]
             blocks, inside = zip(*places, strict=True)
             rows.append(pool[list(blocks), list(inside)].flatten(1).float())
         return rows

@@ -105,21 +105,18 @@ class _Parts:
         self.keep.append(tensor)
         return tensor.data_ptr()
 
-    def matrix(self, module: nn.Module) -> Matrix:
+    def matrix(self, module: Any) -> Matrix:
         """`module` (linear or embedding, quantised or not) as it lies in memory."""
         if isinstance(module, QuantisedLinear | QuantisedEmbedding):
             found = module.matrix
-            data, form, rows, cols = found.data, found.format, found.rows, found.cols
-        elif type(module) in (nn.Linear, nn.Embedding):
-            data = module.weight
-            rows, cols = data.shape
-            form = str(data.dtype).removeprefix("torch.")
-        else:
+            return self._matrix(found.data, found.format, found.rows, found.cols, getattr(module, "bias", None))
+        if type(module) not in (nn.Linear, nn.Embedding):
             raise NotMatched(f"{type(module).__name__} is no linear layer")
-        return self._matrix(data, form, rows, cols, getattr(module, "bias", None))
+        return self.weight(module.weight, getattr(module, "bias", None))
 
     def weight(self, weight: Tensor, bias: Tensor | None) -> Matrix:
-        return self._matrix(weight, str(weight.dtype).removeprefix("torch."), *weight.shape, bias)
+        rows, cols = weight.shape
+        return self._matrix(weight, str(weight.dtype).removeprefix("torch."), rows, cols, bias)
 
     def _matrix(self, data: Tensor, form: str, rows: int, cols: int, bias: Tensor | None) -> Matrix:
         if form not in FORMATS or not data.is_contiguous():
@@ -143,7 +140,9 @@ def _norm_kind(module: nn.Module, weight: Tensor, bias: Tensor | None, eps: floa
     given = module(x).float()
     x, scale = x.float(), weight.float()
     root = (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
-    answers = {NormKind.LAYER: functional.layer_norm(x, x.shape[-1:], scale, None if bias is None else bias.float(), eps)}
+    answers = {
+        NormKind.LAYER: functional.layer_norm(x, x.shape[-1:], scale, None if bias is None else bias.float(), eps)
+    }
     if bias is None:
         answers[NormKind.RMS] = x * root * scale
     for kind, answer in answers.items():
@@ -303,7 +302,9 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def _experts_of(module: nn.Module) -> nn.Module | None:
-    found = [child for child in module.children() if hasattr(child, "_apply_gate") and hasattr(child, "is_concatenated")]
+    found = [
+        child for child in module.children() if hasattr(child, "_apply_gate") and hasattr(child, "is_concatenated")
+    ]
     return found[0] if len(found) == 1 else None
 
 

@@ -1,8 +1,8 @@
 """The whole model but its routed experts in native code: one call per decoder layer, Python only between them.
 
 The residual stream and all activations are float32 whatever the weights are, where the modules would round to the
-weights' type after every operation. A token's logits depend on its own history alone: attention has one form for prefill
-and decode, and no sum's order depends on the batch, the chunk or the number of threads (law 7).
+weights' type after every operation. A token's logits depend on its own history alone: attention has one form for
+prefill and decode, and no sum's order depends on the batch, the chunk or the number of threads (law 7).
 """
 
 from __future__ import annotations
@@ -229,4 +229,3 @@ class NativeModel:
         if kept is not None and kept.rows == rows:
             return kept
         return _Activations(rows, self._hidden, self._layers)
-

@@ -163,7 +163,7 @@ def _rope_table(
 
 
 def _once(angles: Tensor) -> Tensor:
-    """`[positions, rotary_dim]` written twice over, half after half or number after number, to `[…, rotary_dim / 2]`."""
+    """`[positions, rotary_dim]`, written twice over, half after half or number after number: one of the two."""
     half = angles.shape[1] // 2
     for first, second in ((angles[:, :half], angles[:, half:]), (angles[:, ::2], angles[:, 1::2])):
         if torch.equal(first, second):

@@ -115,6 +115,8 @@ class Trial:
         before = rss_bytes()
         self._full_step(limits.max_step_tokens, limits.max_running + limits.max_scored_tokens)
         step = peak_rss_bytes() - before
+        if self.not_native is None:
+            return max(0, step)
         reset_peak_rss()
         before = rss_bytes()
         self._longest_attention(limits.max_model_len)

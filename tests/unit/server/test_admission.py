@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from expertd_server.admission import RATE_WINDOW_S, UNKNOWN_RETRY_AFTER_S, Admission, Rate
+from expertd_server.admission import RATE_WINDOW_S, UNKNOWN_RETRY_AFTER_S, Admission, Pace, Rate
 from expertd_server.errors import RateLimited, Unavailable
 
 
@@ -88,3 +88,47 @@ def test_a_rate_forgets_what_is_long_ago() -> None:
     assert rate.seconds_for(1) == 1
     clock.now_s += RATE_WINDOW_S + 1
     assert rate.seconds_for(1) == UNKNOWN_RETRY_AFTER_S
+
+
+def test_who_would_wait_too_long_at_the_pace_of_late_is_refused_at_once() -> None:
+    clock = Clock()
+    admission = Admission(100, max_wait_s=9.0, clock=clock)
+    with admission.permit(8) as permit:
+        for _ in range(4):
+            clock.now_s += 2.0
+            permit.started(0)
+        with pytest.raises(Unavailable, match=r"4 sequences wait: .* begin in \d+ s") as refused, admission.permit(1):
+            pass
+        assert int(refused.value.headers["retry-after"]) >= 1
+        permit.started(0)
+        with admission.permit(1):
+            assert admission.waiting == 4
+    assert admission.waiting == 0
+    clock.now_s += 1000.0
+    with admission.permit(1):
+        pass
+
+
+def test_an_idle_time_is_no_slow_time() -> None:
+    """Only waiting counts; where nobody waits, whoever comes is let in."""
+    clock = Clock()
+    admission = Admission(100, max_wait_s=1.0, clock=clock)
+    for _ in range(20):
+        with admission.permit(1) as permit:
+            clock.now_s += 0.1
+            permit.started(0)
+            clock.now_s += 500.0
+    with admission.permit(8), admission.permit(1):
+        pass
+
+
+def test_a_pace_that_falls_is_noticed_and_forgotten_again() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    assert pace.seconds_for(10) == 0.0
+    pace.somebody_waits(True)
+    for seconds in (0.1, 10.0, 0.1):
+        for _ in range(400):
+            clock.now_s += seconds
+            pace.began()
+        assert pace.seconds_for(10) == pytest.approx(10 * seconds, rel=0.8)

@@ -114,7 +114,7 @@ void Layer::finish_row(const expertd_block& block, const expertd_step& step, flo
   if (routed) {
     float* const sums = routed + row * width;
     for (int64_t i = 0; i < width; ++i) added[i] = has_ffn ? sums[i] + added[i] : sums[i];
-    std::fill(sums, sums + width, 0.0f);
+    std::memset(sums, 0, size_t(width) * sizeof(float));
   }
   if (block.output_norm.kind) block_kernels().norm(block.output_norm, added, added);
   for (int64_t i = 0; i < width; ++i) hidden[i] += added[i] * block.ffn_residual;
@@ -368,6 +368,10 @@ void check_step(const expertd_step* step, const expertd_block& block) {
 }  // namespace expertd
 
 using namespace expertd;
+
+extern "C" int64_t expertd_block_bytes(void) { return sizeof(expertd_block); }
+
+extern "C" int64_t expertd_step_bytes(void) { return sizeof(expertd_step); }
 
 extern "C" int expertd_block_forward(expertd_pool* pool, const expertd_block* block, const expertd_block* previous,
                                      float* routed, const expertd_step* step) {

@@ -105,6 +105,10 @@ typedef struct expertd_step {
   float *weights;       /* [rows, top_k] */
 } expertd_step;
 
+/* Bytes of expertd_block and expertd_step, for those who build them without this header. */
+EXPERTD_API int64_t expertd_block_bytes(void);
+EXPERTD_API int64_t expertd_step_bytes(void);
+
 /* One layer. `previous` (null for the first) is the layer before, whose `ffn` output still lies in `added`, and
  * `routed` [rows, hidden] the sum of its experts (null if it has none); read, and left full of zeros for the next sum. */
 EXPERTD_API int expertd_block_forward(expertd_pool *pool, const expertd_block *block, const expertd_block *previous,

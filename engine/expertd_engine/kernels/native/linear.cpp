@@ -169,6 +169,7 @@ extern "C" int expertd_matmul(expertd_pool* pool, const expertd_matrix* matrix, 
 extern "C" int expertd_rows(const expertd_matrix* matrix, const int64_t* ids, int64_t n, float* out) {
   return guarded([&] {
     check_matrix("matrix", matrix);
+    require(n >= 0, "n is " + std::to_string(n) + "; allowed are 0 and more");
     require(n == 0 || (ids != nullptr && out != nullptr), "ids or out is null");
     for (int64_t i = 0; i < n; ++i) {
       require(ids[i] >= 0 && ids[i] < matrix->rows,

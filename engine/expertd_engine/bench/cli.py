@@ -1,0 +1,175 @@
+"""`expertd bench`: its subcommands and their flags. Decides nothing; heavy imports come with the subcommand called."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from expertd_engine.config import Config, Policy
+from expertd_engine.console import progress_bar, run_command
+
+DEVICES = ("cpu",)
+PEERS = ("llamacpp",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand; the report goes to standard output. Returns the exit code."""
+    options = _parser().parse_args(argv)
+    return run_command(lambda: print(options.run(options)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="expertd bench", description="Measure. Prints a table, then one JSON object on the last line."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    decode = commands.add_parser("decode", help="tokens a second of running streams")
+    prefill = commands.add_parser("prefill", help="time to the first token, alone and beside a decode")
+    serve = commands.add_parser("serve", help="streams over HTTP against a daemon")
+    for command, run, prompt, tokens in (
+        (decode, _decode, 32, 64),
+        (prefill, _prefill, 512, 64),
+        (serve, _serve, 32, 64),
+    ):
+        command.set_defaults(run=run)
+        _add_engine(command)
+        _add_run(command, prompt, tokens)
+    io = commands.add_parser("io", help="read bandwidth of disk and memory")
+    io.set_defaults(run=_io)
+    _add_model(io)
+    io.add_argument("--runs", type=_positive, default=5, metavar="N", help="runs of a second each (default: 5)")
+    _add_make_model(commands.add_parser("make-model", help="write a store of random weights in a known shape"))
+    _add_routing(commands.add_parser("routing", help="the generated routes: how well they fit what was published"))
+    return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="store, or whatever `expertd serve` takes")
+    command.add_argument("--cache-dir", type=Path, default=Config().cache_dir, metavar="DIR", help="prepared models")
+    command.add_argument("--threads", type=_positive, metavar="N", help="compute threads (default: all cores)")
+    command.add_argument("--io-threads", type=_positive, default=2, metavar="N", help="reading threads (default: 2)")
+    command.add_argument("--device", choices=DEVICES, default="cpu", help="what computes (default: cpu)")
+
+
+def _add_engine(command: argparse.ArgumentParser) -> None:
+    _add_model(command)
+    command.add_argument("--expert-budget", metavar="SIZE", help="as for serve, such as 25%% or 2GiB")
+    command.add_argument("--memory-budget", metavar="SIZE", help="as for serve")
+    command.add_argument("--cgroup", action="store_true", help="run in a memory cgroup of --memory-budget; needs root")
+    command.add_argument("--policy", choices=get_args(Policy), default="auto", help="which expert gives way")
+    command.add_argument("--no-prefetch", action="store_true", help="load on demand alone")
+    command.add_argument(
+        "--routing",
+        default="model",
+        metavar="R",
+        help="model, uniform, calibrated:qwen3-30b, calibrated:fine, trace:FILE",
+    )
+    command.add_argument(
+        "--hints", default="none", metavar="H",
+        help="what is foreseen of generated routes: none, exact[:LEADS], default, or recalls by lead such as 0.9,0.8",
+    )  # fmt: skip
+    command.add_argument("--max-step-tokens", type=_positive, default=512, metavar="N", help="tokens in one step")
+
+
+def _add_run(command: argparse.ArgumentParser, prompt: int, tokens: int) -> None:
+    command.add_argument("--streams", type=_positive, default=1, metavar="N", help="sequences at once (default: 1)")
+    command.add_argument(
+        "--prompt", type=_positive, default=prompt, metavar="N", help=f"prompt (default: {prompt} tokens)"
+    )
+    command.add_argument(
+        "--tokens", type=_positive, default=tokens, metavar="N", help=f"timed tokens (default: {tokens})"
+    )
+    command.add_argument("--warm", type=_positive, default=32, metavar="N", help="tokens before (default: 32)")
+    command.add_argument("--pairs", type=_positive, default=5, metavar="N", help="interleaved rounds (default: 5)")
+    command.add_argument("--peer", choices=PEERS, help="time a peer on the same shape, in turn with ours")
+    command.add_argument("--versus", metavar="K=V,…", help="time a second engine with these options changed")
+    command.add_argument("--timeout", type=float, default=600.0, metavar="S", help="wait so long for one answer")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of routes and prompts")
+
+
+def _add_make_model(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_make_model)
+    command.add_argument("destination", type=Path, metavar="DST", help="folder of the new store")
+    command.add_argument("--shape", required=True, help="olmoe-1b-7b, qwen3-30b-a3b, mixtral-8x7b or gpt-oss-20b")
+    command.add_argument("--experts", required=True, metavar="FORMAT", help="format of experts, as for prepare")
+    command.add_argument("--dense", metavar="FORMAT", help="format of all other matrices (default: as experts)")
+    command.add_argument("--layers", type=_positive, metavar="N", help="cut to so many layers")
+    command.add_argument("--vocabulary", type=_positive, metavar="N", help="cut to so many tokens")
+    command.add_argument("--narrow", type=_positive, default=1, metavar="N", help="divide widths and heads by N")
+    command.add_argument("--seed", type=int, default=0, metavar="N")
+    command.add_argument("--force", action="store_true", help="replace DST if it is a store already")
+
+
+def _add_routing(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_routing)
+    command.add_argument("--fit", action="store_true", help="fit the parameter file anew, then show it")
+    command.add_argument("--show", action="store_true", help="show the committed fit (the default)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give a whole number from 1 on")
+    return int(text)
+
+
+def _decode(options: argparse.Namespace) -> str:
+    from expertd_engine.bench.decode import decode
+    from expertd_engine.bench.options import read_options
+
+    return decode(read_options(options, _store(options)))
+
+
+def _prefill(options: argparse.Namespace) -> str:
+    from expertd_engine.bench.options import read_options
+    from expertd_engine.bench.prefill import prefill
+
+    return prefill(read_options(options, _store(options)))
+
+
+def _serve(options: argparse.Namespace) -> str:
+    from expertd_engine.bench.options import read_options
+    from expertd_engine.bench.serve import serve
+
+    return serve(read_options(options, _store(options)))
+
+
+def _io(options: argparse.Namespace) -> str:
+    from expertd_engine.bench.bandwidth import io
+    from expertd_engine.experts.store import ExpertStore
+
+    return io(ExpertStore.open(_store(options)), options.threads, options.io_threads, options.runs)
+
+
+def _make_model(options: argparse.Namespace) -> str:
+    from expertd_engine.bench.make_model import make_model
+    from expertd_engine.bench.shapes import Cut
+
+    with progress_bar() as progress:
+        store = make_model(
+            options.shape,
+            options.destination,
+            options.experts,
+            options.dense,
+            cut=Cut(options.layers, options.vocabulary, options.narrow),
+            seed=options.seed,
+            force=options.force,
+            progress=progress,
+        )
+    return f"{store.path}: {store.index.name}, {store.index.expert_bytes_total()} bytes of experts"
+
+
+def _routing(options: argparse.Namespace) -> str:
+    from expertd_engine.bench import fit_routing
+
+    if options.fit:
+        fit_routing.refit()
+    return fit_routing.describe()
+
+
+def _store(options: argparse.Namespace) -> Path:
+    from expertd_engine.sources import resolve
+
+    with progress_bar() as progress:
+        return resolve(options.model, options.cache_dir.expanduser(), progress=progress)
