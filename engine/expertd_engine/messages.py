@@ -306,6 +306,8 @@ class Snapshot(_Message, frozen=True):
     load_seconds: float
     """Busy time of the transfer threads, summed over threads."""
     load_failures: int
+    cpu_seconds: float
+    """Processor time of the engine process, all threads."""
     stall_seconds: dict[str, float]
     """By cause: `disk_read` (a demanded record is being read), `expert_wait` (it waits for room)."""
     step_stall_seconds: dict[str, HistogramData]

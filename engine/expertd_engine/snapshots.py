@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from expertd_engine.core import Forward, StepResult
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.ledger import Ledger, State
@@ -65,6 +67,7 @@ def take_snapshot(engine: Engine, meter: StepMeter, memory: MemoryUse, memory_sh
         load_queue=transfers.depth(),
         load_seconds=reads.busy_s,
         load_failures=counters.load_failures,
+        cpu_seconds=time.process_time(),
         stall_seconds=engine.cache.stalls.by_cause(),
         step_stall_seconds=engine.cache.stalls.by_step(),
         evictions=dict(counters.evictions),

@@ -249,7 +249,17 @@ class Admission:
                 retry_after_s=self._when(self.token_rate, prompt_tokens, self.queued_tokens, limit),
                 bound="queued_tokens",
             )
-        return None
+        return self._too_late(self.pace.seconds_for(self.waiting + 1)) if self.waiting else None
+
+    def _too_late(self, expected_s: float) -> Unavailable | None:
+        if expected_s <= self._max_wait_s:
+            return None
+        return Unavailable(
+            f"{self.waiting} sequences wait: at the pace of late this one would begin in {expected_s:.0f} s, "
+            f"and may wait {self._max_wait_s:g} s",
+            retry_after_s=max(1, min(math.ceil(expected_s - self._max_wait_s), MAX_RETRY_AFTER_S)),
+            bound="queue_wait",
+        )
 
     def _no_room(self, sequences: int) -> Unavailable:
         return Unavailable(

@@ -89,7 +89,9 @@ class Daemon:
             config.max_queue_wait_s,
         )  # fmt: skip
         bodies = Bodies(config.max_bodies.resolve(0))
-        self.service = Service(config, engine, Metrics(), admission, bodies, Console(engine))
+        metrics = Metrics()
+        metrics.transfer_threads.set(config.io_threads)
+        self.service = Service(config, engine, metrics, admission, bodies, Console(engine))
         self.supervisor = Supervisor(self.service, launcher, policy)
         self._http = _Server(
             uvicorn.Config(

@@ -27,8 +27,8 @@ _KEY = "expertd.request_id"
 _UNCOUNTED = frozenset({"/metrics", "/metrics/"})
 """Routes that do not count themselves."""
 
-_UNLOGGED = PUBLIC_PATHS | {"/status", "/experts"}
-"""What is asked again and again, and is worth a line only where it fails."""
+_POLLED = frozenset({"/status", "/experts"})
+"""What is asked again and again, and is worth a line only where it fails. Probes never are."""
 
 _METHODS = ("GET", "POST", "PUT", "HEAD", "OPTIONS")
 
@@ -85,7 +85,7 @@ class Envelope:
             return
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.http_requests.labels(route, method, str(status)).inc()
-        if route not in ENDPOINTS and not (route in _UNLOGGED and status < 400):
+        if route not in ENDPOINTS and route not in PUBLIC_PATHS and not (route in _POLLED and status < 400):
             _log(scope, {"route": route, "method": method, "status": status, "total_ms": round(seconds * 1000, 3)})
 
 

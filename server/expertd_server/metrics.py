@@ -113,6 +113,9 @@ class Metrics:
         )
 
     def _add_state(self) -> None:
+        self.transfer_threads = Gauge(
+            "expertd_transfer_threads", "Threads that read experts from the store.", registry=self.registry
+        )
         self.ready = Gauge("expertd_ready", "1 while requests are taken.", registry=self.registry)
         self.engine_up = Gauge("expertd_engine_up", "1 while an engine process serves.", registry=self.registry)
         self.ipc_queue = Gauge(

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from expertd_engine.messages import SequenceStats
 from expertd_server.engine_client import Update
@@ -124,8 +125,8 @@ class RequestRecord:
         return "length" if "length" in reasons else "stop"
 
     def _log(self, reason: str, error: BaseException | None) -> None:
-        def total(name: str) -> float:
-            return round(sum(float(getattr(stats, name)) for stats in self._stats), 4)
+        def total(name: str) -> Any:
+            return sum(getattr(stats, name) for stats in self._stats)
 
         now = time.monotonic()
         status = 499 if reason == "abort" else error.status if isinstance(error, ApiError) else 500 if error else 200

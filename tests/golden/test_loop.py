@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -104,8 +105,9 @@ class Server:
 
     def until_map(self, what: Callable[[ExpertMap], bool]) -> ExpertMap:
         """The first map of which `what` is true; everything else is passed over."""
+        end_s = time.monotonic() + WAIT_MS / 1000
         while not (isinstance(message := self._next(), ExpertMap) and what(message)):
-            pass
+            assert time.monotonic() < end_s, "no such map came"
         return message
 
     def until_finished(self, count: int) -> tuple[list[Output], list[Finished]]:
@@ -243,17 +245,18 @@ def pairs(layer: LayerLookups) -> int:
     return layer.hit_activations + layer.late_activations + layer.miss_activations
 
 
-def test_maps_are_drawn_inside_steps_while_somebody_looks(server: Server) -> None:
+def test_maps_are_drawn_inside_steps_while_somebody_looks(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between steps nothing is leased, so a map with leases was drawn inside one."""
-    server.send(Watch(60.0))
-    server.send(submit(7, 200))
+    monkeypatch.setattr(loop, "MAP_EVERY_S", 0.0)
+    server.send(Watch(WAIT_MS / 1000))
+    server.send(submit(7, 20))
     seen = server.until_map(lambda experts: "L" in "".join(experts.layers))
     info = server.engine.info
     assert [len(layer) for layer in seen.layers] == [info.num_experts] * info.num_moe_layers
-    server.send(Abort([7]))
     server.until_finished(1)
     idle = server.until_map(lambda experts: "L" not in "".join(experts.layers))
     assert "r" in "".join(idle.layers)
+    server.send(Watch(0.0))
 
 
 def test_shutdown_ends_the_loop_whatever_runs(server: Server) -> None:

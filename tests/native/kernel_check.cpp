@@ -1,6 +1,7 @@
 // The kernels against plain sums in double precision, and against themselves: the same bits on every instruction set,
 // with every number of threads, alone or in a batch. Stands alone, so that it can be built with sanitizers, for another
-// processor, or from sources with a planted bug. Prints the first difference and ends with 1, or what it checked and 0.
+// processor, or from sources with a planted bug. Prints the first difference and ends with 1; or what it checked and a
+// hash of all results, and ends with 0.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "expertd_kernels.h"
+#include "pool.h"
 
 namespace {
 
@@ -21,6 +23,7 @@ constexpr double kTolerance = 1e-6;  // of the sum of magnitudes; measured: 3e-7
 
 std::mt19937 random_bits(20261122);
 int checks = 0;
+uint64_t all_bits = 14695981039346656037u;  // FNV-1a of every result, to compare processors
 
 [[noreturn]] void fail(const std::string& what) {
   std::printf("FAILED: %s\n", what.c_str());
@@ -112,6 +115,11 @@ std::vector<float> same_everywhere(const std::string& what, Compute compute) {
       expect(std::memcmp(first.data(), result.data(), 4 * first.size()) == 0,
              what + ": other bits with " + name + ", " + std::to_string(threads) + " threads");
     }
+  }
+  for (const float value : first) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    all_bits = (all_bits ^ bits) * 1099511628211u;
   }
   return first;
 }
@@ -206,15 +214,40 @@ void check_moe(int format, int hidden, int inner, int tokens) {
   expect(direct == in_parts, what + ": partials and their sum differ from the direct form");
 }
 
+// Tasks are done once each, phase after phase, by as many threads as there are; a second call meanwhile is refused.
+void check_pool() {
+  for (int threads = 1; threads <= 4; ++threads) {
+    const Pool handle = make_pool(threads);
+    for (int round = 0; round < 50; ++round) {
+      expertd::Call call(handle.get());
+      std::vector<int> done(100), after(100);
+      call.pool().parallel_for(100, [&](int64_t task) { ++done[task]; });
+      call.pool().parallel_for(100, [&](int64_t task, int thread) {
+        if (thread < 0 || thread >= threads) fail("a thread of another pool");
+        after[task] = done[99 - task] + 1;
+      });
+      expect(done == std::vector<int>(100, 1) && after == std::vector<int>(100, 2), "a task not done once");
+    }
+    expertd::Call call(handle.get());
+    const float x = 1;
+    float y = 0;
+    const expertd_matrix matrix{&x, nullptr, EXPERTD_F32, 1, 1};
+    expect(expertd_matmul(handle.get(), &matrix, &x, 1, 1, &y, 1) == EXPERTD_BUSY, "a call inside a call");
+    expect(expertd_pool_destroy(handle.get()) == EXPERTD_BUSY, "the end of a pool inside a call");
+  }
+}
+
 }  // namespace
 
 int main() {
+  check_pool();
   const int shapes[][3] = {{1, 1, 1}, {16, 32, 8}, {17, 33, 3}, {40, 100, 13}, {96, 256, 9}};
   for (int format = EXPERTD_F32; format <= EXPERTD_INT4S; ++format) {
     for (const auto& shape : shapes) check_matmul(format, shape[0], shape[1], shape[2]);
     check_moe(format, 72, 40, 1);
     check_moe(format, 48, 96, 21);
   }
-  std::printf("%d checks on %s\n", checks, expertd_isa_available());
+  std::printf("%d checks on %s\nbits %016llx\n", checks, expertd_isa_available(),
+              static_cast<unsigned long long>(all_bits));
   return 0;
 }

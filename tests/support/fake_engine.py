@@ -128,7 +128,7 @@ def snapshot(steps: int, waiting: int = 0, running: int = 0) -> Snapshot:
         prefetch_issued=steps, prefetch_used=steps,
         prefetch_late=0, prefetch_wasted=0, prefetch_cancelled=0, prefetch_pending=0,
         prefetch_outcome_bytes={"used": 4096 * steps, "late": 0, "wasted": 0, "cancelled": 0}, load_queue=0,
-        load_seconds=0.5 * steps,
+        load_seconds=0.5 * steps, cpu_seconds=0.1 * steps,
         load_failures=0, stall_seconds={"disk_read": 0.25 * steps, "expert_wait": 0.0},
         step_stall_seconds={"disk_read": histogram, "expert_wait": empty},
         evictions={"capacity": steps, "budget_change": 0},

@@ -149,14 +149,13 @@ def test_routes_that_make_no_sense_are_refused(pool: Pool, name: str, index: int
 @needs_kernels
 def test_a_record_is_needed_where_there_are_pairs_only(pool: Pool) -> None:
     experts, routes, x = _moe_case()
-    whole = run_moe(pool, experts, x, routes)
     routes.begin[:] = [0, 0, *routes.begin[2:]]
     addresses = experts.addresses
     addresses[0] = None
     where = (routes.begin.ctypes.data, routes.row.ctypes.data, routes.weight.ctypes.data)
     out = np.zeros_like(x)
     pool.moe(experts.layout, x.ctypes.data, TOKENS, addresses, *where, out=out.ctypes.data)
-    assert out.any() and whole.any()
+    assert out.any()
     addresses[1] = None
     with pytest.raises(ValueError, match=r"records\[1\] is null, and it has pairs"):
         pool.moe(experts.layout, x.ctypes.data, TOKENS, addresses, *where, out=out.ctypes.data)
@@ -202,7 +201,7 @@ def test_scratch_grows_to_the_largest_call_and_stays(pool: Pool) -> None:
 
 
 @pytest.fixture
-def fresh_load(monkeypatch: pytest.MonkeyPatch) -> Any:
+def fresh_load() -> Any:
     """`library.load` as in a new process; afterwards the best instruction set is in use again."""
     yield library.load.__wrapped__
     if library.why_missing() is None:

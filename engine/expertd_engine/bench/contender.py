@@ -21,7 +21,7 @@ from expertd_engine.memory import MemoryCgroup
 T = TypeVar("T")
 
 
-class Lost(Exception):
+class Lost(EngineError):
     """The process will not answer: it was killed, or took too long. The message is fit for a table."""
 
 

@@ -56,27 +56,21 @@ def decode(options: Options) -> str:
 
 
 def _prepare(options: Options, stack: ExitStack) -> _Run:
-    """Start everyone. What holds all experts with and without the budget is one run, not two."""
+    """Start everyone, each in a process of its own: so their memory can be told apart.
+
+    What holds all experts with and without the budget is one run, not two.
+    """
     request = DecodeRequest(options.tokens, options.warm, options.prompt)
     ours = Runner[Decoded]("ours", stack.enter_context(options.ours()), request)
     facts = ours.contender.ask(DescribeRequest(), EngineFacts)
     resident = ours
     if facts.expert_budget < facts.experts_total:
-        resident = _resident(options, ours, facts, request)
-        ours.request = DecodeRequest(options.tokens, options.warm, options.prompt, facts.expert_budget)
+        resident = Runner[Decoded]("all resident", options.unlimited(), request)
     others = [("versus", options.variant()), ("llama.cpp", options.peer_contender())]
     versus, peer = (Runner[Decoded](name, one, request) if one else None for name, one in others)
     newcomers = [line for line in (resident, versus, peer) if line and line.contender is not ours.contender]
     enter(stack, newcomers)
     return _Run(facts, ours, resident, versus, peer, [])
-
-
-def _resident(options: Options, ours: Runner[Decoded], facts: EngineFacts, request: DecodeRequest) -> Runner[Decoded]:
-    """In the same engine, whose expert budget can be raised; under a memory budget in one of its own, without any."""
-    if options.engine.memory_budget is not None:
-        return Runner("all resident", options.unlimited(), request)
-    everything = DecodeRequest(options.tokens, options.warm, options.prompt, facts.experts_total)
-    return Runner("all resident", ours.contender, everything)
 
 
 def _values(options: Options, run: _Run) -> dict[str, Any]:

@@ -6,8 +6,6 @@ from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
-import msgspec
-
 from expertd_engine.bench.decode import DISK_S
 from expertd_engine.bench.options import Options
 from expertd_engine.bench.protocol import DescribeRequest, DiskRead, DiskRequest, EngineFacts, Prefilled, PrefillRequest
@@ -37,7 +35,7 @@ def prefill(options: Options) -> str:
         beside = PrefillRequest(options.prompt, decode=True, warm=options.warm, after=options.tokens)
         lines = [ours, Runner[Prefilled]("beside a decode", ours.contender, beside)]
         if facts.expert_budget < facts.experts_total:
-            lines = [*_under(lines, facts.expert_budget), _resident(options, ours, facts)]
+            lines.append(Runner("all resident", options.unlimited(), ours.request))
         others = [("versus", options.variant()), ("llama.cpp", options.peer_contender())]
         lines += [Runner[Prefilled](name, one, PrefillRequest(options.prompt)) for name, one in others if one]
         enter(stack, [line for line in lines if line.contender is not ours.contender])
@@ -47,21 +45,6 @@ def prefill(options: Options) -> str:
     return finish(
         _title(options, facts), HEADER, [_row(options, line) for line in lines], _notes(facts, values), values
     )
-
-
-def _under(lines: list[Runner[Prefilled]], budget_bytes: int) -> list[Runner[Prefilled]]:
-    """Their engine's budget is raised for another line: have them say theirs."""
-    for line in lines:
-        assert isinstance(line.request, PrefillRequest)
-        line.request = msgspec.structs.replace(line.request, budget_bytes=budget_bytes)
-    return lines
-
-
-def _resident(options: Options, ours: Runner[Prefilled], facts: EngineFacts) -> Runner[Prefilled]:
-    if options.engine.memory_budget is not None:
-        return Runner("all resident", options.unlimited(), PrefillRequest(options.prompt))
-    request = PrefillRequest(options.prompt, budget_bytes=facts.experts_total)
-    return Runner("all resident", ours.contender, request)
 
 
 def _values(

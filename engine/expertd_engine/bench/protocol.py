@@ -47,8 +47,6 @@ class DecodeRequest(msgspec.Struct, frozen=True, tag="decode", forbid_unknown_fi
     tokens: int
     warm: int
     prompt: int
-    budget_bytes: int | None = None
-    """Change the expert budget first; with all experts allowed, load them."""
 
 
 class PrefillRequest(msgspec.Struct, frozen=True, tag="prefill", forbid_unknown_fields=True):
@@ -60,7 +58,6 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag="prefill", forbid_unknown_
     decode: bool = False
     warm: int = 32
     after: int = 64
-    budget_bytes: int | None = None
 
 
 class DiskRequest(msgspec.Struct, frozen=True, tag="disk", forbid_unknown_fields=True):

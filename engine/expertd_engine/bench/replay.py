@@ -32,13 +32,13 @@ class Lookups:
 
 
 class LRUReplay:
-    """An LRU cache of `slots` experts of any layer. Raises ValueError for less than one slot."""
+    """An LRU cache of `slots` experts of any layer, which begins with `resident`. ValueError for less than one slot."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, resident: Iterable[tuple[int, int]] = ()) -> None:
         if slots < 1:
             raise ValueError(f"{slots} slots are not enough to replay: give at least 1")
         self._slots = slots
-        self._resident: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._resident: OrderedDict[tuple[int, int], None] = OrderedDict.fromkeys(resident)
 
     def event(self, layer: int, experts: Iterable[int]) -> Lookups:
         """One layer of one step asks for the distinct `experts`."""
@@ -58,29 +58,18 @@ class LRUReplay:
             resident[key] = None
         return Lookups(found, len(missing))
 
+    def feed(self, steps: Iterable[Sequence[Iterable[int]]]) -> Lookups:
+        """Step after step, each `layers` as in `step`."""
+        total = Lookups()
+        for layers in steps:
+            total.add(self.step(layers))
+        return total
+
     def step(self, layers: Sequence[Iterable[int]]) -> Lookups:
         """All layers of one step in order; `layers[l]` holds the distinct experts of layer l."""
         total = Lookups()
         for layer, experts in enumerate(layers):
             total.add(self.event(layer, experts))
-        return total
-
-
-class Replays:
-    """LRU caches of several sizes that see the same steps, as an engine does whose budget changes now and then."""
-
-    def __init__(self) -> None:
-        self._caches: dict[int, LRUReplay] = {}
-
-    def feed(self, steps: Sequence[Sequence[Iterable[int]]], slots: int) -> Lookups:
-        """Show `steps` to all caches; what the one of `slots` met."""
-        self._caches.setdefault(slots, LRUReplay(slots))
-        total = Lookups()
-        for layers in steps:
-            for size, cache in self._caches.items():
-                met = cache.step(layers)
-                if size == slots:
-                    total.add(met)
         return total
 
 

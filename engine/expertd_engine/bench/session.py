@@ -27,7 +27,7 @@ from expertd_engine.bench.protocol import (
     Prefilled,
     PrefillRequest,
 )
-from expertd_engine.bench.replay import Replays
+from expertd_engine.bench.replay import LRUReplay
 from expertd_engine.bench.routing import RoutingShape, make_routing
 from expertd_engine.config import Config, Policy, parse_size
 from expertd_engine.core import Forward, StepResult
@@ -46,7 +46,7 @@ _PRELOAD_TOKENS = 256
 
 
 class EngineSession:
-    """One engine, its generated routes, and the LRU caches that are its yardsticks."""
+    """One engine, its generated routes, and the LRU cache that is its yardstick."""
 
     def __init__(self, spec: EngineSpec) -> None:
         """Starts the engine. Raises what `start_engine` raises, and UsageError for hints without generated routes."""
@@ -62,9 +62,8 @@ class EngineSession:
         self._outputs: dict[int, int] = {}
         """Tokens so far, by sequence."""
         self._counts = ExpertCounts()
-        self._replays = Replays()
         self._decoded: list[list[Sequence[int]]] = []
-        """What each decode step asked for, by layer, that the replays have not seen."""
+        """What each decode step asked for, by layer, that the replay has not seen."""
         self._engine = start_engine(
             self._store,
             _config(spec),
@@ -73,6 +72,10 @@ class EngineSession:
             self._watch,
             lookahead=self._recorder,
             routes=self._routes,
+        )
+        slots = self._engine.cache.ledger.budget_bytes // self._store.index.record_bytes(0)
+        self._replay = LRUReplay(
+            slots, self._store.experts() if slots >= self._shape.layers * self._shape.experts else ()
         )
 
     def close(self) -> None:
@@ -102,13 +105,12 @@ class EngineSession:
 
     def decode(self, request: DecodeRequest) -> Decoded:
         """Time `tokens` steps of all streams, after their prompts and `warm` steps."""
-        self._set_budget(request.budget_bytes)
-        slots = self._engine.cache.ledger.budget_bytes // self._store.index.record_bytes(0)
+        self._load_all()
         steps = request.warm + request.tokens
         streams = self._start(request.prompt, steps)
         for _ in range(request.warm):
             self._step()
-        self._replays.feed(self._decoded, slots)
+        self._replay.feed(self._decoded)
         self._decoded.clear()
         before = self._counts
         began = time.perf_counter()
@@ -117,7 +119,7 @@ class EngineSession:
         elapsed_s = time.perf_counter() - began
         met = self._counts - before
         union = sum(len(experts) for step in self._decoded for experts in step)
-        lru = self._replays.feed(self._decoded, slots)
+        lru = self._replay.feed(self._decoded)
         self._decoded.clear()
         self._end(streams)
         record = self._store.index.record_bytes(0)
@@ -138,7 +140,7 @@ class EngineSession:
 
     def prefill(self, request: PrefillRequest) -> Prefilled:
         """Time one prompt; with `decode`, while another stream decodes, whose pace is told before, during and after."""
-        self._set_budget(request.budget_bytes)
+        self._load_all()
         other = self._start(request.warm, 3 * request.warm + request.tokens + request.after, streams=1)
         before_s = [self._step() for _ in range(request.warm)]
         if not request.decode:
@@ -221,14 +223,10 @@ class EngineSession:
         while core.has_work:
             core.step(time.perf_counter())
 
-    # ------------------------------------------------------------ budgets
-
-    def _set_budget(self, budget_bytes: int | None) -> None:
-        """Change the budget where one is given; where it holds all experts, see that all are there."""
+    def _load_all(self) -> None:
+        """Where the budget holds every expert, see that every one is there."""
         ledger = self._engine.cache.ledger
         total = self._store.index.expert_bytes_total()
-        if budget_bytes is not None and budget_bytes != ledger.budget_bytes:
-            self._engine.cache.set_budget(min(budget_bytes, total))
         turns = 0
         while ledger.budget_bytes >= total > ledger.resident_bytes:
             if turns == _PRELOAD_TURNS:

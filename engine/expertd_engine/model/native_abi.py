@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Callable
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
+from typing import Any
 
 from expertd_engine.kernels.library import KernelsMissing, Library, Matrix
 
@@ -114,8 +115,8 @@ class BlockCalls:
 
     def __init__(self, library: Library) -> None:
         for structure, name in ((Block, "expertd_block_bytes"), (Step, "expertd_step_bytes")):
-            size = getattr(library.handle, name)
-            size.argtypes, size.restype = [], c_int64
+            size: Any = getattr(library.handle, name, lambda: None)  # absent from older libraries
+            size.restype = c_int64
             if size() != ctypes.sizeof(structure):
                 raise KernelsMissing(f"native kernels {library.path} are of another version: install again")
         block, step, address = POINTER(Block), POINTER(Step), c_void_p

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from expertd_engine.families import find_experts
+from expertd_engine.kernels.library import KernelsMissing
 from expertd_engine.model.attention import KVStorage, LayerShape
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.native_abi import Rope
@@ -45,12 +46,20 @@ def build_native(
         matched = _match_layers(loaded.model, seen.layers, shapes)
         moe = {module: index for index, module in enumerate(loaded.moe_modules)}
         layers = [_native_layer(one, layer, moe) for one, layer in zip(matched, seen.layers, strict=True)]
-        model = NativeModel(loaded.pool, layers, _ends(loaded.model))
+        model = _assemble(loaded, layers)
         storage = KVStorage(shapes, seen.num_blocks, block_tokens, loaded.dtype)
         judge = _Judge(model, seen, storage, _TOLERANCES[loaded.dtype])
         judge.judge_ends(loaded.model.config)
         judge.judge_layers(matched)
     return model
+
+
+def _assemble(loaded: LoadedModel, layers: Sequence[NativeLayer]) -> NativeModel:
+    assert loaded.pool is not None
+    try:
+        return NativeModel(loaded.pool, layers, _ends(loaded.model))
+    except KernelsMissing as error:
+        raise NotMatched(str(error)) from None
 
 
 def _match_layers(model: Any, layers: Sequence[LayerSeen], shapes: Sequence[LayerShape]) -> list[Matched]:

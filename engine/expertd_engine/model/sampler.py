@@ -16,6 +16,7 @@ import torch
 from expertd_engine.messages import Sampling, TokenLogprob, TopLogprob
 
 _MASK64 = 2**64 - 1
+_NUCLEUS_FIRST = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +144,24 @@ def _candidates(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Ids that top-k, min-p and top-p leave, in this order, each renormalised. The best of `scores` is 0."""
     if 0 < sampling.top_k < len(scores):
         ids = best_ids(scores, sampling.top_k)
-    elif sampling.top_p < 1:
-        ids = scores.argsort(descending=True, stable=True)
     else:
         ids = torch.arange(len(scores))
     if sampling.min_p > 0:
         ids = ids[scores[ids] >= math.log(sampling.min_p)]
-    if sampling.top_p < 1:
-        probabilities = scores[ids].softmax(-1).double()
-        before = probabilities.cumsum(0) - probabilities  # mass of the better ones
-        ids = ids[before < sampling.top_p]
-    return ids
+    return ids[_nucleus(scores[ids], sampling.top_p)] if sampling.top_p < 1 else ids
+
+
+def _nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Indices of the best of `scores` that hold `top_p` of the mass together, best first. The best of all is 0.
+
+    A few hundred nearly always do: the whole vocabulary is sorted only where they do not.
+    """
+    weights = scores.double().exp()
+    total = float(weights.sum())
+    count = min(_NUCLEUS_FIRST, len(scores))
+    while True:
+        best = best_ids(scores, count)
+        mass = weights[best].cumsum(0)
+        if count == len(scores) or float(mass[-1]) >= top_p * total:
+            return best[mass - weights[best] < top_p * total]
+        count = min(16 * count, len(scores))

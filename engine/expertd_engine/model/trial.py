@@ -129,8 +129,7 @@ class Trial:
         positions = list(range(max_step_tokens))
         logits = self._forward(spans, storage, [1] * max_step_tokens, positions, rows)
         options = Sampling(top_p=0.9, min_p=0.01, repetition_penalty=1.1, frequency_penalty=0.1, logprobs=20)
-        for row in logits:
-            sample(row, SampleRow(options, 0, [1], [1], ()))
+        sample(logits[0], SampleRow(options, 0, [1], [1], ()))  # rows are sampled one after the other
 
     def _longest_attention(self, max_model_len: int) -> None:
         shape = max(self.shapes, key=lambda s: s.kv_heads * (s.key_dim + s.value_dim + s.group))

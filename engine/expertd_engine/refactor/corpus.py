@@ -1,7 +1,7 @@
 """Texts as tokens: one folder of plain-text files a domain, split by file into a training and a held-out part.
 
-Owns the tokenised corpus on disk (`corpus/DOMAIN.{train,held}.npy`, `cloze.json`), which later stages read and a
-second run finds ready.
+Owns the tokenised corpus on disk (`DOMAIN.{train,held}.npy`, `DOMAIN.cloze.json`), which later stages read and a second
+run finds ready.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ Tokens: TypeAlias = NDArray[np.uint32] | NDArray[np.uint16]
 WHOLE = "text"
 """The one domain of a folder that has files and no folders: clusters of activations will stand in for domains."""
 
+_STAMP = "corpus.json"
 _HELD_OUT_SHARE = 1 / 16
 _SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".c", ".h", ".html", ".json", ""})
 _CLOZE_CONTEXT_CHARACTERS = 700
@@ -111,12 +112,13 @@ def read_corpus(
     `min_tokens` tokens.
     """
     files = find_texts(texts)
-    fingerprint = _fingerprint(files, tokenizer)
-    stamp = folder / "corpus.json"
-    if not (stamp.is_file() and json.loads(stamp.read_text())["fingerprint"] == fingerprint):
+    stamp = {"fingerprint": _fingerprint(files, tokenizer), "domains": sorted(files)}
+    if not (folder / _STAMP).is_file() or json.loads((folder / _STAMP).read_text()) != stamp:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(files, tokenizer, end_of_text, folder, cloze_items, progress)
-        stamp.write_text(json.dumps({"fingerprint": fingerprint, "domains": sorted(files)}))
+        for number, (name, paths) in enumerate(files.items()):
+            _write(name, paths, tokenizer, end_of_text, folder, -(-cloze_items // len(files)))
+            progress("tokenise", (number + 1) / len(files))
+        (folder / _STAMP).write_text(json.dumps(stamp))
     corpus = load_corpus(folder)
     for domain, tokens in corpus.train.items():
         if len(tokens) < min_tokens:
@@ -128,16 +130,14 @@ def read_corpus(
 
 def load_corpus(folder: Path) -> Corpus:
     """A corpus that `read_corpus` wrote. Raises ModelError when there is none."""
-    stamp = folder / "corpus.json"
-    if not stamp.is_file():
+    if not (folder / _STAMP).is_file():
         raise ModelError(f"no tokenised corpus in {folder}")
-    domains = json.loads(stamp.read_text())["domains"]
-    cloze = [ClozeItem(**item) for item in json.loads((folder / "cloze.json").read_text())]
-    parts: list[dict[str, Any]] = [
-        {domain: np.load(folder / f"{domain}.{part}.npy", mmap_mode="r") for domain in domains}
-        for part in ("train", "held")
-    ]
-    return Corpus(parts[0], parts[1], cloze)
+    domains = json.loads((folder / _STAMP).read_text())["domains"]
+    train, held = (
+        {domain: np.load(folder / f"{domain}.{part}.npy", mmap_mode="r") for domain in domains} for part in ("train", "held")
+    )
+    items = [item for domain in domains for item in json.loads((folder / f"{domain}.cloze.json").read_text())]
+    return Corpus(train, held, [ClozeItem(**item) for item in items])
 
 
 def find_texts(texts: Path) -> dict[str, list[Path]]:
@@ -162,25 +162,25 @@ def _fingerprint(files: Mapping[str, Sequence[Path]], tokenizer: Tokenizer) -> s
 
 
 def _write(
-    files: Mapping[str, Sequence[Path]],
-    tokenizer: Tokenizer,
-    end_of_text: int,
-    folder: Path,
-    cloze_items: int,
-    progress: Progress,
+    name: str, paths: Sequence[Path], tokenizer: Tokenizer, end_of_text: int, folder: Path, cloze_items: int
 ) -> None:
     kind = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-    cloze: list[dict[str, Any]] = []
-    for number, (name, paths) in enumerate(files.items()):
-        held, train = _split(paths)
-        for part, texts in (("train", train), ("held", held)):
-            ids: list[int] = []
-            for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-                ids += [*encoding.ids, end_of_text]
-            np.save(folder / f"{name}.{part}.npy", np.array(ids, kind))
-        cloze += _cloze(name, held, tokenizer, -(-cloze_items // len(files)))
-        progress("tokenise", (number + 1) / len(files))
-    (folder / "cloze.json").write_text(json.dumps(cloze[:cloze_items]))
+    held, train = _split(paths)
+    for part, texts in (("train", train), ("held", held)):
+        ids: list[int] = []
+        for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            ids += [*encoding.ids, end_of_text]
+        np.save(folder / f"{name}.{part}.npy", np.array(ids, kind))
+    (folder / f"{name}.cloze.json").write_text(json.dumps(_cloze(name, held, tokenizer, cloze_items)))
+
+
+def add_domain(folder: Path, name: str, paths: Sequence[Path], tokenizer: Tokenizer, end_of_text: int) -> None:
+    """Add a domain to a corpus that is there already, with as many cloze items as the others have."""
+    stamp = json.loads((folder / _STAMP).read_text())
+    items = len(json.loads((folder / f"{stamp['domains'][0]}.cloze.json").read_text()))
+    _write(name, paths, tokenizer, end_of_text, folder, items)
+    stamp["domains"] = sorted({*stamp["domains"], name})
+    (folder / _STAMP).write_text(json.dumps(stamp))
 
 
 def _split(paths: Sequence[Path]) -> tuple[list[str], list[str]]:

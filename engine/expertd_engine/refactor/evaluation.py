@@ -40,7 +40,8 @@ def evaluate(student: Student, corpus: Corpus, *, windows: int = 64, length: int
     precision: Any = nullcontext()
     if student.compute_dtype != torch.float32:
         precision = torch.autocast(device.type, student.compute_dtype)
-    with torch.no_grad(), precision:
+    # Windows and passages have many shapes: not worth compiling for.
+    with torch.no_grad(), precision, torch.compiler.set_stance("force_eager"):
         perplexity = {
             domain: _perplexity(student, torch.from_numpy(corpus.windows(domain, windows, length)).to(device), rows)
             for domain in corpus.domains

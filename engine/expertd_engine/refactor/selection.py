@@ -16,10 +16,13 @@ _CLUSTER_ROUNDS = 12
 
 @dataclass(frozen=True)
 class Selection:
-    """Neuron numbers of the dense FFN: `permanent` `[layers, P]`, `experts` `[layers, E, from_dense]`."""
+    """Neuron numbers of the dense FFN: `permanent` `[layers, P]`, `experts` `[layers, E, from_dense]`, and `fresh`
+    `[layers, E, width - from_dense]`, whose gate and up rows an expert's further neurons begin with.
+    """
 
     permanent: Tensor
     experts: Tensor
+    fresh: Tensor
 
 
 def select(statistics: Statistics, shape: Shape, seed: int = 0) -> Selection:
@@ -33,11 +36,15 @@ def select(statistics: Statistics, shape: Shape, seed: int = 0) -> Selection:
     if shape.routing == Routing.NONE:
         share = statistics.energy / statistics.energy.sum(dim=2, keepdim=True)
         best = share.mean(dim=0).topk(shape.permanent, dim=1).indices.sort().values
-        return Selection(best, torch.zeros(layers, 0, 0, dtype=torch.int64))
+        nothing = torch.zeros(layers, 0, 0, dtype=torch.int64)
+        return Selection(best, nothing, nothing)
+    generator = torch.Generator().manual_seed(seed)
+    further = (layers, shape.experts, shape.width - shape.from_dense)
+    fresh = torch.randint(neurons, further, generator=generator)
     if shape.routing == Routing.INDEX:
         if shape.experts != domains:
             raise ModelError(f"one index chooses among one expert a domain: {shape.experts} experts, {domains} domains")
-        return Selection(permanent, _by_domain(statistics.energy, permanent, shape.from_dense))
+        return Selection(permanent, _by_domain(statistics.energy, permanent, shape.from_dense), fresh)
     if shape.permanent + shape.experts * shape.from_dense > neurons:
         raise ModelError(
             f"{shape.permanent} permanent neurons and {shape.experts} disjoint experts of {shape.from_dense} asked of an "
@@ -47,7 +54,7 @@ def select(statistics: Statistics, shape: Shape, seed: int = 0) -> Selection:
         cluster(statistics.samples[layer].float(), _rest(permanent[layer], neurons), shape, seed + layer)
         for layer in range(layers)
     ]
-    return Selection(permanent, torch.stack(clusters))
+    return Selection(permanent, torch.stack(clusters), fresh)
 
 
 def _by_worst_rank(energy: Tensor, count: int) -> Tensor:

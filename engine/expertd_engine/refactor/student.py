@@ -52,6 +52,17 @@ class Student(nn.Module):
         for block in self.blocks:
             block.compute_dtype = dtype
 
+    def freeze(self, dtype: torch.dtype) -> None:
+        """Only to be asked from now on, as a teacher: weights in `dtype`, no gradients."""
+        self.requires_grad_(False)
+        self.backbone.to(dtype)
+        self.compute_in(dtype)
+
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Compile the decoder layers; they are alike, so that one compilation does for all."""
+        for layer in self.backbone.base_model.layers:
+            layer.compile()
+
     def hidden(self, ids: Tensor, forced: Tensor | None = None) -> Tensor:
         """Last hidden states `[B, T, H]` of `ids` `[B, T]`; `forced` `[B, T]` are indices in the router's place."""
         embeddings = self.backbone.get_input_embeddings()(ids)
@@ -147,20 +158,13 @@ def _block(
     experts = None
     if shape.experts:
         taken = stack[:, selection.experts[layer].to(stack.device)]
-        weights = torch.cat([taken, _fresh(stack, shape, generator)], dim=2)
+        further = stack[:, selection.fresh[layer].to(stack.device)]
+        further[2] = 0  # no effect yet
+        weights = torch.cat([taken, further], dim=2)
         if shape.weighted:
             weights[2] *= shape.top_k
         experts = _part(weights, shape, generator)
     return RoutedFeedForward(shape, kept, experts, mlp.act_fn, stack.shape[-1])
-
-
-def _fresh(stack: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
-    """`[3, E, width - from_dense, H]`: what random neurons look for, with no effect yet."""
-    count = shape.experts * (shape.width - shape.from_dense)
-    picked = torch.randint(stack.shape[1], (count,), generator=generator).to(stack.device)
-    fresh = stack[:, picked].clone()
-    fresh[2] = 0
-    return fresh.view(3, shape.experts, -1, stack.shape[-1])
 
 
 def _part(weights: Tensor, shape: Shape, generator: torch.Generator) -> FullPart | LowRankPart:

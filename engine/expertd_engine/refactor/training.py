@@ -101,8 +101,9 @@ class Trainer:
         }
         self._loss = torch.compile(language_loss) if recipe.compile else language_loss
         if recipe.compile:
-            for layer in student.backbone.base_model.layers:
-                layer.compile()
+            for model in (student, teacher):
+                if model is not None:
+                    model.compile()
         self._masks: Tensor | None = None
 
     def run(self) -> Curve:

@@ -1,0 +1,117 @@
+"""Lets the dense model answer the chat prompts, in batches, and writes the conversations as texts of a domain `chat`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertd_engine.console import Progress, progress_bar, run_command, silent
+from expertd_engine.refactor.demo.prompts import FOLLOW_UPS, prompts
+from expertd_engine.refactor.dense import Dense, open_dense
+
+_FOLLOW_UP_SHARE = 0.25
+_GREEDY_SHARE = 0.3
+_NEW_TOKENS = 128
+_PROMPT_TOKENS = 224
+_PER_FILE = 50
+
+Conversation = list[dict[str, str]]
+
+
+def converse(
+    dense: Dense, asked: Sequence[str], *, rows: int = 2048, seed: int = 0, progress: Progress = silent
+) -> list[Conversation]:
+    """One or two turns for each prompt, some greedy, most sampled at temperature 0.7."""
+    conversations: list[Conversation] = [[{"role": "user", "content": prompt}] for prompt in asked]
+    torch.manual_seed(seed)
+    _answer(dense, conversations, rows, progress)
+    generator = random.Random(seed)
+    again = [one for one in conversations if generator.random() < _FOLLOW_UP_SHARE]
+    for one in again:
+        one.append({"role": "user", "content": generator.choice(FOLLOW_UPS)})
+    _answer(dense, again, rows, progress)
+    return conversations
+
+
+def render(dense: Dense, conversation: Conversation) -> str:
+    """The conversation as the model's chat template has it."""
+    text: str = dense.tokenizer.apply_chat_template(conversation, tokenize=False)
+    return text
+
+
+def write_texts(dense: Dense, conversations: Sequence[Conversation], folder: Path) -> list[Path]:
+    """Files of conversations that came to an answer, in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [render(dense, one).strip() for one in conversations if one[-1]["content"]]
+    paths = []
+    for number in range(0, len(texts), _PER_FILE):
+        path = folder / f"{number // _PER_FILE:05}.txt"
+        path.write_text("\n\n".join(texts[number : number + _PER_FILE]), encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def _answer(dense: Dense, conversations: list[Conversation], rows: int, progress: Progress) -> None:
+    """Append the assistant's turn to each, batches of like length together."""
+    encoded = [_encode(dense, one) for one in conversations]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    for begin in range(0, len(order), rows):
+        batch = order[begin : begin + rows]
+        greedy = int(len(batch) * _GREEDY_SHARE)
+        for part, sample in ((batch[:greedy], False), (batch[greedy:], True)):
+            answers = _generate(dense, [encoded[i] for i in part], sample) if part else []
+            for i, answer in zip(part, answers, strict=True):
+                conversations[i].append({"role": "assistant", "content": answer})
+        progress("answers", min(1.0, (begin + rows) / len(order)))
+
+
+def _encode(dense: Dense, conversation: Conversation) -> list[int]:
+    text = dense.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = dense.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[-_PROMPT_TOKENS:]
+
+
+def _generate(dense: Dense, encoded: list[list[int]], sample: bool) -> list[str]:
+    longest = max(map(len, encoded))
+    pad = dense.end_of_text
+    device = dense.embedding.weight.device
+    ids = torch.tensor([[pad] * (longest - len(one)) + one for one in encoded], device=device)
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in encoded], device=device)
+    settings: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "top_p": 1.0} if sample else {}
+    with torch.inference_mode():
+        out = dense.model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=sample, max_new_tokens=_NEW_TOKENS, pad_token_id=pad,
+            eos_token_id=dense.end_of_text, **settings,
+        )  # fmt: skip
+    texts: list[str] = dense.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m expertd_engine.refactor.demo.answers", description=__doc__)
+    parser.add_argument("source", type=Path, help="the dense model: checkpoint folder or GGUF file")
+    parser.add_argument("texts", type=Path, help="folder that demo.texts made; `chat` is added to it")
+    parser.add_argument("--count", type=int, default=24_000, help="prompts (default: 24000)")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args(argv)
+    return run_command(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    dense = open_dense(options.source, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    with progress_bar() as progress:
+        conversations = converse(dense, prompts(options.texts, options.count), progress=progress)
+    paths = write_texts(dense, conversations, options.texts / "chat")
+    print(json.dumps({"conversations": len(conversations), "files": len(paths)}))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

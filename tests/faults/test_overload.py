@@ -1,0 +1,148 @@
+"""Far more clients than there is room for: each is answered, or refused before its first byte and at once; the server
+does as much useful work as without them. 10,000 connections that ask nothing stop nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import resource
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from faults.clients import Outcome, ask
+from support.daemon import RunningDaemon, daemon
+from support.demo import CACHE, PROMPTS
+from support.running_server import Start
+
+ROOM = 8
+"""Sequences computed at once, and as many that wait."""
+CLIENTS, REQUESTS = 200, 20
+OVERLOAD = 4.0
+CAPACITY_S = 30.0
+TOKENS = 16
+
+
+def body(rng: random.Random) -> dict[str, object]:
+    return {
+        "prompt": rng.choice(PROMPTS), "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True,
+        "stream": rng.random() < 0.7,
+    }  # fmt: skip
+
+
+async def capacity(port: int) -> float:
+    """Tokens a second that reach as many clients as are computed at once, each asking again when it is answered."""
+    rng = random.Random(0)
+    tokens = 0
+    end_s = asyncio.get_running_loop().time() + CAPACITY_S
+
+    async def client() -> None:
+        nonlocal tokens
+        while asyncio.get_running_loop().time() < end_s:
+            outcome = await ask(port, body(rng))
+            assert outcome.kind == "answered", outcome
+            tokens += outcome.tokens
+
+    await asyncio.gather(*(client() for _ in range(2 * ROOM)))
+    return tokens / CAPACITY_S
+
+
+async def overload(port: int, requests_per_s: float) -> tuple[list[Outcome], float]:
+    """All clients' outcomes, and how long it took."""
+    rng = random.Random(1)
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+
+    async def client() -> list[Outcome]:
+        outcomes = []
+        for _ in range(REQUESTS):
+            await asyncio.sleep(rng.expovariate(requests_per_s / CLIENTS))
+            leave_after = rng.randrange(1, TOKENS) if rng.random() < 0.1 else None
+            outcomes.append(await ask(port, body(rng), leave_after=leave_after))
+        return outcomes
+
+    gathered = await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    return [outcome for outcomes in gathered for outcome in outcomes], loop.time() - began_s
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+@pytest.mark.acceptance
+def test_four_times_as_much_as_there_is_room_for() -> None:
+    flags = ("--max-sequences", str(ROOM), "--max-waiting", str(ROOM), "--cache-dir", str(CACHE))
+    with daemon("demo", *flags, "--max-model-len", "512") as running:
+        port = int(running.url.rpartition(":")[2])
+        possible = asyncio.run(capacity(port))
+        outcomes, seconds = asyncio.run(overload(port, OVERLOAD * possible / TOKENS))
+        report(outcomes, seconds, possible)
+        kinds = Counter(outcome.kind for outcome in outcomes)
+        refused = [outcome for outcome in outcomes if outcome.kind == "refused"]
+        assert kinds.keys() <= {"answered", "refused", "left"}, [o for o in outcomes if o.kind in ("failed", "broken")]
+        assert len(outcomes) == CLIENTS * REQUESTS and refused
+        assert all(outcome.retry_after is not None for outcome in refused)
+        assert percentile([outcome.first_byte_s for outcome in refused], 0.99) < 0.25
+        assert sum(outcome.tokens for outcome in outcomes) / seconds >= 0.9 * possible
+        assert_at_rest(running)
+
+
+def report(outcomes: list[Outcome], seconds: float, possible: float) -> None:
+    kinds = Counter(outcome.kind for outcome in outcomes)
+    refusals = [outcome.first_byte_s for outcome in outcomes if outcome.kind == "refused"]
+    print(
+        f"\n{len(outcomes)} requests of {CLIENTS} clients in {seconds:.0f} s: {dict(kinds)}; refusals p50 "
+        f"{percentile(refusals, 0.5) * 1000:.0f} ms, p99 {percentile(refusals, 0.99) * 1000:.0f} ms; "
+        f"{sum(outcome.tokens for outcome in outcomes) / seconds:.1f} tokens/s of {possible:.1f} possible"
+    )
+
+
+def assert_at_rest(running: RunningDaemon) -> None:
+    metrics = running.fresh_metrics()
+    assert metrics["expertd_requests_running"] == metrics["expertd_requests_waiting"] == 0
+
+
+HOLD = """
+import resource, socket, sys
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+connections = []
+for number in range(int(sys.argv[2])):
+    connections.append(socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=60))
+    if number % 2:
+        connections[-1].sendall(b"POST /v1/completions HTTP/1.1\\r\\nhost: x\\r\\n")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def idle_connections(port: int, count: int) -> Iterator[None]:
+    """Half of them have begun a request that they never end. They are another process's."""
+    command = [sys.executable, "-c", HOLD, str(port), str(count)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdin is not None
+        assert holder.stdout.readline() == "held\n"
+        yield
+        holder.stdin.close()
+
+
+@pytest.mark.slow
+def test_10000_idle_connections_stop_nobody(start: Start) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 11_000:
+        pytest.skip(f"this process may open {hard} files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        server = start()
+        with idle_connections(server.port, 10_000):
+            assert server.http.get("/live").status_code == 200
+            assert server.complete(max_tokens=3).status_code == 200
+        assert server.complete(max_tokens=3).status_code == 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
