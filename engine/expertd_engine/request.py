@@ -84,6 +84,27 @@ class ExpertCounts:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Substitutions:
+    """What virtual mode did to some tokens. In exact mode all is zero."""
+
+    choices: int = 0
+    """(token, choice) pairs routed, over all layers."""
+    substituted: int = 0
+    """Of these: answered by another expert than the router's own."""
+    mass: float = 0.0
+    """Gate mass substituted, 0 to 1, on average over the layers, summed over tokens."""
+    tokens: int = 0
+
+    def __add__(self, other: Substitutions) -> Substitutions:
+        return Substitutions(
+            self.choices + other.choices,
+            self.substituted + other.substituted,
+            self.mass + other.mass,
+            self.tokens + other.tokens,
+        )
+
+
 @dataclass(slots=True)
 class StatsCollector:
     """Gathers `SequenceStats`. All times are seconds of the caller's monotonic clock.
@@ -99,6 +120,7 @@ class StatsCollector:
     cached_tokens: int = 0
     """Prompt tokens that needed no computing when the sequence was first admitted."""
     experts: ExpertCounts = ExpertCounts()
+    substitutions: Substitutions = Substitutions()
 
     def mark_scheduled(self, now_s: float) -> bool:
         """True the first time."""
@@ -126,6 +148,10 @@ class StatsCollector:
             expert_misses=self.experts.misses,
             loaded_bytes=self.experts.loaded_bytes,
             stall_s=self.experts.stall_s,
+            choices=self.substitutions.choices,
+            substituted=self.substitutions.substituted,
+            substituted_mass=self.substitutions.mass,
+            virtual_tokens=self.substitutions.tokens,
         )
 
 
@@ -144,6 +170,7 @@ class Sequence:
     choice_index: int = 0
     priority: int = 0
     mode: ExpertMode = "exact"
+    max_substituted_mass: float = 1.0
     cache_salt: str = ""
     constrainer: Constrainer | None = None
     """Like the outputs, it stays through preemptions."""
@@ -182,6 +209,7 @@ class Sequence:
             choice_index=message.choice_index,
             priority=message.priority,
             mode=message.mode,
+            max_substituted_mass=message.max_substituted_mass,
             cache_salt=message.cache_salt,
             stats=StatsCollector(submitted_s=now_s),
         )

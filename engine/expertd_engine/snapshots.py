@@ -10,7 +10,8 @@ from expertd_engine.experts.ledger import Ledger, State
 from expertd_engine.experts.transfer import LATENCY_BOUNDS_S
 from expertd_engine.histogram import Histogram
 from expertd_engine.memory import MemoryUse
-from expertd_engine.messages import ExpertMap, HistogramData, LayerLookups, Snapshot
+from expertd_engine.messages import ExpertMap, HistogramData, LayerLookups, Snapshot, VirtualLayer
+from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.scheduler import StepPlan
 from expertd_engine.startup import Engine
 
@@ -92,10 +93,20 @@ def take_snapshot(engine: Engine, meter: StepMeter, memory: MemoryUse, memory_sh
         waiting=scheduler.num_waiting,
         preemptions=scheduler.num_preemptions,
         steps=dict(meter.steps),
+        virtual=virtual_by_layer(engine.runner.virtual),
+        virtual_tokens=0 if engine.runner.virtual is None else engine.runner.virtual.counts.tokens,
         step_seconds={phase: seconds.data() for phase, seconds in meter.seconds.items()},
         step_tokens={phase: tokens.data() for phase, tokens in meter.tokens.items()},
         load_latency_seconds=HistogramData(list(LATENCY_BOUNDS_S), list(reads.latency_counts), reads.busy_s),
     )
+
+
+def virtual_by_layer(virtual: VirtualRouting | None) -> list[VirtualLayer]:
+    if virtual is None:
+        return []
+    counts, sets = virtual.counts, virtual.held.sets
+    columns = zip(counts.activations, counts.substituted, counts.mass, sets.swaps, sets.slots, strict=True)
+    return [VirtualLayer(*column) for column in columns]
 
 
 def lookups_by_layer(ledger: Ledger) -> list[LayerLookups]:

@@ -34,6 +34,8 @@ from expertd_engine.model.moe import MoELayer, RouteSource
 from expertd_engine.model.native_model import NativeModel
 from expertd_engine.model.runner import Runner, StepModel
 from expertd_engine.model.trial import Trial
+from expertd_engine.model.virtual_build import NoVirtualMode, build_virtual, lacks_norms
+from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
 from expertd_engine.prefix_cache import PrefixCache
 from expertd_engine.scheduler import Scheduler, SchedulerLimits
@@ -102,7 +104,7 @@ def start_engine(
     meter = MemoryMeter(server_pid)
     report("trial", 0.0)
     constrain = _constrain(store, loaded, fallbacks)
-    trial = Trial(loaded, store, BLOCK_TOKENS, max_model_len)
+    trial = Trial(loaded, store, BLOCK_TOKENS, max(max_model_len, config.max_step_tokens))
     if loaded.pool is not None and trial.not_native:
         fallbacks.append(f"all but the experts is computed by PyTorch, slowly: {trial.not_native}")
     fallbacks += loaded.fallbacks
@@ -183,10 +185,15 @@ def _assemble(context: _Context, plan: StartupPlan, meter: MemoryMeter, wrap: Ca
     if records.fallback_reason:
         context.fallbacks.append(f"experts are read through the page cache: {records.fallback_reason}")
     cache, layers = _expert_cache(context, plan, records)
-    runner = Runner(context.model, layers, storage, cache, context.routes)
+    virtual = build_virtual(loaded, store.index, config, cache)
+    if config.expert_mode == "virtual" and lacks_norms(store.index):
+        context.fallbacks.append("virtual mode weighs all experts alike: this store has no norms; prepare it again")
+    routing = virtual if isinstance(virtual, VirtualRouting) else None
+    runner = Runner(context.model, layers, storage, cache, context.routes, routing)
     prefixes = PrefixCache(pool, store.index.store_id) if config.prefix_cache else None
     scheduler = Scheduler(context.limits, pool, prefixes)
-    core = EngineCore(scheduler, wrap(runner), loaded.eos_token_ids, context.constrain)
+    refusal = (lambda: virtual.reason) if isinstance(virtual, NoVirtualMode) else virtual.held.refusal
+    core = EngineCore(scheduler, wrap(runner), loaded.eos_token_ids, context.constrain, refusal)
     for fallback in context.fallbacks:
         logger.warning("fallback: %s", fallback)
     info = _describe(context, plan, cache, pool, storage, records)

@@ -3,6 +3,8 @@
 Experts become records with the same tensors for every family (`experts.store_format`). Of the dense weights, quantised
 are those of plain `nn.Linear` and `nn.Embedding` modules with at least 32 rows and columns, outside of routers: a
 router's choice is too delicate, and norms, biases and narrow matrices (such as a shared expert's gate) weigh nothing.
+With `int4`, the embedding and the head are int8: in 4 bits they alone cost the demo 5 % of perplexity. `int4s` spares
+nothing, for comparisons at equal bits.
 """
 
 from __future__ import annotations
@@ -86,12 +88,17 @@ def plan_quantised(model: Model, dense_format: str) -> dict[str, QuantisedTensor
         return {}
     stored = dense_dtype_plan(model, DTYPES[compute_dtype(dense_format)])
     found = {f"{name}.weight": module for name, module in model.named_modules() if _is_matrix(module)}
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     routers = tuple(f"{name.rpartition('.')[0]}.{router}." for name, _ in find_experts(model) for router in _ROUTERS)
     return {
-        name: QuantisedTensor(dense_format, list(module.weight.shape))
+        name: QuantisedTensor(_form(dense_format, id(module) in ends), list(module.weight.shape))
         for name, module in found.items()
         if name in stored and not name.startswith(routers)
     }
+
+
+def _form(dense_format: str, is_end: bool) -> str:
+    return "int8" if is_end and dense_format == "int4" else dense_format
 
 
 def _is_matrix(module: nn.Module) -> bool:

@@ -157,9 +157,9 @@ def test_every_family_is_stored_quantised(family: str, format: str, tmp_path: Pa
     for name, tensor in dense.items():
         if name in index.quantised:
             form = index.quantised[name]
-            assert (
-                form.format == format and _error(_values(tensor, format, form.shape), state[name]) <= ROUNDING[format]
-            )
+            is_end = name in ("model.embed_tokens.weight", "lm_head.weight")
+            assert form.format == ("int8" if is_end and format == "int4" else format)
+            assert _error(_values(tensor, form.format, form.shape), state[name]) <= ROUNDING[form.format]
         else:
             assert torch.equal(tensor, state[name])
 

@@ -93,6 +93,7 @@ class Contender:
         while b"\n" not in self._received:
             ready, _, _ = select.select([fd], [], [], max(0.0, until_s - time.monotonic()))
             if not ready:
+                self._process.kill()  # or it would go on, and disturb the others
                 raise Lost(too_late)
             data = os.read(fd, 1 << 16)
             if not data:

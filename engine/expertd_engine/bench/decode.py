@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from expertd_engine.bench.disk import memory_bandwidth
 from expertd_engine.bench.options import Options
 from expertd_engine.bench.protocol import Decoded, DecodeRequest, DescribeRequest, DiskRead, DiskRequest, EngineFacts
 from expertd_engine.bench.race import Runner, enter, paired, race
@@ -15,7 +16,7 @@ from expertd_engine.bench.stats import Interval, bound_tok_s, median_interval, r
 
 DISK_S = 0.7
 HEADER = (
-    "run", "tok/s", "95 %", "ms/token", "hits", "late", "read/token", "LRU reads", "stall ms", "experts/layer",
+    "run", "tok/s", "95 %", "ms/token", "weights GB/s", "hits", "late", "read/token", "LRU reads", "stall ms", "experts/layer",
     "expert peak", "process peak",
 )  # fmt: skip
 
@@ -31,6 +32,8 @@ class _Run:
     versus: Runner[Decoded] | None
     peer: Runner[Decoded] | None
     disk: list[DiskRead]
+    memory: list[float]
+    """Bytes a second that the cores can read."""
 
     @property
     def lines(self) -> list[Runner[Decoded]]:
@@ -45,6 +48,7 @@ def decode(options: Options) -> str:
         budgeted = run.facts.expert_budget < run.facts.experts_total
 
         def between() -> None:
+            run.memory.append(memory_bandwidth(options.threads))
             if budgeted and run.ours.lost is None:
                 run.disk.append(run.ours.contender.ask(DiskRequest(DISK_S), DiskRead))
 
@@ -52,7 +56,13 @@ def decode(options: Options) -> str:
         kills = {line.name: line.contender.kills for line in run.lines}
         peaks = {line.name: line.contender.cgroup_peak_bytes for line in run.lines}
     values = _values(options, run) | ({"oom_kill": kills, "cgroup_peak_bytes": peaks} if options.cgroup else {})
-    return finish(_title(options, run.facts), HEADER, [_row(line) for line in run.lines], _notes(run, values), values)
+    return finish(
+        _title(options, run.facts),
+        HEADER,
+        [_row(options, run.facts, line) for line in run.lines],
+        _notes(run, values),
+        values,
+    )
 
 
 def _prepare(options: Options, stack: ExitStack) -> _Run:
@@ -70,7 +80,7 @@ def _prepare(options: Options, stack: ExitStack) -> _Run:
     versus, peer = (Runner[Decoded](name, one, request) if one else None for name, one in others)
     newcomers = [line for line in (resident, versus, peer) if line and line.contender is not ours.contender]
     enter(stack, newcomers)
-    return _Run(facts, ours, resident, versus, peer, [])
+    return _Run(facts, ours, resident, versus, peer, [], [])
 
 
 def _values(options: Options, run: _Run) -> dict[str, Any]:
@@ -85,7 +95,7 @@ def _values(options: Options, run: _Run) -> dict[str, Any]:
         "lost": {line.name: line.lost for line in run.lines if line.lost},
     }  # fmt: skip
     if run.ours.samples:
-        values |= _ours(run.ours.samples) | _against(run)
+        values |= _ours(run.ours.samples) | _against(run) | _memory(options, run)
     if run.disk:
         values["disk_bytes_per_s"] = median(read.bytes_per_s for read in run.disk)
     return values | _limits(values)
@@ -107,6 +117,27 @@ def _ours(samples: list[Decoded]) -> dict[str, Any]:
         "peak_bytes": samples[-1].peak_bytes,
         "process_peak_bytes": samples[-1].process_peak_bytes,
     }
+
+
+def _memory(options: Options, run: _Run) -> dict[str, Any]:
+    """How near the resident run comes to reading its weights as fast as memory gives them."""
+    if not run.resident.samples:
+        return {}
+    bytes_per_token = _weight_bytes(options, run.facts, run.resident.samples)
+    memory = median(run.memory)
+    speed = median(sample.tok_s for sample in run.resident.samples)
+    return {
+        "weight_bytes_per_token": bytes_per_token,
+        "memory_bytes_per_s": memory,
+        "memory_bound_tok_s": memory / bytes_per_token,
+        "memory_share": speed * bytes_per_token / memory,
+    }
+
+
+def _weight_bytes(options: Options, facts: EngineFacts, samples: list[Decoded]) -> float:
+    """Weights that a token reads: the dense ones and its step's experts, shared by the streams."""
+    union = median(sample.union for sample in samples) or facts.top_k
+    return (facts.dense_read + union * facts.layers * facts.record) / options.engine.streams
 
 
 def _against(run: _Run) -> dict[str, Any]:
@@ -152,13 +183,15 @@ def _title(options: Options, facts: EngineFacts) -> str:
     )
 
 
-def _row(line: Runner[Decoded]) -> list[str]:
+def _row(options: Options, facts: EngineFacts, line: Runner[Decoded]) -> list[str]:
     if not line.samples:
         return [line.name, line.lost or "–", *["–"] * (len(HEADER) - 2)]
     samples = line.samples
     speed = median_interval([sample.tok_s for sample in samples])
     own = _ours(samples)
     is_engine = own["peak_bytes"] > 0
+    knows_union = is_engine or options.engine.streams == 1
+    read = speed.median * _weight_bytes(options, facts, samples) / 1e9 if knows_union else None
     figures = [
         percent(own["hit_ratio"]), percent(own["late_ratio"]), mebibytes(own["transferred_bytes_per_token"]),
         mebibytes(own["lru_transferred_bytes_per_token"]), number(1000 * own["stall_s_per_token"]),
@@ -166,7 +199,7 @@ def _row(line: Runner[Decoded]) -> list[str]:
     ]  # fmt: skip
     return [
         f"{line.name} (then {line.lost})" if line.lost else line.name,
-        number(speed.median), spread(speed.low, speed.high), number(1000 / speed.median),
+        number(speed.median), spread(speed.low, speed.high), number(1000 / speed.median), number(read),
         *(figures if is_engine else ["–"] * len(figures)), mebibytes(own["process_peak_bytes"]),
     ]  # fmt: skip
 
@@ -176,6 +209,11 @@ def _notes(run: _Run, values: dict[str, Any]) -> list[str]:
     if run.disk:
         kind = "direct" if run.disk[0].direct else "through the page cache"
         notes.append(f"disk {values['disk_bytes_per_s'] / 1e9:.2f} GB/s ({kind}, {run.disk[0].threads} threads)")
+    if "memory_share" in values:
+        notes.append(
+            f"memory {values['memory_bytes_per_s'] / 1e9:.1f} GB/s; {mebibytes(values['weight_bytes_per_token'])} of "
+            f"weights a token: at most {values['memory_bound_tok_s']:.2f} tok/s ({values['memory_share']:.1%} reached)"
+        )
     if "bound_tok_s" in values:
         notes.append(
             f"bound {values['bound_tok_s']:.2f} tok/s ({values['bound_share']:.1%} reached), "

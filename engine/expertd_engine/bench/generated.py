@@ -15,9 +15,6 @@ from expertd_engine.bench.routing import Ids, Routing, RoutingShape
 from expertd_engine.experts.events import ExpertId, Hint
 from expertd_engine.experts.lookahead import Exactness, Lookahead
 
-SWEEP = -1
-"""Number of the stream whose tokens use all experts of every layer in turn: for loading them all."""
-
 _BLOCK_TOKENS = 256
 
 
@@ -59,7 +56,7 @@ class GeneratedRoutes:
         self.shape: RoutingShape = routing.shape
         self._streams = [_Stream(routing, channel, number, streams) for number in range(streams)]
         self._rows: list[tuple[int, int, int]] = []
-        """Stream, first and last + 1 token, in the order of rows; sweeps left out."""
+        """Stream, first and last + 1 token, in the order of rows."""
         self._routes = np.empty((0, self.shape.layers, self.shape.top_k), np.int64)
 
     def reserve(self, tokens: int) -> None:
@@ -72,9 +69,6 @@ class GeneratedRoutes:
         self._rows = []
         parts = []
         for number, count in rows:
-            if number == SWEEP:
-                parts.append(_sweep(self.shape, count))
-                continue
             stream = self._streams[number]
             start, stream.position = stream.position, stream.position + count
             self._rows.append((number, start, stream.position))
@@ -165,12 +159,6 @@ class Recorder:
         """
         every = range(self._shape.experts) if self._shape.top_k == self._shape.experts else ()
         return [self._asked.get(layer, every) for layer in range(self._shape.layers)]
-
-
-def _sweep(shape: RoutingShape, tokens: int) -> Ids:
-    """Every expert once before any a second time, the same in all layers."""
-    chosen = np.arange(tokens * shape.top_k).reshape(tokens, 1, shape.top_k) % shape.experts
-    return np.repeat(np.sort(chosen, axis=-1), shape.layers, axis=1)
 
 
 def _between(blocks: Sequence[Ids], start: int, stop: int) -> Ids:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.experts.store import ExpertStore
+from expertd_engine.experts.store import ExpertStore, RecordFile
 from expertd_engine.experts.store_format import TensorSpec, tensor_bytes
 from expertd_engine.families import Model, build_meta_model, find_experts, load_config
 from expertd_engine.kernels.formats import QUANTISED, Floats, dequantise
@@ -29,11 +29,13 @@ def load_meant(store: ExpertStore, change: Change | None = None) -> Model:
     format would quantise.
     """
     model = build_meta_model(load_config(store.path), torch.float32)
-    weights = _dense(store, plan_quantised(model, "int8").keys(), change or _same)
-    for layer, (name, module) in enumerate(find_experts(model)):
-        records = [_record(store, ExpertId(layer, e), change or _same) for e in range(_num_experts(store, layer))]
-        for own, _ in module.named_parameters():
-            weights[f"{name}.{own}"] = torch.stack([as_parameter(module, own, record) for record in records])
+    weights = _dense(store, set(plan_quantised(model, "int8")), change or _same)
+    with store.open_records() as file:
+        for layer, (name, module) in enumerate(find_experts(model)):
+            ids = [ExpertId(layer, expert) for expert in range(store.index.layers[layer].num_experts)]
+            records = [_record(store, file, expert, change or _same) for expert in ids]
+            for own, _ in module.named_parameters():
+                weights[f"{name}.{own}"] = torch.stack([as_parameter(module, own, record) for record in records])
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model.requires_grad_(False)
@@ -61,14 +63,9 @@ def _same(weights: Floats) -> Floats:
     return weights
 
 
-def _num_experts(store: ExpertStore, layer: int) -> int:
-    return store.index.layers[layer].num_experts
-
-
-def _record(store: ExpertStore, expert: ExpertId, change: Change) -> dict[str, torch.Tensor]:
+def _record(store: ExpertStore, file: RecordFile, expert: ExpertId, change: Change) -> dict[str, torch.Tensor]:
     buffer = memoryview(mmap.mmap(-1, store.index.record_bytes(expert.layer)))
-    with store.open_records() as records:
-        records.read_record(expert, buffer)
+    file.read_record(expert, buffer)
     tensors = {}
     for spec in store.index.layouts[store.index.layers[expert.layer].layout].tensors:
         values = stored_values(buffer[spec.offset : spec.offset + tensor_bytes(spec.dtype, spec.shape)], spec)
@@ -76,7 +73,7 @@ def _record(store: ExpertStore, expert: ExpertId, change: Change) -> dict[str, t
     return tensors
 
 
-def _dense(store: ExpertStore, matrices: Mapping[str, object] | set[str], change: Change) -> dict[str, torch.Tensor]:
+def _dense(store: ExpertStore, matrices: set[str], change: Change) -> dict[str, torch.Tensor]:
     tensors, _ = read_dense(store)
     for name, form in store.index.quantised.items():
         rows, cols = form.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from expertd_engine.bench.channel import make_channel
 from expertd_engine.bench.contender import Contender
 from expertd_engine.bench.gguf_model import peer_file, write_gguf
 from expertd_engine.bench.protocol import EngineSpec, PeerSpec
+from expertd_engine.bench.routing import make_routing, shape_of
 from expertd_engine.config import parse_size
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.store import ExpertStore
@@ -40,13 +42,18 @@ class Options:
     tokens: int
     warm: int
     peer: str | None
-    versus: str | None
+    versus: EngineSpec | None
     cgroup: bool
     timeout_s: float
 
     @property
     def store(self) -> ExpertStore:
         return ExpertStore.open(Path(self.engine.store))
+
+    @property
+    def threads(self) -> int:
+        """That compute."""
+        return self.engine.threads or len(os.sched_getaffinity(0))
 
     @property
     def limit_bytes(self) -> int | None:
@@ -70,9 +77,7 @@ class Options:
         """The engine with what `--versus` changes, limited alike."""
         if self.versus is None:
             return None
-        changes = dict(_change(part) for part in self.versus.split(","))
-        changed = msgspec.structs.replace(self.engine, **changes)
-        return Contender(changed, limit_bytes=self.limit_bytes, timeout_s=self.timeout_s)
+        return Contender(self.versus, limit_bytes=self.limit_bytes, timeout_s=self.timeout_s)
 
     def peer_contender(self) -> Contender | None:
         """llama.cpp on the store's GGUF twin, which is written first where it is not there; limited alike."""
@@ -81,9 +86,24 @@ class Options:
         path = peer_file(self.store)
         if not path.is_file():
             write_gguf(self.store, path)
+        if self.cgroup:
+            _forget_pages(path)
         engine = self.engine
         spec = PeerSpec(str(path), engine.streams, engine.threads, engine.max_model_len, engine.seed)
         return Contender(spec, limit_bytes=self.limit_bytes, timeout_s=self.timeout_s)
+
+
+def _check(spec: EngineSpec) -> None:
+    """Raise UsageError for routes or hints that the engine would refuse once it has started."""
+    routing = make_routing(spec.routing, shape_of(ExpertStore.open(Path(spec.store)).index), spec.seed)
+    if make_channel(spec.hints) is not None and routing is None:
+        raise UsageError(f"hints {spec.hints!r} need generated routes: give --routing other than model")
+
+
+def _changed(spec: EngineSpec, changes: str | None) -> EngineSpec | None:
+    if changes is None:
+        return None
+    return msgspec.structs.replace(spec, **dict(_change(part) for part in changes.split(",")))
 
 
 def _change(part: str) -> tuple[str, Any]:
@@ -97,12 +117,17 @@ def _change(part: str) -> tuple[str, Any]:
         raise UsageError(f"--versus {part!r} is not allowed: {error}") from None
 
 
+def _forget_pages(path: Path) -> None:
+    """Have the file's page cache dropped: what another group has paid for would be the peer's for nothing."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def read_options(arguments: argparse.Namespace, store: Path) -> Options:
     """The command line as a value. Raises UsageError for what does not go together."""
     if arguments.expert_budget and arguments.memory_budget:
         raise UsageError("give --expert-budget or --memory-budget, not both: each decides how many experts fit")
-    if make_channel(arguments.hints) is not None and arguments.routing == "model":
-        raise UsageError(f"hints {arguments.hints!r} need generated routes: give --routing other than model")
     engine = EngineSpec(
         store=str(store),
         expert_budget=arguments.expert_budget,
@@ -118,6 +143,9 @@ def read_options(arguments: argparse.Namespace, store: Path) -> Options:
         max_model_len=_context(arguments),
         seed=arguments.seed,
     )
+    versus = _changed(engine, arguments.versus)
+    for one in (engine, versus or engine):
+        _check(one)
     return Options(
         engine=engine,
         pairs=arguments.pairs,
@@ -125,7 +153,7 @@ def read_options(arguments: argparse.Namespace, store: Path) -> Options:
         tokens=arguments.tokens,
         warm=arguments.warm,
         peer=arguments.peer,
-        versus=arguments.versus,
+        versus=versus,
         cgroup=arguments.cgroup,
         timeout_s=arguments.timeout,
     )

@@ -1,8 +1,9 @@
 """`expertd bench perplexity`: what a model's quantised formats cost, on text that it was not tuned to.
 
-Each format is measured twice: its weights alone, in float32 under plain transformers, and as it is served, by our engine
-with its kernels and rounded activations. Ratios are to the float32 store under plain transformers, token by token on
-the same text; intervals come from resampling whole windows. llama.cpp's own quantisers of the same weights stand beside.
+Each format is measured twice: its weights alone, in float32 under plain transformers, and as it is served, by our
+engine with its kernels and rounded activations. Ratios are to the float32 store under plain transformers, token by
+token on the same text; intervals come from resampling whole windows. llama.cpp's own quantisers of the same weights
+stand beside.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import math
 import os
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TypeAlias
@@ -24,6 +26,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from expertd_engine.bench.meant import Change, load_meant
+from expertd_engine.bench.report import finish
 from expertd_engine.config import Config, parse_size
 from expertd_engine.console import Progress, silent
 from expertd_engine.errors import EngineError, UsageError
@@ -35,11 +38,13 @@ from expertd_engine.startup import Engine, start_engine
 
 WINDOW_TOKENS = 512
 """Predictions of one window; the model sees nothing before it."""
-PEERS = ("Q8_0", "Q4_1", "Q4_0")
-"""llama.cpp's formats of the same kinds, by its own reference quantisers (package `gguf`)."""
+PEERS = ("Q4_0",)
+"""llama.cpp's formats to compare with, by its own reference quantisers (package `gguf`)."""
 
-_STDLIB = ("argparse", "asyncio/events", "collections/__init__", "decimal", "email/message", "logging/__init__",
-           "pathlib", "random", "socketserver", "statistics", "subprocess", "tempfile", "threading", "zipfile")  # fmt: skip
+_STDLIB = (
+    "argparse", "asyncio/events", "collections/__init__", "email/message", "logging/__init__", "random",
+    "socketserver", "statistics", "subprocess", "tempfile", "threading", "zipfile", "_pydecimal", "turtle",
+)  # fmt: skip
 _RESAMPLES = 4000
 
 Losses: TypeAlias = NDArray[np.float64]
@@ -54,36 +59,42 @@ class Ratio:
     low: float
     high: float
 
-    def as_json(self) -> dict[str, float]:
-        return {"ratio": self.value, "low": self.low, "high": self.high}
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """`perplexity` and `tokens` are the base's; a ratio's name is the format and how it was run."""
+
+    perplexity: float
+    tokens: int
+    ratios: Mapping[str, Ratio]
 
 
 def measure(
-    model: str = "demo",
-    cache_dir: Path = Config().cache_dir,
+    model: str,
+    cache_dir: Path,
     formats: Sequence[str] = QUANTISED,
     *,
     windows: int = 40,
     peers: Sequence[str] = PEERS,
     progress: Progress = silent,
-) -> dict[str, object]:
+) -> Measured:
     """Perplexity of `model` in float32, and of its formats (of experts and dense weights alike) over that.
 
-    What is not yet prepared is prepared. The result is plain JSON; `table` makes lines of it. Raises UsageError for more
-    windows than there is text.
+    What is not yet prepared is prepared. Raises UsageError for more windows than there is text.
     """
     stores = {name: ExpertStore.open(resolve(model, cache_dir, name)) for name in ("float32", *formats)}
     base = stores.pop("float32")
     text = held_out(Tokenizer.from_file(str(base.path / "tokenizer.json")), windows)
-    work: dict[str, Callable[[], Losses]] = {"float32": lambda: losses_of_weights(base, text)}
-    work |= {f"{name} weights": lambda store=store: losses_of_weights(store, text) for name, store in stores.items()}
-    work |= {f"{name} served": lambda store=store: losses_served(store, text) for name, store in stores.items()}
-    work |= {f"{peer} weights": lambda peer=peer: losses_of_weights(base, text, _peer(peer)) for peer in peers}
+    work: dict[str, Callable[[], Losses]] = {"float32": partial(losses_of_weights, base, text)}
+    work |= {f"{name} weights": partial(losses_of_weights, store, text) for name, store in stores.items()}
+    work |= {f"{peer} weights": partial(losses_of_weights, base, text, _peer(peer)) for peer in peers}
+    work |= {f"{name} served": partial(losses_served, store, text) for name, store in stores.items()}
     losses: dict[str, Losses] = {}
     for done, (name, run) in enumerate(work.items()):
         progress(f"perplexity of {name}", done / len(work))
         losses[name] = run()
-    return _report(losses)
+    base_losses = losses["float32"]
+    return Measured(math.exp(base_losses.mean()), base_losses.size, _ratios(losses))
 
 
 def held_out(tokenizer: Tokenizer, windows: int) -> list[list[int]]:
@@ -140,29 +151,34 @@ def compare(base: Losses, other: Losses) -> Ratio:
     return Ratio(math.exp(differences.mean()), math.exp(low), math.exp(high))
 
 
-def table(report: Mapping[str, object]) -> list[str]:
-    """A report of `measure` as lines of Markdown."""
-    ratios = report["ratios"]
-    assert isinstance(ratios, dict)
-    lines = [
-        f"float32: perplexity {report['perplexity']:.4f} over {report['tokens']} tokens",
-        "",
-        "| | × perplexity | 95 % |",
-        "| --- | --- | --- |",
-    ]
-    return lines + [f"| {name} | {r['ratio']:.4f} | {r['low']:.4f} to {r['high']:.4f} |" for name, r in ratios.items()]
+def perplexity(
+    model: str,
+    cache_dir: Path,
+    formats: Sequence[str] = QUANTISED,
+    *,
+    windows: int = 40,
+    progress: Progress = silent,
+) -> str:
+    """`measure` as a report: a table, then one JSON object on the last line."""
+    measured = measure(model, cache_dir, formats, windows=windows, progress=progress)
+    rows = [[name, f"{one.value:.4f}", f"{one.low:.4f}–{one.high:.4f}"] for name, one in measured.ratios.items()]
+    title = f"perplexity: {model}, {measured.tokens} tokens in windows of {WINDOW_TOKENS}"
+    values = {
+        "perplexity": measured.perplexity,
+        "tokens": measured.tokens,
+        "ratios": {name: asdict(one) for name, one in measured.ratios.items()},
+        "device": "cpu",
+    }
+    notes = [f"float32 under plain transformers: {measured.perplexity:.4f}", ""]
+    return finish(title, ["", "× perplexity", "95 %"], rows, notes, values)
 
 
-def _report(losses: Mapping[str, Losses]) -> dict[str, object]:
+def _ratios(losses: Mapping[str, Losses]) -> dict[str, Ratio]:
     base = losses["float32"]
     ratios = {name: compare(base, other) for name, other in losses.items() if name != "float32"}
     if {"int4s weights", "Q4_0 weights"} <= losses.keys():
         ratios["int4s weights over Q4_0"] = compare(losses["Q4_0 weights"], losses["int4s weights"])
-    return {
-        "perplexity": math.exp(base.mean()),
-        "tokens": base.size,
-        "ratios": {name: ratio.as_json() for name, ratio in ratios.items()},
-    }
+    return ratios
 
 
 def _score(engine: Engine, sequence_id: int, window: Sequence[int]) -> Losses:

@@ -78,6 +78,9 @@ class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     experts_total: int
     expert_budget: int
+    record: int
+    dense_read: int
+    """Dense weights that every step reads: all but a table of embeddings that is nothing else."""
     experts_format: str
     dense_format: str
     layers: int

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertd_engine.errors import UsageError
+from expertd_engine.experts.store_format import StoreIndex
 
 Ids: TypeAlias = NDArray[np.int64]
 PARAMETERS = Path(__file__).with_name("routing.json")
@@ -40,6 +41,11 @@ class RoutingShape:
     def __post_init__(self) -> None:
         if not (self.layers >= 1 and 1 <= self.top_k <= self.experts):
             raise ValueError(f"no routes for {self}: need a layer, and top_k between 1 and experts")
+
+
+def shape_of(index: StoreIndex) -> RoutingShape:
+    """What routes for a store's model look like."""
+    return RoutingShape(len(index.layers), max(layer.num_experts for layer in index.layers), index.top_k)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ streams decode.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import torch
 
 from expertd_engine.bench.channel import Channel, make_channel
 from expertd_engine.bench.disk import read_bandwidth
-from expertd_engine.bench.generated import SWEEP, ChannelLookahead, GeneratedRoutes, Recorder
+from expertd_engine.bench.generated import ChannelLookahead, GeneratedRoutes, Recorder
 from expertd_engine.bench.protocol import (
     Decoded,
     DecodeRequest,
@@ -28,10 +29,10 @@ from expertd_engine.bench.protocol import (
     PrefillRequest,
 )
 from expertd_engine.bench.replay import LRUReplay
-from expertd_engine.bench.routing import RoutingShape, make_routing
+from expertd_engine.bench.routing import RoutingShape, make_routing, shape_of
 from expertd_engine.config import Config, Policy, parse_size
 from expertd_engine.core import Forward, StepResult
-from expertd_engine.errors import EngineError, UsageError
+from expertd_engine.errors import EngineError
 from expertd_engine.experts.lookahead import NoLookahead
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.kernels import library
@@ -41,18 +42,15 @@ from expertd_engine.request import ExpertCounts
 from expertd_engine.scheduler import StepPlan
 from expertd_engine.startup import start_engine
 
-_PRELOAD_TURNS = 8
-_PRELOAD_TOKENS = 256
-
 
 class EngineSession:
     """One engine, its generated routes, and the LRU cache that is its yardstick."""
 
     def __init__(self, spec: EngineSpec) -> None:
-        """Starts the engine. Raises what `start_engine` raises, and UsageError for hints without generated routes."""
+        """Starts the engine. Raises what `start_engine` raises."""
         self._spec = spec
         self._store = ExpertStore.open(Path(spec.store))
-        self._shape = shape_of(self._store)
+        self._shape = shape_of(self._store.index)
         self._routes, channel = _generated(spec, self._shape)
         foresight = ChannelLookahead(self._routes, channel) if self._routes and channel else NoLookahead()
         self._recorder = Recorder(foresight, self._shape)
@@ -88,6 +86,8 @@ class EngineSession:
         return EngineFacts(
             experts_total=index.expert_bytes_total(),
             expert_budget=self._engine.cache.ledger.budget_bytes,
+            record=index.record_bytes(0),
+            dense_read=_dense_read_bytes(self._store),
             experts_format=index.experts_format,
             dense_format=index.dense_format,
             layers=self._shape.layers,
@@ -224,23 +224,28 @@ class EngineSession:
             core.step(time.perf_counter())
 
     def _load_all(self) -> None:
-        """Where the budget holds every expert, see that every one is there."""
-        ledger = self._engine.cache.ledger
-        total = self._store.index.expert_bytes_total()
-        turns = 0
-        while ledger.budget_bytes >= total > ledger.resident_bytes:
-            if turns == _PRELOAD_TURNS:
-                raise EngineError(f"{total - ledger.resident_bytes} bytes of experts are never used: no resident run")
-            tokens = -(-self._shape.experts // self._shape.top_k) if self._routes else _PRELOAD_TOKENS
-            self._step_until([self._submit(tokens, 1, SWEEP)], 1)
-            self._end([])
-            turns += 1
+        """Where the budget holds every expert, see that every one is there: as a step would that uses them all."""
+        cache, total = self._engine.cache, self._store.index.expert_bytes_total()
+        if not cache.ledger.budget_bytes >= total > cache.ledger.resident_bytes:
+            return
+        cache.begin_step([])
+        for layer, entry in enumerate(self._store.index.layers):
+            left = entry.num_experts
+            with cache.lease(layer, range(entry.num_experts)) as leases:
+                while left:
+                    taken = leases.take()
+                    leases.release([index for index, _ in taken])
+                    left -= len(taken)
+        cache.end_step()
 
 
-def shape_of(store: ExpertStore) -> RoutingShape:
-    """What routes for a store's model look like."""
-    index = store.index
-    return RoutingShape(len(index.layers), max(layer.num_experts for layer in index.layers), index.top_k)
+def _dense_read_bytes(store: ExpertStore) -> int:
+    with store.dense_path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    is_tied = not any("lm_head" in name for name in header)
+    read = [entry["data_offsets"] for name, entry in header.items() if is_tied or "embed_tokens" not in name]
+    return sum(end - begin for begin, end in read)
 
 
 def _kernels() -> str:
@@ -251,8 +256,6 @@ def _kernels() -> str:
 def _generated(spec: EngineSpec, shape: RoutingShape) -> tuple[GeneratedRoutes | None, Channel | None]:
     routing, channel = make_routing(spec.routing, shape, spec.seed), make_channel(spec.hints)
     if routing is None:
-        if channel is not None:
-            raise UsageError(f"hints {spec.hints!r} need generated routes: give --routing other than model")
         return None, None
     return GeneratedRoutes(routing, channel, spec.streams + 1), channel
 

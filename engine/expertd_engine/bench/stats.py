@@ -6,12 +6,13 @@ over pairs: resampling whole pairs keeps what they share.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-RESAMPLES = 4000
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     if not values or not 0 <= share <= 1:
         raise ValueError(f"no percentile {share} of {len(values)} values")
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered) + 0.5) - 1))]
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def order_of(contenders: int, pair: int) -> list[int]:

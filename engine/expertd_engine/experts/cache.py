@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 from expertd_engine.errors import ExpertdError
 from expertd_engine.experts.accounting import Stalls
@@ -48,13 +49,25 @@ class ExpertUnavailableError(ExpertdError):
 
 
 @dataclass(slots=True)
-class _Lease:
+class Lease:
+    """One expert in a slot, from when it is granted to when it is released or aborted."""
+
     lease_id: int
     index: int
     """Place among the experts that the layer asked for."""
     expert: ExpertId
-    layer: LayerLeases
+    holder: Holder
     slot: int = -1
+
+
+class Holder(Protocol):
+    """Who asks for leases, and is told what becomes of them."""
+
+    granted: list[Lease]
+
+    def denied(self, lease: Lease, reason: str) -> None:
+        """The ledger has ended the lease."""
+        ...
 
 
 class LayerLeases:
@@ -76,10 +89,10 @@ class LayerLeases:
         self._pairs = pairs
         self._scanned = scanned
         self._hints = hints
-        self._open: dict[int, _Lease] = {}
+        self._open: dict[int, Lease] = {}
         """By index."""
         self._asked = 0
-        self.granted: list[_Lease] = []
+        self.granted: list[Lease] = []
         """Not yet taken."""
         self.failure: ExpertUnavailableError | None = None
 
@@ -114,7 +127,7 @@ class LayerLeases:
         self._cache.forget(ended)
         self._cache.handle([*map(Release, ended), *self._demands()])
 
-    def denied(self, lease: _Lease, reason: str) -> None:
+    def denied(self, lease: Lease, reason: str) -> None:
         """The ledger has ended the lease."""
         del self._open[lease.index]
         layer, expert = lease.expert
@@ -126,7 +139,7 @@ class LayerLeases:
         for index in range(self._asked, stop):
             expert = self._experts[index]
             demand = self._cache.demand(expert, scan=expert.expert in self._scanned, pairs=self._pairs[index])
-            lease = self._open[index] = _Lease(demand.lease_id, index, expert, self)
+            lease = self._open[index] = Lease(demand.lease_id, index, expert, self)
             self._cache.remember(lease)
             events.append(demand)
             self._asked += 1
@@ -149,15 +162,17 @@ class ExpertCache:
         self.transfers = transfers
         self.lookahead = lookahead
         self.stalls = Stalls()
-        self.pulse: Callable[[], None] = _no_pulse
+        self.pulse: Callable[[], None] = _nobody
         """Called once each layer has asked: a step that loads many experts can take minutes, and says so by this."""
+        self.resized: Callable[[], None] = _nobody
+        """Called when the budget has changed: who holds leases between steps must fit into it."""
         self._slab = slab
         self._record_bytes = record_bytes
         self._experts_per_layer = max(ledger.experts_per_layer)
         self._period = len(record_bytes) * self._experts_per_layer
         self._step = 0
         self._next_lease = 0
-        self._leases: dict[int, _Lease] = {}
+        self._leases: dict[int, Lease] = {}
         self._began = ExpertCounts()
 
     # ------------------------------------------------------------ steps
@@ -191,6 +206,7 @@ class ExpertCache:
     def set_budget(self, budget_bytes: int) -> None:
         """Change the expert budget. Raises BudgetError below the minimum; then nothing changes."""
         self.handle([SetBudget(budget_bytes)])
+        self.resized()
 
     def pump(self) -> None:
         """Take in all completions at hand, without waiting."""
@@ -224,14 +240,14 @@ class ExpertCache:
         next_use = self.lookahead.next_use(expert, position)
         return Demand(self._next_lease, expert, position, next_use, scan, pairs)
 
-    def remember(self, lease: _Lease) -> None:
+    def remember(self, lease: Lease) -> None:
         self._leases[lease.lease_id] = lease
 
     def forget(self, lease_ids: Iterable[int]) -> None:
         for lease_id in lease_ids:
             del self._leases[lease_id]
 
-    def abort(self, leases: Iterable[_Lease]) -> None:
+    def abort(self, leases: Iterable[Lease]) -> None:
         """End leases in whatever state they are."""
         ended = tuple(lease.lease_id for lease in leases)
         self.forget(ended)
@@ -247,7 +263,7 @@ class ExpertCache:
             case Granted(lease_id, _, slot):
                 lease = self._leases[lease_id]
                 lease.slot = slot
-                lease.layer.granted.append(lease)
+                lease.holder.granted.append(lease)
             case Load(_, expert, slot, _):
                 self.transfers.submit(instruction, self._slab.view(slot, self._record_bytes[expert.layer]))
             case Drop(slot, keep_bytes):
@@ -258,7 +274,7 @@ class ExpertCache:
                 self.transfers.cancel(load_id)
             case Denied(lease_id, _, reason):
                 lease = self._leases.pop(lease_id)
-                lease.layer.denied(lease, reason)
+                lease.holder.denied(lease, reason)
 
     def _totals(self) -> ExpertCounts:
         counters = self.ledger.counters
@@ -271,5 +287,5 @@ class ExpertCache:
         )
 
 
-def _no_pulse() -> None:
+def _nobody() -> None:
     return None

@@ -41,7 +41,7 @@ class Demand(msgspec.Struct, frozen=True, gc=False):
 
     Counts one lookup. `position` is this use; `next_use` the next known one after it (None: unknown). `scan` marks a
     use by prompt tokens alone, which must not flush the decode working set (law 5). `pairs` is how many (token, choice)
-    pairs the use serves.
+    pairs the use serves; 0 is no use: virtual mode wants the expert held, nothing is looked up and recency stays.
     """
 
     lease_id: int

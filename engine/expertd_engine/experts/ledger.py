@@ -192,9 +192,12 @@ class Ledger:
         self._leases[event.lease_id] = record
         record.leases[event.lease_id] = None
         self._residency.story.tell(record.expert, "demanded by lease", event.lease_id)
-        foreseen = record.facts.next_use is not None and record.facts.next_use <= event.position
-        self._foresight.use(record, event)
-        self._count_lookup(record, event.pairs, foreseen)
+        if event.pairs:
+            foreseen = record.facts.next_use is not None and record.facts.next_use <= event.position
+            self._foresight.use(record, event)
+            self._count_lookup(record, event.pairs, foreseen)
+        elif record.place in (State.RESIDENT, State.LOADING):
+            self._residency.settle_prefetch(record, "used" if record.place is State.RESIDENT else "late")
         if record.queued:
             return
         if self._must_queue(record):

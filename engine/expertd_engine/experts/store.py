@@ -25,6 +25,7 @@ import msgspec
 from expertd_engine.console import Progress, silent
 from expertd_engine.errors import StoreError
 from expertd_engine.experts.events import ExpertId
+from expertd_engine.experts.soundness import problem_of
 from expertd_engine.experts.store_format import (
     ALIGNMENT,
     DENSE_NAME,
@@ -244,6 +245,9 @@ def _read_index(path: Path) -> StoreIndex:
         )
     if identify(index) != index.store_id:
         raise StoreError(f"store {path}: {INDEX_NAME} was changed after it was written: its store_id does not match")
+    problem = problem_of(index)
+    if problem is not None:
+        raise StoreError(f"store {path}: {INDEX_NAME} makes no sense: {problem}")
     return index
 
 

@@ -71,7 +71,7 @@ class RecordLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors: list[TensorSpec]
 
 
-class LayerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LayerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One MoE layer. Record of expert e: bytes `[offset + e × layout.bytes, + layout.bytes)` of experts.bin."""
 
     module: str
@@ -82,6 +82,9 @@ class LayerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offset: int
     crc32: list[int]
     """Checksum of each record, padding included."""
+    norms: list[float] | None = None
+    """Frobenius norm of each expert's matrices together, before quantisation: what virtual mode weighs them by. None in
+    stores made without."""
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -107,6 +107,19 @@ class ExpertKernel(Protocol):
         ...
 
 
+class Reroute(Protocol):
+    """Puts other experts in the place of those that the model's router chose: virtual mode."""
+
+    logits: torch.Tensor | None
+    """Router logits `[T, E]` of the layer about to compute, where the step's path has them."""
+
+    def route(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts and weights `[T, K]` for `hidden` `[T, H]`, from the router's own."""
+        ...
+
+
 class StepRoutes:
     """What the layers of the running step share: how many rows are real, and where experts come from."""
 
@@ -117,12 +130,15 @@ class StepRoutes:
         *,
         decode_rows: Sequence[int] | None = None,
         routes: RouteSource | None = None,
+        reroute: Reroute | None = None,
     ) -> None:
         self.num_rows = num_rows
         """Rows of the batch; what lies beyond is padding and reaches no expert."""
         self.source = source
         self.routes = routes
         """Chooses experts in the router's place, for measurements on generated routes."""
+        self.reroute = reroute
+        """None: the router's own choices stand."""
         self._decode_rows = None if decode_rows is None else np.array(decode_rows, np.int64)
         """Rows of decoding sequences; None: all are."""
 
@@ -157,6 +173,8 @@ class MoELayer:
         """Add the weighted sums to `out` (float32 `[T, H]`). Every row of `hidden` is real."""
         step = self.step
         assert step is not None, "a layer ran outside a step"
+        if step.reroute is not None:
+            top_k_index, top_k_weights = step.reroute.route(self.layer, hidden, top_k_index, top_k_weights)
         chosen: NDArray[np.int64] = top_k_index.numpy()
         if step.routes is not None:
             chosen = step.routes.route(self.layer, len(chosen))

@@ -154,6 +154,8 @@ class NativeModel:
         for index, layer in enumerate(self._layers):
             self.run_layer(index, previous, memory)
             if layer.moe is not None:
+                if routes.reroute is not None:
+                    routes.reroute.logits = memory.activations.routes[index][0]
                 self._experts(index, layers[layer.moe].compute, memory)
             previous = layer
         self.finish(len(self._layers) - 1, memory)

@@ -15,10 +15,11 @@ from expertd_engine.kernels.library import KernelError
 from expertd_engine.messages import TokenLogprob
 from expertd_engine.model.attention import Attend, AttentionBatch, KVStorage, Span
 from expertd_engine.model.loader import LoadedModel
-from expertd_engine.model.moe import MoELayer, RouteSource, StepRoutes
+from expertd_engine.model.moe import MoELayer, Reroute, RouteSource, StepRoutes
 from expertd_engine.model.numerics import ROW_MULTIPLE, InvariantSigmoids
 from expertd_engine.model.sampler import NoTokenLeft, SampleRow, sample, token_logprob
-from expertd_engine.request import ConstraintFailed
+from expertd_engine.model.virtual_routing import VirtualRouting
+from expertd_engine.request import ConstraintFailed, Substitutions
 from expertd_engine.request import Sequence as EngineSequence
 from expertd_engine.scheduler import Chunk, StepPlan
 
@@ -102,7 +103,10 @@ class Runner:
         storage: KVStorage,
         cache: ExpertCache,
         routes: RouteSource | None = None,
+        virtual: VirtualRouting | None = None,
     ) -> None:
+        """`virtual`: None where the model has no virtual mode."""
+        self.virtual = virtual
         self._model = model
         self._layers = layers
         self._storage = storage
@@ -113,9 +117,11 @@ class Runner:
         began = time.perf_counter()
         token_ids = [t for chunk in plan.chunks for t in chunk.sequence.tokens(chunk.start, chunk.stop)]
         routes = StepRoutes(len(token_ids), self._cache, decode_rows=_decode_rows(plan), routes=self._routes)
-        self._cache.begin_step(token_ids)
+        # What a model foresees are its own experts: virtual mode does without those.
+        self._cache.begin_step(token_ids if plan.mode == "exact" else ())
         failure: StepFailed | None = None
         try:
+            routes.reroute = self._begin_mode(plan)
             logits = self._logits(plan, routes, token_ids)
             sampled, prompt_logprobs = _read_out(plan, logits)
         except StepFailed as error:
@@ -125,10 +131,35 @@ class Runner:
                 raise
             failure = StepFailed((), str(error) or "the box has no memory left for this step")
             failure.__cause__ = error
+        substitutions = self._end_mode(plan, routes.reroute)
         experts = self._cache.end_step()
         if failure is not None:
             raise failure
-        return StepResult(sampled, time.perf_counter() - began, prompt_logprobs, experts)
+        return StepResult(sampled, time.perf_counter() - began, prompt_logprobs, experts, substitutions)
+
+    def _begin_mode(self, plan: StepPlan) -> VirtualRouting | None:
+        """Who routes in the model's place; None in exact mode, and where the budget is too small for the other."""
+        if self.virtual is None or plan.mode == "exact":
+            return None
+        limits = [
+            chunk.sequence.sampling.max_substituted_mass for chunk in plan.chunks for _ in range(chunk.num_tokens)
+        ]
+        return self.virtual if self.virtual.begin_step(limits) else None
+
+    def _end_mode(self, plan: StepPlan, virtual: Reroute | None) -> dict[int, Substitutions]:
+        """What virtual mode did to each sequence."""
+        if self.virtual is None:
+            return {}
+        if plan.mode == "exact":
+            self.virtual.held.exact_step()
+        if virtual is None:
+            return {}
+        self.virtual.end_step(len(plan.chunks))
+        met, row = {}, 0
+        for chunk in plan.chunks:
+            met[chunk.sequence.sequence_id] = self.virtual.row_counts(row, row + chunk.num_tokens)
+            row += chunk.num_tokens
+        return met
 
     def _logits(self, plan: StepPlan, routes: StepRoutes, token_ids: list[int]) -> torch.Tensor:
         spans: list[Span] = []

@@ -81,7 +81,7 @@ def _fill(tensor: torch.Tensor, spec: TensorSpec, generator: torch.Generator) ->
 class Trial:
     """Runs trial steps on a loaded model; leaves nothing attached that serving would use."""
 
-    def __init__(self, loaded: LoadedModel, store: ExpertStore, block_tokens: int, max_model_len: int) -> None:
+    def __init__(self, loaded: LoadedModel, store: ExpertStore, block_tokens: int, max_positions: int) -> None:
         self._loaded = loaded
         self._stand_ins = StandIns(store)
         self._layers: list[MoELayer] = attach_experts(loaded, store, self._stand_ins.views)
@@ -94,7 +94,7 @@ class Trial:
         self.not_native: str | None = None
         """Why it is not the native path; None if it is."""
         try:
-            self.model = build_native(loaded, self.shapes, block_tokens, max_model_len)
+            self.model = build_native(loaded, self.shapes, block_tokens, max_positions)
         except NotMatched as reason:
             self.not_native = str(reason)
 

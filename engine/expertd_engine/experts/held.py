@@ -1,0 +1,137 @@
+"""The thin shell around virtual experts: long leases on what is held, inside the room that the budget leaves them.
+
+Owner: the engine thread. `virtual` decides, the residency ledger grants; a held expert is a leased one, so nothing can
+evict it, and whatever else wants experts has the rest of the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from expertd_engine.errors import BudgetError
+from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError, Lease
+from expertd_engine.experts.events import Demand, ExpertId, Release
+from expertd_engine.experts.ledger import State
+from expertd_engine.experts.virtual import Action, Hold, VirtualExperts, VirtualRoom
+
+IDLE_STEPS = 256
+"""Exact steps in a row after which held experts are given back."""
+
+
+class HeldExperts:
+    """Leases from `cache` what `sets` decides to hold."""
+
+    def __init__(self, cache: ExpertCache, sets: VirtualExperts, room: VirtualRoom) -> None:
+        self.sets = sets
+        self.room = room
+        self.granted: list[Lease] = []
+        """Not yet told to `sets`."""
+        self._denied: list[tuple[Lease, str]] = []
+        self._cache = cache
+        self._held: dict[ExpertId, Lease] = {}
+        self._idle_steps = 0
+        cache.resized = self.fit
+
+    # ------------------------------------------------------------ steps
+
+    def begin_step(self) -> bool:
+        """A virtual step begins. Waits until every layer holds enough for a token, as it does but when sets open.
+
+        False where the budget is too small for that now: the step has to be computed exactly. Raises
+        ExpertUnavailableError if not even so many experts can be loaded.
+        """
+        self._idle_steps = 0
+        if not self.sets.is_open:
+            self.fit(opening=True)
+        self.pump()
+        while self.sets.is_open and not self.sets.is_ready:
+            if self.sets.is_settled:
+                raise ExpertUnavailableError(f"virtual mode needs {self.sets.top_k} experts a layer: not as many load")
+            self._cache.wait()
+            self._take_in()
+        return self.sets.is_open
+
+    def end_step(self, tokens: float) -> None:
+        """The virtual step has ended; `tokens` as for `VirtualExperts.end_step`."""
+        if self.sets.is_open:
+            self._carry_out(self.sets.end_step(tokens))
+            self._take_in()
+
+    def exact_step(self) -> None:
+        """A step of the other mode has run: after many of them the sets go."""
+        self._idle_steps += 1
+        if self.sets.is_open:
+            self._take_in()
+            if self._idle_steps >= IDLE_STEPS:
+                self._carry_out(self.sets.stop())
+
+    def pump(self) -> None:
+        """Take in what has been loaded."""
+        self._cache.pump()
+        self._take_in()
+
+    def settle(self) -> None:
+        """Wait until nothing is on its way."""
+        self.pump()
+        while not self.sets.is_settled:
+            self._cache.wait()
+            self._take_in()
+
+    # ------------------------------------------------------------ the budget
+
+    def refusal(self) -> str | None:
+        """Why virtual mode cannot be had in the present budget."""
+        budget = self._cache.ledger.budget_bytes
+        if self.room.slots(budget) is not None:
+            return None
+        what = f"{self.sets.top_k} slots in each of {len(self.room.experts)} MoE layers and two to load through"
+        return str(BudgetError("expert budget for virtual mode", budget, self.room.minimum_bytes, what))
+
+    def fit(self, *, opening: bool = False) -> None:
+        """Make the sets as large as the budget lets them be, if there are any or they are `opening`."""
+        if not opening and not self.sets.is_open:
+            return
+        slots = self.room.slots(self._cache.ledger.budget_bytes)
+        if slots is None:
+            self._carry_out(self.sets.stop())
+        else:
+            self._carry_out(self.sets.resize(slots, self._at_hand()))
+        self._take_in()
+
+    def _at_hand(self) -> Sequence[ExpertId]:
+        ledger = self._cache.ledger
+        experts = (ExpertId(l, e) for l, count in enumerate(ledger.experts_per_layer) for e in range(count))
+        return [expert for expert in experts if ledger.state(expert) is State.RESIDENT]
+
+    # ------------------------------------------------------------ leases
+
+    def denied(self, lease: Lease, reason: str) -> None:
+        """The ledger has ended the lease, in the midst of what else it has to say."""
+        self._denied.append((lease, reason))
+
+    def _take_in(self) -> None:
+        """Tell `sets` of loads that have ended, and do what follows, until nothing does."""
+        while self.granted or self._denied:
+            granted, self.granted = self.granted, []
+            denied, self._denied = self._denied, []
+            actions: list[Action] = []
+            for lease in granted:
+                self._held[lease.expert] = lease
+                actions += self.sets.arrived(lease.expert)
+            for lease, _ in denied:
+                actions += self.sets.failed(lease.expert)
+            self._carry_out(actions)
+
+    def _carry_out(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Hold):
+                self._cache.handle([self._demand(action.expert)])
+            else:
+                lease = self._held.pop(action.expert)
+                self._cache.forget([lease.lease_id])
+                self._cache.handle([Release(lease.lease_id)])
+
+    def _demand(self, expert: ExpertId) -> Demand:
+        demand = self._cache.demand(expert, scan=False, pairs=0)
+        self._cache.remember(Lease(demand.lease_id, 0, expert, self))
+        return demand

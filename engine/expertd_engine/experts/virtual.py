@@ -1,0 +1,376 @@
+"""Virtual experts (SwapMoE, arXiv 2308.15030): which experts each layer holds for virtual mode, and which it swaps. Pure.
+
+Owner: the engine thread. Tokens of virtual steps are routed among the *held* experts of each layer. What the unmasked
+router would have sent to every expert is summed into a score over a sliding window, so an expert that is not held can
+come back; a swap brings in the best of those for the worst of the held. It is asynchronous: the victim serves until the
+newcomer's bytes are there. Three brakes keep it from thrashing: hysteresis, swaps a layer may begin in one step, and
+loads under way at once, which is the share of the reading threads that virtual mode may take.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from expertd_engine.errors import EngineError, ResourceError
+from expertd_engine.experts.events import ExpertId
+
+_BISECTIONS = 40
+_RESCALE = 2.0**200
+"""Where the growing unit of scores is divided out again, long before floats end."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwapLimits:
+    """How fast held sets may follow the text."""
+
+    half_life: float = 24.0
+    """Tokens of one sequence after which an observation counts half."""
+    hysteresis: float = 0.25
+    """A newcomer's score must be above the victim's by this share."""
+    per_step: int = 1
+    """Swaps that one layer may begin in one step; 0: the first sets stay for ever."""
+    in_flight: int = 1
+    """Loads under way at once in all layers, but for those without which no token could be computed."""
+
+    def __post_init__(self) -> None:
+        if not (self.half_life > 0 and self.hysteresis >= 0 and self.per_step >= 0 and self.in_flight >= 1):
+            raise ValueError(f"{self} is not allowed: half_life > 0, hysteresis and per_step ≥ 0, in_flight ≥ 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Bring the expert into memory and keep it there until `Release`; answered by `arrived` or `failed`."""
+
+    expert: ExpertId
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The expert may go; it is not among the held any more."""
+
+    expert: ExpertId
+
+
+Action = Hold | Release
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualRoom:
+    """How much of an expert budget held experts may take.
+
+    By MoE layer: `record_bytes`, `experts` (how many there are) and `wanted`, the slots of a plan, in whose proportion
+    room is given. `share` of the budget is theirs; exact steps load into the rest, and swaps pass through it.
+    """
+
+    record_bytes: Sequence[int]
+    experts: Sequence[int]
+    top_k: int
+    share: float
+    wanted: Sequence[int]
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The least expert budget for virtual mode: what a token needs in every layer, and two slots to load through."""
+        return self._bytes([self.top_k] * len(self.experts)) + 2 * max(self.record_bytes)
+
+    def slots(self, budget_bytes: int) -> list[int] | None:
+        """Slots of each layer in such a budget; None where it is too small."""
+        if budget_bytes >= self._bytes(self.experts):
+            return list(self.experts)
+        if budget_bytes < self.minimum_bytes:
+            return None
+        room = min(int(self.share * budget_bytes), budget_bytes - 2 * max(self.record_bytes))
+        low, high = 0.0, 1.0
+        if self._bytes(self._scaled(high)) <= room:
+            return self._scaled(high)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._bytes(self._scaled(middle)) <= room else (low, middle)
+        return self._scaled(low)
+
+    def _scaled(self, factor: float) -> list[int]:
+        pairs = zip(self.wanted, self.experts, strict=True)
+        return [min(max(int(factor * wanted), self.top_k), experts) for wanted, experts in pairs]
+
+    def _bytes(self, slots: Sequence[int]) -> int:
+        return sum(count * nbytes for count, nbytes in zip(slots, self.record_bytes, strict=True))
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One layer's sets: an expert is held, coming or outside. Best and worst are kept, not sought, at each token."""
+
+    prior: Sequence[float]
+    slots: int = 0
+    held: set[int] = field(default_factory=set)
+    coming: dict[int, int | None] = field(default_factory=dict)
+    """Newcomer → the held expert it replaces; None: it fills a free slot."""
+    scores: dict[int, float] = field(default_factory=dict)
+    unit: float = 1.0
+    """What an observation made now counts for: scores are never aged, the unit grows instead."""
+    observed: bool = False
+    """Since swaps were last chosen."""
+    barred: set[int] = field(default_factory=set)
+    """Could not be loaded, and have not been observed since: asking again at once would ask for ever."""
+    _best: int | None = None
+    _worst: int | None = None
+    _known: bool = False
+    """Whether `_best` and `_worst` are right."""
+
+    @property
+    def free(self) -> int:
+        return self.slots - len(self.held) - sum(victim is None for victim in self.coming.values())
+
+    def rank(self, expert: int) -> tuple[float, float]:
+        return self.scores.get(expert, 0.0), self.prior[expert]
+
+    def outside(self) -> list[int]:
+        inside = self.held.union(self.coming, self.barred)
+        return [expert for expert in range(len(self.prior)) if expert not in inside]
+
+    def victims(self) -> set[int]:
+        """Held, and not being replaced already."""
+        return self.held.difference(self.coming.values())
+
+    def add(self, expert: int, value: float) -> None:
+        """Observe one expert."""
+        score = self.scores[expert] = self.scores.get(expert, 0.0) + value * self.unit
+        if expert in self.barred:
+            self.barred.remove(expert)
+            self._known = False
+        if not self._known:
+            return
+        if expert == self._worst:
+            self._known = False
+        elif expert not in self.held and expert not in self.coming and self._best is not None:
+            if (score, self.prior[expert]) > self.rank(self._best):
+                self._best = expert
+
+    def changed(self) -> None:
+        """A set has changed."""
+        self._known = False
+
+    def best(self) -> int | None:
+        """Of the experts outside."""
+        self._seek()
+        return self._best
+
+    def worst(self) -> int | None:
+        """Of the victims."""
+        self._seek()
+        return self._worst
+
+    def gain(self) -> float:
+        """What a swap would win, in observations made now."""
+        best, worst = self.best(), self.worst()
+        if best is None or worst is None:
+            return 0.0
+        return (self.scores.get(best, 0.0) - self.scores.get(worst, 0.0)) / self.unit
+
+    def _seek(self) -> None:
+        if not self._known:
+            self._best = max(self.outside(), key=self.rank, default=None)
+            self._worst = min(self.victims(), key=self.rank, default=None)
+            self._known = True
+
+
+class VirtualExperts:
+    """The held sets of all MoE layers. Methods that return actions want them carried out, in order.
+
+    `priors[layer][expert]` rank experts that no observation tells apart, such as ‖E‖; `top_k` is the least a layer may
+    hold: a token needs so many. There are no sets before the first `resize` and after `stop`.
+    """
+
+    def __init__(self, priors: Sequence[Sequence[float]], top_k: int, limits: SwapLimits) -> None:
+        self.top_k = top_k
+        self.limits = limits
+        self.swaps = [0] * len(priors)
+        """Ended well, by layer, since start."""
+        self.changes = 0
+        """Grows with every change of a held set: whoever derives from `held` knows by it when to do so again."""
+        self._layers = [_Layer(prior) for prior in priors]
+        self._loading = 0
+
+    # ------------------------------------------------------------ queries
+
+    @property
+    def slots(self) -> list[int]:
+        """By layer; zeros while there are no sets."""
+        return [layer.slots for layer in self._layers]
+
+    @property
+    def is_open(self) -> bool:
+        return any(layer.slots for layer in self._layers)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every layer holds enough for a token."""
+        return all(len(layer.held) >= self.top_k for layer in self._layers)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is on its way."""
+        return self._loading == 0
+
+    def held(self, layer: int) -> frozenset[int]:
+        return frozenset(self._layers[layer].held)
+
+    def score(self, layer: int, expert: int) -> float:
+        """Its windowed score, an observation made now counting in full."""
+        at = self._layers[layer]
+        return at.scores.get(expert, 0.0) / at.unit
+
+    # ------------------------------------------------------------ size
+
+    def resize(self, slots: Sequence[int], at_hand: Iterable[ExpertId] = ()) -> list[Action]:
+        """Give each layer so many slots; what is too much goes at once, the lowest score first.
+
+        Free slots take experts `at_hand` (in memory already); a layer short of `top_k` is filled up to that now, and
+        beyond as loads end. Raises ResourceError below `top_k` slots.
+        """
+        self._check_slots(slots)
+        near: dict[int, list[int]] = {}
+        for layer, expert in at_hand:
+            near.setdefault(layer, []).append(expert)
+        actions: list[Action] = []
+        for number, count in enumerate(slots):
+            self._layers[number].slots = count
+            actions += self._shrink(number)
+            actions += self._adopt(number, near.get(number, ()))
+        return actions + self._fill()
+
+    def stop(self) -> list[Action]:
+        """Give every expert up, those on their way as they arrive. Scores stay for the next sets to begin with."""
+        actions: list[Action] = []
+        for number, layer in enumerate(self._layers):
+            layer.slots = 0
+            layer.coming = dict.fromkeys(layer.coming)
+            actions += [self._release(number, expert) for expert in sorted(layer.held)]
+        return actions
+
+    # ------------------------------------------------------------ events
+
+    def observe(self, layer: int, sums: Mapping[int, float]) -> None:
+        """What the unmasked router sent to experts of `layer` in this step: sums over tokens of ‖x‖·g·‖E‖."""
+        at = self._layers[layer]
+        at.observed = True
+        for expert, value in sums.items():
+            at.add(expert, value)
+
+    def end_step(self, tokens: float) -> list[Action]:
+        """The step's observations are in: choose swaps, then age all scores by `tokens`, those of one sequence."""
+        actions: list[Action] = []
+        for number in self._by_gain():
+            actions += self._swap(number)
+        growth = 2.0 ** min(tokens / self.limits.half_life, math.log2(_RESCALE))
+        for layer in self._layers:
+            layer.observed = False
+            layer.unit *= growth
+            if layer.unit > _RESCALE:
+                layer.scores = {expert: score / layer.unit for expert, score in layer.scores.items()}
+                layer.unit = 1.0
+        return actions + self._fill()
+
+    def arrived(self, expert: ExpertId) -> list[Action]:
+        """The bytes that `Hold` asked for are there: the newcomer serves, whom it replaces goes."""
+        number, newcomer = expert
+        layer = self._layers[number]
+        victim = self._leave(number, newcomer)
+        layer.held.add(newcomer)
+        self._changed(number)
+        actions: list[Action] = []
+        if victim in layer.held:
+            self.swaps[number] += 1
+            actions.append(self._release(number, victim))
+        return actions + self._shrink(number) + self._fill()
+
+    def failed(self, expert: ExpertId) -> list[Action]:
+        """It cannot be loaded now; it may be chosen again once it has been observed anew."""
+        self._leave(*expert)
+        layer = self._layers[expert.layer]
+        layer.scores.pop(expert.expert, None)
+        layer.barred.add(expert.expert)
+        layer.changed()
+        return self._fill()
+
+    # ------------------------------------------------------------ choices
+
+    def _check_slots(self, slots: Sequence[int]) -> None:
+        for number, (layer, count) in enumerate(zip(self._layers, slots, strict=True)):
+            if not self.top_k <= count <= len(layer.prior):
+                raise ResourceError(
+                    f"{count} virtual slots for MoE layer {number} are not allowed: give {self.top_k}, which every "
+                    f"token needs, to {len(layer.prior)}, which are all"
+                )
+
+    def _by_gain(self) -> list[int]:
+        """Observed layers, largest gain first: loads under way are few and must go where they win most."""
+        gains = [(-layer.gain(), number) for number, layer in enumerate(self._layers) if layer.observed]
+        return [number for gain, number in sorted(gains) if gain < 0]
+
+    def _swap(self, number: int) -> list[Action]:
+        layer = self._layers[number]
+        actions: list[Action] = []
+        while len(actions) < self.limits.per_step and self._loading < self.limits.in_flight and layer.free <= 0:
+            newcomer, victim = layer.best(), layer.worst()
+            if newcomer is None or victim is None:
+                break
+            if layer.scores.get(newcomer, 0.0) <= layer.scores.get(victim, 0.0) * (1 + self.limits.hysteresis):
+                break
+            actions.append(self._hold(number, newcomer, victim))
+        return actions
+
+    def _adopt(self, number: int, near: Iterable[int]) -> list[Action]:
+        """Hold what costs no read, as far as slots are free."""
+        layer = self._layers[number]
+        known = layer.held.union(layer.coming)
+        ranked = sorted((e for e in near if e not in known), key=layer.rank, reverse=True)
+        return [self._hold(number, expert) for expert in ranked[: max(0, layer.free)]]
+
+    def _fill(self) -> list[Action]:
+        """Let experts come into free slots: what a token cannot do without at once, the rest a few at a time."""
+        actions: list[Action] = []
+        for number, layer in enumerate(self._layers):
+            while layer.free > 0:
+                urgent = len(layer.held) + len(layer.coming) < self.top_k
+                if not urgent and self._loading >= self.limits.in_flight:
+                    break
+                best = layer.best()
+                if best is None:
+                    break
+                actions.append(self._hold(number, best))
+        return actions
+
+    def _shrink(self, number: int) -> list[Action]:
+        layer = self._layers[number]
+        actions: list[Action] = []
+        while len(layer.held) > layer.slots and (worst := layer.worst()) is not None:
+            actions.append(self._release(number, worst))
+        return actions
+
+    # ------------------------------------------------------------ transitions
+
+    def _hold(self, number: int, newcomer: int, victim: int | None = None) -> Hold:
+        self._layers[number].coming[newcomer] = victim
+        self._layers[number].changed()
+        self._loading += 1
+        return Hold(ExpertId(number, newcomer))
+
+    def _leave(self, number: int, newcomer: int) -> int | None:
+        """The newcomer is no longer on its way; whom it was to replace."""
+        coming = self._layers[number].coming
+        if newcomer not in coming:
+            raise EngineError(f"expert {newcomer} of MoE layer {number} ended a load that nobody asked for")
+        self._loading -= 1
+        return coming.pop(newcomer)
+
+    def _release(self, number: int, expert: int) -> Release:
+        self._layers[number].held.remove(expert)
+        self._changed(number)
+        return Release(ExpertId(number, expert))
+
+    def _changed(self, number: int) -> None:
+        self._layers[number].changed()
+        self.changes += 1

@@ -1,0 +1,60 @@
+"""Gives a loaded model its virtual mode: router adapters, expert norms, and the room that held experts may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from expertd_engine.config import Config
+from expertd_engine.errors import ConfigError
+from expertd_engine.experts.cache import ExpertCache
+from expertd_engine.experts.held import HeldExperts
+from expertd_engine.experts.store_format import StoreIndex
+from expertd_engine.experts.virtual import SwapLimits, VirtualExperts, VirtualRoom
+from expertd_engine.model.loader import LoadedModel
+from expertd_engine.model.router_kinds import ModuleRouterAdapter, adapt_router
+from expertd_engine.model.virtual_routing import VirtualRouting, importance
+
+
+@dataclass(frozen=True, slots=True)
+class NoVirtualMode:
+    """Why a model has none."""
+
+    reason: str
+
+
+def build_virtual(
+    loaded: LoadedModel, index: StoreIndex, config: Config, cache: ExpertCache
+) -> VirtualRouting | NoVirtualMode:
+    """Raises ConfigError for more or fewer virtual slots than a layer can have."""
+    routers = [adapt_router(loaded.model, layer.module) for layer in index.layers]
+    known = [router for router in routers if isinstance(router, ModuleRouterAdapter)]
+    if index.router_kind is None or len(known) < len(routers):
+        return NoVirtualMode(
+            f"the routers of {index.model_type} are of no kind that is known to choose under a mask: expert_mode may "
+            f"be exact alone"
+        )
+    room = _room(index, config)
+    norms = [np.array(layer.norms or [1.0] * layer.num_experts, np.float32) for layer in index.layers]
+    limits = SwapLimits(in_flight=max(1, config.io_threads // 2))
+    sets = VirtualExperts([norm.tolist() for norm in norms], index.top_k, limits)
+    return VirtualRouting(known, HeldExperts(cache, sets, room), importance(norms))
+
+
+def lacks_norms(index: StoreIndex) -> bool:
+    """Whether the store was made without what importance weighs experts by."""
+    return any(layer.norms is None for layer in index.layers)
+
+
+def _room(index: StoreIndex, config: Config) -> VirtualRoom:
+    experts = [layer.num_experts for layer in index.layers]
+    slots, fewest = config.virtual_slots, min(experts)
+    if slots is not None and not index.top_k <= slots <= fewest:
+        raise ConfigError(
+            f"virtual_slots: {slots} is not allowed: give {index.top_k}, which every token needs, to {fewest}, which "
+            f"are all experts of a layer"
+        )
+    record_bytes = [index.record_bytes(layer) for layer in range(len(experts))]
+    wanted = experts if slots is None else [slots] * len(experts)
+    return VirtualRoom(record_bytes, experts, index.top_k, config.virtual_share, wanted)

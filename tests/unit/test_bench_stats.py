@@ -1,0 +1,95 @@
+"""Medians, intervals, limits and tables of the benchmarks, on numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from expertd_engine.bench.report import FIELDS, finish, table
+from expertd_engine.bench.stats import (
+    bound_tok_s,
+    median_interval,
+    order_of,
+    percentile,
+    ratio_interval,
+    serial_tok_s,
+    settled_after,
+)
+
+
+def test_the_interval_holds_the_median_and_shrinks_with_more_runs() -> None:
+    rng = random.Random(1)
+    few = median_interval([rng.gauss(10, 1) for _ in range(5)])
+    many = median_interval([rng.gauss(10, 1) for _ in range(200)])
+    assert few.low <= few.median <= few.high
+    assert many.high - many.low < 0.5 < few.high - few.low
+    assert many.low < 10 < many.high
+
+
+def test_the_interval_of_equal_runs_is_a_point_and_a_seed_repeats_it() -> None:
+    assert median_interval([3.0] * 7).as_json() == {"median": 3.0, "low": 3.0, "high": 3.0}
+    values = [1.0, 5.0, 2.0, 4.0]
+    assert median_interval(values) == median_interval(values)
+    assert median_interval([4.0]).low == 4.0
+
+
+def test_the_intervals_cover_the_true_median_about_as_often_as_they_say() -> None:
+    rng = random.Random(7)
+    intervals = [median_interval([rng.gauss(0, 1) for _ in range(15)], seed=i) for i in range(40)]
+    covered = sum(interval.low <= 0 <= interval.high for interval in intervals)
+    assert 33 <= covered <= 40
+
+
+def test_ratios_are_taken_within_pairs() -> None:
+    """The box slows down by ten between the pairs; the contenders' ratio does not change."""
+    ratio = ratio_interval([20.0, 2.0, 200.0], [10.0, 1.0, 100.0])
+    assert (ratio.low, ratio.median, ratio.high) == (2.0, 2.0, 2.0)
+    with pytest.raises(ValueError, match="2 and 1 runs do not make pairs"):
+        ratio_interval([1.0, 2.0], [1.0])
+
+
+def test_no_values_have_no_median() -> None:
+    with pytest.raises(ValueError, match="no values"):
+        median_interval([])
+    with pytest.raises(ValueError, match="no percentile"):
+        percentile([], 0.5)
+
+
+@pytest.mark.parametrize(("share", "value"), [(0.5, 5), (0.95, 10), (0.0, 1), (1.0, 10), (0.1, 1), (0.11, 2)])
+def test_percentiles_are_nearest_ranks(share: float, value: float) -> None:
+    assert percentile([10, 9, 8, 7, 6, 5, 4, 3, 2, 1], share) == value
+
+
+def test_everyone_is_first_as_often() -> None:
+    assert [order_of(3, pair) for pair in range(3)] == [[0, 1, 2], [2, 1, 0], [0, 1, 2]]
+
+
+def test_limits() -> None:
+    """10 ms of compute a token; 40 MB a token at 2 GB/s take 20 ms."""
+    assert bound_tok_s(100, 40e6, 2e9) == pytest.approx(50)
+    assert serial_tok_s(100, 40e6, 2e9) == pytest.approx(1 / 0.030)
+    assert bound_tok_s(100, 4e6, 2e9) == pytest.approx(100)
+    assert bound_tok_s(100, 0, float("inf")) == serial_tok_s(100, 0, float("inf")) == 100
+
+
+def test_the_pace_is_back_where_it_stays_back() -> None:
+    assert settled_after([9, 1, 9, 9, 2, 1, 1, 1, 1, 1], 1.0) == 4
+    assert settled_after([1.04] * 4, 1.0) == 0
+    assert settled_after([1.2] * 20, 1.0) is None
+    assert settled_after([1.0] * 3, 1.0) is None
+
+
+def test_the_last_line_is_one_object_with_every_field() -> None:
+    text = finish("title", ("run", "tok/s"), [["ours", "1.00"]], ["a note"], {"tok_s": 1.23456789, "device": "cpu"})
+    result = json.loads(text.splitlines()[-1])
+    assert result.keys() >= set(FIELDS)
+    assert result["tok_s"] == 1.23457
+    assert result["peer_tok_s"] is None
+
+
+def test_the_table_lines_up() -> None:
+    lines = table(("run", "tok/s"), [["ours", "1.00"], ["a longer name", "12,345.00"]]).splitlines()
+    assert lines[2] == "ours                1.00"
+    assert lines[3] == "a longer name  12,345.00"
