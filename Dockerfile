@@ -49,7 +49,7 @@ CMD ["serve", "demo"]
 
 FROM run AS gpu
 # Triton compiles a small C file for each kernel when it is first launched.
-USER root
+USER 0:0
 RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc=4:12.* libc6-dev=2.36-* \
  && rm -rf /var/lib/apt/lists/*

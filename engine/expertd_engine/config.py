@@ -78,6 +78,7 @@ Policy = Literal["auto", "lru", "lfu", "next-use"]
 ToolParser = Literal["auto", "none", "hermes", "mistral", "json"]
 Mode = Literal["exact", "virtual"]
 Dtype = Literal["auto", "float32", "bf16", "int8", "int4", "int4s"]
+Verify = Literal["first", "always"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -127,6 +128,10 @@ class Config:
 
     threads: int | None = _option(None, "compute threads; default: cores this process may use", group="compute", low=1)
     io_threads: int = _option(2, "threads that read experts from disk", group="compute", low=1, high=64)
+
+    verify_reads: Verify = _option(
+        "first", "when an expert's checksum is compared: the first time it is read, or always", group="compute"
+    )
 
     host: str = _option("127.0.0.1", "address to listen on", group="http")
     port: int = _option(8000, "TCP port; 0 lets the system choose", group="http", low=0, high=65535)

@@ -68,6 +68,7 @@ class EngineLoop:
 
     def run(self) -> None:
         core = self._engine.core
+        self._engine.sweep.begin()
         self._snapshot(time.monotonic())
         while True:
             self._take_inbox(0.0 if core.has_work else SNAPSHOT_BUSY_S)
@@ -81,6 +82,7 @@ class EngineLoop:
                 self._engine.cache.pump()
             self._heartbeat()
         self._channel.send(core.end_all(time.monotonic()))
+        self._engine.sweep.close()
         self._engine.cache.close()
 
     def _take_inbox(self, timeout_s: float) -> None:

@@ -81,6 +81,7 @@ class Sampling(_Message, frozen=True):
     """The same for each prompt token (the first has none)."""
     constraint: Constraint | None = None
 
+
 class Submit(_Message, frozen=True):
     """Start one sequence. A request of n choices or several prompts is several sequences, each with its own id."""
 

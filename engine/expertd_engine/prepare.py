@@ -247,6 +247,7 @@ def _load_router(block: torch.nn.Module, prefix: str, router: torch.nn.Module, f
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:
+    """The index's entries for all files of a store that is about to get its index."""
     return {path.name: describe_file(path, checksum=path.name != RECORDS_NAME) for path in sorted(folder.iterdir())}
 
 
@@ -257,6 +258,7 @@ def top_k_of(config: Config) -> int:
 
 
 def created_by() -> str:
+    """What wrote a store, for people to read."""
     return ", ".join(f"{package} {version(package)}" for package in ("expertd", "transformers", "torch"))
 
 

@@ -14,12 +14,14 @@ from expertd_engine.config import Config
 from expertd_engine.core import Constrain, EngineCore, Forward, no_constraints
 from expertd_engine.errors import ConfigError, ModelError
 from expertd_engine.experts.cache import ExpertCache
+from expertd_engine.experts.governor import Governor
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import EveryExpert, LayerScan, Lookahead, NoLookahead
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.store import ExpertStore, RecordFile
 from expertd_engine.experts.store_format import StoreIndex
+from expertd_engine.experts.sweep import Sweep
 from expertd_engine.experts.transfer import Transfers
 from expertd_engine.grammar import Grammars
 from expertd_engine.kernels.library import KernelsMissing, Pool
@@ -57,10 +59,13 @@ class Engine:
     core: EngineCore
     runner: Runner
     cache: ExpertCache
+    sweep: Sweep
     pool: KVPool
     storage: KVStorage
     meter: MemoryMeter
     dense_bytes: int
+    measured: Measured
+    """What the memory plan was made from."""
     info: EngineInfo
 
 
@@ -74,7 +79,7 @@ class _Context:
     constrain: Constrain
     fallbacks: list[str]
     numerics: str
-    lookahead: Lookahead
+    lookahead: Lookahead | None
     routes: RouteSource | None
     model: StepModel
 
@@ -119,13 +124,13 @@ def start_engine(
     if not trial.peak_is_exact:
         fallbacks.append("the largest step is overestimated: this system does not let peak memory be measured anew")
     numerics = "invariant" if invariant else "per-batch"
-    foresight = lookahead_for(store.index, 2 * config.io_threads, lookahead)
     context = _Context(
-        config, store, loaded, trial.shapes, limits, constrain, fallbacks, numerics, foresight, routes, trial.model
+        config, store, loaded, trial.shapes, limits, constrain, fallbacks, numerics, lookahead, routes, trial.model
     )
-    plan = plan_memory(_measured(context, base, step), _asked(config, max_model_len))
+    measured = _measured(context, base, step)
+    plan = plan_memory(measured, _asked(config, max_model_len))
     report("allot", 0.0)
-    return _assemble(context, plan, meter, wrap)
+    return _assemble(context, measured, plan, meter, wrap)
 
 
 def _open_pool(threads: int, fallbacks: list[str]) -> Pool | None:
@@ -177,11 +182,13 @@ def _asked(config: Config, max_model_len: int) -> Asked:
     return Asked(config.expert_budget, config.memory_budget, config.kv_budget, max_model_len, config.max_sequences)
 
 
-def _assemble(context: _Context, plan: StartupPlan, meter: MemoryMeter, wrap: Callable[[Runner], Forward]) -> Engine:
+def _assemble(
+    context: _Context, measured: Measured, plan: StartupPlan, meter: MemoryMeter, wrap: Callable[[Runner], Forward]
+) -> Engine:
     config, store, loaded = context.config, context.store, context.loaded
     storage = KVStorage(context.shapes, plan.kv_blocks + 1, BLOCK_TOKENS, loaded.dtype)
     pool = KVPool(plan.kv_blocks + 1, BLOCK_TOKENS)
-    records = store.open_records()
+    records = store.open_records(verify_always=config.verify_reads == "always")
     if records.fallback_reason:
         context.fallbacks.append(f"experts are read through the page cache: {records.fallback_reason}")
     cache, layers = _expert_cache(context, plan, records)
@@ -197,12 +204,12 @@ def _assemble(context: _Context, plan: StartupPlan, meter: MemoryMeter, wrap: Ca
     for fallback in context.fallbacks:
         logger.warning("fallback: %s", fallback)
     info = _describe(context, plan, cache, pool, storage, records)
-    return Engine(core, runner, cache, pool, storage, meter, loaded.dense_bytes, info)
+    sweep = Sweep(store, records, busy=lambda: cache.transfers.depth() > 0)
+    return Engine(core, runner, cache, sweep, pool, storage, meter, loaded.dense_bytes, measured, info)
 
 
 def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile) -> tuple[ExpertCache, list[MoELayer]]:
     config, index = context.config, context.store.index
-    lookahead = context.lookahead
     record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
     ledger = Ledger(
         record_bytes,
@@ -213,18 +220,24 @@ def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile) -> 
         prefetch=config.prefetch,
         prefetch_depth=2 * config.io_threads,
     )
+    lookahead = lookahead_for(index, 2 * config.io_threads, context.lookahead, ledger)
     slab = Slab(ledger.num_slots, max(record_bytes))
     views = SlotViews(slab.whole, slab.slot_bytes, index.layouts)
     cache = ExpertCache(ledger, slab, Transfers(records, config.io_threads), lookahead, record_bytes)
     return cache, attach_experts(context.loaded, context.store, views)
 
 
-def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None = None) -> Lookahead:
-    """Exact where every token chooses every expert; else what is given or nothing, but for steps of many rows."""
-    counts = {layer.num_experts for layer in index.layers}
+def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None, ledger: Ledger) -> Lookahead:
+    """Exact where every token chooses every expert; else what is given or nothing, but for steps of many rows.
+
+    What a given one predicts is governed.
+    """
+    num_layers, counts = len(index.layers), {layer.num_experts for layer in index.layers}
     if counts == {index.top_k}:
-        return EveryExpert(len(index.layers), index.top_k, window)
-    return LayerScan(given or NoLookahead(), len(index.layers), max(counts), index.top_k)
+        return EveryExpert(num_layers, index.top_k, window)
+    if given is not None and given.exactness == "predicted":
+        given = Governor(given, ledger.absent_for, num_layers, max(counts), num_layers * index.top_k)
+    return LayerScan(given or NoLookahead(), num_layers, max(counts), index.top_k)
 
 
 def policy_name(config: Config) -> str:

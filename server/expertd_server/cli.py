@@ -1,6 +1,7 @@
 """The `expertd` command. Flags derive from the fields of `Config`; every error is one line on standard error.
 
-Exit codes: 0 done, 2 usage, 3 configuration or model, 4 resources, 5 engine, 128 + n ended by a second signal n.
+Exit codes: 0 done, 1 `health` is told no, 2 usage, 3 configuration or model, 4 resources, 5 engine, 128 + n ended by
+a second signal n.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from typing import NoReturn, get_args, get_origin, get_type_hints
 
 from expertd_engine.config import ENV_PREFIX, Config, LoadedConfig, load_config
 from expertd_engine.errors import ExpertdError, UsageError
-from expertd_server import __version__
+from expertd_server import __version__, remote
 
 _TOOLS = {
+    "fetch": ("expertd_engine.sources", "fetch and prepare a model as `serve` would, and end"),
     "prepare": ("expertd_engine.prepare", "write a checkpoint as an expert store"),
     "convert": ("expertd_engine.convert", "turn a dense model into an MoE checkpoint"),
+    "profile": ("expertd_engine.profiling", "measure this box and a model on it, for plans"),
+    "plan": ("expertd_engine.plan_command", "say what a budget gives, before it is spent"),
     "bench": ("expertd_engine.bench.cli", "measure speed, beside limits and peers"),
 }
 """Commands with a parser of their own, imported when called: they import torch."""
@@ -47,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
+    if options.command in ("health", "status"):
+        return remote.run(options, os.environ)
     loaded = _load(options, os.environ)
     if options.command == "check-config":
         print("\n".join(describe(loaded)))
@@ -65,6 +71,7 @@ def _parser() -> _Parser:
     )  # fmt: skip
     for command in (serve, check):
         _add_flags(command)
+    remote.add_commands(commands)
     for name, (_, text) in _TOOLS.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import time
@@ -27,6 +28,7 @@ from expertd_server.console import Console
 from expertd_server.engine_client import EngineClient, Handlers
 from expertd_server.errors import Draining
 from expertd_server.metrics import Metrics
+from expertd_server.notify import Notifier
 from expertd_server.service import Service
 from expertd_server.supervisor import DEFAULT_RESTARTS, Launcher, RestartPolicy, Supervisor
 
@@ -118,6 +120,7 @@ class Daemon:
         http = asyncio.create_task(self._http.serve([self._listening]))
         life = asyncio.create_task(self.supervisor.run())
         stopped = asyncio.create_task(self._stop.wait())
+        telling = asyncio.create_task(Notifier(self.service, os.environ).run())
         try:
             await asyncio.wait((http, life, stopped), return_when=asyncio.FIRST_COMPLETED)
             if not stopped.done():
@@ -126,9 +129,10 @@ class Daemon:
             return await self._drain_or_abort(life)
         finally:
             stopped.cancel()
+            telling.cancel()
             self.supervisor.kill()
             life.cancel()
-            await asyncio.gather(life, return_exceptions=True)
+            await asyncio.gather(life, telling, return_exceptions=True)
             self._http.should_exit = True
             self._http.force_exit = self._abort.is_set()
             await http

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from expertd_engine.messages import HistogramData, LayerLookups, Snapshot
+from expertd_engine.messages import HistogramData, LayerLookups, Snapshot, VirtualLayer
 
 Labels = tuple[str, ...]
 Samples = Iterable[tuple[Labels, float]]
@@ -56,6 +56,17 @@ def _by_layer(read: Callable[[LayerLookups], dict[Labels, int]]) -> Callable[[Sn
     return samples
 
 
+def _by_virtual_layer(read: Callable[[VirtualLayer], dict[Labels, float]]) -> Callable[[Snapshot], Samples]:
+    """Zeros where the model has no virtual mode."""
+
+    def samples(s: Snapshot) -> Iterator[tuple[Labels, float]]:
+        for i, layer in enumerate(s.virtual or [VirtualLayer(0, 0, 0.0, 0, 0)] * len(s.lookups)):
+            for labels, count in read(layer).items():
+                yield (str(i), *labels), count
+
+    return samples
+
+
 def _one(read: Callable[[Snapshot], float]) -> Callable[[Snapshot], Samples]:
     return lambda s: [((), read(s))]
 
@@ -83,7 +94,14 @@ COUNTERS = (
            _by_layer(lambda x: {("resident",): x.hit_activations, ("loading",): x.late_activations,
                                 ("absent",): x.miss_activations})),
     Family("expert_substitutions", "Pairs of (token, choice) that another expert answered. Exact mode has none.",
-           ("layer", "mode"), _by_layer(lambda x: {("virtual",): 0})),
+           ("layer", "mode"), _by_virtual_layer(lambda x: {("virtual",): x.substituted})),
+    Family("expert_virtual_choices", "Pairs of (token, choice) in virtual mode.", ("layer",),
+           _by_virtual_layer(lambda x: {(): x.choices})),
+    Family("expert_substituted_mass", "Gate weight of substituted choices, 0 to 1 for each token, summed over tokens.",
+           ("layer",), _by_virtual_layer(lambda x: {(): x.substituted_mass})),
+    Family("expert_swaps", "Experts that took another's place among those held for virtual mode.", ("layer",),
+           _by_virtual_layer(lambda x: {(): x.swaps})),
+    Family("virtual_tokens", "Tokens computed in virtual mode.", (), _one(lambda s: s.virtual_tokens)),
     Family("expert_lookahead_experts", "Lookups by whether lookahead had named the use before it came.",
            ("layer", "outcome"),
            _by_layer(lambda x: {("covered",): x.covered, ("uncovered",): x.hit + x.late + x.miss - x.covered})),
@@ -141,6 +159,8 @@ GAUGES = (
            lambda s: [((s.memory_source,), s.memory_peak_bytes)]),
     Family("experts_resident", "Experts in slots.", ("layer", "tier"),
            lambda s: [((str(i), HOST), count) for i, count in enumerate(s.residents_by_layer)]),
+    Family("expert_virtual_slots", "Experts that may be held for virtual mode; 0 while nobody asks for it.", ("layer",),
+           _by_virtual_layer(lambda x: {(): x.slots})),
     Family("swap_queue_depth", "Loads that wait for a transfer thread or are in one.", ("from_tier",),
            lambda s: [((DISK,), s.load_queue)]),
     Family("kv_cache_used_bytes", "Bytes of KV blocks that sequences hold.", ("tier",),
@@ -175,6 +195,7 @@ _ZERO_COUNTS = (
     "peak_expert_bytes", "memory_used_bytes", "memory_peak_bytes", "memory_shrinks", "dense_bytes",
     "kv_capacity_bytes", "kv_used_bytes", "kv_cached_bytes", "prefix_cache_queries", "prefix_cache_hits",
     "kv_cache_evictions", "running", "waiting", "preemptions",
+    "virtual_tokens",
 )  # fmt: skip
 
 
@@ -185,6 +206,7 @@ def empty_snapshot(layers: int = 0) -> Snapshot:
         "time_s": 0.0,
         "lookups": [LayerLookups(0, 0, 0, 0, 0, 0, 0)] * layers,
         "prefetch_outcome_bytes": dict.fromkeys(PREFETCH_OUTCOMES, 0),
+        "virtual": [],
         "load_seconds": 0.0,
         "cpu_seconds": 0.0,
         "stall_seconds": dict.fromkeys(STALL_CAUSES, 0.0),

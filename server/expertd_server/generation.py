@@ -19,7 +19,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from expertd_engine.messages import Finished, SequenceStats, Submit, TextInput
+from expertd_engine.messages import ExpertMode, Finished, SequenceStats, Submit, TextInput
 from expertd_server.admission import BodyShare, Permit
 from expertd_server.auth import owner
 from expertd_server.body import read_json
@@ -93,7 +93,20 @@ class Job:
             misses=sum(s.expert_misses for s in self.stats),
             loaded_bytes=sum(s.loaded_bytes for s in self.stats),
             stall_ms=round(sum(s.stall_s for s in self.stats) * 1000, 3),
+            substitutions=(substituted := sum(s.substituted for s in self.stats)),
+            substituted_share=_ratio(substituted, sum(s.choices for s in self.stats)),
+            substituted_mass=_ratio(
+                sum(s.substituted_mass for s in self.stats), sum(s.virtual_tokens for s in self.stats)
+            ),
         )
+
+    def contract(self) -> tuple[ExpertMode, float]:
+        """The mode, and what share of a token's gate weight other experts may answer for: none is exact mode."""
+        config, request = self.service.config, self.request
+        asked = request.max_substituted_mass
+        limit = config.max_substituted_mass if asked is None else asked
+        mode = request.expert_mode or config.expert_mode
+        return ("exact", 1.0) if limit == 0 else (mode, limit)
 
 
 async def read_and_plan(
@@ -213,12 +226,17 @@ def _log_fault(end: Finished) -> None:
         logger.error("the engine gave a sequence up", extra={"fields": {"error": end.error}})
 
 
+def _ratio(part: float, whole: float) -> float:
+    return round(part / whole, 6) if whole else 0.0
+
+
 def _submits(job: Job, ids: list[int]) -> list[Submit]:
+    mode, limit = job.contract()
     return [
         Submit(
             sequence_id=sequence_id, inputs=[TextInput(planned.prompt.token_ids)], sampling=planned.sampling,
             choice_index=planned.choice_index, priority=job.request.priority, arrival_s=job.record.arrival_s,
-            mode=job.request.expert_mode, cache_salt=job.request.cache_salt,
+            mode=mode, max_substituted_mass=limit, cache_salt=job.request.cache_salt,
         )
         for sequence_id, planned in zip(ids, job.planned, strict=True)
     ]  # fmt: skip

@@ -152,6 +152,7 @@ class RequestRecord:
                     "expert_late": total("expert_late"),
                     "expert_misses": total("expert_misses"),
                     "loaded_bytes": total("loaded_bytes"),
+                    "substitutions": total("substituted"),
                     "preemptions": total("preemptions"),
                 }
             },

@@ -98,7 +98,12 @@ class GenerationRequest(Body, ABC):
         description="Cached prefixes are shared only within it.",
     )
     priority: int = Field(0, ge=-(2**31), le=2**31 - 1, description="Lower runs first.")
-    expert_mode: Literal["exact"] = "exact"
+    expert_mode: Literal["exact", "virtual"] | None = Field(
+        None, description="virtual: experts that are there answer for others. Default: the server's."
+    )
+    max_substituted_mass: float | None = Field(
+        None, ge=0, le=1, description="virtual: share of a token's gate weight that others may answer for in a layer."
+    )
     include_expert_usage: bool = Field(False, description="Report in `usage.expert` what the experts cost.")
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -188,6 +193,11 @@ def check_together(request: GenerationRequest) -> None:
             f"min_tokens: {request.min_tokens} is more than the answer's limit, which is {request.answer_limit}",
             param="min_tokens",
         )
+    if request.expert_mode == "exact" and request.max_substituted_mass:
+        raise InvalidRequest(
+            f"max_substituted_mass: {request.max_substituted_mass} is allowed only with expert_mode: virtual",
+            param="max_substituted_mass",
+        )
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("stream_options: allowed only with stream: true", param="stream_options")
 
@@ -205,7 +215,11 @@ class ExpertUsage(BaseModel):
     loaded_bytes: int
     stall_ms: float
     substitutions: int = 0
-    """In exact mode there are none."""
+    """Choices of a token that another expert answered for, over all layers. In exact mode there are none."""
+    substituted_share: float = 0.0
+    """Of all its choices."""
+    substituted_mass: float = 0.0
+    """Gate weight that these had, 0 to 1, on average over tokens and layers."""
 
 
 class PromptTokensDetails(BaseModel):

@@ -40,7 +40,7 @@ BAD_VALUES = [
     ("logprobs", 1000000), ("logprobs", 21), ("logprobs", -5), ("logprobs", True), ("logprobs", "5"), ("logprobs", 2.5),
     ("seed", 2**64), ("seed", -(2**63) - 1), ("seed", "1"), ("seed", 10**39),
     ("temperature", -1), ("temperature", 2.1), ("temperature", "1"), ("temperature", True),
-    ("best_of", 5), ("suffix", "end"), ("stream_options", {}), ("expert_mode", "virtual"),
+    ("best_of", 5), ("suffix", "end"), ("stream_options", {}), ("expert_mode", "fast"), ("max_substituted_mass", 1.5),
     ("guided_json", {}), ("response_format", {"type": "json"}), ("response_format", {"type": "json_schema"}),
     ("response_format", "json_object"), ("grammar", "x"), ("structured_outputs", {}),
     ("structured_outputs", {"regex": "a", "choice": ["b"]}), ("structured_outputs", {"json": "{"}),

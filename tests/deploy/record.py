@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from deploy.load import load, scrapes
 from support.daemon import daemon
 from support.demo import CACHE
+from support.load import load, scrapes
 from support.prometheus import RECORDING, as_openmetrics
 
 FLAGS = ("--expert-budget", "25%", "--memory-budget", "1300MiB", "--max-model-len", "1024", "--cache-dir", str(CACHE))

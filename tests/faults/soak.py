@@ -32,10 +32,12 @@ from support.memory_cgroup import MemoryCgroup, can_limit_memory, memory_cgroup
 CLIENTS = 12
 ROOM = 8
 PROMPTS = ("The capital of France is", "Once upon a time", "def fibonacci(n):\n", "Water boils at", "A dog is " * 20)
-KILLS = 6
-"""Engines killed, evenly over the run."""
+KILL_EVERY_S = 90.0
+"""An engine that served for a minute counts as well: the server starts another one however often that happens."""
 BUDGET_EVERY_S = 7.0
 SAMPLE_EVERY_S = 5.0
+REST_S = 30.0
+"""Until everything that clients left behind has ended."""
 GROWTH_ALLOWED = 1.05
 """Of memory, from the first third of the samples to the last, medians; and of descriptors."""
 
@@ -48,7 +50,6 @@ class Soak:
     end_s: float
     admin_key: str
     group: MemoryCgroup | None
-    kill_every_s: float
     kinds: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
@@ -113,8 +114,8 @@ class Soak:
                 self.problems.append(f"a budget of {share} was answered with {status}")
 
     async def _kill_engines(self) -> None:
-        while time.monotonic() + 1.5 * self.kill_every_s < self.end_s:
-            await asyncio.sleep(self.kill_every_s)
+        while time.monotonic() + 1.5 * KILL_EVERY_S < self.end_s:
+            await asyncio.sleep(KILL_EVERY_S)
             self.killed_s.append(time.monotonic())
             os.kill(self.running.engine_pid(), signal.SIGKILL)
 
@@ -133,6 +134,9 @@ class Soak:
     def check_rest(self) -> None:
         """All is quiet: what is counted is what is there."""
         metrics = self.running.fresh_metrics()
+        patient_s = time.monotonic() + REST_S
+        while metrics["expertd_requests_running"] and time.monotonic() < patient_s:  # the last who left
+            metrics = self.running.fresh_metrics()
         for name in ("expertd_requests_running", "expertd_requests_waiting", "expertd_kv_cache_used_bytes"):
             if metrics[name]:
                 self.problems.append(f"at rest {name} is {metrics[name]}")
@@ -199,7 +203,7 @@ def soak(minutes: float, model: str, memory_budget: str, flags: list[str]) -> in
             "--admin-key-file", f"{folder}/key", *flags,
         ]  # fmt: skip
         with daemon(model, *options, cgroup=group.folder if group else None) as running:
-            run = Soak(running, time.monotonic() + 60 * minutes, key, group, 60 * minutes / (KILLS + 1))
+            run = Soak(running, time.monotonic() + 60 * minutes, key, group)
             asyncio.run(run.run())
             if running.process.poll() is None:
                 run.check_rest()
@@ -207,7 +211,8 @@ def soak(minutes: float, model: str, memory_budget: str, flags: list[str]) -> in
                 if running.stop() != 0:
                     run.problems.append("the server did not end well")
             else:
-                run.problems[:0] = ["the server ended by itself", *running.lines[-12:]]
+                kills = group.num_kills if group else 0
+                run.problems[:0] = [f"the server ended by itself, {kills} killed", *running.lines[-3:]]
     for problem in run.problems[:20]:
         print(problem)
     print(f"{len(run.problems)} problems in {minutes:g} minutes")

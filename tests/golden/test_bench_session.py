@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -188,7 +189,8 @@ def test_what_does_not_go_together_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_the_command_line_loads_no_torch() -> None:
-    assert "expertd_engine.bench.cli" in sys.modules
-    source = Path(sys.modules["expertd_engine.bench.cli"].__file__ or "").read_text()
-    assert "import torch" not in source
+def test_the_command_line_and_a_peers_process_load_no_torch() -> None:
+    modules = "expertd_engine.bench.cli, expertd_engine.bench.worker, expertd_engine.bench.options"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -175,6 +175,14 @@ def test_a_layer_that_computes_something_else_is_found(change: Any, pool: Pool) 
         build_native(loaded, shapes_of(loaded), BLOCK, CONTEXT)
 
 
+@pytest.mark.parametrize("change", [_shift_keys, _square_norm])
+def test_a_layer_that_computes_something_else_is_found_in_bf16(change: Any, pool: Pool) -> None:
+    loaded = load_tiny("mixtral", pool, torch.bfloat16)
+    change(loaded.model.model.layers[1])
+    with pytest.raises(NotMatched, match=r"layer 1 \(MixtralDecoderLayer\)"):
+        build_native(loaded, shapes_of(loaded), BLOCK, CONTEXT)
+
+
 def test_a_parameter_without_a_part_is_found(pool: Pool) -> None:
     loaded = load_tiny("mixtral", pool)
     layer = loaded.model.model.layers[2].self_attn
@@ -214,7 +222,8 @@ def test_a_step_after_one_that_failed_is_as_good_as_any(pool: Pool, monkeypatch:
     native = Native("mixtral", pool)
     expected = native.run(_tokens(), (5,))
 
-    def fail(*_: Tensor) -> None:
+    def fail(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, out: Tensor) -> None:
+        out += 1.0
         raise MemoryError
 
     native.run(_tokens(), (5,))

@@ -43,6 +43,7 @@ from expertd_engine.messages import (
     TokenLogprob,
     TopLogprob,
     ToServer,
+    VirtualLayer,
     Watch,
 )
 from expertd_server.service import Service
@@ -118,7 +119,7 @@ def engine_info(**changes: object) -> EngineInfo:
     return msgspec.structs.replace(info, **changes)
 
 
-def snapshot(steps: int, waiting: int = 0, running: int = 0) -> Snapshot:
+def snapshot(steps: int, waiting: int = 0, running: int = 0, budget: int = 16384) -> Snapshot:
     """Counters of an engine after `steps` steps: one hit, one miss and one prefetch each."""
     bounds = [0.001, 0.01]
     histogram = HistogramData(bounds, [steps, 0, 0], 0.0005 * steps)
@@ -133,14 +134,15 @@ def snapshot(steps: int, waiting: int = 0, running: int = 0) -> Snapshot:
         load_failures=0, stall_seconds={"disk_read": 0.25 * steps, "expert_wait": 0.0},
         step_stall_seconds={"disk_read": histogram, "expert_wait": empty},
         evictions={"capacity": steps, "budget_change": 0},
-        expert_budget_bytes=16384, expert_limit_bytes=16384, resident_bytes=8192, loading_bytes=4096,
+        expert_budget_bytes=budget, expert_limit_bytes=budget, resident_bytes=8192, loading_bytes=4096,
         peak_expert_bytes=12288, residents_by_layer=[1, 1], memory_used_bytes=1, memory_peak_bytes=2,
         memory_source="process", memory_shrinks=0, dense_bytes=100, kv_capacity_bytes=65536, kv_used_bytes=0,
         kv_cached_bytes=4096, prefix_cache_queries=10 * steps, prefix_cache_hits=4 * steps, kv_cache_evictions=steps,
         running=running,
         waiting=waiting, preemptions=0, steps={"prefill": 0, "decode": steps},
         step_seconds={"prefill": empty, "decode": histogram}, step_tokens={"prefill": empty, "decode": histogram},
-        load_latency_seconds=histogram,
+        load_latency_seconds=histogram, virtual=[VirtualLayer(4 * steps, steps, 0.125 * steps, steps, 2)] * 2,
+        virtual_tokens=2 * steps,
     )  # fmt: skip
 
 
@@ -180,6 +182,7 @@ class FakeEngine:
         self.shut_down = False
         self.budget = script.info.expert_budget_bytes
         self.budgets_asked = 0
+        self._watched = False
         self._script = script
         self._endpoint = endpoint
         self._permits: int | None = 0 if script.held else None
@@ -311,18 +314,25 @@ class FakeEngine:
                     if not self._script.deaf_to_budgets:
                         self._set_budget(message.expert_budget_bytes)
                 case Watch():
-                    self._send(ExpertMap(["rL.o", "r..x"]))
+                    self._watched = True
+                    self._draw()
                 case Shutdown():
                     self.shut_down = True
             self._changed.notify_all()
         if self.shut_down:
             self._exit(0)
 
+    def _draw(self) -> None:
+        """Somebody looks: every step leases other experts."""
+        leased = self._steps % 2
+        self._send(ExpertMap(["rL.o" if leased else "Lr.o", "r..x"]))
+
     def _set_budget(self, asked: int) -> None:
         """As the engine does it, between the bounds of the script's info."""
         info = self._script.info
         allowed = info.minimum_expert_budget_bytes <= asked <= info.maximum_expert_budget_bytes
         self.budget = asked if allowed else self.budget
+        self._send(snapshot(self._steps, budget=self.budget))
         self._send(BudgetSet(self.budget, self.budget, None if allowed else f"{asked} bytes are out of bounds"))
 
     def _answer(self, submit: Submit) -> Iterator[int]:
@@ -350,7 +360,9 @@ class FakeEngine:
                 finished.append(end)
                 del self._live[end.sequence_id]
         self._send(Steps(outputs, finished, started))
-        self._send(snapshot(self._steps, running=len(self._live)))
+        self._send(snapshot(self._steps, running=len(self._live), budget=self.budget))
+        if self._watched:
+            self._draw()
 
     def _advance(self, sequence: _Sequence) -> tuple[Output, Finished | None]:
         submit, sampling = sequence.submit, sequence.submit.sampling

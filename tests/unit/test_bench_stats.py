@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from expertd_engine.bench.http_load import tokens_in
 from expertd_engine.bench.report import FIELDS, finish, table
 from expertd_engine.bench.stats import (
     bound_tok_s,
@@ -17,6 +18,7 @@ from expertd_engine.bench.stats import (
     serial_tok_s,
     settled_after,
 )
+from expertd_engine.errors import EngineError
 
 
 def test_the_interval_holds_the_median_and_shrinks_with_more_runs() -> None:
@@ -93,3 +95,11 @@ def test_the_table_lines_up() -> None:
     lines = table(("run", "tok/s"), [["ours", "1.00"], ["a longer name", "12,345.00"]]).splitlines()
     assert lines[2] == "ours                1.00"
     assert lines[3] == "a longer name  12,345.00"
+
+
+def test_tokens_of_an_event_stream() -> None:
+    assert tokens_in(b'data: {"choices":[{"text":"a","token_ids":[7]},{"text":"","token_ids":[1,2]}]}') == 3
+    assert tokens_in(b'data: {"choices":[{"text":"","token_ids":null}]}') == 0
+    assert [tokens_in(line) for line in (b"", b": keep-alive", b"data: [DONE]", b'data: {"usage":{}}')] == [0] * 4
+    with pytest.raises(EngineError, match="no memory"):
+        tokens_in(b'data: {"error":{"message":"no memory"}}')

@@ -115,10 +115,10 @@ def _reference(kind: str, weights: Floats) -> Floats:
 
 
 @pytest.mark.parametrize(
-    ("format", "kind", "share"), [("int8", "Q8_0", 1.01), ("int4", "Q4_1", 0.93), ("int4s", "Q4_0", 0.96)]
+    ("format", "kind", "share"), [("int8", "Q8_0", 0.92), ("int4", "Q4_1", 0.93), ("int4s", "Q4_0", 0.97)]
 )
 def test_errors_are_smaller_than_those_of_plain_rounding(format: str, kind: str, share: float) -> None:
-    """The root mean square on normally distributed weights; measured 1.0, 0.90 and 0.94 of ggml's."""
+    """The root mean square on normally distributed weights; measured 0.89, 0.90 and 0.95 of ggml's."""
     weights = _weights((256, 512))
     ours = dequantise(quantise(weights, format), format, 256, 512) - weights
     theirs = _reference(kind, weights) - weights

@@ -16,8 +16,8 @@ from expertd_engine.bench.stats import Interval, bound_tok_s, median_interval, r
 
 DISK_S = 0.7
 HEADER = (
-    "run", "tok/s", "95 %", "ms/token", "weights GB/s", "hits", "late", "read/token", "LRU reads", "stall ms", "experts/layer",
-    "expert peak", "process peak",
+    "run", "tok/s", "95 %", "ms/token", "weights GB/s", "hits", "late", "read/token", "LRU reads", "stall ms",
+    "experts/layer", "expert peak", "process peak",
 )  # fmt: skip
 
 

@@ -93,8 +93,8 @@ class GeneratedRoutes:
 class ChannelLookahead:
     """A `Lookahead` on generated routes: after layer l has routed, hints for the layers that the channel reaches.
 
-    Past the last layer they go on with the first layers of each stream's next token. A hint is given once: at the lead
-    at which it is first made.
+    Past the last layer they go on with the first layers of each stream's next token. A prediction is repeated at every
+    lead at which the channel still makes it; what is exact is said once.
     """
 
     def __init__(self, source: GeneratedRoutes, channel: Channel) -> None:
@@ -103,7 +103,7 @@ class ChannelLookahead:
         self._leads = min(len(channel.recalls), source.shape.layers)
         self._period = source.shape.layers * source.shape.experts
         self._told: dict[int, set[int]] = {}
-        """Experts named so far, by the position at which their layer begins."""
+        """Experts named at the latest lead, by the position at which their layer begins."""
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
         return ()
@@ -117,10 +117,10 @@ class ChannelLookahead:
         for lead in range(1, self._leads + 1):
             ahead, target = divmod(layer + lead, shape.layers)
             begin = self._begin_of(step + ahead, target)
-            told = self._told.setdefault(begin, set())
+            told = self._told.get(begin, set()) if self.exactness == "exact" else set()
             named = self._source.predicted(target, lead, next_step=bool(ahead)).tolist()
             hints += [Hint(ExpertId(target, expert), begin + expert) for expert in named if expert not in told]
-            told.update(named)
+            self._told[begin] = set(named)
         return hints
 
     def next_use(self, expert: ExpertId, after: int) -> int | None:

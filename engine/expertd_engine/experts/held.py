@@ -27,7 +27,7 @@ class HeldExperts:
         self.granted: list[Lease] = []
         """Not yet told to `sets`."""
         self._denied: list[tuple[Lease, str]] = []
-        self._cache = cache
+        self.cache = cache
         self._held: dict[ExpertId, Lease] = {}
         self._idle_steps = 0
         cache.resized = self.fit
@@ -47,7 +47,7 @@ class HeldExperts:
         while self.sets.is_open and not self.sets.is_ready:
             if self.sets.is_settled:
                 raise ExpertUnavailableError(f"virtual mode needs {self.sets.top_k} experts a layer: not as many load")
-            self._cache.wait()
+            self.cache.wait()
             self._take_in()
         return self.sets.is_open
 
@@ -67,21 +67,26 @@ class HeldExperts:
 
     def pump(self) -> None:
         """Take in what has been loaded."""
-        self._cache.pump()
+        self.cache.pump()
         self._take_in()
 
     def settle(self) -> None:
         """Wait until nothing is on its way."""
         self.pump()
         while not self.sets.is_settled:
-            self._cache.wait()
+            self.cache.wait()
             self._take_in()
+
+    def close(self) -> None:
+        """Give everything back, what is on its way too."""
+        self._carry_out(self.sets.stop())
+        self.settle()
 
     # ------------------------------------------------------------ the budget
 
     def refusal(self) -> str | None:
         """Why virtual mode cannot be had in the present budget."""
-        budget = self._cache.ledger.budget_bytes
+        budget = self.cache.ledger.budget_bytes
         if self.room.slots(budget) is not None:
             return None
         what = f"{self.sets.top_k} slots in each of {len(self.room.experts)} MoE layers and two to load through"
@@ -91,7 +96,7 @@ class HeldExperts:
         """Make the sets as large as the budget lets them be, if there are any or they are `opening`."""
         if not opening and not self.sets.is_open:
             return
-        slots = self.room.slots(self._cache.ledger.budget_bytes)
+        slots = self.room.slots(self.cache.ledger.budget_bytes)
         if slots is None:
             self._carry_out(self.sets.stop())
         else:
@@ -99,8 +104,9 @@ class HeldExperts:
         self._take_in()
 
     def _at_hand(self) -> Sequence[ExpertId]:
-        ledger = self._cache.ledger
-        experts = (ExpertId(l, e) for l, count in enumerate(ledger.experts_per_layer) for e in range(count))
+        ledger = self.cache.ledger
+        counts = enumerate(ledger.experts_per_layer)
+        experts = (ExpertId(layer, index) for layer, count in counts for index in range(count))
         return [expert for expert in experts if ledger.state(expert) is State.RESIDENT]
 
     # ------------------------------------------------------------ leases
@@ -125,13 +131,13 @@ class HeldExperts:
     def _carry_out(self, actions: Sequence[Action]) -> None:
         for action in actions:
             if isinstance(action, Hold):
-                self._cache.handle([self._demand(action.expert)])
+                self.cache.handle([self._demand(action.expert)])
             else:
                 lease = self._held.pop(action.expert)
-                self._cache.forget([lease.lease_id])
-                self._cache.handle([Release(lease.lease_id)])
+                self.cache.forget([lease.lease_id])
+                self.cache.handle([Release(lease.lease_id)])
 
     def _demand(self, expert: ExpertId) -> Demand:
-        demand = self._cache.demand(expert, scan=False, pairs=0)
-        self._cache.remember(Lease(demand.lease_id, 0, expert, self))
+        demand = self.cache.demand(expert, scan=False, pairs=0)
+        self.cache.remember(Lease(demand.lease_id, 0, expert, self))
         return demand

@@ -160,6 +160,11 @@ class Ledger:
         read = any(record.leases and record.place is State.LOADING and not record.queued for record in loads)
         return "disk_read" if read else "expert_wait"
 
+    def absent_for(self, expert: ExpertId) -> int | None:
+        """Lookups since the last use of an absent expert; None for one that is resident or on its way."""
+        record = self._residency.records[expert]
+        return self._foresight.lookups - record.facts.last_use if record.place is State.ABSENT else None
+
     def residents_by_layer(self) -> list[int]:
         """Number of resident experts (leased ones included) of each MoE layer."""
         counts = [0] * len(self.experts_per_layer)

@@ -75,9 +75,9 @@ class ExpertStore:
     def dense_path(self) -> Path:
         return self.path / DENSE_NAME
 
-    def open_records(self, *, direct: bool = True) -> RecordFile:
+    def open_records(self, *, direct: bool = True, verify_always: bool = False) -> RecordFile:
         """The records, read past the page cache unless `direct` is off or the system refuses it."""
-        return RecordFile(self, direct=direct)
+        return RecordFile(self, direct=direct, verify_always=verify_always)
 
     def record_offset(self, expert: ExpertId) -> int:
         """Byte in experts.bin at which the record begins, a multiple of `ALIGNMENT`."""
@@ -89,9 +89,9 @@ class ExpertStore:
             for expert in range(entry.num_experts):
                 yield ExpertId(layer, expert)
 
-    def check_record(self, expert: ExpertId, record: memoryview) -> None:
-        """Raise StoreError if `record`, padding included, does not have the checksum that the index states."""
-        if zlib.crc32(record) != self.index.layers[expert.layer].crc32[expert.expert]:
+    def check_record(self, expert: ExpertId, crc32: int) -> None:
+        """Raise StoreError if the record, padding included, does not have the checksum that the index states."""
+        if crc32 != self.index.layers[expert.layer].crc32[expert.expert]:
             raise StoreError(
                 f"store {self.path}: record (layer {expert.layer}, expert {expert.expert}) of {RECORDS_NAME} is "
                 f"corrupted: its checksum differs from the index; prepare the store again"
@@ -115,11 +115,13 @@ class ExpertStore:
 class RecordFile:
     """experts.bin, open for positional reads from any number of threads.
 
-    A record's checksum is compared the first time it is read; later reads of it trust the disk.
+    A record's checksum is compared the first time it is read; later reads of it trust the disk, unless `verify_always`.
+    One that differs is read once more before it is given up: a bus or a cable may have erred, and not the disk.
     """
 
-    def __init__(self, store: ExpertStore, *, direct: bool) -> None:
+    def __init__(self, store: ExpertStore, *, direct: bool, verify_always: bool = False) -> None:
         self._store = store
+        self._verify_always = verify_always
         self._path = store.path / RECORDS_NAME
         self._lock = threading.Lock()
         self._fds: list[int] = []
@@ -152,11 +154,37 @@ class RecordFile:
         size = self._store.index.record_bytes(expert.layer)
         if buffer.nbytes != size or _address(buffer) % ALIGNMENT:
             raise ValueError(f"a buffer for {expert} must hold {size} bytes at a multiple of {ALIGNMENT}")
-        self._read_at(self._store.record_offset(expert), buffer.cast("B"), expert)
         ordinal = self._first_record[expert.layer] + expert.expert
-        if not self._checked[ordinal]:
-            self._store.check_record(expert, buffer)
+        if self._verify_always or not self._checked[ordinal]:
+            self._read_checked(expert, buffer.cast("B"))
             self._checked[ordinal] = 1
+        else:
+            self._read_at(self._store.record_offset(expert), buffer.cast("B"), expert)
+
+    def verify_record(self, expert: ExpertId, scratch: memoryview) -> None:
+        """Read a record through `scratch`, page-aligned and a multiple of `ALIGNMENT` long, and compare its checksum.
+
+        Raises StoreError naming the place; its next read as an expert is then checked again.
+        """
+        self._checked[self._first_record[expert.layer] + expert.expert] = 0
+        self._read_checked(expert, scratch)
+        self._checked[self._first_record[expert.layer] + expert.expert] = 1
+
+    def _read_checked(self, expert: ExpertId, buffer: memoryview) -> None:
+        """Pass the record through `buffer`, which holds it then if it is as long; at most twice."""
+        try:
+            self._store.check_record(expert, self._read_crc32(expert, buffer))
+        except StoreError as error:
+            logger.warning("%s; reading it once more", error)
+            self._store.check_record(expert, self._read_crc32(expert, buffer))
+
+    def _read_crc32(self, expert: ExpertId, buffer: memoryview) -> int:
+        begin, size, crc32 = self._store.record_offset(expert), self._store.index.record_bytes(expert.layer), 0
+        for offset in range(0, size, len(buffer)):
+            piece = buffer[: min(len(buffer), size - offset)]
+            self._read_at(begin + offset, piece, expert)
+            crc32 = zlib.crc32(piece, crc32)
+        return crc32
 
     def _read_at(self, offset: int, buffer: memoryview, expert: ExpertId) -> None:
         done = 0

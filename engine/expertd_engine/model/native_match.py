@@ -55,18 +55,6 @@ _NORM_PLACES: dict[frozenset[str], dict[str, str]] = {
 }
 """Names of a layer's norms → where each acts. One norm alone: attention and FFN read it side by side."""
 _HEAD_NORMS = (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm"))
-_EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
-_PROBE_WIDTH = 4096
-_NORM_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-    "relu2": lambda x: functional.relu(x).square(),
-}
-
 _SCORES = {softmax_scores: Scores.SOFTMAX, sigmoid_scores: Scores.SIGMOID}
 _SHARE_EPSILONS: dict[Callable[[Tensor], Tensor] | None, float] = {None: 0.0, share: 0.0, share_safe: 1e-20}
 
@@ -131,34 +119,6 @@ class _Parts:
             raise NotMatched(f"{type(module).__name__} is no norm that is known")
         kind = _norm_kind(module, weight, bias, float(eps))
         return Norm(self.vector(weight), self.vector(bias), kind, len(weight), float(eps))
-
-
-def _norm_kind(module: nn.Module, weight: Tensor, bias: Tensor | None, eps: float) -> NormKind:
-    # Small numbers too, so that the epsilon shows.
-    x = torch.linspace(-1, 2, 3 * len(weight)).sin().view(3, -1) * torch.tensor([[1.0], [30.0], [2 * eps**0.5]])
-    x = x.to(weight.dtype)
-    given = module(x).float()
-    x, scale = x.float(), weight.float()
-    root = (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
-    answers = {
-        NormKind.LAYER: functional.layer_norm(x, x.shape[-1:], scale, None if bias is None else bias.float(), eps)
-    }
-    if bias is None:
-        answers[NormKind.RMS] = x * root * scale
-    for kind, answer in answers.items():
-        if torch.allclose(given, answer, rtol=_NORM_TOLERANCE[weight.dtype], atol=_NORM_TOLERANCE[weight.dtype]):
-            return kind
-    raise NotMatched(f"{type(module).__name__} is neither an RMS norm nor a layer norm")
-
-
-def activation_of(act: Any) -> int:
-    """The native activation that gives the numbers of `act`. Raises NotMatched."""
-    act = act.act if isinstance(act, InvariantActivation) else act
-    x = torch.linspace(-6, 6, 97)
-    for name, function in _ACTIVATIONS.items():
-        if torch.allclose(act(x), function(x), atol=1e-6):
-            return ACTIVATIONS[name]
-    raise NotMatched(f"no kernel has the activation {type(act).__name__}")
 
 
 def match_layer(

@@ -107,8 +107,8 @@ class Runner:
     ) -> None:
         """`virtual`: None where the model has no virtual mode."""
         self.virtual = virtual
-        self._model = model
-        self._layers = layers
+        self.model = model
+        self.layers = layers
         self._storage = storage
         self._cache = cache
         self._routes = routes
@@ -142,7 +142,7 @@ class Runner:
         if self.virtual is None or plan.mode == "exact":
             return None
         limits = [
-            chunk.sequence.sampling.max_substituted_mass for chunk in plan.chunks for _ in range(chunk.num_tokens)
+            chunk.sequence.max_substituted_mass for chunk in plan.chunks for _ in range(chunk.num_tokens)
         ]
         return self.virtual if self.virtual.begin_step(limits) else None
 
@@ -170,7 +170,7 @@ class Runner:
             rows += [row + position - chunk.start for position in _logit_positions(chunk)]
             row += chunk.num_tokens
         positions = [p for chunk in plan.chunks for p in range(chunk.start, chunk.stop)]
-        return self._model.forward(token_ids, positions, spans, self._storage, self._layers, routes, rows)
+        return self.model.forward(token_ids, positions, spans, self._storage, self.layers, routes, rows)
 
 
 def _decode_rows(plan: StepPlan) -> list[int] | None:

@@ -72,8 +72,8 @@ class VirtualRouting:
         self.counts = VirtualCounts.of(len(routers))
         self.logits: Tensor | None = None
         """Router logits `[T, E]` of the layer about to be routed, where the step's path has them."""
-        self._routers = routers
-        self._score = score
+        self.routers = routers
+        self.score = score
         self._masks: list[Bools] = [np.zeros(count, bool) for count in held.room.experts]
         self._made_at = -1
         self._limits: Floats = np.zeros(0, np.float32)
@@ -108,7 +108,7 @@ class VirtualRouting:
         return Substitutions(
             choices=(stop - start) * self._choices,
             substituted=int(self._substituted[start:stop].sum()),
-            mass=float(self._mass[start:stop].sum()) / len(self._routers),
+            mass=float(self._mass[start:stop].sum()) / len(self.routers),
             tokens=stop - start,
         )
 
@@ -130,15 +130,15 @@ class VirtualRouting:
         mask = np.repeat(self._masks[layer][None], len(rows), axis=0)
         np.put_along_axis(mask, chosen[rows], ~replaced, axis=1)
         at = torch.from_numpy(rows)
-        logits = self._routers[layer].logits(hidden[at]) if self.logits is None else self.logits[at]
-        index, shares = self._routers[layer].select(logits, torch.from_numpy(mask))
+        logits = self.routers[layer].logits(hidden[at]) if self.logits is None else self.logits[at]
+        index, shares = self.routers[layer].select(logits, torch.from_numpy(mask))
         new_index, new_weights = top_k_index.clone(), top_k_weights.clone()
         new_index[at], new_weights[at] = index, shares.to(new_weights.dtype)
         return new_index, new_weights
 
     def _observe(self, layer: int, hidden: Tensor, chosen: Ids, weights: Floats) -> None:
         lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32).numpy()
-        values = self._score(layer, lengths, chosen, weights).ravel()
+        values = self.score(layer, lengths, chosen, weights).ravel()
         flat = chosen.ravel()
         if len(chosen) == 1:
             sums = dict(zip(flat.tolist(), values.tolist(), strict=True))

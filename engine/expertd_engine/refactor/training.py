@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,7 @@ class Trainer:
             "tempered": self._tempered,
             "trained": self.student.trained(),
             "optimisers": {name: one.state_dict() for name, one in self._optimisers.items()},
-            "curve": self.curve,
+            "curve": asdict(self.curve),
         }
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
@@ -245,8 +245,8 @@ class Trainer:
     def _resume(self) -> None:
         if self.checkpoint is None or not self.checkpoint.is_file():
             return
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=False)  # our own file
-        self._done, self._tempered, self.curve = state["done"], state["tempered"], state["curve"]
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        self._done, self._tempered, self.curve = state["done"], state["tempered"], Curve(**state["curve"])
         self.student.load_trained(state["trained"])
         for name, one in self._optimisers.items():
             one.load_state_dict(state["optimisers"][name])

@@ -2,11 +2,12 @@
 //
 // Each phase writes rows that depend on their own row of the phase before, or, in attention, on the keys and values of
 // their own sequence; so a token's bits do not depend on what else is in the step.
+#include "block.h"
+
 #include <algorithm>
 #include <cstring>
 
 #include "block_kernels.h"
-#include "errors.h"
 #include "isa.h"
 #include "linear.h"
 
@@ -310,108 +311,28 @@ void Layer::route() {
   });
 }
 
-void check_shape(const char* name, const expertd_matrix& matrix, int64_t rows, int64_t cols) {
-  check_matrix(name, &matrix);
-  require(matrix.rows == rows && matrix.cols == cols,
-          std::string(name) + " is " + std::to_string(matrix.rows) + " x " + std::to_string(matrix.cols) + "; it must be " +
-              std::to_string(rows) + " x " + std::to_string(cols));
-}
-
-void check_ffn(const expertd_block& b) {
-  const expertd_router& r = b.router;
-  if (r.scores != EXPERTD_SCORES_DENSE) {
-    check_shape("router", r.matrix, r.experts, b.hidden);
-    require(r.top_k >= 1 && r.top_k <= r.experts, "top_k is " + std::to_string(r.top_k) + "; allowed are 1 to " +
-                                                      std::to_string(r.experts) + ", the number of experts");
-    require(r.groups <= 1 || (r.experts % r.groups == 0 && r.groups_kept >= 1 && r.groups_kept <= r.groups &&
-                              r.group_best >= 1 && r.group_best <= std::min(8, r.experts / r.groups) &&
-                              r.top_k <= r.groups_kept * (r.experts / r.groups)),
-            std::to_string(r.groups) + " groups, " + std::to_string(r.groups_kept) + " of them kept, do not fit " +
-                std::to_string(r.experts) + " experts");
-  }
-  if (b.ffn.up.data == nullptr) return;
-  check_matrix("ffn.up", &b.ffn.up);
-  check_shape("ffn.up", b.ffn.up, b.ffn.up.rows, b.hidden);
-  if (b.ffn.gate.data) check_shape("ffn.gate", b.ffn.gate, b.ffn.up.rows, b.hidden);
-  check_shape("ffn.down", b.ffn.down, b.hidden, b.ffn.up.rows);
-  if (b.ffn_gate.data) check_shape("ffn_gate", b.ffn_gate, 1, b.hidden);
-}
-
-void check_block(const expertd_block* block) {
-  require(block != nullptr, "block is null");
-  const expertd_block& b = *block;
-  require(b.heads >= 1 && b.kv_heads >= 1 && b.heads % b.kv_heads == 0,
-          std::to_string(b.heads) + " query heads cannot share " + std::to_string(b.kv_heads) + " key heads");
-  check_shape("query", b.query, int64_t(b.heads) * b.key_dim, b.hidden);
-  check_shape("key", b.key, int64_t(b.kv_heads) * b.key_dim, b.hidden);
-  check_shape("value", b.value, int64_t(b.kv_heads) * b.value_dim, b.hidden);
-  check_shape("output", b.output, b.hidden, int64_t(b.heads) * b.value_dim);
-  if (b.attention_gate.data) check_shape("attention_gate", b.attention_gate, b.output.cols, b.hidden);
-  require(!b.rope || (b.rotary_dim >= 2 && b.rotary_dim % 2 == 0 && b.rotary_dim <= b.key_dim && b.cos && b.sin),
-          "rotary_dim is " + std::to_string(b.rotary_dim) + "; allowed are even numbers up to the key dimension");
-  check_ffn(b);
-}
-
-void check_step(const expertd_step* step, const expertd_block& block) {
-  require(step != nullptr, "step is null");
-  require(step->block_tokens >= 16 && step->block_tokens % 16 == 0,
-          "block_tokens is " + std::to_string(step->block_tokens) + "; allowed are multiples of 16");
-  require(is_float_format(step->kv_format), "kv_format is " + std::to_string(step->kv_format) + "; allowed are 0 and 1");
-  require(step->rows >= 1 && step->span_row[step->spans] == step->rows, "the spans are not the step's rows");
-  for (int64_t row = 0; row < step->rows; ++row)
-    require(step->positions[row] >= 0 && (!block.rope || step->positions[row] < block.positions),
-            "position " + std::to_string(step->positions[row]) + " is not in the table of " +
-                std::to_string(block.positions));
-}
-
 }  // namespace
+
+void layer_forward(Pool& pool, const expertd_block& block, const expertd_block* previous, float* routed,
+                   const expertd_step& step) {
+  Layer(pool, block, step).forward(previous, routed);
+}
+
+void layer_finish(Pool& pool, const expertd_block& block, float* routed, const expertd_step& step) {
+  for_rows(pool, step.rows, block.hidden, [&](int64_t row) { Layer::finish_row(block, step, routed, row); });
+}
+
+void head_logits(Pool& pool, const expertd_norm& norm, const expertd_matrix& head, float scale, const float* hidden,
+                 const int64_t* rows, int64_t count, float* logits) {
+  const int64_t width = norm.length;
+  float* const normed = pool.scratch().get<float>(count * width);
+  for_rows(pool, count, width,
+           [&](int64_t i) { block_kernels().norm(norm, hidden + rows[i] * width, normed + i * width); });
+  multiply(pool, head, normed, count, logits);
+  if (scale == 1.0f) return;
+  for_rows(pool, count, head.rows, [&](int64_t i) {
+    for (int64_t v = i * head.rows; v < (i + 1) * head.rows; ++v) logits[v] *= scale;
+  });
+}
+
 }  // namespace expertd
-
-using namespace expertd;
-
-extern "C" int64_t expertd_block_bytes(void) { return sizeof(expertd_block); }
-
-extern "C" int64_t expertd_step_bytes(void) { return sizeof(expertd_step); }
-
-extern "C" int expertd_block_forward(expertd_pool* pool, const expertd_block* block, const expertd_block* previous,
-                                     float* routed, const expertd_step* step) {
-  return guarded([&] {
-    check_block(block);
-    check_step(step, *block);
-    Call call(pool);
-    Layer(call.pool(), *block, *step).forward(previous, routed);
-  });
-}
-
-extern "C" int expertd_block_finish(expertd_pool* pool, const expertd_block* block, float* routed,
-                                    const expertd_step* step) {
-  return guarded([&] {
-    check_block(block);
-    check_step(step, *block);
-    Call call(pool);
-    for_rows(call.pool(), step->rows, block->hidden,
-             [&](int64_t row) { Layer::finish_row(*block, *step, routed, row); });
-  });
-}
-
-extern "C" int expertd_block_logits(expertd_pool* pool, const expertd_norm* norm, const expertd_matrix* head,
-                                    float scale, const float* hidden, int64_t rows, const int64_t* logit_rows,
-                                    int64_t count, float* logits) {
-  return guarded([&] {
-    require(norm != nullptr && norm->kind != EXPERTD_NORM_NONE, "norm is absent");
-    check_matrix("head", head);
-    check_shape("head", *head, head->rows, norm->length);
-    for (int64_t i = 0; i < count; ++i)
-      require(logit_rows[i] >= 0 && logit_rows[i] < rows,
-              "logit row " + std::to_string(logit_rows[i]) + " is not one of " + std::to_string(rows));
-    Call call(pool);
-    const int64_t width = norm->length;
-    float* const normed = call.pool().scratch().get<float>(count * width);
-    for_rows(call.pool(), count, width, [&](int64_t i) {
-      block_kernels().norm(*norm, hidden + logit_rows[i] * width, normed + i * width);
-    });
-    multiply(call.pool(), *head, normed, count, logits);
-    if (scale == 1.0f) return;
-    for (int64_t i = 0; i < count * head->rows; ++i) logits[i] *= scale;
-  });
-}

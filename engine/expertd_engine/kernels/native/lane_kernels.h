@@ -37,29 +37,16 @@ void quantise(const float* x, int64_t cols, int32_t factor, Group* out) {
 
 // ---- float formats ---------------------------------------------------------------------------------------------------
 
-// The partial sums of one output element, between two blocks of columns.
-struct alignas(64) Partial {
-  float lanes[16];
-};
-
-// Columns of a block, where several tiles of tokens read the same weights: all that a block reads stays in the
-// first-level cache.
-constexpr int64_t kBlockColumns = 512;
-
-// R rows x T tokens over columns begin .. end. `partial` and `out` are indexed [token][row of the strip].
 template <int R, int T, class Element>
-inline void dot_tile(const Element* w, int64_t cols, int64_t begin, int64_t end, const void* const* inputs,
-                     Partial* partial, float* out) {
+inline void dot_tile(const Element* w, int64_t cols, const void* const* inputs, float* out) {
   Lanes acc[R][T];
   const float* x[T];
   for (int t = 0; t < T; ++t) x[t] = static_cast<const float*>(inputs[t]);
   for (int r = 0; r < R; ++r) {
-    for (int t = 0; t < T; ++t) {
-      acc[r][t] = begin == 0 ? broadcast(0.0f) : load(partial[t * kStripRows + r].lanes);
-    }
+    for (int t = 0; t < T; ++t) acc[r][t] = broadcast(0.0f);
   }
-  int64_t k = begin;
-  for (; k + 16 <= end; k += 16) {
+  int64_t k = 0;
+  for (; k + 16 <= cols; k += 16) {
     Lanes xs[T];
     for (int t = 0; t < T; ++t) xs[t] = load(x[t] + k);
     for (int r = 0; r < R; ++r) {
@@ -67,52 +54,34 @@ inline void dot_tile(const Element* w, int64_t cols, int64_t begin, int64_t end,
       for (int t = 0; t < T; ++t) acc[r][t] = fma(ws, xs[t], acc[r][t]);
     }
   }
-  if (k < end) {
-    const int n = static_cast<int>(end - k);
+  if (k < cols) {
+    const int n = static_cast<int>(cols - k);
     for (int r = 0; r < R; ++r) {
       const Lanes ws = load_first(w + r * cols + k, n);
       for (int t = 0; t < T; ++t) acc[r][t] = fma(ws, load_first(x[t] + k, n), acc[r][t]);
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int t = 0; t < T; ++t) {
-      if (end < cols) {
-        store(partial[t * kStripRows + r].lanes, acc[r][t]);
-      } else {
-        out[t * kStripRows + r] = sum(acc[r][t]);
-      }
-    }
+    for (int t = 0; t < T; ++t) out[t * kStripRows + r] = sum(acc[r][t]);
   }
 }
 
 template <int T, class Element>
-inline void dot_rows(const Element* w, int64_t cols, int64_t begin, int64_t end, int rows, const void* const* inputs,
-                     Partial* partial, float* out) {
+inline void dot_rows(const Element* w, int64_t cols, int rows, const void* const* inputs, float* out) {
   int r = 0;
-  for (; r + kDotRows <= rows; r += kDotRows) {
-    dot_tile<kDotRows, T>(w + r * cols, cols, begin, end, inputs, partial + r, out + r);
-  }
-  for (; r < rows; ++r) dot_tile<1, T>(w + r * cols, cols, begin, end, inputs, partial + r, out + r);
+  for (; r + kDotRows <= rows; r += kDotRows) dot_tile<kDotRows, T>(w + r * cols, cols, inputs, out + r);
+  for (; r < rows; ++r) dot_tile<1, T>(w + r * cols, cols, inputs, out + r);
 }
 
 template <class Element>
 void float_strip(const void* strip, const void* /*then*/, int64_t cols, int rows, const void* const* inputs, int tokens,
                  float* out) {
   const auto* w = static_cast<const Element*>(strip);
-  Partial partial[kTile * kStripRows];
-  const int64_t step = tokens > kDotTokens ? kBlockColumns : cols;
-  for (int64_t begin = 0; begin < cols; begin += step) {
-    const int64_t end = cols - begin < step ? cols : begin + step;
-    int t = 0;
-    for (; t + kDotTokens <= tokens; t += kDotTokens) {
-      const int at = t * kStripRows;
-      dot_rows<kDotTokens>(w, cols, begin, end, rows, inputs + t, partial + at, out + at);
-    }
-    for (; t < tokens; ++t) {
-      const int at = t * kStripRows;
-      dot_rows<1>(w, cols, begin, end, rows, inputs + t, partial + at, out + at);
-    }
+  int t = 0;
+  for (; t + kDotTokens <= tokens; t += kDotTokens) {
+    dot_rows<kDotTokens>(w, cols, rows, inputs + t, out + t * kStripRows);
   }
+  for (; t < tokens; ++t) dot_rows<1>(w, cols, rows, inputs + t, out + t * kStripRows);
 }
 
 // ---- integer formats -------------------------------------------------------------------------------------------------

@@ -43,24 +43,28 @@ void run_strips(const Product& product, int64_t strip_begin, int64_t strip_end, 
   }
 }
 
-float element(const expertd_matrix& w, int64_t row, int64_t col) {
-  const auto* data = static_cast<const uint8_t*>(w.data);
-  const int64_t groups = groups_of(w.cols), group = col / kGroupColumns, c = col % kGroupColumns, r = row % kStripRows;
-  const uint8_t* strip = data + row / kStripRows * strip_bytes(w.format, w.cols);
-  const int64_t group_bytes = w.format == EXPERTD_INT8 ? 512 : 256;
-  const auto half_at = [&](int64_t offset) {
-    uint16_t bits;
-    std::memcpy(&bits, strip + groups * group_bytes + 2 * (offset + group * kStripRows + r), sizeof bits);
-    return half_to_float(bits);
-  };
-  const float scale = half_at(0);
-  if (w.format == EXPERTD_INT8) {
-    return scale * static_cast<float>(strip[group * 512 + c / 4 * 64 + r * 4 + c % 4] - 128);
+float half_at(const uint8_t* address) {
+  uint16_t bits;
+  std::memcpy(&bits, address, sizeof bits);
+  return half_to_float(bits);
+}
+
+// Row `row` of a strip of an integer format.
+void read_strip_row(const expertd_matrix& w, const uint8_t* strip, int64_t row, float* out) {
+  const int64_t groups = groups_of(w.cols);
+  const bool bytes = w.format == EXPERTD_INT8;
+  const uint8_t* scales = strip + groups * (bytes ? 512 : 256) + 2 * row;
+  for (int64_t g = 0; g < groups; ++g, scales += 2 * kStripRows) {
+    const uint8_t* data = strip + g * (bytes ? 512 : 256) + 4 * row;
+    const float scale = half_at(scales);
+    const float minimum = w.format == EXPERTD_INT4 ? half_at(scales + groups * 2 * kStripRows) : 0.0f;
+    const int64_t count = std::min<int64_t>(kGroupColumns, w.cols - g * kGroupColumns);
+    for (int64_t c = 0; c < count; ++c) {
+      const uint8_t stored = data[(bytes ? c : c % 16) / 4 * 64 + c % 4];
+      const int q = bytes ? stored - 128 : c < 16 ? stored & 15 : stored >> 4;
+      out[g * kGroupColumns + c] = scale * static_cast<float>(w.format == EXPERTD_INT4S ? q - 8 : q) + minimum;
+    }
   }
-  const uint8_t byte = strip[group * 256 + c % 16 / 4 * 64 + r * 4 + c % 4];
-  const int q = c < 16 ? byte & 15 : byte >> 4;
-  if (w.format == EXPERTD_INT4S) return scale * static_cast<float>(q - 8);
-  return scale * static_cast<float>(q) + half_at(groups * kStripRows);
 }
 
 void read_row(const expertd_matrix& w, int64_t row, float* out) {
@@ -70,7 +74,8 @@ void read_row(const expertd_matrix& w, int64_t row, float* out) {
     const auto* from = static_cast<const uint16_t*>(w.data) + row * w.cols;
     for (int64_t col = 0; col < w.cols; ++col) out[col] = bf16_to_float(from[col]);
   } else {
-    for (int64_t col = 0; col < w.cols; ++col) out[col] = element(w, row, col);
+    const auto* data = static_cast<const uint8_t*>(w.data);
+    read_strip_row(w, data + row / kStripRows * strip_bytes(w.format, w.cols), row % kStripRows, out);
   }
 }
 

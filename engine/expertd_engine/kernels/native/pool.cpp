@@ -72,7 +72,7 @@ void Scratch::grow(size_t size) {
 
 void* Scratch::bytes(size_t size) {
   size = std::max<size_t>(1, (size + kAlignment - 1) / kAlignment) * kAlignment;
-  if (capacity_ - used_ < size) grow(std::max({size, 2 * capacity_, kFirstBlock}));
+  if (capacity_ - used_ < size) grow(std::max(size, kFirstBlock));
   void* result = blocks_.back().get() + used_;
   used_ += size;
   return result;

@@ -50,6 +50,8 @@ def jobs(dense: Dense, steps: int, sweep_steps: int, compiled: bool) -> list[Job
     for rate in RATES:
         short = replace(base, steps=sweep_steps, learning_rate=rate)
         found += [Job(f"sweep-{name}-{rate:g}", shape, short, TUNED) for name, shape in sides.items()]
+    plain = replace(base, steps=sweep_steps, learning_rate=6e-4)
+    found += [Job(f"plain-{name}", shape, plain) for name, shape in sides.items()]  # without any teacher
     for seed in SEEDS:
         for name, shape in sides.items():
             swept = tuple(f"sweep-{name}-{rate:g}" for rate in RATES)

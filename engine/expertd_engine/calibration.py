@@ -1,0 +1,199 @@
+"""Runs text token by token through a real engine and compares what it says in one mode with another. Owns the taps.
+
+Token by token, because a prompt computed in one step routes all its tokens among the experts held before it: quality
+measured so would say nothing of an answer, where the held experts move with every token.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from expertd_engine.config import Config
+from expertd_engine.errors import EngineError
+from expertd_engine.experts.held import HeldExperts
+from expertd_engine.experts.store import ExpertStore
+from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
+from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
+from expertd_engine.model.attention import KVStorage, Span
+from expertd_engine.model.moe import MoELayer, StepRoutes
+from expertd_engine.model.runner import StepModel
+from expertd_engine.model.virtual_routing import Score, VirtualRouting
+from expertd_engine.planning.replay import Choice
+from expertd_engine.startup import Engine, start_engine
+
+Window = Sequence[int]
+"""Token ids; the model sees nothing before the first."""
+
+ONE_TOKEN = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the engine said of some windows, token by token."""
+
+    logprobs: list[Tensor]
+    """`[tokens, V]` of each window, float16."""
+    steps_s: list[float]
+    """Seconds of each step, a token each."""
+    stalls_s: list[float]
+    """Of these: stood still."""
+
+    def losses(self, windows: Sequence[Window]) -> list[float]:
+        """Negative log-probability of every token but the first of each window, nats."""
+        found: list[float] = []
+        for rows, window in zip(self.logprobs, windows, strict=True):
+            following = torch.tensor(window[1:])[:, None]
+            found += (-rows[:-1].float().gather(1, following)[:, 0]).tolist()
+        return found
+
+    def divergences(self, other: Told) -> list[float]:
+        """KL divergence of the other's next-token distributions from these, for each token, nats."""
+        found: list[float] = []
+        for mine, theirs in zip(self.logprobs, other.logprobs, strict=True):
+            p, q = mine.float(), theirs.float()
+            found += (p.exp() * (p - q)).nan_to_num(0.0).sum(dim=1).tolist()
+        return found
+
+
+class _Tap:
+    """A `StepModel` that also keeps the log-probabilities of every step."""
+
+    def __init__(self, model: StepModel) -> None:
+        self.rows: list[Tensor] = []
+        self._model = model
+
+    def forward(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        spans: Sequence[Span],
+        storage: KVStorage,
+        layers: Sequence[MoELayer],
+        routes: StepRoutes,
+        logit_rows: Sequence[int],
+    ) -> Tensor:
+        logits = self._model.forward(token_ids, positions, spans, storage, layers, routes, logit_rows)
+        self.rows.append(logits.log_softmax(dim=-1).clamp(min=-60000).half())
+        return logits
+
+
+class RouteRecorder(VirtualRouting):
+    """Substitutes nothing, and keeps what every router chose."""
+
+    def __init__(self, model: VirtualRouting) -> None:
+        super().__init__(model.routers, model.held, model.score)
+        self.choices: list[list[Choice]] = [[] for _ in model.routers]
+        """By MoE layer, then token."""
+
+    def begin_step(self, limits: Sequence[float]) -> bool:
+        return True
+
+    def end_step(self, sequences: int) -> None:
+        return None
+
+    def route(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, weights = top_k_index.numpy(), top_k_weights.float().numpy()
+        lengths: NDArray[np.float32] = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32).numpy()
+        values = self.score(layer, lengths, chosen, weights)
+        rows = zip(chosen.tolist(), weights.tolist(), values.tolist(), strict=True)
+        self.choices[layer] += [Choice(*row) for row in rows]
+        return top_k_index, top_k_weights
+
+    def routes(self) -> list[list[Sequence[int]]]:
+        """Experts by token and layer."""
+        return [[choice.experts for choice in layers] for layers in zip(*self.choices, strict=True)]
+
+
+def with_slots(
+    model: VirtualRouting,
+    slots: Sequence[int],
+    limits: SwapLimits | None = None,
+    *,
+    priors: Sequence[Sequence[float]] | None = None,
+    score: Score | None = None,
+) -> VirtualRouting:
+    """The model's virtual mode with so many slots in each layer, and sets of its own: `close` them before the next.
+
+    `limits`, `priors` and `score` are the model's where they are not given.
+    """
+    sets = model.held.sets
+    fresh = VirtualExperts(priors or sets.priors, sets.top_k, limits or sets.limits)
+    room = replace(model.held.room, wanted=slots, share=1.0)
+    return VirtualRouting(model.routers, HeldExperts(model.held.cache, fresh, room), score or model.score)
+
+
+class SomeLayers(VirtualRouting):
+    """Virtual mode in some layers alone; the others are computed exactly."""
+
+    def __init__(self, model: VirtualRouting, layers: Collection[int]) -> None:
+        super().__init__(model.routers, model.held, model.score)
+        self._chosen = frozenset(layers)
+
+    def route(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in self._chosen:
+            return top_k_index, top_k_weights
+        return super().route(layer, hidden, top_k_index, top_k_weights)
+
+
+class TextEngine:
+    """A real engine that is fed text, a token a step."""
+
+    def __init__(self, store: ExpertStore, config: Config) -> None:
+        self.engine: Engine = start_engine(
+            store, config, os.getpid(), lambda stage, fraction: None, lambda runner: runner
+        )
+        scheduler = self.engine.core.scheduler
+        self._limits = scheduler.limits
+        self._next_id = 1
+
+    def close(self) -> None:
+        self.engine.cache.close()
+
+    @property
+    def virtual(self) -> VirtualRouting | None:
+        """The model's own virtual mode."""
+        return self.engine.runner.virtual
+
+    def tell(self, windows: Sequence[Window], routing: VirtualRouting | None = None, *, settle: bool = True) -> Told:
+        """What the engine says of the windows: exact, or as `routing` has it.
+
+        With `settle`, loads of held experts end between steps, so that results depend on nothing but the text.
+        """
+        mode: ExpertMode = "exact" if routing is None else "virtual"
+        runner, scheduler = self.engine.runner, self.engine.core.scheduler
+        own, model = runner.virtual, runner.model
+        tap = runner.model = _Tap(model)
+        runner.virtual = own if routing is None else routing
+        scheduler.limits = replace(self._limits, max_step_tokens=1)
+        told = Told([], [], [])
+        try:
+            for window in windows:
+                tap.rows.clear()
+                self._feed(window, mode, told, routing if settle else None)
+                told.logprobs.append(torch.cat(tap.rows)[: len(window)])
+        finally:
+            runner.virtual, runner.model, scheduler.limits = own, model, self._limits
+        return told
+
+    def _feed(self, window: Window, mode: ExpertMode, told: Told, settling: VirtualRouting | None) -> None:
+        core, stalls = self.engine.core, self.engine.cache.stalls
+        core.submit(Submit(self._next_id, [TextInput(list(window))], ONE_TOKEN, mode=mode), 0.0)
+        self._next_id += 1
+        while core.has_work:
+            before, began = stalls.total_s, time.perf_counter()
+            result = core.step(0.0)
+            told.steps_s.append(time.perf_counter() - began)
+            told.stalls_s.append(stalls.total_s - before)
+            if settling is not None and settling.held.sets.is_open:
+                settling.held.settle()
+            for finished in result.finished:
+                if finished.error:
+                    raise EngineError(f"a window could not be computed: {finished.error}")

@@ -1,0 +1,109 @@
+"""Lets through what a predictor foresees only where it has been right often enough. Pure.
+
+A wrong prefetch costs link time and a slot, and most of what a predictor names is resident anyhow: how often it is
+right says little about how often it is right on an *absent* expert, which is all that a prefetch is for. So that is
+what is counted, whether or not a prefetch was made: there is nothing to explore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from expertd_engine.experts.events import ExpertId, Hint
+from expertd_engine.experts.lookahead import Exactness, Lookahead
+
+MIN_PRECISION = 0.8
+"""A class of hints is followed while this share of it comes true: at most a fifth of prefetched bytes is wasted."""
+_PRIOR = 4.0
+"""Made-up outcomes, half of them true, that a class begins with: a few real ones must speak before it is followed."""
+_MEMORY = 1024.0
+"""Outcomes after which a class's counts are halved: predictors and topics change."""
+_AGE_CLASSES = 8
+
+_Class = tuple[int, int, int]
+"""Layers ahead when the use was first named, layers ahead now, and how long ago the expert was used last."""
+
+
+@dataclass(slots=True)
+class Record:
+    """How hints of one class on absent experts came out."""
+
+    true: float = _PRIOR / 2
+    all: float = _PRIOR
+
+    @property
+    def precision(self) -> float:
+        return self.true / self.all
+
+    def add(self, came_true: bool) -> None:
+        self.true += came_true
+        self.all += 1
+        if self.all > _MEMORY:
+            self.true, self.all = self.true / 2, self.all / 2
+
+
+class Governor:
+    """A `Lookahead` around a predicting one, which names a use again at every layer for as long as it believes in it.
+
+    `absent_for(expert)` is None for an expert that is resident or on its way, else the lookups since its last use.
+    `lookups_per_token` is MoE layers × top-k; layers and experts give positions their meaning (`experts.events`).
+    """
+
+    exactness: Exactness = "predicted"
+
+    def __init__(
+        self,
+        inner: Lookahead,
+        absent_for: Callable[[ExpertId], int | None],
+        num_layers: int,
+        num_experts: int,
+        lookups_per_token: int,
+    ) -> None:
+        self.records: dict[_Class, Record] = {}
+        """For status and metrics."""
+        self._inner = inner
+        self._absent_for = absent_for
+        self._num_layers = num_layers
+        self._num_experts = num_experts
+        self._lookups_per_token = lookups_per_token
+        self._first_lead: dict[int, int] = {}
+        self._judged: dict[int, dict[int, set[_Class]]] = {}
+        """Classes in which a use was seen while its expert was absent: by layer's beginning, then position."""
+
+    def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
+        return self._let_through(step * self._num_layers - 1, self._inner.begin_step(step, token_ids))
+
+    def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
+        now = step * self._num_layers + layer
+        self._settle(now * self._num_experts, experts)
+        return self._let_through(now, self._inner.routed(step, layer, experts))
+
+    def next_use(self, expert: ExpertId, after: int) -> int | None:
+        return self._inner.next_use(expert, after)
+
+    def _settle(self, begin: int, experts: Sequence[int]) -> None:
+        """The layer that begins at position `begin` has routed: what was said of it came true or did not."""
+        chosen = {begin + expert for expert in experts}
+        for position, classes in self._judged.pop(begin, {}).items():
+            for one in classes:
+                self.records.setdefault(one, Record()).add(position in chosen)
+        for old in [first for first in self._judged if first < begin]:
+            del self._judged[old]
+        self._first_lead = {use: lead for use, lead in self._first_lead.items() if use >= begin + self._num_experts}
+
+    def _let_through(self, now: int, hints: Iterable[Hint]) -> list[Hint]:
+        return [hint for hint in hints if self._is_worth_it(now, hint)]
+
+    def _is_worth_it(self, now: int, hint: Hint) -> bool:
+        """`now` counts layers since the first step's first. What is resident is only spared: that costs nothing."""
+        lead = hint.needed_at // self._num_experts - now
+        first = self._first_lead.setdefault(hint.needed_at, lead)
+        age = self._absent_for(hint.expert)
+        if age is None:
+            return True
+        one = (first, lead, min(_AGE_CLASSES - 1, (age // self._lookups_per_token).bit_length()))
+        begin = hint.needed_at - hint.needed_at % self._num_experts
+        self._judged.setdefault(begin, {}).setdefault(hint.needed_at, set()).add(one)
+        record = self.records.get(one)
+        return record is not None and record.precision >= MIN_PRECISION

@@ -1,0 +1,185 @@
+"""From a budget to a plan: bytes for experts and KV, slots of each layer, predicted speed, hit rate and quality. Pure.
+
+Exact mode has one cache for the whole model: which layer has how many experts in it is what traffic makes of it, and a
+fixed split can only lose. Virtual mode holds a set for each layer, and there the split is solved for: slot after slot
+goes where a byte saves most expected divergence. Losses are made convex first (the lower hull of what was measured),
+and on convex losses this greedy order is optimal at every budget it passes through.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from expertd_engine.config import Size
+from expertd_engine.errors import BudgetError
+from expertd_engine.messages import ExpertMode
+from expertd_engine.planning.profile import LayerCurve, MissCurve, Profile, at_share
+from expertd_engine.planning.startup_plan import Asked, Measured, plan_memory
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to plan for; sizes as on the command line."""
+
+    mode: ExpertMode = "exact"
+    memory_budget: Size | None = None
+    expert_budget: Size | None = None
+    kv_budget: Size | None = None
+    max_model_len: int | None = None
+    max_sequences: int | None = None
+    share: float = 0.75
+    """Of the expert budget, for virtual sets."""
+    routing: str = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """One slot more for a layer: nats of divergence saved for each token, or experts no longer missed."""
+
+    layer: int
+    slots: int
+    """That the layer then has."""
+    saved: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    mode: ExpertMode
+    expert_budget_bytes: int
+    kv_blocks: int
+    memory_bytes: int
+    """Predicted use of all processes, at most."""
+    slots: list[int]
+    """By MoE layer. Exact mode: what an even share of the one cache would be."""
+    hit_rate: float
+    """Of lookups; in virtual mode 1."""
+    step_s: float
+    """Decode of one sequence, a token."""
+    divergence: float
+    """KL from exact mode, nats a token."""
+    gains: list[Gain]
+    """Virtual mode: the last slot that each layer was given."""
+
+    @property
+    def tok_s(self) -> float:
+        return 1 / self.step_s
+
+
+def make_plan(profile: Profile, request: Request) -> Plan:
+    """Raises BudgetError, with the smallest budget that works, for one that is too small."""
+    startup = plan_memory(_measured(profile, request), _asked(profile, request))
+    experts = startup.expert_budget_bytes
+    memory = profile.memory.base + profile.memory.step + experts + startup.kv_blocks * profile.memory.kv_block
+    if request.mode == "virtual":
+        slots, gains = split(profile, experts, request.share)
+        loss = sum(curve.loss(count) for curve, count in zip(profile.model.layers, slots, strict=True))
+        return Plan("virtual", experts, startup.kv_blocks, memory, slots, 1.0, _resident_s(profile), loss, gains)
+    hit_rate, step_s = predict_exact(profile, profile.curve(request.routing), experts)
+    even = [min(count, int(count * experts / profile.expert_bytes)) for count in profile.num_experts]
+    return Plan("exact", experts, startup.kv_blocks, memory, even, hit_rate, step_s, 0.0, [])
+
+
+def predict_exact(profile: Profile, curve: MissCurve, expert_bytes: int) -> tuple[float, float]:
+    """Hit rate, and seconds of one sequence's decode step, in an expert budget."""
+    hit_rate, missing = at_share(curve, expert_bytes / profile.expert_bytes)
+    return hit_rate, _resident_s(profile) + profile.box.overlap * missing_s(missing, profile.box.reads_s)
+
+
+def missing_s(missing: Sequence[float], reads_s: Sequence[float]) -> float:
+    """Seconds that a token's missing records take to read when nothing else runs: as `MissCurve.missing`, and
+    `BoxProfile.reads_s`, beyond whose end reads go on at the pace of its last ones."""
+    more = reads_s[-1] - reads_s[-2] if len(reads_s) > 1 else reads_s[-1]
+    seconds = [
+        reads_s[n] if n < len(reads_s) else reads_s[-1] + more * (n + 1 - len(reads_s)) for n in range(len(missing))
+    ]
+    return sum(layers * each for layers, each in zip(missing, seconds, strict=True))
+
+
+def split(profile: Profile, expert_bytes: int, share: float) -> tuple[list[int], list[Gain]]:
+    """Slots of each layer for virtual mode, and what the last one of each was worth. Raises BudgetError."""
+    total, floor = profile.expert_bytes, profile.top_k * sum(profile.record_bytes)
+    staging = 2 * max(profile.record_bytes)
+    if expert_bytes >= total:
+        return list(profile.num_experts), []
+    if expert_bytes < floor + staging:
+        detail = f"{profile.top_k} slots in each of {len(profile.record_bytes)} MoE layers and two to load through"
+        raise BudgetError("expert budget for virtual mode", expert_bytes, floor + staging, detail)
+    room = max(floor, min(int(share * expert_bytes), expert_bytes - staging))
+    return split_slots(profile.model.layers, profile.record_bytes, room)
+
+
+def split_slots(curves: Sequence[LayerCurve], record_bytes: Sequence[int], room: int) -> tuple[list[int], list[Gain]]:
+    """Slots of each layer inside `room` bytes, at least the fewest of each curve, and each layer's last gain.
+
+    Of equal gains the layer with fewest slots comes first, so layers that are alike get as many, within one.
+    """
+    hulls = [_hull(curve) for curve in curves]
+    slots = [curve.slots[0] for curve in curves]
+    left = room - sum(count * nbytes for count, nbytes in zip(slots, record_bytes, strict=True))
+    heap = [(-hull[0] / nbytes, slots[i], i) for i, (hull, nbytes) in enumerate(zip(hulls, record_bytes)) if hull]
+    heapq.heapify(heap)
+    gains: dict[int, Gain] = {}
+    while heap:
+        _, count, layer = heapq.heappop(heap)
+        if record_bytes[layer] > left:
+            continue  # a layer of shorter records may still have room
+        left -= record_bytes[layer]
+        saved = hulls[layer][count - curves[layer].slots[0]]
+        slots[layer] = count + 1
+        gains[layer] = Gain(layer, slots[layer], saved)
+        following = slots[layer] - curves[layer].slots[0]
+        if following < len(hulls[layer]):
+            heapq.heappush(heap, (-hulls[layer][following] / record_bytes[layer], slots[layer], layer))
+    return slots, [gains[layer] for layer in sorted(gains)]
+
+
+def _hull(curve: LayerCurve) -> list[float]:
+    """What each slot beyond the fewest saves, on the lower convex hull of the losses: never growing, never below 0."""
+    points: list[tuple[int, float]] = []
+    for count, mass in zip(curve.slots, curve.mass, strict=True):
+        point = (count, curve.sensitivity * mass)
+        while len(points) > 1 and _above(points[-2], points[-1], point):
+            points.pop()
+        points.append(point)
+    saved: list[float] = []
+    for (x, y), (to_x, to_y) in zip(points, points[1:], strict=False):
+        saved += [max(0.0, (y - to_y) / (to_x - x))] * (to_x - x)
+    return saved
+
+
+def _above(first: tuple[int, float], middle: tuple[int, float], last: tuple[int, float]) -> bool:
+    """Whether `middle` lies on or above the line between its neighbours."""
+    return (middle[1] - first[1]) * (last[0] - first[0]) >= (last[1] - first[1]) * (middle[0] - first[0])
+
+
+def _resident_s(profile: Profile) -> float:
+    return profile.box.steps_s["1"]
+
+
+def _measured(profile: Profile, request: Request) -> Measured:
+    memory = profile.memory
+    minimum = min(2 * max(profile.record_bytes), profile.expert_bytes)
+    if request.mode == "virtual":
+        minimum = min(profile.expert_bytes, profile.top_k * sum(profile.record_bytes) + minimum)
+    return Measured(
+        base=memory.base,
+        step=memory.step,
+        experts_minimum=minimum,
+        experts_total=profile.expert_bytes,
+        kv_block=memory.kv_block,
+        block_tokens=memory.block_tokens,
+        available=memory.available,
+    )
+
+
+def _asked(profile: Profile, request: Request) -> Asked:
+    memory = profile.memory
+    return Asked(
+        request.expert_budget,
+        request.memory_budget,
+        request.kv_budget,
+        request.max_model_len or memory.max_model_len,
+        request.max_sequences or memory.max_sequences,
+    )

@@ -1,0 +1,139 @@
+"""What was measured of a box and of a model on it, as plain data beside the store. Who measures is `profiling`; pure.
+
+Seconds and bytes throughout. A profile belongs to one store, one box and the limits it was measured with.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import msgspec
+
+from expertd_engine.errors import StoreError
+
+PROFILE_VERSION = 1
+PROFILE_NAME = "profile.json"
+
+
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class BoxProfile(_Part, frozen=True):
+    """The machine, and the engine on it without any expert missing."""
+
+    threads: int
+    io_threads: int
+    kernels: str
+    reads_s: list[float]
+    """Seconds until the last of n records asked for at once is there: entry n - 1, by the engine's own threads."""
+    bandwidth: dict[str, float]
+    """Bytes a second of reads in a row, by reading threads."""
+    steps_s: dict[str, float]
+    """Seconds of a decode step whose experts are all there, by sequences in it."""
+    experts_s: dict[str, float]
+    """Seconds of one layer's experts among these, by sequences."""
+    overlap: float
+    """What a missing record costs of the time it takes to read alone: below 1, where others compute meanwhile."""
+
+
+class MemoryProfile(_Part, frozen=True):
+    """Bytes, as `startup_plan.Measured` has them, with the limits they were measured with."""
+
+    base: int
+    step: int
+    kv_block: int
+    block_tokens: int
+    available: int
+    max_step_tokens: int
+    max_sequences: int
+    max_model_len: int
+
+
+class MissCurve(_Part, frozen=True):
+    """What one sequence's decode misses at each share of all experts resident, by replay through the real ledger."""
+
+    routing: str
+    shares: list[float]
+    """Ascending, of all expert bytes."""
+    hit_rates: list[float]
+    missing: list[list[float]]
+    """For each share: how many layers of a token miss n + 1 experts, on average, at entry n."""
+
+
+class LayerCurve(_Part, frozen=True):
+    """Virtual mode in one MoE layer: how much gate mass is substituted at so many slots, and what that costs."""
+
+    slots: list[int]
+    """Ascending, from top-k to all."""
+    mass: list[float]
+    """Substituted mass of a token at these, 0 to 1."""
+    sensitivity: float
+    """KL divergence from exact mode, nats a token, for each unit of mass that this layer alone substitutes."""
+
+    def loss(self, count: int) -> float:
+        """Expected divergence at `count` slots, between measured ones on a straight line."""
+        return self.sensitivity * _between(self.slots, self.mass, count)
+
+
+class ModelProfile(_Part, frozen=True):
+    tokens: int
+    """Of calibration text, each computed by itself through the real runtime."""
+    misses: list[MissCurve]
+    layers: list[LayerCurve]
+    """Empty where the model has no virtual mode."""
+    swaps_per_token: float
+    """In all layers, at twice top-k slots."""
+
+
+class Profile(_Part, frozen=True):
+    version: int
+    store_id: str
+    record_bytes: list[int]
+    """By MoE layer, as the next."""
+    num_experts: list[int]
+    top_k: int
+    box: BoxProfile
+    memory: MemoryProfile
+    model: ModelProfile
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of all experts."""
+        return sum(nbytes * count for nbytes, count in zip(self.record_bytes, self.num_experts, strict=True))
+
+    def curve(self, routing: str) -> MissCurve:
+        """Raises StoreError for a routing that was not profiled."""
+        found = {curve.routing: curve for curve in self.model.misses}
+        if routing not in found:
+            raise StoreError(f"routing {routing!r} was not profiled: there are {', '.join(found)}")
+        return found[routing]
+
+
+def decode_profile(data: bytes, store_id: str) -> Profile:
+    """Raises StoreError for what is no profile of the store with that id."""
+    try:
+        profile = msgspec.json.decode(data, type=Profile)
+    except msgspec.DecodeError as error:
+        raise StoreError(f"{PROFILE_NAME} is not a profile of this version: {error}; profile again") from error
+    if profile.version != PROFILE_VERSION or profile.store_id != store_id:
+        raise StoreError(f"{PROFILE_NAME} belongs to another store or version; profile again with `expertd profile`")
+    return profile
+
+
+def _between(xs: list[int] | list[float], ys: list[float], x: float) -> float:
+    """Of the polygon through (xs, ys), flat outside."""
+    at = bisect_left(xs, x)
+    if at == 0:
+        return ys[0]
+    if at == len(xs):
+        return ys[-1]
+    part = (x - xs[at - 1]) / (xs[at] - xs[at - 1])
+    return ys[at - 1] + part * (ys[at] - ys[at - 1])
+
+
+def at_share(curve: MissCurve, share: float) -> tuple[float, list[float]]:
+    """Hit rate and missing experts (as `MissCurve.missing`) at a share of all experts."""
+    width = max(map(len, curve.missing))
+    columns = [[row[n] if n < len(row) else 0.0 for row in curve.missing] for n in range(width)]
+    return _between(curve.shares, curve.hit_rates, share), [_between(curve.shares, c, share) for c in columns]

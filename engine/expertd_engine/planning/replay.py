@@ -1,0 +1,121 @@
+"""Replays recorded routes through the real residency ledger and the real virtual sets: what a budget would have met.
+
+Pure, and without time: a load ends as soon as it is asked for, so what is counted is who had to be loaded, not when.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from expertd_engine.experts.events import Demand, Event, ExpertId, Granted, Load, Loaded, Release
+from expertd_engine.experts.ledger import Ledger
+from expertd_engine.experts.policy import Policy
+from expertd_engine.experts.virtual import Action, Hold, SwapLimits, VirtualExperts
+
+Routes = Sequence[Sequence[Sequence[int]]]
+"""By token, MoE layer and choice: expert ids."""
+
+
+@dataclass(slots=True)
+class Met:
+    """What the replay of decode steps, a token each, met."""
+
+    tokens: int = 0
+    lookups: int = 0
+    misses: int = 0
+    by_layer: list[int] = field(default_factory=list)
+    """Misses."""
+    together: Counter[int] = field(default_factory=Counter)
+    """How often a layer of a token missed so many experts, at least one."""
+
+    @property
+    def hit_rate(self) -> float:
+        return 1 - self.misses / self.lookups if self.lookups else 1.0
+
+    def missing(self) -> list[float]:
+        """Layers of a token that missed n + 1 experts, on average, at entry n."""
+        most = max(self.together, default=0)
+        return [self.together[n] / max(1, self.tokens) for n in range(1, most + 1)]
+
+
+class LedgerReplay:
+    """One ledger in which loads take no time."""
+
+    def __init__(self, record_bytes: Sequence[int], experts: Sequence[int], budget_bytes: int, policy: Policy) -> None:
+        self._ledger = Ledger(record_bytes, experts, budget_bytes, policy, prefetch=False)
+        self._width = max(experts)
+        self._period = self._width * len(experts)
+        self._lease = 0
+        self._tokens = 0
+
+    def token(self, layers: Sequence[Sequence[int]], met: Met | None = None) -> None:
+        """One token's routes; counted if `met` is given."""
+        for layer, chosen in enumerate(layers):
+            misses = sum(self._use(ExpertId(layer, expert)) for expert in sorted(chosen))
+            if met is not None:
+                met.lookups += len(chosen)
+                met.misses += misses
+                met.by_layer[layer] += misses
+                met.together[misses] += misses > 0
+        self._tokens += 1
+        if met is not None:
+            met.tokens += 1
+
+    def _use(self, expert: ExpertId) -> int:
+        self._lease += 1
+        position = self._tokens * self._period + expert.layer * self._width + expert.expert
+        loads = 0
+        events: list[Event] = [Demand(self._lease, expert, position)]
+        while events:
+            out = self._ledger.handle_all(events)
+            events = [Loaded(one.load_id) for one in out if isinstance(one, Load)]
+            loads += len(events)
+            if any(isinstance(one, Granted) for one in out):
+                self._ledger.handle(Release(self._lease))
+        return loads
+
+
+def replay_exact(
+    routes: Routes, record_bytes: Sequence[int], experts: Sequence[int], budget_bytes: int, policy: Policy, warm: int
+) -> Met:
+    """Exact mode in an expert budget; the first `warm` tokens fill the cache and are not counted."""
+    replay = LedgerReplay(record_bytes, experts, budget_bytes, policy)
+    met = Met(by_layer=[0] * len(experts))
+    for number, token in enumerate(routes):
+        replay.token(token, met if number >= warm else None)
+    return met
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one token's router chose in one layer."""
+
+    experts: Sequence[int]
+    weights: Sequence[float]
+    importance: Sequence[float]
+    """‖x‖·g·‖E‖ of each."""
+
+
+def replay_virtual(
+    tokens: Sequence[Choice], prior: Sequence[float], top_k: int, slots: int, limits: SwapLimits, warm: int
+) -> tuple[float, float]:
+    """One layer in virtual mode: substituted mass a token, and swaps a token."""
+    sets = VirtualExperts([prior], top_k, limits)
+    _settle(sets, sets.resize([slots]))
+    lost = 0.0
+    for number, choice in enumerate(tokens):
+        held = sets.held(0)
+        if number >= warm:
+            missing = sum(w for e, w in zip(choice.experts, choice.weights, strict=True) if e not in held)
+            lost += missing / max(sum(choice.weights), 1e-30)
+        sets.observe(0, dict(zip(choice.experts, choice.importance, strict=True)))
+        _settle(sets, sets.end_step(1))
+    counted = max(1, len(tokens) - warm)
+    return lost / counted, sets.swaps[0] / max(1, len(tokens))
+
+
+def _settle(sets: VirtualExperts, actions: list[Action]) -> None:
+    while actions:
+        actions = [next_ for a in actions if isinstance(a, Hold) for next_ in sets.arrived(a.expert)]

@@ -1,0 +1,230 @@
+"""`expertd profile`: measures a box and a model on it, once, and writes `profile.json` into the store. Decides nothing.
+
+The engine that is measured is the one that serves: its threads, its reads, its kernels, its router adapters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+import msgspec
+import torch
+from tokenizers import Tokenizer
+
+from expertd_engine.bench.disk import read_bandwidth
+from expertd_engine.bench.perplexity import held_out
+from expertd_engine.calibration import TextEngine, Window
+from expertd_engine.config import Config
+from expertd_engine.console import Progress, progress_bar, run_command, silent
+from expertd_engine.errors import StoreError
+from expertd_engine.experts.events import Failed, Load, Priority
+from expertd_engine.experts.slab import Slab
+from expertd_engine.experts.store import ExpertStore
+from expertd_engine.experts.transfer import Transfers
+from expertd_engine.messages import Sampling, Submit, TextInput
+from expertd_engine.model.moe import ExpertKernel, Pairs
+from expertd_engine.planning.profile import PROFILE_NAME, PROFILE_VERSION, BoxProfile, MemoryProfile, Profile
+from expertd_engine.sensitivity import ModelMeasure
+from expertd_engine.sources import resolve
+
+BATCHES = (1, 2, 4, 8)
+READ_ROUNDS = 15
+WINDOW = 128
+STEPS = 16
+
+
+class _Timed:
+    """An `ExpertKernel` that also adds up its seconds."""
+
+    def __init__(self, kernel: ExpertKernel, clock: list[float]) -> None:
+        self.compute_dtype = kernel.compute_dtype
+        self._kernel = kernel
+        self._clock = clock
+
+    def add(self, x: torch.Tensor, pairs: Pairs, slots: Sequence[int], out: torch.Tensor) -> None:
+        began = time.perf_counter()
+        self._kernel.add(x, pairs, slots, out)
+        self._clock[0] += time.perf_counter() - began
+
+    def partials(self, x: torch.Tensor, pairs: Pairs, slots: Sequence[int]) -> torch.Tensor:
+        began = time.perf_counter()
+        result = self._kernel.partials(x, pairs, slots)
+        self._clock[0] += time.perf_counter() - began
+        return result
+
+
+def profile(store: ExpertStore, config: Config, tokens: int = 256, progress: Progress = silent) -> Profile:
+    """Measure. `tokens` of text are computed one by one, once for each MoE layer and three times more.
+
+    Raises what `start_engine` raises, and UsageError for more tokens than there is text.
+    """
+    windows = _windows(store, tokens)
+    progress("profile", 0.0)
+    bandwidth = {str(n): read_bandwidth(store, n, 0.5).bytes_per_s for n in (1, 2, 4)}
+    reads = _reads(store, config.io_threads)
+    text = TextEngine(store, config)
+    try:
+        memory = _memory(text, config)
+        steps = {str(n): _decode_step(text, n) for n in BATCHES if n <= config.max_sequences}
+        with _timed_experts(text) as clock:
+            experts = {n: _experts_s(text, int(n), clock) for n in steps}
+        measure = ModelMeasure(text, store, config, windows)
+        overlap = measure.overlap(reads)
+        model = measure.profile(progress)
+        kernels, threads = text.engine.info.kernels, torch.get_num_threads()
+    finally:
+        text.close()
+    index = store.index
+    return Profile(
+        version=PROFILE_VERSION,
+        store_id=index.store_id,
+        record_bytes=[index.record_bytes(i) for i in range(len(index.layers))],
+        num_experts=[layer.num_experts for layer in index.layers],
+        top_k=index.top_k,
+        box=BoxProfile(threads, config.io_threads, kernels, reads, bandwidth, steps, experts, overlap),
+        memory=memory,
+        model=model,
+    )
+
+
+def write_profile(store: ExpertStore, measured: Profile) -> Path:
+    """Raises StoreError where the store cannot be written to."""
+    path = store.path / PROFILE_NAME
+    try:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(measured)))
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def _windows(store: ExpertStore, tokens: int) -> list[Window]:
+    tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
+    count = -(-tokens // WINDOW)
+    return [window[:WINDOW] for window in held_out(tokenizer, count)]
+
+
+# ---------------------------------------------------------------- the box
+
+
+def _reads(store: ExpertStore, threads: int) -> list[float]:
+    """Seconds until the last of n random records is there, for n from 1 to three times top-k."""
+    most = min(3 * store.index.top_k, sum(layer.num_experts for layer in store.index.layers))
+    experts, rng = list(store.experts()), Random(0)
+    slab = Slab(most, max(layout.bytes for layout in store.index.layouts))
+    with store.open_records() as records:
+        transfers = Transfers(records, threads)
+        try:
+            found = []
+            for n in range(1, most + 1):
+                rounds = []
+                for _ in range(READ_ROUNDS):
+                    began = time.perf_counter()
+                    for slot, expert in enumerate(rng.sample(experts, n)):
+                        view = slab.view(slot, store.index.record_bytes(expert.layer))
+                        transfers.submit(Load(slot, expert, slot, Priority.DEMAND), view)
+                    for _ in range(n):
+                        if isinstance(completion := transfers.completions.get(), Failed):
+                            raise StoreError(f"a record cannot be read: {completion.reason}")
+                    rounds.append(time.perf_counter() - began)
+                found.append(statistics.median(rounds))
+        finally:
+            transfers.close()
+    return found
+
+
+def _memory(text: TextEngine, config: Config) -> MemoryProfile:
+    measured, info = text.engine.measured, text.engine.info
+    return MemoryProfile(
+        base=measured.base,
+        step=measured.step,
+        kv_block=measured.kv_block,
+        block_tokens=measured.block_tokens,
+        available=measured.available,
+        max_step_tokens=config.max_step_tokens,
+        max_sequences=config.max_sequences,
+        max_model_len=info.max_model_len,
+    )
+
+
+def _decode_step(text: TextEngine, streams: int) -> float:
+    """Seconds of a decode step of so many sequences, without what it stood still for."""
+    core, stalls = text.engine.core, text.engine.cache.stalls
+    how = Sampling(max_tokens=3 * STEPS, temperature=0.0, ignore_eos=True)
+    vocabulary = text.engine.info.vocab_size
+    ids = [-1 - i for i in range(streams)]
+    for i in ids:
+        prompt = [(7919 * (i + k) + 13) % vocabulary for k in range(8)]
+        core.submit(Submit(i, [TextInput(prompt)], how), 0.0)
+    for _ in range(STEPS):
+        core.step(0.0)
+    times = []
+    for _ in range(STEPS):
+        before, began = stalls.total_s, time.perf_counter()
+        core.step(0.0)
+        times.append(time.perf_counter() - began - (stalls.total_s - before))
+    core.abort(ids, 0.0)
+    core.step(0.0)
+    return statistics.median(times)
+
+
+@contextmanager
+def _timed_experts(text: TextEngine) -> Iterator[list[float]]:
+    """While the block runs, the seconds that expert kernels took add up."""
+    clock = [0.0]
+    layers = text.engine.runner.layers
+    kernels = [layer.kernel for layer in layers]
+    for layer in layers:
+        layer.kernel = _Timed(layer.kernel, clock)
+    try:
+        yield clock
+    finally:
+        for layer, kernel in zip(layers, kernels, strict=True):
+            layer.kernel = kernel
+
+
+def _experts_s(text: TextEngine, streams: int, clock: list[float]) -> float:
+    """Seconds of one layer's experts in a step, prompts' share left out by a long run of decodes."""
+    clock[0] = 0.0
+    _decode_step(text, streams)
+    return clock[0] / (2 * STEPS + 1) / len(text.engine.runner.layers)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`expertd profile`. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="expertd profile", description="Measure this box and a model on it, for `expertd plan` and virtual mode."
+    )
+    parser.add_argument("model", metavar="MODEL", help="store, or whatever `expertd serve` takes")
+    parser.add_argument("--cache-dir", type=Path, default=Config().cache_dir, metavar="DIR", help="prepared models")
+    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="of text, computed one by one")
+    parser.add_argument("--threads", type=int, metavar="N", help="compute threads (default: all cores)")
+    parser.add_argument("--io-threads", type=int, default=2, metavar="N", help="reading threads")
+    parser.add_argument("--max-model-len", type=int, metavar="N", help="as for serve")
+    parser.add_argument("--max-sequences", type=int, default=32, metavar="N", help="as for serve")
+    parser.add_argument("--max-step-tokens", type=int, default=512, metavar="N", help="as for serve")
+    options = parser.parse_args(argv)
+    return run_command(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    with progress_bar() as progress:
+        store = ExpertStore.open(resolve(options.model, options.cache_dir.expanduser(), progress=progress))
+        config = Config(
+            model=str(store.path),
+            threads=options.threads,
+            io_threads=options.io_threads,
+            max_model_len=options.max_model_len,
+            max_sequences=options.max_sequences,
+            max_step_tokens=options.max_step_tokens,
+            prefix_cache=False,
+        )
+        print(write_profile(store, profile(store, config, options.tokens, progress)))

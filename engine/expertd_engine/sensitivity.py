@@ -1,0 +1,130 @@
+"""What a model loses by a smaller budget, measured on text through the real engine: misses, and divergence by layer."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from expertd_engine.calibration import RouteRecorder, SomeLayers, TextEngine, Told, Window, with_slots
+from expertd_engine.config import Config
+from expertd_engine.console import Progress
+from expertd_engine.errors import BudgetError
+from expertd_engine.experts.policy import make_policy
+from expertd_engine.experts.store import ExpertStore
+from expertd_engine.model.virtual_routing import VirtualRouting
+from expertd_engine.planning.planner import missing_s
+from expertd_engine.planning.profile import LayerCurve, MissCurve, ModelProfile
+from expertd_engine.planning.replay import Choice, Met, Routes, replay_exact, replay_virtual
+from expertd_engine.startup import policy_name
+
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Of all expert bytes, at which routes are replayed."""
+LOW_SHARES = (0.5, 0.25)
+"""Budgets at which the cost of missing records is measured."""
+SLOTS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Of top-k, at which virtual mode is replayed; and all."""
+SENSITIVE_AT = 2.0
+"""Slots, of top-k, at which a layer's substitutions are measured by what they do to the output."""
+LEAST_MASS = 1e-6
+"""Below it, divergence is not the substitutions'."""
+
+
+class ModelMeasure:
+    """Measures one model by one engine. Exact mode on the windows comes first, and is what all else is held against."""
+
+    def __init__(self, text: TextEngine, store: ExpertStore, config: Config, windows: Sequence[Window]) -> None:
+        index = store.index
+        self._text = text
+        self._windows = windows
+        self._top_k = index.top_k
+        self._record_bytes = [index.record_bytes(i) for i in range(len(index.layers))]
+        self._experts = [layer.num_experts for layer in index.layers]
+        self._total = index.expert_bytes_total()
+        self._policy = policy_name(config)
+        self._choices: list[list[Choice]] = []
+        text.tell(windows[:1])
+        self.exact, self.routes = self._record()
+
+    def overlap(self, reads_s: Sequence[float]) -> float:
+        """What missing records cost a step, of the time that they take to read when nothing else runs."""
+        cache = self._text.engine.cache
+        before, resident_s = cache.ledger.budget_bytes, statistics.median(self.exact.steps_s)
+        cost = lost = 0.0
+        for share in LOW_SHARES:
+            met, budget = self._replay(share), int(share * self._total)
+            if met is None or budget > before or not met.misses:
+                continue
+            cache.set_budget(budget)
+            told = self._text.tell(self._windows)
+            lost += statistics.fmean(told.steps_s[len(told.steps_s) // 4 :]) - resident_s
+            cost += missing_s(met.missing(), reads_s)
+        cache.set_budget(before)
+        return max(0.0, lost / cost) if cost else 1.0
+
+    def profile(self, progress: Progress) -> ModelProfile:
+        """Everything about the model."""
+        layers, swaps = [], 0.0
+        for number in range(len(self._experts) if self._text.virtual is not None else 0):
+            progress("profile", number / len(self._experts))
+            curve, moved = self._layer(number)
+            layers.append(curve)
+            swaps += moved
+        return ModelProfile(sum(map(len, self._windows)), [self._miss_curve()], layers, swaps)
+
+    # ------------------------------------------------------------ exact mode
+
+    def _record(self) -> tuple[Told, Routes]:
+        """What is said, and what is routed. A model without router adapters is taken to choose every expert."""
+        if self._text.virtual is None:
+            every = [list(range(count)) for count in self._experts]
+            return self._text.tell(self._windows), [every] * sum(map(len, self._windows))
+        recorder = RouteRecorder(self._text.virtual)
+        told = self._text.tell(self._windows, recorder, settle=False)
+        self._choices = recorder.choices
+        return told, recorder.routes()
+
+    def _miss_curve(self) -> MissCurve:
+        met = {share: found for share in SHARES if (found := self._replay(share)) is not None}
+        rates = [found.hit_rate for found in met.values()]
+        return MissCurve("model", list(met), rates, [found.missing() for found in met.values()])
+
+    def _replay(self, share: float) -> Met | None:
+        """None for a share below what any budget may be."""
+        policy = make_policy(self._policy, len(self._experts) * self._top_k)
+        budget, warm = int(share * self._total), len(self.routes) // 4
+        try:
+            return replay_exact(self.routes, self._record_bytes, self._experts, budget, policy, warm)
+        except BudgetError:
+            return None
+
+    # ------------------------------------------------------------ virtual mode
+
+    def _layer(self, number: int) -> tuple[LayerCurve, float]:
+        """One layer's curve, and the experts that a token swaps in it."""
+        virtual = self._virtual()
+        sets, count = virtual.held.sets, self._experts[number]
+        slots = sorted({min(count, max(self._top_k, round(f * self._top_k))) for f in SLOTS} | {count})
+        tokens = self._choices[number]
+        found = [
+            replay_virtual(tokens, sets.priors[number], self._top_k, n, sets.limits, len(tokens) // 4) for n in slots
+        ]
+        at = self._sensitive_slots(number)
+        moved = next(moves for n, (_, moves) in zip(slots, found, strict=True) if n >= at)
+        return LayerCurve(slots, [mass for mass, _ in found], self._sensitivity(number)), moved
+
+    def _sensitivity(self, number: int) -> float:
+        """Divergence of the output for each unit of mass that this layer alone substitutes; 0 where it does none."""
+        slots = [self._sensitive_slots(layer) for layer in range(len(self._experts))]
+        routing = SomeLayers(with_slots(self._virtual(), slots), [number])
+        told = self._text.tell(self._windows, routing)
+        routing.held.close()
+        mass = routing.counts.mass[number] / max(1, routing.counts.tokens)
+        return statistics.fmean(self.exact.divergences(told)) / mass if mass > LEAST_MASS else 0.0
+
+    def _sensitive_slots(self, layer: int) -> int:
+        return min(self._experts[layer], max(self._top_k + 1, round(SENSITIVE_AT * self._top_k)))
+
+    def _virtual(self) -> VirtualRouting:
+        virtual = self._text.virtual
+        assert virtual is not None, "only asked for where there is virtual mode"
+        return virtual

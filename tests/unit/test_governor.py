@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pytest
+
+from expertd_engine.experts.events import ExpertId, Hint
+from expertd_engine.experts.governor import MIN_PRECISION, Governor, Record
+from expertd_engine.experts.lookahead import Exactness
+
+LAYERS, EXPERTS = 2, 8
+PERIOD = LAYERS * EXPERTS
+
+
+class Predictor:
+    """After layer 0 it names expert 1 and, of layer 1 too, expert 2."""
+
+    exactness: Exactness = "predicted"
+
+    def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
+        return ()
+
+    def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
+        return [use(step, 1), use(step, 2)] if layer == 0 else ()
+
+    def next_use(self, expert: ExpertId, after: int) -> int | None:
+        return None
+
+
+def use(step: int, expert: int) -> Hint:
+    return Hint(ExpertId(1, expert), step * PERIOD + EXPERTS + expert)
+
+
+class World:
+    def __init__(self) -> None:
+        self.resident: set[int] = set()
+        self.governor = Governor(Predictor(), self.absent_for, LAYERS, EXPERTS, 4)
+        self.step = 0
+
+    def absent_for(self, expert: ExpertId) -> int | None:
+        return None if expert.expert in self.resident else 100
+
+    def token(self, *chosen: int) -> list[int]:
+        """One token that chooses these of layer 1; the experts whose hints were let through."""
+        self.step += 1
+        assert not list(self.governor.begin_step(self.step, [0]))
+        passed = [hint.expert.expert for hint in self.governor.routed(self.step, 0, [0])]
+        assert not list(self.governor.routed(self.step, 1, sorted(chosen)))
+        return passed
+
+
+def test_nothing_is_followed_before_it_has_proved_itself_and_then_it_is() -> None:
+    world = World()
+    assert world.token(1, 2) == []
+    for _ in range(20):
+        world.token(1, 2)
+    assert world.token(1, 2) == [1, 2]
+
+
+def test_what_stops_coming_true_is_no_longer_followed() -> None:
+    world = World()
+    for _ in range(200):
+        world.token(1, 2)
+    for _ in range(400):
+        world.token(5)
+    assert world.token(5) == []
+
+
+def test_a_class_that_is_right_half_of_the_time_is_not_followed() -> None:
+    world = World()
+    for turn in range(100):
+        world.token(1 if turn % 2 else 5)
+    assert world.token(1) == []
+
+
+def test_hints_on_residents_pass_and_teach_nothing() -> None:
+    world = World()
+    world.resident = {2}
+    for _ in range(30):
+        assert world.token(5) == [2]
+    assert sum(record.all for record in world.governor.records.values()) == pytest.approx(30 + 4)
+
+
+def test_old_outcomes_fade() -> None:
+    record = Record()
+    for _ in range(10_000):
+        record.add(True)
+    for _ in range(1_500):
+        record.add(False)
+    assert record.precision < MIN_PRECISION and record.all <= 1024
