@@ -76,9 +76,9 @@ def no_constraints(constraint: Constraint) -> Constrainer:
 NO_SUBSTITUTIONS = Substitutions()
 
 
-def exact_alone() -> str | None:
-    """For engines without virtual mode."""
-    return "this engine computes every token with its own experts: expert_mode may be exact alone"
+def never_refused() -> str | None:
+    """Both modes may be asked for at any time."""
+    return None
 
 
 class EngineCore:
@@ -90,7 +90,7 @@ class EngineCore:
         forward: Forward,
         eos_token_ids: Iterable[int],
         constrain: Constrain = no_constraints,
-        virtual_refusal: Callable[[], str | None] = exact_alone,
+        virtual_refusal: Callable[[], str | None] = never_refused,
     ) -> None:
         """`virtual_refusal`: why a sequence of virtual mode cannot be taken now; None if it can."""
         self.scheduler = scheduler

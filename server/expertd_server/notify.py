@@ -31,6 +31,7 @@ class Notifier:
         microseconds = environment.pop("WATCHDOG_USEC", "")
         environment.pop("WATCHDOG_PID", None)
         self._every_s = int(microseconds) / 2e6 if microseconds.isdigit() else None
+        self._beaten_s = float("-inf")
         self._said = ""
 
     async def run(self) -> None:
@@ -38,19 +39,18 @@ class Notifier:
         if not self._address:
             return
         try:
-            await self._follow()
+            while True:
+                self.tick(asyncio.get_running_loop().time())
+                await asyncio.sleep(min(LOOK_S, self._every_s or LOOK_S))
         except OSError as error:
             logger.warning("systemd hears nothing", extra={"fields": {"address": self._address, "error": str(error)}})
 
-    async def _follow(self) -> None:
-        loop = asyncio.get_running_loop()
-        beaten_s = loop.time()
-        while True:
-            self._tell_state()
-            if self._every_s is not None and loop.time() - beaten_s >= self._every_s and self._is_well():
-                beaten_s = loop.time()
-                self._say("WATCHDOG=1")
-            await asyncio.sleep(min(LOOK_S, self._every_s or LOOK_S))
+    def tick(self, now_s: float) -> None:
+        """Say what is due at `now_s` of the monotonic clock. Raises OSError where nobody listens."""
+        self._tell_state()
+        if self._every_s is not None and now_s - self._beaten_s >= self._every_s and self._is_well(now_s):
+            self._beaten_s = now_s
+            self._say("WATCHDOG=1")
 
     def _tell_state(self) -> None:
         service = self._service
@@ -61,10 +61,10 @@ class Notifier:
             self._said = message
             self._say(message)
 
-    def _is_well(self) -> bool:
+    def _is_well(self, now_s: float) -> bool:
         """An engine that loads, or is being started again, is its supervisor's to watch."""
         engine = self._service.engine
-        return self._service.state != "ready" or asyncio.get_running_loop().time() - engine.heard_s < SILENCE_S
+        return self._service.state != "ready" or now_s - engine.heard_s < SILENCE_S
 
     def _say(self, message: str) -> None:
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address

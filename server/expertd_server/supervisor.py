@@ -83,7 +83,7 @@ class RestartPolicy:
     healthy_s: float = 60.0
 
     def delay_s(self, attempt: int) -> float:
-        return min(self.first_delay_s * 2.0**attempt, self.max_delay_s)
+        return min(self.first_delay_s * 2.0 ** min(attempt, 64), self.max_delay_s)
 
 
 DEFAULT_RESTARTS = RestartPolicy()
@@ -188,14 +188,17 @@ class Supervisor:
     # ------------------------------------------------------------ messages, called by the client
 
     def ready(self, message: Ready) -> None:
-        if message.info.protocol != PROTOCOL_VERSION:
-            self._fatal = Fatal(
-                EngineError.exit_code,
-                f"the engine speaks protocol {message.info.protocol}, the server {PROTOCOL_VERSION}",
-            )
-            self._signal(signal.SIGKILL)
-            return
-        self._served(message.info)
+        spoken = message.info.protocol
+        if spoken != PROTOCOL_VERSION:
+            self._give_up(f"the engine speaks protocol {spoken}, the server {PROTOCOL_VERSION}")
+        elif self._served_since_s is not None:
+            self._give_up("the engine said twice that it is ready")
+        else:
+            self._served(message.info)
+
+    def _give_up(self, reason: str) -> None:
+        self._fatal = Fatal(EngineError.exit_code, reason)
+        self._signal(signal.SIGKILL)
 
     def _served(self, info: EngineInfo) -> None:
         assert self._codec is not None

@@ -233,6 +233,20 @@ def test_draining_finishes_what_runs_and_refuses_the_rest(start: Start) -> None:
     assert server.engine.shut_down
 
 
+def test_sixteen_streams_finish_while_the_server_drains(start: Start) -> None:
+    server = start(Script(held=True), max_sequences=16, drain_timeout_s=60.0)
+    streams = [background(server, max_tokens=4, stream=True, seed=seed) for seed in range(16)]
+    server.engine.wait_for(submitted(server.engine, 16))
+    server.engine.allow(1)
+    server.signal()
+    server.until(lambda: httpx.get(server.url + "/ready").json()["status"] == "draining")
+    server.engine.allow(10)
+    texts = [stream.result().text for stream in streams]
+    assert all(text.count('"finish_reason":"length"') == 1 and text.endswith("data: [DONE]\n\n") for text in texts)
+    server.join()
+    assert server.code == 0
+
+
 def test_what_outlives_the_drain_time_gets_an_error_event(start: Start) -> None:
     server = start(Script(held=True), drain_timeout_s=0.05)
     server.engine.allow(1)

@@ -114,7 +114,7 @@ def test_the_page_fits_a_phone(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.acceptance
 def test_the_page_lives_with_a_real_model(tmp_path: Path) -> None:
-    """Set EXPERTD_SCREENSHOT to a path to keep a picture of it at work."""
+    """Set UI_SCREENSHOT to a path to keep a picture of it at work."""
     demo_store("bf16")
     (tmp_path / "admin").write_text(ADMIN)
     flags = ("--expert-budget", "40%", "--max-model-len", "1024", "--cache-dir", str(CACHE))
@@ -123,7 +123,7 @@ def test_the_page_lives_with_a_real_model(tmp_path: Path) -> None:
         open_page(tmp_path / "browser", running_daemon.url + "/ui") as page,
     ):
         page.size(1200, 900)
-        if picture := os.environ.get("EXPERTD_SCREENSHOT"):
+        if picture := os.environ.get("UI_SCREENSHOT"):
             _pose(page, Path(picture))
         use(page, running_daemon.url, lambda: _restart(running_daemon))
 

@@ -118,7 +118,10 @@ class WedgingLauncher(FakeLauncher):
         return await super().start_engine(store, endpoint)
 
 
-def test_a_wedged_engine_leaves_its_stacks_and_is_replaced(text_store: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_wedged_engine_leaves_its_stacks_and_is_replaced(
+    text_store: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("support.running_server.WAIT_S", 120.0)  # the process imports what an engine imports
     server = Server(CONFIG, WedgingLauncher(text_store), NO_KEYS)
     try:
         server.until_ready()

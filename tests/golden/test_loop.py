@@ -259,8 +259,10 @@ def test_maps_are_drawn_inside_steps_while_somebody_looks(server: Server, monkey
     server.send(Watch(0.0))
 
 
-def test_shutdown_ends_the_loop_whatever_runs(server: Server) -> None:
+def test_shutdown_ends_the_loop_and_whatever_runs_is_told_its_end(server: Server) -> None:
     server.send(submit(6, 60))
     server.send(Shutdown())
+    _, finished = server.until_finished(1)
+    assert [(f.sequence_id, f.reason) for f in finished] == [(6, "abort")]
     server.thread.join(WAIT_MS / 1000)
     assert not server.thread.is_alive()

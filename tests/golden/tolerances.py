@@ -62,7 +62,7 @@ DENSE_MATRICES = Tolerance(3.9e-7, 1.5e-6)
 QUANTISED_DENSE_LOGITS = Tolerance(1.5e-6, 6e-6)
 """Dense matrices in int4, experts in float32: our engine against transformers with the weights that those stand for, and
 activations rounded alike. Median over positions of the largest difference of a log-probability."""
-QUANTISED_DENSE_WORST = Tolerance(0.012, 0.04)
+QUANTISED_DENSE_WORST = Tolerance(0.046, 0.15)
 """The same at the worst position: there an activation half-way between two steps is rounded the other way."""
 
 KERNEL_SUMS = {
@@ -84,7 +84,10 @@ KERNEL_ACTIVATIONS = {
 }
 """A native activation against torch's in float64: the difference over the larger of the result and 0.001."""
 KERNEL_EXPERTS = Tolerance(3.3e-7, 1.2e-6)
-"""A native MoE layer against float64, activations rounded alike: the difference over the largest result."""
+"""A native MoE layer against float64, activations rounded alike: the difference over the largest result. In an integer
+format the median over the tokens."""
+KERNEL_EXPERTS_WORST = Tolerance(1.2e-3, 4e-3)
+"""The worst token in an integer format: where an inner activation half-way between two steps is rounded the other way."""
 
 NATIVE_FLOAT32_LOGITS = Tolerance(4.8e-6, 1.9e-5)
 """Native layers against transformers' eager ones with the same stand-in experts: log-probabilities, 17 families."""

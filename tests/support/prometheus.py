@@ -79,13 +79,14 @@ class Prometheus:
 
     def query(self, expression: str, at: float | None = None) -> list[tuple[dict[str, str], float]]:
         """(labels, value) of an instant query. Raises AssertionError where Prometheus refuses it."""
-        answer = self.http.get("/api/v1/query", params={"query": expression, **({"time": at} if at else {})}).json()
+        parameters: dict[str, str | float] = {"query": expression} | ({"time": at} if at else {})
+        answer = self.http.get("/api/v1/query", params=parameters).json()
         assert answer["status"] == "success", f"{expression}: {answer}"
         return [(sample["metric"], float(sample["value"][1])) for sample in answer["data"]["result"]]
 
     def over_time(self, expression: str, begin: float, end: float, step_s: float = 1.0) -> dict[str, list[float]]:
         """Values at each step, by the labels as text."""
-        parameters = {"query": expression, "start": begin, "end": end, "step": step_s}
+        parameters: dict[str, str | float] = {"query": expression, "start": begin, "end": end, "step": step_s}
         answer = self.http.get("/api/v1/query_range", params=parameters).json()
         assert answer["status"] == "success", f"{expression}: {answer}"
         return {str(s["metric"]): [float(value) for _, value in s["values"]] for s in answer["data"]["result"]}

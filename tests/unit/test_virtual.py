@@ -176,7 +176,7 @@ def shares_held(sets: VirtualExperts, number: int) -> float:
     ) / len(layers)
 
 
-@pytest.mark.parametrize(("per_step", "in_flight", "within"), [(1, 8, 24), (2, 16, 16), (1, 1, 40)])
+@pytest.mark.parametrize(("per_step", "in_flight", "within"), [(1, 8, 24), (2, 16, 20), (1, 1, 40)])
 def test_the_sets_follow_a_new_topic_within_a_stated_number_of_tokens(
     per_step: int, in_flight: int, within: int
 ) -> None:

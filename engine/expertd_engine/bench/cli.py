@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     io.set_defaults(run=_io)
     _add_model(io)
     io.add_argument("--runs", type=_positive, default=5, metavar="N", help="runs of a second each (default: 5)")
+    _add_quality(commands.add_parser("quality", help="what virtual mode costs in quality, beside its baselines"))
     _add_make_model(commands.add_parser("make-model", help="write a store of random weights in a known shape"))
     _add_routing(commands.add_parser("routing", help="the generated routes: how well they fit what was published"))
     return parser
@@ -87,6 +88,15 @@ def _add_run(command: argparse.ArgumentParser, prompt: int, tokens: int) -> None
     command.add_argument("--versus", metavar="K=V,…", help="time a second engine with these options changed")
     command.add_argument("--timeout", type=float, default=600.0, metavar="S", help="wait so long for one answer")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of routes and prompts")
+
+
+def _add_quality(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_quality)
+    _add_model(command)
+    command.add_argument("--tokens", type=_positive, default=512, metavar="N", help="of text (default: 512)")
+    command.add_argument("--methods", metavar="M,…", help="some of the methods (default: all)")
+    command.add_argument("--slots", metavar="X,…", help="slots a layer, of top-k (default: 6,4,3,2,1.25)")
+    command.add_argument("--png", type=Path, metavar="FILE", help="draw slots against perplexity")
 
 
 def _add_make_model(command: argparse.ArgumentParser) -> None:
@@ -140,6 +150,22 @@ def _io(options: argparse.Namespace) -> str:
     from expertd_engine.experts.store import ExpertStore
 
     return io(ExpertStore.open(_store(options)), options.threads, options.io_threads, options.runs)
+
+
+def _quality(options: argparse.Namespace) -> str:
+    from expertd_engine.bench.quality import quality
+
+    with progress_bar() as progress:
+        return quality(
+            _store(options),
+            options.tokens,
+            methods=options.methods.split(",") if options.methods else None,
+            factors=[float(factor) for factor in options.slots.split(",")] if options.slots else None,
+            threads=options.threads,
+            io_threads=options.io_threads,
+            png=options.png,
+            progress=progress,
+        )
 
 
 def _make_model(options: argparse.Namespace) -> str:

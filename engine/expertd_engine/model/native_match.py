@@ -12,16 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from expertd_engine.kernels.library import ACTIVATIONS, FORMATS, Matrix
+from expertd_engine.kernels.library import FORMATS, Matrix
 from expertd_engine.model.attention import LayerShape
 from expertd_engine.model.dense import QuantisedEmbedding, QuantisedLinear
 from expertd_engine.model.native_abi import Block, FeedForward, Norm, NormKind, Rope, Router, Scores
+from expertd_engine.model.native_probe import activation_of, norm_kind
 from expertd_engine.model.native_witness import LayerSeen, NotMatched
-from expertd_engine.model.numerics import InvariantActivation
 from expertd_engine.model.router_kinds import ModuleRouterAdapter
 from expertd_engine.model.router_rules import (
     Rule,
@@ -55,6 +53,7 @@ _NORM_PLACES: dict[frozenset[str], dict[str, str]] = {
 }
 """Names of a layer's norms → where each acts. One norm alone: attention and FFN read it side by side."""
 _HEAD_NORMS = (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm"))
+_EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 _SCORES = {softmax_scores: Scores.SOFTMAX, sigmoid_scores: Scores.SIGMOID}
 _SHARE_EPSILONS: dict[Callable[[Tensor], Tensor] | None, float] = {None: 0.0, share: 0.0, share_safe: 1e-20}
 
@@ -117,7 +116,7 @@ class _Parts:
         eps = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
         if not isinstance(weight, Tensor) or weight.dim() != 1 or eps is None:
             raise NotMatched(f"{type(module).__name__} is no norm that is known")
-        kind = _norm_kind(module, weight, bias, float(eps))
+        kind = norm_kind(module, weight, bias, float(eps))
         return Norm(self.vector(weight), self.vector(bias), kind, len(weight), float(eps))
 
 

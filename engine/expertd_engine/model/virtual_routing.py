@@ -58,6 +58,8 @@ class VirtualCounts:
     mass: list[float]
     """Substituted mass, summed over tokens."""
     tokens: int = 0
+    fetched: int = 0
+    """Choices whose expert was not held and was waited for, all layers together."""
 
     @classmethod
     def of(cls, layers: int) -> VirtualCounts:
@@ -115,15 +117,14 @@ class VirtualRouting:
     def route(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
         """Experts and weights `[T, K]` for `hidden` `[T, H]`, where the router chose `top_k_index`, `top_k_weights`."""
         chosen, weights = top_k_index.numpy(), top_k_weights.float().numpy()
-        self._observe(layer, hidden, chosen, weights)
-        self.counts.activations[layer] += chosen.size
-        self._choices += chosen.shape[1]
+        self.observe(layer, hidden, chosen, weights)
         lacking = ~self._masks[layer][chosen]
         rows = np.flatnonzero(lacking.any(axis=1))
         if not len(rows):
             return top_k_index, top_k_weights
         replaced, mass = _substituted(weights[rows], lacking[rows], self._limits[rows])
-        self._count(layer, rows, replaced, mass)
+        self.count(layer, rows, replaced, mass)
+        self.counts.fetched += int((lacking[rows] & ~replaced).sum())
         rows, replaced = rows[(losing := replaced.any(axis=1))], replaced[losing]
         if not len(rows):
             return top_k_index, top_k_weights
@@ -136,7 +137,14 @@ class VirtualRouting:
         new_index[at], new_weights[at] = index, shares.to(new_weights.dtype)
         return new_index, new_weights
 
-    def _observe(self, layer: int, hidden: Tensor, chosen: Ids, weights: Floats) -> None:
+    def mask(self, layer: int) -> Bools:
+        """`[E]`: who is held in the step."""
+        return self._masks[layer]
+
+    def observe(self, layer: int, hidden: Tensor, chosen: Ids, weights: Floats) -> None:
+        """Where the router would have sent the step's rows."""
+        self.counts.activations[layer] += chosen.size
+        self._choices += chosen.shape[1]
         lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32).numpy()
         values = self.score(layer, lengths, chosen, weights).ravel()
         flat = chosen.ravel()
@@ -147,7 +155,8 @@ class VirtualRouting:
             sums = {expert: float(total[expert]) for expert in np.flatnonzero(total).tolist()}
         self.held.sets.observe(layer, sums)
 
-    def _count(self, layer: int, rows: Ids, replaced: Bools, mass: Floats) -> None:
+    def count(self, layer: int, rows: Ids, replaced: Bools, mass: Floats) -> None:
+        """Of `rows`, which choices `[T, K]` others answer for, and the mass `[T]` of those."""
         self._substituted[rows] += replaced.sum(axis=1)
         self._mass[rows] += mass
         self.counts.substituted[layer] += int(replaced.sum())

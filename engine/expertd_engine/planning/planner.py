@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from expertd_engine.config import Size
 from expertd_engine.errors import BudgetError
@@ -118,7 +119,11 @@ def split_slots(curves: Sequence[LayerCurve], record_bytes: Sequence[int], room:
     hulls = [_hull(curve) for curve in curves]
     slots = [curve.slots[0] for curve in curves]
     left = room - sum(count * nbytes for count, nbytes in zip(slots, record_bytes, strict=True))
-    heap = [(-hull[0] / nbytes, slots[i], i) for i, (hull, nbytes) in enumerate(zip(hulls, record_bytes)) if hull]
+    heap = [
+        (-hull[0] / nbytes, slots[i], i)
+        for i, (hull, nbytes) in enumerate(zip(hulls, record_bytes, strict=True))
+        if hull
+    ]
     heapq.heapify(heap)
     gains: dict[int, Gain] = {}
     while heap:
@@ -144,7 +149,7 @@ def _hull(curve: LayerCurve) -> list[float]:
             points.pop()
         points.append(point)
     saved: list[float] = []
-    for (x, y), (to_x, to_y) in zip(points, points[1:], strict=False):
+    for (x, y), (to_x, to_y) in pairwise(points):
         saved += [max(0.0, (y - to_y) / (to_x - x))] * (to_x - x)
     return saved
 

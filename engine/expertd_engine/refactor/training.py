@@ -24,7 +24,7 @@ from expertd_engine.refactor.statistics import probe
 from expertd_engine.refactor.student import Student, expert_masks
 
 _CHECK_EVERY = 20
-_SAVE_EVERY_S = 120.0
+_SAVE_EVERY_S = 60.0
 _GATE_TEMPER = 0.5
 """Distilled gates are softened by this much, so that chosen experts begin with weights of one size."""
 

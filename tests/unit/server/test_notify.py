@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,23 +26,24 @@ class Systemd:
         self._socket.bind(self.address)
         self._socket.settimeout(10)
 
+    def __enter__(self) -> Systemd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
     def hears(self) -> str:
         return self._socket.recv(4096).decode()
 
     def hears_nothing(self) -> bool:
-        self._socket.setblocking(False)
-        try:
-            self._socket.recv(4096)
-        except BlockingIOError:
-            return True
-        return False
+        return not select.select([self._socket], [], [], 0)[0]
 
 
 def service(state: str, heard_s: float = 0.0) -> Any:
     return SimpleNamespace(state=state, stage="load", progress=0.5, engine=SimpleNamespace(heard_s=heard_s))
 
 
-async def following(notifier: Notifier, act: Any) -> None:
+async def following(notifier: Notifier, act: Callable[[], None]) -> None:
     """Run `act` in a thread while the notifier follows."""
     task = asyncio.create_task(notifier.run())
     try:
@@ -52,44 +55,38 @@ async def following(notifier: Notifier, act: Any) -> None:
 
 def test_each_state_is_told_once_and_ready_only_when_it_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notify, "LOOK_S", 0.001)
-    systemd, observed = Systemd(tmp_path), service("loading")
-    environment = {"NOTIFY_SOCKET": systemd.address, "HOME": "/"}
-    notifier = Notifier(cast(Service, observed), environment)
-    assert environment == {"HOME": "/"}, "a child would speak in our name"
+    with Systemd(tmp_path) as systemd:
+        observed = service("loading")
+        environment = {"NOTIFY_SOCKET": systemd.address, "HOME": "/"}
+        notifier = Notifier(cast(Service, observed), environment)
+        assert environment == {"HOME": "/"}, "a child would speak in our name"
 
-    def act() -> None:
-        assert systemd.hears() == "STATUS=loading: load, 50%"
-        observed.state = "ready"
-        assert systemd.hears() == "READY=1\nSTATUS=ready"
-        observed.state = "draining"
-        assert systemd.hears() == "STOPPING=1\nSTATUS=draining"
+        def act() -> None:
+            assert systemd.hears() == "STATUS=loading: load, 50%"
+            observed.state = "ready"
+            assert systemd.hears() == "READY=1\nSTATUS=ready"
+            observed.state = "draining"
+            assert systemd.hears() == "STOPPING=1\nSTATUS=draining"
 
-    asyncio.run(following(notifier, act))
-    assert systemd.hears_nothing()
+        asyncio.run(following(notifier, act))
+        assert systemd.hears_nothing()
 
 
-def test_the_watchdog_hears_a_beat_while_the_engine_does_and_none_when_it_is_silent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(notify, "LOOK_S", 0.001)
-    systemd, observed = Systemd(tmp_path), service("ready", heard_s=float("inf"))
-    notifier = Notifier(cast(Service, observed), {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": "2000"})
-
-    def act() -> None:
-        assert systemd.hears().startswith("READY=1")
-        for _ in range(3):
-            assert systemd.hears() == "WATCHDOG=1"
-        observed.engine.heard_s = float("-inf")
-        observed.state = "engine_dead"  # marks in what is heard where the engine fell silent
-        while systemd.hears() == "WATCHDOG=1":
-            pass
-        observed.state = "ready"
-        while systemd.hears() == "WATCHDOG=1":
-            pass
-        observed.state = "draining"
-        assert systemd.hears() == "STOPPING=1\nSTATUS=draining", "no beat between: it serves, and its engine is silent"
-
-    asyncio.run(following(notifier, act))
+def test_the_watchdog_hears_a_beat_unless_an_engine_that_serves_is_silent(tmp_path: Path) -> None:
+    with Systemd(tmp_path) as systemd:
+        observed = service("ready", heard_s=100.0)
+        notifier = Notifier(cast(Service, observed), {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": "20000000"})
+        notifier.tick(101.0)
+        assert [systemd.hears(), systemd.hears()] == ["READY=1\nSTATUS=ready", "WATCHDOG=1"]
+        notifier.tick(110.0)
+        assert systemd.hears_nothing(), "half of what systemd waits has not passed"
+        notifier.tick(111.0)
+        assert systemd.hears() == "WATCHDOG=1"
+        notifier.tick(100.0 + notify.SILENCE_S)
+        assert systemd.hears_nothing(), "the engine is silent"
+        observed.state = "engine_dead"
+        notifier.tick(200.0)
+        assert [systemd.hears(), systemd.hears()] == ["STATUS=engine_dead", "WATCHDOG=1"], "it is being started again"
 
 
 def test_without_systemd_nothing_is_said_and_a_socket_that_is_gone_ends_nothing(tmp_path: Path) -> None:

@@ -78,9 +78,9 @@ typedef struct expertd_expert_layout {
 EXPERTD_API const char *expertd_error(void);
 EXPERTD_API int32_t expertd_abi_version(void);
 
-/* Instruction sets: "portable", "avx2", "avx512", "neon". expertd_isa: the one in use. expertd_isa_available: those that
- * this build has and this processor runs, best first, separated by spaces. expertd_isa_use: force one, or "" for the
- * best; for the whole process, between calls. The first call of any kernel chooses the best. */
+/* Instruction sets: "portable", "avx2", "avx512", "neon". expertd_isa: the one in use. expertd_isa_available: those
+ * that this build has and this processor runs, best first, separated by spaces. expertd_isa_use: force one, or "" for
+ * the best; for the whole process, between calls. The first call of any kernel chooses the best. */
 EXPERTD_API const char *expertd_isa(void);
 EXPERTD_API const char *expertd_isa_available(void);
 EXPERTD_API int expertd_isa_use(const char *name);
@@ -105,8 +105,8 @@ EXPERTD_API int expertd_rows(const expertd_matrix *matrix, const int64_t *ids, i
 /* All routed experts of an MoE layer. x, out: [tokens, hidden]. Expert e of `num_experts`, in ascending id, has its
  * record at records[e] and serves pairs pair_begin[e] .. pair_begin[e + 1]: pair p is row pair_row[p] with weight
  * pair_weight[p]. A row appears at most once within one expert.
- * partials null: out[row] += weight * y, expert after expert. Else partials[p] = weight * y ([pairs, hidden]) and out is
- * not touched: adding them with expertd_moe_sum gives the same bits. */
+ * partials null: out[row] += weight * y, expert after expert. Else partials[p] = weight * y ([pairs, hidden]) and out
+ * is not touched: adding them with expertd_moe_sum gives the same bits. */
 EXPERTD_API int expertd_moe(expertd_pool *pool, const expertd_expert_layout *layout, const float *x, int64_t tokens,
                             int32_t num_experts, const void *const *records, const int32_t *pair_begin,
                             const int32_t *pair_row, const float *pair_weight, float *out, float *partials);

@@ -12,7 +12,7 @@ constexpr int kStripRows = 16;     // rows of a strip: the unit of work, and of 
 constexpr int kGroupColumns = 32;  // columns that share a scale
 constexpr int kMaxDimension = 1 << 28;
 
-// 32 values of an input row, as the integer formats read them. An input row is a run of these, its end padded with zeros.
+// 32 values of an input row, as the integer formats read them. An input row is a run of these, padded with zeros.
 struct Group {
   float scale;
   int32_t correction;  // minus the format's zero point times sum(q); for INT4, which has minima, sum(q)

@@ -8,8 +8,8 @@ namespace expertd {
 constexpr int kTile = 8;  // input rows that one strip kernel call takes at most
 
 // Multiplies one strip (16 rows, or `rows` < 16 at a float matrix's end) with `tokens` <= kTile input rows:
-// out[t * 16 + r] = sum_k W[r, k] * x_t[k]. Inputs are float rows, or rows of Group in the integer formats. `then` is the
-// strip that will probably be read next, of as many columns: integer kernels fetch its beginning meanwhile.
+// out[t * 16 + r] = sum_k W[r, k] * x_t[k]. Inputs are float rows, or rows of Group in the integer formats. `then` is
+// the strip that will probably be read next, of as many columns: integer kernels fetch its beginning meanwhile.
 using StripKernel = void (*)(const void* strip, const void* then, int64_t cols, int rows, const void* const* inputs,
                              int tokens, float* out);
 

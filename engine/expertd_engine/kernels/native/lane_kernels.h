@@ -35,7 +35,7 @@ void quantise(const float* x, int64_t cols, int32_t factor, Group* out) {
   }
 }
 
-// ---- float formats ---------------------------------------------------------------------------------------------------
+// ---- float formats --------------------------------------------------------------------------------------------------
 
 template <int R, int T, class Element>
 inline void dot_tile(const Element* w, int64_t cols, const void* const* inputs, float* out) {
@@ -84,7 +84,7 @@ void float_strip(const void* strip, const void* /*then*/, int64_t cols, int rows
   for (; t < tokens; ++t) dot_rows<1>(w, cols, rows, inputs + t, out + t * kStripRows);
 }
 
-// ---- integer formats -------------------------------------------------------------------------------------------------
+// ---- integer formats ------------------------------------------------------------------------------------------------
 
 template <int format>
 inline Weights unpack(const uint8_t* group, int first_row) {
@@ -107,9 +107,10 @@ inline void integer_pass(const uint8_t* strip, const uint8_t* then, int64_t grou
   for (int t = 0; t < T; ++t) acc[t] = rows_zero();
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* data = strip + g * kGroupBytes;
-    // Data: kPrefetchBytes ahead, and from the end on into the next strip's. Scales and minima: one strip ahead, because
-    // a group needs its own at once and they lie at the strip's end.
-    const uint8_t* ahead = g < groups - kAhead ? data + kAhead * kGroupBytes : then + (g + kAhead - groups) * kGroupBytes;
+    // Data: kPrefetchBytes ahead, and from the end on into the next strip's. Scales and minima: one strip ahead,
+    // because a group needs its own at once and they lie at the strip's end.
+    const int64_t later = g + kAhead;
+    const uint8_t* ahead = later < groups ? strip + later * kGroupBytes : then + (later - groups) * kGroupBytes;
     for (int64_t line = 0; line < kGroupBytes; line += 64) prefetch(ahead + line);
     prefetch(then + groups * kGroupBytes + g * kScaleBytes);
     const Weights w = unpack<format>(data, first_row);

@@ -163,7 +163,7 @@ inline int32x4_t dot(int32x4_t acc, int8x16_t w, int8x16_t x) {
   return vdotq_laneq_s32(acc, w, x, lane);
 }
 
-// 8-bit weights are signed here and need no correction; 4-bit ones keep their zero point, which the correction takes off.
+// 8-bit weights are signed here and need no correction; 4-bit ones keep their zero point: the correction takes it off.
 template <int kOffset>
 inline Rows integer_dot(const Weights& w, const Group& x) {
   const int8x16_t low = vld1q_s8(x.q), high = vld1q_s8(x.q + 16);

@@ -45,7 +45,9 @@ inline Lanes load_first(const uint16_t* bf16, int n) {
   return each([&](int i) { return i < n ? bf16_to_float(bf16[i]) : 0.0f; });
 }
 inline void store(float* to, const Lanes& x) { std::memcpy(to, x.v, sizeof x.v); }
-inline void store_first(float* to, const Lanes& x, int n) { std::memcpy(to, x.v, sizeof(float) * static_cast<size_t>(n)); }
+inline void store_first(float* to, const Lanes& x, int n) {
+  std::memcpy(to, x.v, sizeof(float) * static_cast<size_t>(n));
+}
 
 inline Lanes operator+(const Lanes& a, const Lanes& b) {
   return each([&](int i) { return a.v[i] + b.v[i]; });
@@ -110,7 +112,7 @@ inline int32_t store_bytes(int8_t* to, const Lanes& a, const Lanes& b) {
   return total;
 }
 
-// ---- strips of the integer formats -----------------------------------------------------------------------------------
+// ---- strips of the integer formats ----------------------------------------------------------------------------------
 
 using Rows = Lanes;
 constexpr int kPassRows = 16;

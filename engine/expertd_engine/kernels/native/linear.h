@@ -26,8 +26,8 @@ struct Product {
 // Refused unless format, dimensions and data are usable; `name` stands in the text.
 void check_matrix(const char* name, const expertd_matrix* matrix);
 
-// One row of x [cols] as matrices of `format` read it, written to `out` (input_bytes(format, cols) long). For phases that
-// fuse it with what produces x. A float format's row is copied.
+// One row of x [cols] as matrices of `format` read it, written to `out` (input_bytes(format, cols) long). For phases
+// that fuse it with what produces x. A float format's row is copied.
 void prepare_row(int format, const float* x, int64_t cols, void* out);
 
 // The same for `rows` rows, as a phase of its own; memory comes from the pool's scratch. Nothing is copied, and x must

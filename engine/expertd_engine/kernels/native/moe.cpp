@@ -1,5 +1,5 @@
-// All routed experts of a layer in one call: gate, up, activation and requantisation in one phase, down and the weighted
-// sum in the next. Both split rows of weights, never tokens' sums, so that every sum has one order.
+// All routed experts of a layer in one call: gate, up, activation and requantisation in one phase, down and the
+// weighted sum in the next. Both split rows of weights, never tokens' sums, so that every sum has one order.
 #include <algorithm>
 
 #include "isa.h"
@@ -8,10 +8,10 @@
 namespace expertd {
 namespace {
 
-constexpr int64_t kBatchBytes = 8 << 20;  // inner activations held at a time; more pairs go in several rounds
+constexpr int64_t kBatchBytes = 8 << 20;   // inner activations held at a time; more pairs go in several rounds
 constexpr int kBlockRows = kGroupColumns;  // inner rows of a task: they make exactly one group of down's input
 constexpr int kBlockStrips = kBlockRows / kStripRows;
-constexpr int64_t kMostStrips = 4;  // strips of down per task: their inputs are read once for all of them
+constexpr int64_t kMostStrips = 4;         // strips of down per task: their inputs are read once for all of them
 
 struct Arguments {
   const expertd_expert_layout* layout;
@@ -131,8 +131,8 @@ class Moe {
     }
   }
 
-  // out[t][i] = inner row first + i of the matrix at offset `matrix`, with its bias. `then`: the offset of the matrix whose
-  // same rows are read next.
+  // out[t][i] = inner row first + i of the matrix at offset `matrix`, with its bias. `then`: the offset of the matrix
+  // whose same rows are read next.
   void project(const Segment& segment, int64_t matrix, int64_t bias, int64_t then, int64_t first, int valid,
                const void* const* inputs, int count, float (*out)[kBlockRows]) const {
     const int64_t bytes = block_bytes_ / kBlockStrips;
@@ -253,7 +253,8 @@ extern "C" int expertd_moe(expertd_pool* pool, const expertd_expert_layout* layo
     check_layout(layout);
     const Arguments arguments{layout, tokens, num_experts, records, pair_begin, pair_row, pair_weight, out, partials};
     check_pairs(arguments);
-    require(tokens == 0 || (x != nullptr && (out != nullptr || partials != nullptr)), "x, or out and partials, is null");
+    const bool has_result = out != nullptr || partials != nullptr;
+    require(tokens == 0 || (x != nullptr && has_result), "x is null, or both out and partials");
     Call call(pool);
     const Inputs inputs = prepare_inputs(call.pool(), layout->format, x, tokens, layout->hidden, layout->hidden);
     Moe(call.pool(), arguments, inputs).run();
@@ -264,7 +265,8 @@ extern "C" int expertd_moe_sum(expertd_pool* pool, const float* partials, int64_
                                const int32_t* begin, const int32_t* pair, float* out) {
   return guarded([&] {
     check_dimension("hidden", hidden);
-    require(tokens >= 0 && (tokens == 0 || (partials && begin && pair && out)), "a pointer is null, or tokens negative");
+    require(tokens >= 0, "tokens is negative");
+    require(tokens == 0 || (partials && begin && pair && out), "partials, begin, pair or out is null");
     Call call(pool);
     constexpr int64_t kColumns = 4096;  // of a task
     const int64_t blocks = ceil_div(hidden, kColumns);

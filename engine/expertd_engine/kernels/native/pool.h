@@ -1,6 +1,6 @@
-// The compute threads and their scratch memory. The caller of a kernel drives: it calls parallel_for, phase after phase,
-// and takes part; the other threads only help. So a helper that wakes late delays nobody, code between two phases is
-// plain serial code, and the end of a parallel_for is the barrier.
+// The compute threads and their scratch memory. The caller of a kernel drives: it calls parallel_for, phase after
+// phase, and takes part; the other threads only help. So a helper that wakes late delays nobody, code between two
+// phases is plain serial code, and the end of a parallel_for is the barrier.
 #pragma once
 
 #include <atomic>
@@ -83,8 +83,8 @@ class Pool {
   void wait_for_a_job(uint32_t last_job);
   uint32_t job() const { return static_cast<uint32_t>(ticket_.load() >> 32); }
 
-  // The job under way. ticket_ = number of the job << 32 | tasks not yet claimed. A claim takes one off; it succeeds only
-  // while its job is unfinished, and until then nobody writes the fields below: they are read before, and belong to it.
+  // The job under way. ticket_ = number of the job << 32 | tasks not yet claimed. A claim takes one off; it succeeds
+  // only while its job is unfinished, and until then nobody writes the fields below: what was read before is its own.
   std::atomic<uint64_t> ticket_{0};
   std::atomic<Body> body_{nullptr};
   std::atomic<void*> context_{nullptr};

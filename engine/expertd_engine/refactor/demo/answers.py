@@ -7,7 +7,6 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,7 +15,6 @@ from expertd_engine.refactor.demo.prompts import FOLLOW_UPS, prompts
 from expertd_engine.refactor.dense import Dense, open_dense
 
 _FOLLOW_UP_SHARE = 0.25
-_GREEDY_SHARE = 0.3
 _NEW_TOKENS = 128
 _PROMPT_TOKENS = 224
 _PER_FILE = 50
@@ -27,7 +25,7 @@ Conversation = list[dict[str, str]]
 def converse(
     dense: Dense, asked: Sequence[str], *, rows: int = 2048, seed: int = 0, progress: Progress = silent
 ) -> list[Conversation]:
-    """One or two turns for each prompt, some greedy, most sampled at temperature 0.7."""
+    """One or two turns for each prompt, sampled at temperature 0.7 among the 50 likeliest tokens."""
     conversations: list[Conversation] = [[{"role": "user", "content": prompt}] for prompt in asked]
     torch.manual_seed(seed)
     _answer(dense, conversations, rows, progress)
@@ -63,11 +61,8 @@ def _answer(dense: Dense, conversations: list[Conversation], rows: int, progress
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     for begin in range(0, len(order), rows):
         batch = order[begin : begin + rows]
-        greedy = int(len(batch) * _GREEDY_SHARE)
-        for part, sample in ((batch[:greedy], False), (batch[greedy:], True)):
-            answers = _generate(dense, [encoded[i] for i in part], sample) if part else []
-            for i, answer in zip(part, answers, strict=True):
-                conversations[i].append({"role": "assistant", "content": answer})
+        for i, answer in zip(batch, _generate(dense, [encoded[i] for i in batch]), strict=True):
+            conversations[i].append({"role": "assistant", "content": answer})
         progress("answers", min(1.0, (begin + rows) / len(order)))
 
 
@@ -77,17 +72,16 @@ def _encode(dense: Dense, conversation: Conversation) -> list[int]:
     return ids[-_PROMPT_TOKENS:]
 
 
-def _generate(dense: Dense, encoded: list[list[int]], sample: bool) -> list[str]:
+def _generate(dense: Dense, encoded: list[list[int]]) -> list[str]:
     longest = max(map(len, encoded))
     pad = dense.end_of_text
     device = dense.embedding.weight.device
     ids = torch.tensor([[pad] * (longest - len(one)) + one for one in encoded], device=device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in encoded], device=device)
-    settings: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "top_p": 1.0} if sample else {}
     with torch.inference_mode():
         out = dense.model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=sample, max_new_tokens=_NEW_TOKENS, pad_token_id=pad,
-            eos_token_id=dense.end_of_text, **settings,
+            input_ids=ids, attention_mask=mask, max_new_tokens=_NEW_TOKENS, pad_token_id=pad,
+            eos_token_id=dense.end_of_text, do_sample=True, temperature=0.7, top_k=50, top_p=1.0,
         )  # fmt: skip
     texts: list[str] = dense.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return [text.strip() for text in texts]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from expertd_engine.console import run_command
+from expertd_engine.console import Progress, run_command
 from expertd_engine.refactor.corpus import load_corpus
 from expertd_engine.refactor.dense import Dense, open_dense
 from expertd_engine.refactor.pipeline import TUNED, Job, Workshop
@@ -26,7 +26,7 @@ from expertd_engine.refactor.training import Recipe
 RATES = (3e-4, 6e-4, 1.2e-3)
 SEEDS = (0, 1, 2)
 
-INDEX = Shape(Routing.INDEX, permanent=256, experts=8, top_k=1, from_dense=512, width=512)
+INDEX = Shape(Routing.INDEX, permanent=128, experts=8, top_k=1, from_dense=640, width=640)
 LAYERS = Shape(Routing.LAYERS, permanent=256, experts=16, top_k=5, from_dense=80, width=96)
 HEADS = replace(LAYERS, routing=Routing.HEADS)
 FINE = Shape(Routing.LAYERS, permanent=256, experts=64, top_k=8, from_dense=20, width=64)
@@ -34,7 +34,7 @@ DEMO = Shape(
     Routing.INDEX, permanent=768, experts=8, top_k=1, from_dense=384, width=384, rank=12, attention_rank=24
 )
 SPARSE = Shape(
-    Routing.LAYERS, permanent=256, experts=64, top_k=8, from_dense=20, width=32, rank=24, shared_basis=True,
+    Routing.LAYERS, permanent=256, experts=64, top_k=8, from_dense=20, width=32, rank=20, shared_basis=True,
     attention_rank=16,
 )  # fmt: skip
 
@@ -56,12 +56,12 @@ def jobs(dense: Dense, steps: int, sweep_steps: int, compiled: bool) -> list[Job
         for name, shape in sides.items():
             swept = tuple(f"sweep-{name}-{rate:g}" for rate in RATES)
             found.append(Job(f"final-{name}-{seed}", shape, replace(base, seed=seed), TUNED, swept))
-    gates = replace(base, router_steps=100, rounds=1, learning_rate=6e-4)
+    gates = replace(base, steps=steps * 2 // 3, router_steps=100, rounds=1, learning_rate=6e-4)
     found += [Job("layers", LAYERS, gates, TUNED), Job("heads", HEADS, replace(gates, rounds=2, router_steps=200), TUNED)]
     chatty = replace(base, learning_rate=2e-3, domain_weights={"chat": 3.0})
     found += [
         Job("demo", DEMO, chatty, "dense", keep=True),
-        Job("sparse", SPARSE, replace(chatty, router_steps=100, rounds=1), "dense", keep=True),
+        Job("sparse", SPARSE, replace(chatty, steps=steps * 2 // 3, router_steps=60, rounds=1), "dense", keep=True),
     ]
     return found
 
@@ -100,8 +100,7 @@ def _run(options: argparse.Namespace) -> None:
         shop.score_dense()
     for job in chosen[worker::workers]:
         begun = time.monotonic()
-        rows = options.micro_rows if cuda else 2
-        result = shop.run(replace(job, recipe=replace(job.recipe, micro_rows=rows)))
+        result = shop.run(replace(job, recipe=replace(job.recipe, micro_rows=_micro_rows(job, options, cuda))))
         score = result["score"]
         print(
             f"{job.name}: perplexity {score['mean_perplexity']:.4f} cloze {score['cloze']:.3f} "
@@ -110,7 +109,13 @@ def _run(options: argparse.Namespace) -> None:
         )  # fmt: skip
 
 
-def _lines() -> object:
+def _micro_rows(job: Job, options: argparse.Namespace, cuda: bool) -> int:
+    """Windows at a time: routers in every layer, and the energies they learn from, take more memory."""
+    rows = int(options.micro_rows) if cuda else 2
+    return rows // 2 if job.shape is not None and job.shape.weighted else rows
+
+
+def _lines() -> Progress:
     """A line on stderr every tenth of a stage."""
     shown: dict[str, int] = {}
 
