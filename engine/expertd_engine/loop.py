@@ -8,9 +8,8 @@ import time
 import msgspec
 import zmq
 
-from expertd_engine.errors import ResourceError
-from expertd_engine.messages import Abort, BudgetSet, SetBudget, Shutdown, Submit, ToEngine, ToServer, Watch
-from expertd_engine.planning.guard import ExpertBudget, guarded_expert_budget
+from expertd_engine.live_budget import LiveBudget
+from expertd_engine.messages import Abort, SetBudget, Shutdown, Submit, ToEngine, ToServer, Watch
 from expertd_engine.snapshots import StepMeter, take_expert_map, take_snapshot
 from expertd_engine.startup import Engine
 
@@ -57,8 +56,7 @@ class EngineLoop:
         self._meter = meter
         self._channel = channel
         self._stopping = False
-        self._memory_shrinks = 0
-        self._planned_experts = engine.cache.ledger.budget_bytes
+        self._budget = LiveBudget(engine)
         self._last_snapshot_s = 0.0
         self._last_map_s = 0.0
         self._watched_until_s = 0.0
@@ -79,7 +77,7 @@ class EngineLoop:
                 if steps.outputs or steps.finished or steps.started:
                     self._channel.send(steps)
             else:
-                self._engine.cache.pump()
+                self._engine.runner.idle()
             self._heartbeat()
         self._channel.send(core.end_all(time.monotonic()))
         self._engine.sweep.close()
@@ -98,23 +96,12 @@ class EngineLoop:
                 core.submit(message, time.monotonic())
             case Abort(sequence_ids):
                 core.abort(sequence_ids, time.monotonic())
-            case SetBudget(expert_budget_bytes):
-                self._set_budget(expert_budget_bytes)
+            case SetBudget():
+                self._channel.send(self._budget.set(message))
             case Watch(seconds):
                 self._watched_until_s = time.monotonic() + seconds
             case Shutdown():
                 self._stopping = True
-
-    def _set_budget(self, expert_budget_bytes: int) -> None:
-        error, ledger = None, self._engine.cache.ledger
-        try:
-            if expert_budget_bytes > (most := self._engine.info.maximum_expert_budget_bytes):
-                raise ResourceError(f"expert budget of {expert_budget_bytes} bytes is too large: at most {most} bytes")
-            self._engine.cache.set_budget(expert_budget_bytes)
-            self._planned_experts = expert_budget_bytes
-        except ResourceError as refusal:
-            error = str(refusal)
-        self._channel.send(BudgetSet(ledger.budget_bytes, ledger.limit_bytes, error))
 
     def _heartbeat(self) -> None:
         now, busy = time.monotonic(), self._engine.core.has_work
@@ -140,29 +127,11 @@ class EngineLoop:
         if now - self._measured_s >= MEMORY_EVERY_S:
             self._memory = self._engine.meter.measure()
             self._measured_s = now
-            self._guard_memory()
+            self._budget.tick(self._memory)
         if not self._engine.core.has_work:
             self._engine.cache.ledger.check()
         self._send_snapshot(now)
 
     def _send_snapshot(self, now: float) -> None:
         self._last_snapshot_s = now
-        self._channel.send(take_snapshot(self._engine, self._meter, self._memory, self._memory_shrinks, now))
-
-    def _guard_memory(self) -> None:
-        ledger, budget = self._engine.cache.ledger, self._engine.info.memory_budget_bytes
-        if budget is None:
-            return
-        used = self._memory.used_bytes
-        experts = ExpertBudget(
-            ledger.budget_bytes,
-            ledger.resident_bytes + ledger.loading_bytes,
-            ledger.minimum_bytes,
-            self._planned_experts,
-        )
-        guarded = guarded_expert_budget(used, budget, experts)
-        if guarded < ledger.budget_bytes:
-            logger.warning("memory of %d bytes is above its budget of %d: experts get %d", used, budget, guarded)
-            self._memory_shrinks += 1
-        if guarded != ledger.budget_bytes:
-            self._engine.cache.set_budget(guarded)
+        self._channel.send(take_snapshot(self._engine, self._meter, self._memory, self._budget, now))

@@ -110,9 +110,13 @@ class Abort(_Message, frozen=True):
 
 
 class SetBudget(_Message, frozen=True):
-    """Change a budget while serving. Answered by `BudgetSet`."""
+    """Change budgets while serving; None leaves one as it is. Answered by `BudgetSet`.
 
-    expert_budget_bytes: int
+    With a memory budget, the expert budget is a ceiling on what it leaves for experts.
+    """
+
+    expert_budget_bytes: int | None = None
+    memory_budget_bytes: int | None = None
 
 
 class Watch(_Message, frozen=True):
@@ -265,6 +269,7 @@ class BudgetSet(_Message, frozen=True):
     expert_limit_bytes: int
     """≥ the target only while leases hold what a lowered one takes back."""
     error: str | None = None
+    memory_budget_bytes: int | None = None
 
 
 class LayerLookups(_Message, frozen=True):
@@ -349,6 +354,7 @@ class Snapshot(_Message, frozen=True):
     memory_peak_bytes: int
     memory_source: str
     """Where the two figures above come from: `cgroup` or `process`."""
+    memory_budget_bytes: int | None
     memory_shrinks: int
     """Times that memory was found above its budget and the expert budget was lowered by the excess."""
     dense_bytes: int

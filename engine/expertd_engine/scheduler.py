@@ -172,9 +172,14 @@ class Scheduler:
         queue.remove(sequence)
         del self._sequences[sequence.sequence_id]
 
+    @property
+    def needed_blocks(self) -> int:
+        """The most that any live sequence may come to need, and at least one."""
+        return max((self._blocks_needed(sequence) for sequence in self._sequences.values()), default=1)
+
     def resize_pool(self, num_blocks: int) -> None:
         """Change the pool's limit. Raises ValueError below what a live sequence may still need: none is lost to it."""
-        needed = 1 + max((self._blocks_needed(sequence) for sequence in self._sequences.values()), default=1)
+        needed = 1 + self.needed_blocks
         if num_blocks < needed:
             raise ValueError(f"num_blocks is {num_blocks}: the live sequences need at least {needed}")
         self.pool.resize(num_blocks)

@@ -9,6 +9,7 @@ from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.ledger import Ledger, State
 from expertd_engine.experts.transfer import LATENCY_BOUNDS_S
 from expertd_engine.histogram import Histogram
+from expertd_engine.live_budget import LiveBudget
 from expertd_engine.memory import MemoryUse
 from expertd_engine.messages import ExpertMap, HistogramData, LayerLookups, Snapshot, VirtualLayer
 from expertd_engine.model.virtual_routing import VirtualRouting
@@ -46,7 +47,7 @@ def take_expert_map(engine: Engine) -> ExpertMap:
     return ExpertMap(["".join(LETTERS[ledger.state(ExpertId(layer, i))] for i in range(n)) for layer, n in counts])
 
 
-def take_snapshot(engine: Engine, meter: StepMeter, memory: MemoryUse, memory_shrinks: int, now: float) -> Snapshot:
+def take_snapshot(engine: Engine, meter: StepMeter, memory: MemoryUse, budget: LiveBudget, now: float) -> Snapshot:
     """All counters and gauges as they are between two steps or, in a long one, between two layers."""
     ledger, transfers, scheduler = engine.cache.ledger, engine.cache.transfers, engine.core.scheduler
     counters, reads = ledger.counters, transfers.stats
@@ -81,9 +82,10 @@ def take_snapshot(engine: Engine, meter: StepMeter, memory: MemoryUse, memory_sh
         memory_used_bytes=memory.used_bytes,
         memory_peak_bytes=memory.peak_bytes,
         memory_source=memory.source,
-        memory_shrinks=memory_shrinks,
+        memory_budget_bytes=budget.memory_budget_bytes,
+        memory_shrinks=budget.shrinks,
         dense_bytes=engine.dense_bytes,
-        kv_capacity_bytes=engine.info.kv_bytes,
+        kv_capacity_bytes=engine.pool.capacity * engine.storage.block_bytes,
         kv_used_bytes=engine.pool.used_blocks * engine.storage.block_bytes,
         kv_cached_bytes=engine.pool.cached_blocks * engine.storage.block_bytes,
         prefix_cache_queries=scheduler.prefixes.num_queried if scheduler.prefixes else 0,

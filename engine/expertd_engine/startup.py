@@ -65,6 +65,7 @@ class Engine:
     meter: MemoryMeter
     dense_bytes: int
     measured: Measured
+    asked: Asked
     """What the memory plan was made from."""
     info: EngineInfo
 
@@ -127,10 +128,10 @@ def start_engine(
     context = _Context(
         config, store, loaded, trial.shapes, limits, constrain, fallbacks, numerics, lookahead, routes, trial.model
     )
-    measured = _measured(context, base, step)
-    plan = plan_memory(measured, _asked(config, max_model_len))
+    measured, asked = _measured(context, base, step), _asked(config, max_model_len)
+    plan = plan_memory(measured, asked)
     report("allot", 0.0)
-    return _assemble(context, measured, plan, meter, wrap)
+    return _assemble(context, (measured, asked), plan, meter, wrap)
 
 
 def _open_pool(threads: int, fallbacks: list[str]) -> Pool | None:
@@ -183,7 +184,11 @@ def _asked(config: Config, max_model_len: int) -> Asked:
 
 
 def _assemble(
-    context: _Context, measured: Measured, plan: StartupPlan, meter: MemoryMeter, wrap: Callable[[Runner], Forward]
+    context: _Context,
+    planned_from: tuple[Measured, Asked],
+    plan: StartupPlan,
+    meter: MemoryMeter,
+    wrap: Callable[[Runner], Forward],
 ) -> Engine:
     config, store, loaded = context.config, context.store, context.loaded
     storage = KVStorage(context.shapes, plan.kv_blocks + 1, BLOCK_TOKENS, loaded.dtype)
@@ -205,7 +210,7 @@ def _assemble(
         logger.warning("fallback: %s", fallback)
     info = _describe(context, plan, cache, pool, storage, records)
     sweep = Sweep(store, records, busy=lambda: cache.transfers.depth() > 0)
-    return Engine(core, runner, cache, sweep, pool, storage, meter, loaded.dense_bytes, measured, info)
+    return Engine(core, runner, cache, sweep, pool, storage, meter, loaded.dense_bytes, *planned_from, info)
 
 
 def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile) -> tuple[ExpertCache, list[MoELayer]]:
@@ -221,8 +226,8 @@ def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile) -> 
         prefetch_depth=2 * config.io_threads,
     )
     lookahead = lookahead_for(index, 2 * config.io_threads, context.lookahead, ledger)
-    slab = Slab(ledger.num_slots, max(record_bytes))
-    views = SlotViews(slab.whole, slab.slot_bytes, index.layouts)
+    slab = Slab(ledger.num_slots, max(record_bytes), whole_bytes=min(record_bytes))
+    views = SlotViews(slab.whole, slab.stride, index.layouts)
     cache = ExpertCache(ledger, slab, Transfers(records, config.io_threads), lookahead, record_bytes)
     return cache, attach_experts(context.loaded, context.store, views)
 

@@ -11,7 +11,7 @@ import asyncio
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import NoReturn, get_args, get_origin, get_type_hints
@@ -57,7 +57,7 @@ def _run(arguments: Sequence[str]) -> int:
     if options.command == "check-config":
         print("\n".join(describe(loaded)))
         return 0
-    return _serve(loaded.config)
+    return _serve(loaded.config, lambda: _load(options, os.environ).config)
 
 
 def _parser() -> _Parser:
@@ -132,7 +132,8 @@ def describe(loaded: LoadedConfig) -> list[str]:
     return lines
 
 
-def _serve(config: Config) -> int:
+def _serve(config: Config, reload: Callable[[], Config]) -> int:
+    """`reload` reads the configuration again, as it was read at first."""
     from expertd_server import daemon, logs  # the HTTP stack: not needed to check a configuration
     from expertd_server.auth import KeyRing
     from expertd_server.supervisor import SubprocessLauncher
@@ -145,7 +146,7 @@ def _serve(config: Config) -> int:
 
     async def run() -> int:
         server = daemon.Daemon(config, listening, SubprocessLauncher(config), keys=keys)
-        server.handle_signals()
+        server.handle_signals(reload)
         return await server.run()
 
     with listening:

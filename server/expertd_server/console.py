@@ -29,7 +29,10 @@ class Console:
         self._engine = engine
         self._experts_s = 0.0
         self._watched_s = float("-inf")
-        self._budget_bytes: int | None = None
+        self._in_force = SetBudget()
+        """What was set since the server started."""
+        self._changes: deque[SetBudget] = deque()
+        """Sent and not answered, as `_asked`."""
         self._asked: deque[asyncio.Future[BudgetSet] | None] = deque()
 
     def map_age_s(self) -> float:
@@ -43,13 +46,17 @@ class Console:
             self._watched_s = now
             self._engine.send(Watch(WATCH_S))
 
-    async def set_budget(self, expert_budget_bytes: int) -> BudgetSet:
-        """The engine's answer. Raises EngineDead where it ends instead."""
+    async def set_budget(
+        self, expert_budget_bytes: int | None = None, memory_budget_bytes: int | None = None
+    ) -> BudgetSet:
+        """The engine's answer; None leaves a budget as it is. Raises EngineDead where the engine ends instead."""
         if not self._engine.is_connected:
             raise EngineDead
         asked: asyncio.Future[BudgetSet] = asyncio.get_running_loop().create_future()
         self._asked.append(asked)
-        self._engine.send(SetBudget(expert_budget_bytes))
+        change = SetBudget(expert_budget_bytes, memory_budget_bytes)
+        self._changes.append(change)
+        self._engine.send(change)
         return await asked
 
     # ------------------------------------------------------------ what the engine says
@@ -62,21 +69,31 @@ class Console:
         """An answer came: to whoever asked first and has none."""
         logger.info("budget", extra={"fields": {"expert_budget_bytes": answer.expert_budget_bytes,
                                                 "error": answer.error}})  # fmt: skip
-        if answer.error is None:
-            self._budget_bytes = answer.expert_budget_bytes
+        change = self._changes.popleft() if self._changes else None
+        if answer.error is None and change is not None:
+            self._in_force = SetBudget(
+                self._in_force.expert_budget_bytes
+                if change.expert_budget_bytes is None
+                else change.expert_budget_bytes,
+                self._in_force.memory_budget_bytes
+                if change.memory_budget_bytes is None
+                else change.memory_budget_bytes,
+            )
         asked = self._asked.popleft() if self._asked else None
         if asked is not None and not asked.done():
             asked.set_result(answer)
 
     def engine_ready(self) -> None:
         """A new engine serves, with the budget of the configuration: one that was set since holds on."""
-        if self._budget_bytes is not None:
+        if self._in_force != SetBudget():
             self._asked.append(None)
-            self._engine.send(SetBudget(self._budget_bytes))
+            self._changes.append(self._in_force)
+            self._engine.send(self._in_force)
 
     def engine_ended(self) -> None:
         """Nobody is left to answer."""
         self.experts, self._watched_s = None, float("-inf")
+        self._changes.clear()
         while self._asked:
             asked = self._asked.popleft()
             if asked is not None and not asked.done():

@@ -14,19 +14,19 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 
 from expertd_engine.config import Config
-from expertd_engine.errors import EngineError, ResourceError
+from expertd_engine.errors import ConfigError, EngineError, ResourceError
 from expertd_server.admission import Admission, Bodies
 from expertd_server.app import create_app
 from expertd_server.auth import NO_KEYS, KeyRing
 from expertd_server.connections import BoundedProtocol
 from expertd_server.console import Console
 from expertd_server.engine_client import EngineClient, Handlers
-from expertd_server.errors import Draining
+from expertd_server.errors import ApiError, Draining
 from expertd_server.metrics import Metrics
 from expertd_server.notify import Notifier
 from expertd_server.service import Service
@@ -105,16 +105,44 @@ class Daemon:
         self._stop = asyncio.Event()
         self._abort = asyncio.Event()
         self._signals: list[int] = []
+        self._reloading: asyncio.Future[None] | None = None
+        """Held, or it might be collected before it ends."""
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         """A signal came: the first drains, the second gives up at once."""
         self._signals.append(number)
         (self._stop if len(self._signals) == 1 else self._abort).set()
 
-    def handle_signals(self) -> None:
-        """Make SIGTERM and SIGINT call `stop`. Main thread only."""
+    def handle_signals(self, reload: Callable[[], Config] | None = None) -> None:
+        """Make SIGTERM and SIGINT call `stop`, and SIGHUP `reload` the configuration. Main thread only."""
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self.stop, number)
+            loop.add_signal_handler(number, self.stop, number)
+        if reload is not None:
+            loop.add_signal_handler(signal.SIGHUP, self.reload, reload)
+
+    def reload(self, read: Callable[[], Config]) -> None:
+        """Take the budgets of a configuration that has changed, while requests run. Nothing else of it can change."""
+        try:
+            self._reloading = asyncio.ensure_future(self._take_budgets(read()))
+        except ConfigError as error:
+            logger.error("configuration not read again", extra={"fields": {"error": str(error)}})
+
+    async def _take_budgets(self, config: Config) -> None:
+        experts, memory = config.expert_budget, config.memory_budget
+        if experts is None and memory is None:
+            logger.warning("no budget in the configuration: the ones in force stay")
+            return
+        try:
+            total = self.service.serving().info.expert_bytes_total
+            answer = await self.service.console.set_budget(
+                None if experts is None else experts.resolve(total), None if memory is None else memory.resolve(0)
+            )
+        except ApiError as error:
+            logger.error("budgets not changed", extra={"fields": {"error": str(error)}})
+            return
+        if answer.error is not None:
+            logger.error("budgets not changed", extra={"fields": {"error": answer.error}})
 
     async def run(self) -> int:
         http = asyncio.create_task(self._http.serve([self._listening]))

@@ -214,6 +214,7 @@ def empty_snapshot(layers: int = 0) -> Snapshot:
         "evictions": {"capacity": 0, "budget_change": 0},
         "residents_by_layer": [0] * layers,
         "memory_source": "process",
+        "memory_budget_bytes": None,
         "steps": dict.fromkeys(PHASES, 0),
         "step_seconds": dict.fromkeys(PHASES, NOTHING),
         "step_tokens": dict.fromkeys(PHASES, NOTHING),

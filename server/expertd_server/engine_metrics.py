@@ -122,13 +122,18 @@ class EngineCounters(Collector):
             tiers.add_metric((HOST,), self.snapshot.resident_bytes)
             tiers.add_metric((DISK,), self._info.expert_bytes_total)
             yield tiers
-        if self._info is not None and self._info.memory_budget_bytes is not None:
+        if self._info is not None and (memory_budget := memory_budget_of(self._info, self.snapshot)) is not None:
             total = _gauge("total_memory_budget_bytes", "The memory budget of server, engine and children together.")
-            total.add_metric((), self._info.memory_budget_bytes)
+            total.add_metric((), memory_budget)
             yield total
         age = _gauge("metrics_snapshot_age_seconds", "Age of the engine's numbers here.")
         age.add_metric((), self.snapshot_age_s())
         yield age
+
+
+def memory_budget_of(info: EngineInfo, snapshot: Snapshot) -> int | None:
+    """The one in force: the latest told of, or what the engine began with. It may change, but not go."""
+    return snapshot.memory_budget_bytes or info.memory_budget_bytes
 
 
 def _gauge(name: str, text: str, labels: Labels = ()) -> GaugeMetricFamily:

@@ -7,7 +7,7 @@ from typing import Any
 
 from expertd_engine.messages import EngineInfo, Snapshot
 from expertd_server import __version__
-from expertd_server.engine_metrics import EngineCounters
+from expertd_server.engine_metrics import EngineCounters, memory_budget_of
 from expertd_server.service import Service
 
 
@@ -76,8 +76,8 @@ def memory(snapshot: Snapshot, info: EngineInfo) -> dict[str, Any]:
         },
         "dense": snapshot.dense_bytes,
         "total": {
-            "budget": info.memory_budget_bytes, "used": snapshot.memory_used_bytes, "peak": snapshot.memory_peak_bytes,
-            "source": snapshot.memory_source, "shrinks": snapshot.memory_shrinks,
+            "budget": memory_budget_of(info, snapshot), "used": snapshot.memory_used_bytes,
+            "peak": snapshot.memory_peak_bytes, "source": snapshot.memory_source, "shrinks": snapshot.memory_shrinks,
         },
     }  # fmt: skip
 

@@ -215,6 +215,7 @@ class SimDisk:
     def _end(self, load: Load, view: View, fails: bool) -> None:
         self._idle += 1
         completion: Completion = Failed(load.load_id, "read error") if fails else Loaded(load.load_id)
+
         def tell() -> None:
             self._slab.let_go(view)
             self.completions.put(completion)

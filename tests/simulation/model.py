@@ -7,6 +7,7 @@ out of order changes that token and all that follow.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +16,11 @@ from random import Random
 from expertd_engine.core import SampledToken, StepFailed, StepResult
 from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError
 from expertd_engine.experts.events import ExpertId
+from expertd_engine.experts.held import HeldExperts
 from expertd_engine.messages import TokenLogprob
 from expertd_engine.request import Sequence as EngineSequence
 from expertd_engine.scheduler import Chunk, StepPlan
-from simulation.device import UNIT, SimSlab, record_of
+from simulation.device import UNIT, SimSlab, Violation, record_of
 
 VOCAB = 24
 EOS = 0
@@ -100,6 +102,8 @@ class SimRunner:
     def __init__(self, shape: Shape, cache: ExpertCache, slab: SimSlab, num_blocks: int, block_tokens: int) -> None:
         self.during: Callable[[StepPlan, int], None] = lambda plan, layer: None
         """Called in every layer, before its experts and while each is computed: may let time pass, may raise."""
+        self.held: HeldExperts | None = None
+        """Among these virtual steps route, if given; without, they are exact ones."""
         self.gave_up: list[frozenset[int]] = []
         """Sequences of each step that was given up."""
         self._shape, self._cache, self._slab = shape, cache, slab
@@ -109,11 +113,16 @@ class SimRunner:
     def __call__(self, plan: StepPlan) -> StepResult:
         tokens = [chunk.sequence.tokens(chunk.start, chunk.stop) for chunk in plan.chunks]
         self._cache.begin_step([token for row in tokens for token in row])
-        failure = ""
+        failure, held = "", None
         try:
-            states = self._compute(plan, tokens)
+            held = self.held if self.held and plan.mode == "virtual" and self.held.begin_step() else None
+            states = self._compute(plan, tokens, held)
         except (ExpertUnavailableError, MemoryError) as error:
             failure = str(error) or "no memory"
+        if held is not None:
+            held.end_step(plan.num_tokens / len(plan.chunks))
+        elif self.held is not None and plan.mode == "exact":
+            self.held.exact_step()
         counts = self._cache.end_step()
         if failure:
             self.gave_up.append(frozenset(chunk.sequence.sequence_id for chunk in plan.chunks))
@@ -127,7 +136,7 @@ class SimRunner:
                 sampled[sequence.sequence_id] = SampledToken(choose(row[-1], sequence.banned_until_min()))
         return StepResult(sampled, 0.0, scored, counts)
 
-    def _compute(self, plan: StepPlan, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+    def _compute(self, plan: StepPlan, tokens: Sequence[Sequence[int]], held: HeldExperts | None) -> list[list[int]]:
         states = [
             [mix(token, chunk.start + i) for i, token in enumerate(row)]
             for chunk, row in zip(plan.chunks, tokens, strict=True)
@@ -137,7 +146,8 @@ class SimRunner:
             self.during(plan, layer)
             for chunk, row, where in zip(plan.chunks, states, places, strict=True):
                 self._attend(layer, chunk, row, where)
-            self._mix_experts(plan, layer, tokens, states)
+            routes = self._shape.routes[layer] if held is None else self._reroute(layer, tokens, held)
+            self._mix_experts(plan, layer, routes, tokens, states)
         return states
 
     def _places(self, chunk: Chunk) -> list[int]:
@@ -153,10 +163,23 @@ class SimRunner:
         for index, state in enumerate(row):
             row[index] = mix(state, seen[: chunk.start + index + 1])
 
+    def _reroute(self, layer: int, tokens: Sequence[Sequence[int]], held: HeldExperts) -> list[tuple[int, ...]]:
+        """Routes by token among the held experts; one token in four waits for its own."""
+        own, there = self._shape.routes[layer], sorted(held.sets.held(layer))
+        held.sets.observe(layer, Counter(expert for row in tokens for token in row for expert in own[token]))
+        substituted = [
+            tuple(there[(token + i) % len(there)] for i in range(len(route))) for token, route in enumerate(own)
+        ]
+        return [own[token] if token % 4 == 0 else tuple(sorted(set(substituted[token]))) for token in range(VOCAB)]
+
     def _mix_experts(
-        self, plan: StepPlan, layer: int, tokens: Sequence[Sequence[int]], states: list[list[int]]
+        self,
+        plan: StepPlan,
+        layer: int,
+        routes: Sequence[tuple[int, ...]],
+        tokens: Sequence[Sequence[int]],
+        states: list[list[int]],
     ) -> None:
-        routes = self._shape.routes[layer]
         chosen = {expert for row in tokens for token in row for expert in routes[token]}
         decoding = {
             expert
@@ -187,6 +210,8 @@ class SimRunner:
                 for index, slot, content in before:
                     after = self._slab.read(slot, pieces)
                     found[experts[index]] = content if content == after else (*content, *after)
+                    if plan.mode == "virtual" and found[experts[index]] != self._shape.records[layer, experts[index]]:
+                        raise Violation(f"slot {slot} does not hold expert {experts[index]} of layer {layer}")
                 leases.release([index for index, _ in taken])
         return found
 

@@ -13,8 +13,10 @@ from expertd_engine.core import EngineCore
 from expertd_engine.errors import BudgetError
 from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.events import ExpertId, Hint
+from expertd_engine.experts.held import HeldExperts
 from expertd_engine.experts.lookahead import EveryExpert, Exactness, LayerScan, Lookahead, NoLookahead
 from expertd_engine.experts.policy import make_policy
+from expertd_engine.experts.virtual import SwapLimits, VirtualExperts, VirtualRoom
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import Sampling, Snapshot, Submit, TextInput
 from expertd_engine.prefix_cache import PrefixCache
@@ -85,7 +87,9 @@ class World:
         self.policy = rng.choice(("lru", "lfu", "next-use"))
         self.quality = rng.choice((None, 0.0, 0.5, 1.0))
         self.prefix_cache = rng.random() < 0.5
-        self.modes = ("exact", "virtual") if rng.random() < 0.2 else ("exact",)
+        self.modes = ("exact", "virtual") if rng.random() < 0.3 else ("exact",)
+        self.virtual = len(self.modes) > 1 and rng.random() < 0.7
+        """Virtual steps route among held experts; else they differ from exact ones in name only."""
         self.calm = rng.random() < 0.25
         """Nothing fails, nobody leaves, no engine dies."""
         self.faults = DiskFaults()
@@ -125,10 +129,18 @@ class World:
         self.cache = ExpertCache(self.ledger, self.slab, self.disk, self._lookahead(), shape.record_bytes)  # type: ignore[arg-type]  # stand-ins
         self.runner = SimRunner(shape, self.cache, self.slab, self.num_blocks, self.block_tokens)
         self.runner.during = self._during
+        self.runner.held = self._held_experts() if self.virtual else None
         self.core = EngineCore(self.scheduler, self.runner, [EOS])
         self.checker = self.ledger.watcher = LedgerChecker(self.ledger, self.slab, shape)
         self.slab.changed = self.checker.bytes_now
         self.counters.counters.engine_ended()
+
+    def _held_experts(self) -> HeldExperts:
+        shape, rng = self.shape, self.rng
+        limits = SwapLimits(rng.choice((2.0, 24.0)), rng.choice((0.0, 0.25)), rng.randint(0, 2), rng.randint(1, 2))
+        sets = VirtualExperts([[1.0] * count for count in shape.experts], shape.top_k, limits)
+        room = VirtualRoom(shape.record_bytes, shape.experts, shape.top_k, rng.choice((0.5, 0.75, 1.0)), shape.experts)
+        return HeldExperts(self.cache, sets, room)
 
     def _lookahead(self) -> Lookahead:
         experts, top_k = self.shape.experts, self.shape.top_k
@@ -215,6 +227,8 @@ class World:
 
     def _come_to_rest(self) -> None:
         """Loads under way end; then everything balances and nothing is left."""
+        if self.runner.held is not None:
+            self.runner.held.close()
         self.cache.pump()
         while self.clock.run_next():
             self.cache.pump()
@@ -236,7 +250,8 @@ class World:
             sampling = message.sampling
             length = min(len(message.inputs[0].token_ids) + sampling.max_tokens, self.max_model_len)
             eos = frozenset() if sampling.ignore_eos else frozenset({EOS})
-            self.requests.submitted(Expected(message, self.step, self.shape, length, eos))
+            invariant = message.mode == "exact" or not self.virtual
+            self.requests.submitted(Expected(message, self.step, self.shape, length, eos, invariant))
             self.core.submit(message, self.clock.now)
 
     def _some_request(self, sequence_id: int) -> Submit:

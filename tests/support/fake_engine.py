@@ -136,7 +136,8 @@ def snapshot(steps: int, waiting: int = 0, running: int = 0, budget: int = 16384
         evictions={"capacity": steps, "budget_change": 0},
         expert_budget_bytes=budget, expert_limit_bytes=budget, resident_bytes=8192, loading_bytes=4096,
         peak_expert_bytes=12288, residents_by_layer=[1, 1], memory_used_bytes=1, memory_peak_bytes=2,
-        memory_source="process", memory_shrinks=0, dense_bytes=100, kv_capacity_bytes=65536, kv_used_bytes=0,
+        memory_source="process", memory_budget_bytes=None, memory_shrinks=0, dense_bytes=100,
+        kv_capacity_bytes=65536, kv_used_bytes=0,
         kv_cached_bytes=4096, prefix_cache_queries=10 * steps, prefix_cache_hits=4 * steps, kv_cache_evictions=steps,
         running=running,
         waiting=waiting, preemptions=0, steps={"prefill": 0, "decode": steps},
@@ -312,7 +313,7 @@ class FakeEngine:
                 case SetBudget():
                     self.budgets_asked += 1
                     if not self._script.deaf_to_budgets:
-                        self._set_budget(message.expert_budget_bytes)
+                        self._set_budget(message.expert_budget_bytes or self.budget)
                 case Watch():
                     self._watched = True
                     self._draw()

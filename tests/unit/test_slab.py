@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from expertd_engine.experts.slab import PAGE, Slab
+from expertd_engine.experts.slab import HUGE_PAGE, PAGE, Slab
 from expertd_engine.memory import rss_bytes
 
 SLOT = 256 * PAGE
@@ -48,6 +48,23 @@ def test_a_kept_head_keeps_its_bytes_and_the_rest_is_returned() -> None:
     assert set(slab.view(0, PAGE)) == {5} and set(slab.view(0, 4 * PAGE)[PAGE:]) == {0}
     slab.drop(1, keep_bytes=4 * PAGE)
     assert set(slab.view(1, 4 * PAGE)) == {6}
+
+
+@pytest.mark.parametrize("whole", [HUGE_PAGE, 2 * HUGE_PAGE + PAGE])
+def test_huge_pages_lie_inside_records_and_are_returned_whole(whole: int) -> None:
+    size = 3 * HUGE_PAGE + 5 * PAGE
+    slab = Slab(6, size, whole_bytes=whole)
+    assert slab.address % HUGE_PAGE == 0 and slab.stride % HUGE_PAGE == 0 and slab.slot_bytes == size
+    patterns = [bytes([slot + 1]) * whole for slot in range(6)]
+    before = rss_bytes()
+    for slot, pattern in enumerate(patterns):
+        slab.view(slot, whole)[:] = pattern
+    written = rss_bytes() - before
+    assert abs(written - 6 * whole) < HUGE_PAGE
+    for slot in (0, 2, 3, 5):
+        slab.drop(slot)
+    assert abs(rss_bytes() - before - 2 * whole) < HUGE_PAGE
+    assert slab.view(0, whole) == bytes(whole) and [slab.view(s, whole) == patterns[s] for s in (1, 4)] == [True, True]
 
 
 def test_more_than_the_box_has_can_be_reserved() -> None:

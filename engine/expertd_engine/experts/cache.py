@@ -98,7 +98,6 @@ class LayerLeases:
 
     def __enter__(self) -> LayerLeases:
         self._cache.handle(self._demands())
-        self._cache.pulse()
         return self
 
     def __exit__(
@@ -117,6 +116,7 @@ class LayerLeases:
             self._cache.wait()
         if self.failure is not None:
             raise self.failure
+        self._cache.pulse()
         taken = sorted((lease.index, lease.slot) for lease in self.granted)
         self.granted.clear()
         return taken
@@ -163,9 +163,12 @@ class ExpertCache:
         self.lookahead = lookahead
         self.stalls = Stalls()
         self.pulse: Callable[[], None] = _nobody
-        """Called once each layer has asked: a step that loads many experts can take minutes, and says so by this."""
+        """Called whenever a layer is given experts: a step that loads many can take minutes, and says so by this."""
         self.resized: Callable[[], None] = _nobody
         """Called when the budget has changed: who holds leases between steps must fit into it."""
+        self.handled: Callable[[], None] = _nobody
+        """Called after all that the ledger says: who holds leases between steps gives back what came too late, also
+        while a step waits for that room."""
         self._slab = slab
         self._record_bytes = record_bytes
         self._experts_per_layer = max(ledger.experts_per_layer)
@@ -257,6 +260,7 @@ class ExpertCache:
         """Tell the ledger, and do as it says."""
         for instruction in self.ledger.handle_all(events):
             self._execute(instruction)
+        self.handled()
 
     def _execute(self, instruction: Instruction) -> None:
         match instruction:

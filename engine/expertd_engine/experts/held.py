@@ -30,7 +30,9 @@ class HeldExperts:
         self.cache = cache
         self._held: dict[ExpertId, Lease] = {}
         self._idle_steps = 0
+        self._acting = False
         cache.resized = self.fit
+        cache.handled = self._after_handling
 
     # ------------------------------------------------------------ steps
 
@@ -115,6 +117,11 @@ class HeldExperts:
         """The ledger has ended the lease, in the midst of what else it has to say."""
         self._denied.append((lease, reason))
 
+    def _after_handling(self) -> None:
+        """What arrived for sets that have shrunk meanwhile holds room that a step may be waiting for."""
+        if not self._acting and (self.granted or self._denied):
+            self._take_in()
+
     def _take_in(self) -> None:
         """Tell `sets` of loads that have ended, and do what follows, until nothing does."""
         while self.granted or self._denied:
@@ -129,6 +136,8 @@ class HeldExperts:
             self._carry_out(actions)
 
     def _carry_out(self, actions: Sequence[Action]) -> None:
+        """What comes of one action is taken in after the last: the others were decided before it."""
+        was, self._acting = self._acting, True
         for action in actions:
             if isinstance(action, Hold):
                 self.cache.handle([self._demand(action.expert)])
@@ -136,6 +145,7 @@ class HeldExperts:
                 lease = self._held.pop(action.expert)
                 self.cache.forget([lease.lease_id])
                 self.cache.handle([Release(lease.lease_id)])
+        self._acting = was
 
     def _demand(self, expert: ExpertId) -> Demand:
         demand = self.cache.demand(expert, scan=False, pairs=0)

@@ -80,6 +80,10 @@ class KVStorage:
             self.values.append(pool[:, middle:end].view(-1, heads, block_tokens, value_dim).permute(0, 2, 1, 3))
             begin = end
 
+    def drop(self, block: int) -> None:
+        """Return the block's memory to the system; its content is zeros from now on."""
+        self._slab.drop(block)
+
 
 def block_bytes(shapes: Sequence[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers, rounded up to whole pages."""

@@ -134,7 +134,7 @@ def read_dense(store: ExpertStore) -> tuple[dict[str, torch.Tensor], int]:
     """All dense weights by name and their bytes, checked against the index. Raises StoreError."""
     path = store.dense_path
     entry = store.index.files[DENSE_NAME]
-    memory = Slab(1, -(-entry.bytes // PAGE) * PAGE).view(0, entry.bytes)
+    memory = Slab(1, -(-entry.bytes // PAGE) * PAGE, whole_bytes=entry.bytes).view(0, entry.bytes)
     try:
         with path.open("rb", buffering=0) as file:
             done = 0

@@ -161,6 +161,13 @@ class Runner:
             row += chunk.num_tokens
         return met
 
+    def idle(self) -> None:
+        """There is no step to compute: take in what has been loaded."""
+        if self.virtual is None:
+            self._cache.pump()
+        else:
+            self.virtual.held.pump()
+
     def _logits(self, plan: StepPlan, routes: StepRoutes, token_ids: list[int]) -> torch.Tensor:
         spans: list[Span] = []
         rows: list[int] = []

@@ -32,7 +32,12 @@ _PAGE = {"content": {"text/html": {"schema": {"type": "string"}}}}
 class BudgetRequest(Body):
     """Body of PUT /admin/budget."""
 
-    expert_budget: int | str = Field(description="Bytes, a size such as 512MiB, or a share of all experts such as 25%.")
+    expert_budget: int | str | None = Field(
+        None, description="Bytes, a size such as 512MiB, or a share of all experts such as 25%."
+    )
+    memory_budget: int | str | None = Field(
+        None, description="Bytes or a size, for server and engine together; expert_budget is a ceiling inside it."
+    )
 
 
 class BudgetAnswer(BaseModel):
@@ -42,6 +47,8 @@ class BudgetAnswer(BaseModel):
     """The target now in force."""
     expert_limit_bytes: int
     """Above the target only until running requests let go of what a lowered one takes back."""
+    memory_budget_bytes: int | None = None
+    """Of server and engine together; null where there is none."""
     minimum_bytes: int
     maximum_bytes: int
 
@@ -94,16 +101,27 @@ async def _set_budget(service: Service, request: Request) -> BudgetAnswer:
     info = service.serving().info
     with service.bodies.share() as share:
         asked = parse_fields(BudgetRequest, await read_json(request, service.config.max_body.resolve(0), share))
-    try:
-        wanted = parse_size(str(asked.expert_budget), share_allowed=True).resolve(info.expert_bytes_total)
-    except ConfigError as error:
-        raise InvalidRequest(f"expert_budget: {error}", param="expert_budget") from None
-    answer = await service.console.set_budget(wanted)
+    if asked.expert_budget is None and asked.memory_budget is None:
+        raise InvalidRequest("expert_budget: give it, or memory_budget, or both", param="expert_budget")
+    experts = _size("expert_budget", asked.expert_budget, info.expert_bytes_total)
+    memory = _size("memory_budget", asked.memory_budget, None)
+    answer = await service.console.set_budget(experts, memory)
     if answer.error is not None:
-        raise InvalidRequest(answer.error, param="expert_budget")
+        raise InvalidRequest(answer.error, param="expert_budget" if memory is None else "memory_budget")
     return BudgetAnswer(
         expert_budget_bytes=answer.expert_budget_bytes,
         expert_limit_bytes=answer.expert_limit_bytes,
+        memory_budget_bytes=answer.memory_budget_bytes,
         minimum_bytes=info.minimum_expert_budget_bytes,
         maximum_bytes=info.maximum_expert_budget_bytes,
     )
+
+
+def _size(name: str, given: int | str | None, total_bytes: int | None) -> int | None:
+    """Bytes; a share counts against `total_bytes`, and is refused where there is none. Raises InvalidRequest."""
+    if given is None:
+        return None
+    try:
+        return parse_size(str(given), share_allowed=total_bytes is not None).resolve(total_bytes or 0)
+    except ConfigError as error:
+        raise InvalidRequest(f"{name}: {error}", param=name) from None

@@ -1,0 +1,104 @@
+"""Budgets that change while sixteen streams run: nobody is lost, no logit changes, memory comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from expertd_engine.live_budget import LiveBudget
+from expertd_engine.memory import MemoryUse
+from expertd_engine.messages import Sampling, SetBudget
+from expertd_engine.model.trial import Trial
+from expertd_engine.planning.startup_plan import GROWTH_BYTES
+from expertd_engine.prepare import prepare
+from expertd_engine.startup import Engine
+from support.engine import Generated, running_engine, submit_of
+from support.tiny_families import make_checkpoint
+
+STREAMS = 16
+HOW = Sampling(max_tokens=20, temperature=0, ignore_eos=True, logprobs=1)
+PROMPTS = [[(7 * i + 5 * k) % 250 for i in range(5 + k)] for k in range(STREAMS)]
+USED = MemoryUse(0, 0, "process")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("olmoe")
+    make_checkpoint("olmoe", folder / "model", seed=3)
+    prepare(folder / "model", folder / "store", "float32")
+    return folder / "store"
+
+
+@pytest.fixture(autouse=True)
+def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trial, "is_invariant", lambda self: True)
+    monkeypatch.setattr(Trial, "largest_step_bytes", lambda self, *sizes: 0)
+
+
+def run(engine: Engine, changes: list[SetBudget]) -> list[Generated]:
+    """All streams to their end; a budget changes every few steps."""
+    budget, results = LiveBudget(engine), {i: Generated() for i in range(STREAMS)}
+    for i, prompt in enumerate(PROMPTS):
+        engine.core.submit(submit_of(i, prompt, HOW), 0.0)
+    steps = 0
+    while engine.core.has_work:
+        told = engine.core.step(0.0)
+        for output in told.outputs:
+            results[output.sequence_id].token_ids += output.token_ids
+            results[output.sequence_id].outputs.append(output)
+        for finished in told.finished:
+            results[finished.sequence_id].finished = finished
+        steps += 1
+        if steps % 4 == 0 and changes:
+            change = changes.pop(0)
+            answer = budget.set(change)
+            assert answer.error is None, answer.error
+            assert answer.expert_limit_bytes == answer.expert_budget_bytes, "nothing is leased between steps"
+        budget.tick(USED)
+        engine.cache.ledger.check()
+        engine.core.scheduler.check()
+    assert not changes, "the streams ended before the budget had changed so often"
+    return list(results.values())
+
+
+def said(results: list[Generated]) -> list[object]:
+    assert all(one.finished is not None and one.finished.reason == "length" for one in results)
+    return [[output.logprobs for output in one.outputs] for one in results]
+
+
+def test_expert_budgets_change_time_alone(store: Path) -> None:
+    with running_engine(store, threads=1) as engine:
+        expected = said(run(engine, []))
+    with running_engine(store, threads=1) as engine:
+        whole = engine.info.expert_bytes_total
+        changes = [SetBudget(whole * share // 100) for share in (30, 100, 30, 100)]
+        assert said(run(engine, changes)) == expected
+        assert engine.cache.ledger.counters.evictions["budget_change"] > 0
+
+
+def test_a_lower_memory_budget_takes_idle_kv_first_and_what_sequences_hold_never(store: Path) -> None:
+    with running_engine(store, threads=1) as engine:
+        expected = said(run(engine, []))
+    with running_engine(store, threads=1, max_model_len=64) as engine:
+        measured, capacity = engine.measured, engine.pool.capacity
+        fixed = measured.base + measured.step + GROWTH_BYTES
+        low = fixed + engine.info.expert_bytes_total // 2 + 40 * measured.kv_block
+        high = fixed + engine.info.expert_bytes_total + capacity * measured.kv_block
+        changes = [SetBudget(memory_budget_bytes=size) for size in (low, high, low)]
+        assert said(run(engine, changes)) == expected
+        budget = LiveBudget(engine)
+        budget.set(SetBudget(memory_budget_bytes=low))
+        assert engine.pool.capacity == 4, "the KV of one sequence; all else is for experts"
+        assert budget.set(SetBudget(memory_budget_bytes=high)).memory_budget_bytes == high
+        assert engine.pool.capacity == capacity
+
+
+def test_a_budget_that_cannot_be_changes_nothing(store: Path) -> None:
+    with running_engine(store, threads=1, max_model_len=64) as engine:
+        budget, before = LiveBudget(engine), engine.cache.ledger.budget_bytes
+        for change in (SetBudget(1), SetBudget(10**15), SetBudget(memory_budget_bytes=10**6)):
+            answer = budget.set(change)
+            assert answer.error is not None and answer.expert_budget_bytes == before
+            assert answer.memory_budget_bytes is None
+        assert "the smallest that works is" in str(answer.error)
