@@ -126,7 +126,7 @@ def with_slots(
     """
     sets = model.held.sets
     fresh = VirtualExperts(priors or sets.priors, sets.top_k, limits or sets.limits)
-    room = replace(model.held.room, wanted=slots, share=1.0)
+    room = replace(model.held.room, wanted=slots, share=1.0, divide=None)
     return VirtualRouting(model.routers, HeldExperts(model.held.cache, fresh, room), score or model.score)
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import msgspec
 
 from expertd_engine.config import Config, parse_size
-from expertd_engine.console import progress_bar, run_command
-from expertd_engine.errors import BudgetError, StoreError, UsageError
+from expertd_engine.console import Progress, progress_bar, run_command
+from expertd_engine.errors import BudgetError, UsageError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.planning.planner import Plan, Request, make_plan
-from expertd_engine.planning.profile import PROFILE_NAME, Profile, decode_profile
+from expertd_engine.planning.profile import Profile
+from expertd_engine.profile_file import read_profile
 
 SWEEP = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Expert budgets of the picture, of all expert bytes."""
@@ -38,16 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: _run(options))
 
 
-def read_profile(store: ExpertStore) -> Profile:
-    """Raises StoreError where there is none, or none of this store and version."""
-    path = store.path / PROFILE_NAME
-    try:
-        data = path.read_bytes()
-    except OSError:
-        raise StoreError(f"{store.path} has no {PROFILE_NAME}: make one with `expertd profile`") from None
-    return decode_profile(data, store.index.store_id)
-
-
 def _run(options: argparse.Namespace) -> None:
     with progress_bar() as progress:
         store = ExpertStore.open(resolve_model(options, progress))
@@ -61,7 +52,8 @@ def _run(options: argparse.Namespace) -> None:
         draw(profile, request, options.png)
 
 
-def resolve_model(options: argparse.Namespace, progress: Any) -> Path:
+def resolve_model(options: argparse.Namespace, progress: Progress) -> Path:
+    """Where the store of the model named on the command line is."""
     from expertd_engine.sources import resolve  # imports torch, which a plan of a prepared store can do without
 
     path = Path(options.model)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-import msgspec
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -28,35 +27,17 @@ from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.transfer import Transfers
 from expertd_engine.messages import Sampling, Submit, TextInput
-from expertd_engine.model.moe import ExpertKernel, Pairs
-from expertd_engine.planning.profile import PROFILE_NAME, PROFILE_VERSION, BoxProfile, MemoryProfile, Profile
+from expertd_engine.model.moe import Pairs
+from expertd_engine.planning.profile import PROFILE_VERSION, BoxProfile, MemoryProfile, Profile
+from expertd_engine.profile_file import write_profile
 from expertd_engine.sensitivity import ModelMeasure
 from expertd_engine.sources import resolve
 
 BATCHES = (1, 2, 4, 8)
 READ_ROUNDS = 15
+READ_SECONDS = 0.5
 WINDOW = 128
 STEPS = 16
-
-
-class _Timed:
-    """An `ExpertKernel` that also adds up its seconds."""
-
-    def __init__(self, kernel: ExpertKernel, clock: list[float]) -> None:
-        self.compute_dtype = kernel.compute_dtype
-        self._kernel = kernel
-        self._clock = clock
-
-    def add(self, x: torch.Tensor, pairs: Pairs, slots: Sequence[int], out: torch.Tensor) -> None:
-        began = time.perf_counter()
-        self._kernel.add(x, pairs, slots, out)
-        self._clock[0] += time.perf_counter() - began
-
-    def partials(self, x: torch.Tensor, pairs: Pairs, slots: Sequence[int]) -> torch.Tensor:
-        began = time.perf_counter()
-        result = self._kernel.partials(x, pairs, slots)
-        self._clock[0] += time.perf_counter() - began
-        return result
 
 
 def profile(store: ExpertStore, config: Config, tokens: int = 256, progress: Progress = silent) -> Profile:
@@ -66,14 +47,13 @@ def profile(store: ExpertStore, config: Config, tokens: int = 256, progress: Pro
     """
     windows = _windows(store, tokens)
     progress("profile", 0.0)
-    bandwidth = {str(n): read_bandwidth(store, n, 0.5).bytes_per_s for n in (1, 2, 4)}
+    bandwidth = {str(n): read_bandwidth(store, n, READ_SECONDS).bytes_per_s for n in (1, 2, 4)}
     reads = _reads(store, config.io_threads)
     text = TextEngine(store, config)
     try:
         memory = _memory(text, config)
         steps = {str(n): _decode_step(text, n) for n in BATCHES if n <= config.max_sequences}
-        with _timed_experts(text) as clock:
-            experts = {n: _experts_s(text, int(n), clock) for n in steps}
+        experts = {n: _experts_s(text, store, int(n)) for n in steps}
         measure = ModelMeasure(text, store, config, windows)
         overlap = measure.overlap(reads)
         model = measure.profile(progress)
@@ -91,16 +71,6 @@ def profile(store: ExpertStore, config: Config, tokens: int = 256, progress: Pro
         memory=memory,
         model=model,
     )
-
-
-def write_profile(store: ExpertStore, measured: Profile) -> Path:
-    """Raises StoreError where the store cannot be written to."""
-    path = store.path / PROFILE_NAME
-    try:
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(measured)))
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror}") from error
-    return path
 
 
 def _windows(store: ExpertStore, tokens: int) -> list[Window]:
@@ -173,26 +143,27 @@ def _decode_step(text: TextEngine, streams: int) -> float:
     return statistics.median(times)
 
 
-@contextmanager
-def _timed_experts(text: TextEngine) -> Iterator[list[float]]:
-    """While the block runs, the seconds that expert kernels took add up."""
-    clock = [0.0]
-    layers = text.engine.runner.layers
-    kernels = [layer.kernel for layer in layers]
-    for layer in layers:
-        layer.kernel = _Timed(layer.kernel, clock)
-    try:
-        yield clock
-    finally:
-        for layer, kernel in zip(layers, kernels, strict=True):
-            layer.kernel = kernel
-
-
-def _experts_s(text: TextEngine, streams: int, clock: list[float]) -> float:
-    """Seconds of one layer's experts in a step, prompts' share left out by a long run of decodes."""
-    clock[0] = 0.0
-    _decode_step(text, streams)
-    return clock[0] / (2 * STEPS + 1) / len(text.engine.runner.layers)
+def _experts_s(text: TextEngine, store: ExpertStore, rows: int) -> float:
+    """Seconds of one layer's experts for so many tokens with routes of their own, records at hand."""
+    cache, layer, rng = text.engine.cache, text.engine.runner.layers[0], np.random.default_rng(0)
+    count = min(store.index.layers[0].num_experts, cache.window)  # as many as one layer may lease at once
+    top_k = min(store.index.top_k, count)
+    hidden = next(
+        s.shape[0] for s in store.index.layouts[store.index.layers[0].layout].tensors if s.name == "down_proj"
+    )
+    times = []
+    for _ in range(READ_ROUNDS):
+        routes = np.stack([rng.choice(count, top_k, replace=False) for _ in range(rows)]).astype(np.int64)
+        pairs = Pairs.of(routes, np.full(routes.shape, 1 / top_k, np.float32))
+        x, out = torch.randn(rows, hidden).to(layer.kernel.compute_dtype), torch.zeros(rows, hidden)
+        slots: dict[int, int] = {}
+        with cache.lease(0, pairs.experts, pairs=pairs.counts()) as leases:
+            while len(slots) < len(pairs.experts):
+                slots.update(leases.take())
+            began = time.perf_counter()
+            layer.kernel.add(x, pairs, [slots[i] for i in range(len(slots))], out)
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
 
 # ---------------------------------------------------------------- the command

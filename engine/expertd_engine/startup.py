@@ -40,6 +40,7 @@ from expertd_engine.model.virtual_build import NoVirtualMode, build_virtual, lac
 from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
 from expertd_engine.prefix_cache import PrefixCache
+from expertd_engine.profile_file import has_profile, read_profile
 from expertd_engine.scheduler import Scheduler, SchedulerLimits
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,8 @@ def _assemble(
     if records.fallback_reason:
         context.fallbacks.append(f"experts are read through the page cache: {records.fallback_reason}")
     cache, layers = _expert_cache(context, plan, records)
-    virtual = build_virtual(loaded, store.index, config, cache)
+    profile = read_profile(store) if has_profile(store) else None
+    virtual = build_virtual(loaded, store.index, config, cache, profile)
     if config.expert_mode == "virtual" and lacks_norms(store.index):
         context.fallbacks.append("virtual mode weighs all experts alike: this store has no norms; prepare it again")
     routing = virtual if isinstance(virtual, VirtualRouting) else None

@@ -48,11 +48,11 @@ def test_while_loading_the_status_says_how_far(start: Start) -> None:
 def test_the_map_of_experts_is_drawn_when_somebody_looks(start: Start) -> None:
     server = start()
     assert server.http.get("/experts").json() == {"age_s": None, "layers": []}
-    server.until(lambda: server.http.get("/experts").json()["layers"] == ["rL.o", "r..x"])
+    server.until(lambda: server.http.get("/experts").json()["layers"] == ["Lr.o", "r..x"])
     server.engine.crash()
     server.launcher.wait_for_engine(2)
     server.until_ready()
-    server.until(lambda: server.http.get("/experts").json()["layers"] == ["rL.o", "r..x"])
+    server.until(lambda: server.http.get("/experts").json()["layers"] == ["Lr.o", "r..x"])
 
 
 @pytest.mark.parametrize(("asked", "bytes_"), [(12288, 12288), ("16KiB", 16384), ("75%", 24576)])
@@ -123,7 +123,8 @@ def test_zeros_of_every_route_exist_and_requests_under_way_are_counted_by_route(
     with httpx.Client(base_url=server.url, timeout=10) as http:
         server.engine.allow(1)
         with http.stream("POST", "/v1/completions", json={"prompt": "a", "stream": True, "max_tokens": 9}) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()
+            next(lines)
             assert server.metrics()['expertd_http_requests_in_flight{route="/v1/completions"}'] == 1
     server.until(lambda: server.metrics()['expertd_http_requests_in_flight{route="/v1/completions"}'] == 0)
 

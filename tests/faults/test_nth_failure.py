@@ -5,13 +5,12 @@ have said; what was touched ends with an error; afterwards everything balances a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from itertools import count, islice
 
 import pytest
 
 from simulation.world import World
-
-SEEDS = (7, 32, 51)
-"""Three worlds of different shapes; in this test nothing happens in them but the one fault."""
 
 Plant = Callable[[World, range], None]
 
@@ -55,28 +54,36 @@ def count_of(seed: int, plant: Plant) -> int:
     return world.disk.reads if plant is fail_reads else world.allocations
 
 
+@cache
+def seed_of(world: int) -> int:
+    """The n-th world that reads a good deal, for several requests, and not for ever."""
+    fit = (s for s in count(0) if 40 < count_of(s, fail_reads) < 110 and len(quiet_world(s).arrivals) > 1)
+    return next(islice(fit, world, None))
+
+
 @pytest.mark.parametrize("plant", [fail_reads, fail_allocations])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_one_failure_costs_nobody_an_answer(plant: Plant, seed: int) -> None:
+@pytest.mark.parametrize("world", range(3))
+def test_one_failure_costs_nobody_an_answer(plant: Plant, world: int) -> None:
     """It is tried again: a demanded read by the ledger, the step by the scheduler."""
-    count = count_of(seed, plant)
-    assert count > 20
-    for number in range(count):
-        world = run_with(seed, plant, range(number, number + 1))
-        assert set(ends(world).values()) <= {"stop", "length"}, f"{number} of {count}"
+    seed = seed_of(world)
+    total = count_of(seed, plant)
+    assert total > 20
+    for number in range(total):
+        ran = run_with(seed, plant, range(number, number + 1))
+        assert set(ends(ran).values()) <= {"stop", "length"}, f"{number} of {total}, seed {seed}"
 
 
 @pytest.mark.parametrize("plant", [fail_reads, fail_allocations])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_failures_without_end_end_the_requests_that_meet_them_and_no_others(plant: Plant, seed: int) -> None:
-    count = count_of(seed, plant)
-    reasons = set()
-    for number in range(0, count, 3):
+@pytest.mark.parametrize("world", range(3))
+def test_failures_without_end_end_the_requests_that_meet_them_and_no_others(plant: Plant, world: int) -> None:
+    seed, reasons = seed_of(world), set()
+    for number in range(0, count_of(seed, plant), 3):
         reasons |= set(ends(run_with(seed, plant, range(number, 10**9))).values())
     assert reasons == {"stop", "length", "error"} or reasons == {"length", "error"}
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 9])
 def test_a_run_of_failures_ends_at_most_those_in_its_steps(length: int) -> None:
-    for number in range(0, count_of(SEEDS[0], fail_reads), 5):
-        run_with(SEEDS[0], fail_reads, range(number, number + length))
+    seed = seed_of(0)
+    for number in range(0, count_of(seed, fail_reads), 5):
+        run_with(seed, fail_reads, range(number, number + length))

@@ -337,10 +337,10 @@ class Run {
                             tables_.data(), blocks_.data(), stride_, kBlockTokens,
                             layer_.shape.kv_bf16 ? EXPERTD_BF16 : EXPERTD_F32, hidden_.data(), normed_.data(),
                             added_.data(), logits_.data(), experts_.data(), weights_.data()};
-    succeeds(expertd_block_forward(pool_, &block_, nullptr, nullptr, &step));
+    succeeds(expertd_block_forward(pool_, &block_, nullptr, nullptr, nullptr, &step));
     Floats routed;
     for (float y : normed_) routed.push_back(stand_in(y));
-    succeeds(expertd_block_finish(pool_, &block_, r.scores ? routed.data() : nullptr, &step));
+    succeeds(expertd_block_finish(pool_, &block_, nullptr, r.scores ? routed.data() : nullptr, &step));
     if (r.scores) expect(std::all_of(routed.begin(), routed.end(), [](float v) { return v == 0; }), "sums are not zeroed");
   }
 

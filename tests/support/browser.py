@@ -99,6 +99,7 @@ def open_page(folder: Path, url: str) -> Iterator[Page]:
         with connect(_first_tab(int(port[1])), max_size=None) as socket:
             page = Page(socket)
             page.call("Page.navigate", url=url)
+            page.until("location.href !== 'about:blank' && document.readyState === 'complete'")
             yield page
     except ConnectionClosed as error:
         raise AssertionError(f"the browser went away: {error}") from error

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from random import Random
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertd_engine.bench.genetic import genetic_split
 from expertd_engine.config import parse_size
 from expertd_engine.errors import BudgetError, StoreError
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.virtual import SwapLimits
-from expertd_engine.planning.planner import Request, make_plan, missing_s, split_slots
+from expertd_engine.planning.planner import Request, make_plan, missing_s
 from expertd_engine.planning.profile import (
     PROFILE_VERSION,
     BoxProfile,
@@ -26,6 +28,7 @@ from expertd_engine.planning.profile import (
     decode_profile,
 )
 from expertd_engine.planning.replay import Choice, replay_exact, replay_virtual
+from expertd_engine.planning.split import split_slots
 
 RECORD, EXPERTS, TOP_K, LAYERS = 1000, 16, 2, 6
 
@@ -174,3 +177,25 @@ def test_a_virtual_replay_substitutes_less_with_more_slots() -> None:
     masses = [mass for mass, _ in found]
     assert masses == sorted(masses, reverse=True) and masses[-1] == 0 < masses[0] < 0.7
     assert found[0][1] > 0, "the sets follow the text"
+
+
+# ---------------------------------------------------------------- the genetic search
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_split_matches_or_beats_the_even_one_and_the_genetic_one(seed: int) -> None:
+    rng = Random(seed)
+    curves = [curve(rng.uniform(0.1, 4.0), rng.uniform(1.0, 6.0)) for _ in range(12)]
+    room = RECORD * len(curves) * 6
+    ours = loss(curves, split_slots(curves, [RECORD] * len(curves), room)[0])
+    assert ours < 0.95 * loss(curves, [6] * len(curves))
+    found = genetic_split(curves, [RECORD] * len(curves), room, rounds=60, seed=seed)
+    assert sum(found) * RECORD <= room
+    assert ours <= loss(curves, found) + 1e-9
+
+
+def test_the_genetic_search_is_no_straw_man() -> None:
+    curves = [curve(sensitivity=0.01, half=1.0), curve(sensitivity=5.0, half=6.0), curve(sensitivity=0.01, half=1.0)]
+    found = genetic_split(curves, [RECORD] * 3, RECORD * 3 * 6)
+    best = split_slots(curves, [RECORD] * 3, RECORD * 3 * 6)[0]
+    assert loss(curves, found) <= 1.05 * loss(curves, best)

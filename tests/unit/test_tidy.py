@@ -29,6 +29,7 @@ PURE = (
     "experts.accounting",
     "experts.policy",
     "experts.lookahead",
+    "experts.virtual",
     *(f"planning.{path.stem}" for path in sorted((ENGINE / "planning").glob("*.py")) if path.stem != "__init__"),
 )
 IMPURE = ("torch", "transformers", "numpy", "time", "socket", "zmq", "threading", "random")

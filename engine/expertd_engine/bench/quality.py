@@ -29,9 +29,9 @@ from expertd_engine.errors import UsageError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.virtual import SwapLimits
 from expertd_engine.model.virtual_routing import VirtualRouting
-from expertd_engine.plan_command import read_profile
-from expertd_engine.planning.planner import split_slots
-from expertd_engine.planning.profile import PROFILE_NAME, Profile
+from expertd_engine.planning.profile import Profile
+from expertd_engine.planning.split import split_slots
+from expertd_engine.profile_file import has_profile, read_profile
 
 FACTORS = (6.0, 4.0, 3.0, 2.0, 1.25)
 """Slots a layer, of top-k."""
@@ -74,7 +74,7 @@ class CachePrior(VirtualRouting):
         index, shares = self.routers[layer].select(logits, allowed)
         kept = (top_k_index[:, :, None] == index[:, None, :]).any(dim=2).numpy()
         self.counts.fetched += int((~self.mask(layer)[index.numpy()]).sum())
-        self.count(layer, np.arange(len(chosen)), ~kept, np.where(kept, 0, weights).sum(axis=1) / weights.sum(axis=1))
+        self.count(layer, ~kept, np.where(kept, 0, weights).sum(axis=1) / weights.sum(axis=1))
         return index, shares.to(top_k_weights.dtype)
 
 
@@ -252,7 +252,7 @@ def quality(
     )
     text = TextEngine(store, config)
     try:
-        bench = QualityBench(text, windows, read_profile(store) if (path / PROFILE_NAME).is_file() else None)
+        bench = QualityBench(text, windows, read_profile(store) if has_profile(store) else None)
         points = bench.points(methods or METHODS, factors or FACTORS, progress)
     finally:
         text.close()

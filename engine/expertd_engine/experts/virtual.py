@@ -10,7 +10,7 @@ loads under way at once, which is the share of the reading threads that virtual 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from expertd_engine.errors import EngineError, ResourceError
@@ -69,6 +69,8 @@ class VirtualRoom:
     top_k: int
     share: float
     wanted: Sequence[int]
+    divide: Callable[[int], list[int]] | None = None
+    """Solves for the slots in so many bytes, where the model was profiled."""
 
     @property
     def minimum_bytes(self) -> int:
@@ -82,6 +84,8 @@ class VirtualRoom:
         if budget_bytes < self.minimum_bytes:
             return None
         room = min(int(self.share * budget_bytes), budget_bytes - 2 * max(self.record_bytes))
+        if self.divide is not None:
+            return self.divide(max(room, self._bytes([self.top_k] * len(self.experts))))
         low, high = 0.0, 1.0
         if self._bytes(self._scaled(high)) <= room:
             return self._scaled(high)

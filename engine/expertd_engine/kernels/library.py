@@ -66,6 +66,18 @@ class ExpertLayout(ctypes.Structure):
     ]
 
 
+class ExpertsCall(ctypes.Structure):
+    """`expertd_moe_call`: the arguments of `Pool.moe`, for a call that does this and more."""
+
+    _fields_ = [
+        ("layout", POINTER(ExpertLayout)),
+        ("x", c_void_p),
+        ("tokens", c_int64),
+        ("num_experts", c_int32),
+        *((name, c_void_p) for name in ("records", "pair_begin", "pair_row", "pair_weight", "out", "partials")),
+    ]
+
+
 _POINTER = c_void_p
 _CALLS: dict[str, list[Any]] = {
     "expertd_isa_use": [c_char_p],

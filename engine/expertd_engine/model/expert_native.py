@@ -9,15 +9,16 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from expertd_engine.experts.store_format import RecordLayout
-from expertd_engine.kernels.library import ACTIVATIONS, FORMATS, ExpertLayout, Pool, record_addresses
+from expertd_engine.kernels.library import ACTIVATIONS, FORMATS, ExpertLayout, ExpertsCall, Pool, record_addresses
 from expertd_engine.model.expert_torch import SlotViews, gated
-from expertd_engine.model.moe import Pairs
+from expertd_engine.model.moe import LaterCall, Pairs
 
 _CLOSE = 1e-5
 """Largest relative difference between a module's activation and one of ours, float32 both, for them to be the same."""
@@ -39,6 +40,18 @@ class NativeExperts:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(views.slab))
         self._slot_bytes = views.slot_bytes
 
+    def later(self, x: torch.Tensor, pairs: Pairs, slots: Sequence[int], out: torch.Tensor) -> LaterCall:
+        """What `add` would do, for a native call that does it and more."""
+        assert out.is_contiguous()
+        begin = np.array(pairs.begin, np.int32)
+        records = self._records(slots)
+        arrays = (begin.ctypes.data, pairs.rows.ctypes.data, pairs.weights.ctypes.data)
+        call = ExpertsCall(
+            *(ctypes.pointer(self._layout), x.data_ptr(), len(x), len(slots), ctypes.addressof(records)),
+            *(*arrays, out.data_ptr(), None),
+        )
+        return LaterCall(call, (x, pairs, begin, records, out))
+
     def add(self, x: torch.Tensor, pairs: Pairs, slots: Sequence[int], out: torch.Tensor) -> None:
         assert out.is_contiguous()
         self._run(x, pairs, slots, out=out.data_ptr())
@@ -58,7 +71,7 @@ class NativeExperts:
         partials: int | None = None,
     ) -> None:
         begin = np.array(pairs.begin, np.int32)
-        records = record_addresses([self._address + slot * self._slot_bytes for slot in slots])
+        records = self._records(slots)
         self._pool.moe(
             self._layout,
             x.data_ptr(),
@@ -70,6 +83,9 @@ class NativeExperts:
             out=out,
             partials=partials,
         )
+
+    def _records(self, slots: Sequence[int]) -> Any:
+        return record_addresses([self._address + slot * self._slot_bytes for slot in slots])
 
 
 def expert_layout(module: torch.nn.Module, record: RecordLayout) -> ExpertLayout:

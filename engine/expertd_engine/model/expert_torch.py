@@ -67,6 +67,9 @@ class TorchExperts:
         specs = {spec.name: spec for spec in views.layouts[layout].tensors}
         self.compute_dtype = TENSOR_DTYPES.get(specs["down_proj"].dtype, torch.float32)
 
+    def later(self, x: torch.Tensor, pairs: Pairs, slots: Sequence[int], out: torch.Tensor) -> None:
+        return None
+
     def add(self, x: torch.Tensor, pairs: Pairs, slots: Sequence[int], out: torch.Tensor) -> None:
         rows = torch.from_numpy(pairs.rows).long()
         for i, slot in enumerate(slots):

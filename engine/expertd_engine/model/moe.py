@@ -7,14 +7,16 @@ experts arrive, so that a token's sum never depends on budget, policy, prefetch 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from expertd_engine.kernels.library import ExpertsCall
 
 EXPERTS_NAME = "expertd"
 
@@ -71,7 +73,11 @@ class Pairs:
     @classmethod
     def of(cls, top_k_index: NDArray[np.int64], top_k_weights: Floats) -> Pairs:
         """`[T, K]` each."""
-        top_k = top_k_index.shape[1]
+        rows, top_k = top_k_index.shape
+        if rows == 1:  # decoding one sequence: most steps there are
+            order = top_k_index[0].argsort(kind="stable")
+            weights = np.ascontiguousarray(top_k_weights[0, order], np.float32)
+            return cls(top_k_index[0, order].tolist(), list(range(top_k + 1)), np.zeros(top_k, np.int32), weights)
         flat = top_k_index.reshape(-1)
         order = flat.argsort(kind="stable")
         chosen = flat[order]
@@ -92,6 +98,33 @@ class Pairs:
         return Pairs([self.experts[i] for i in indices], begin, self.rows[places], self.weights[places]), places
 
 
+@dataclass(frozen=True, slots=True)
+class LaterCall:
+    """The arguments of a native call, and all that they point to."""
+
+    call: ExpertsCall
+    keep: Sequence[Any]
+
+
+class Later:
+    """A layer's experts, all at hand and leased, that the next native call computes on its way."""
+
+    def __init__(self, call: LaterCall, leases: Leases, num_experts: int, held: ExitStack) -> None:
+        self.call = call
+        self._leases = leases
+        self._num_experts = num_experts
+        self._held = held
+
+    def computed(self) -> None:
+        """The call has returned."""
+        self._leases.release(range(self._num_experts))
+        self._held.close()
+
+    def abandon(self) -> None:
+        """There will be no such call."""
+        self._held.close()
+
+
 class ExpertKernel(Protocol):
     """Computes the experts of one layer from slots."""
 
@@ -100,6 +133,10 @@ class ExpertKernel(Protocol):
 
     def add(self, x: torch.Tensor, pairs: Pairs, slots: Sequence[int], out: torch.Tensor) -> None:
         """Add the weighted results for `x` `[T, H]` to `out` (float32 `[T, H]`), expert after expert."""
+        ...
+
+    def later(self, x: torch.Tensor, pairs: Pairs, slots: Sequence[int], out: torch.Tensor) -> LaterCall | None:
+        """What `add` would do, as arguments for a native call; None where there is none."""
         ...
 
     def partials(self, x: torch.Tensor, pairs: Pairs, slots: Sequence[int]) -> torch.Tensor:
@@ -171,6 +208,19 @@ class MoELayer:
         self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, out: torch.Tensor
     ) -> None:
         """Add the weighted sums to `out` (float32 `[T, H]`). Every row of `hidden` is real."""
+        later = self.compute_or_prepare(hidden, top_k_index, top_k_weights, out, may_prepare=False)
+        assert later is None
+
+    def compute_or_prepare(
+        self,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        may_prepare: bool = True,
+    ) -> Later | None:
+        """As `compute`; or, where all experts are at hand, what is left to be called. The caller ends it either way."""
         step = self.step
         assert step is not None, "a layer ran outside a step"
         if step.reroute is not None:
@@ -181,11 +231,20 @@ class MoELayer:
         pairs = Pairs.of(chosen, top_k_weights.numpy())
         x = hidden.to(self.kernel.compute_dtype).contiguous()
         scanned = step.scanned(pairs.experts, chosen)
-        with step.source.lease(self.layer, pairs.experts, pairs=pairs.counts(), scanned=scanned) as leases:
-            if len(x) <= FEW_ROWS:
-                self._as_they_come(x, pairs, leases, out)
-            else:
+        with ExitStack() as held:
+            asked = step.source.lease(self.layer, pairs.experts, pairs=pairs.counts(), scanned=scanned)
+            leases = held.enter_context(asked)
+            if len(x) > FEW_ROWS:
                 self._in_order(x, pairs, leases, out)
+                return None
+            taken = leases.take()
+            slots = [slot for _, slot in taken]
+            if may_prepare and len(taken) == len(pairs.experts):
+                call = self.kernel.later(x, pairs, slots, out)
+                if call is not None:
+                    return Later(call, leases, len(taken), held.pop_all())
+            self._as_they_come(x, pairs, leases, taken, out)
+        return None
 
     def _in_order(self, x: torch.Tensor, pairs: Pairs, leases: Leases, out: torch.Tensor) -> None:
         at_hand: dict[int, int] = {}
@@ -200,8 +259,9 @@ class MoELayer:
                 self.kernel.add(x, pairs.select(ready)[0], [at_hand.pop(i) for i in ready], out)
                 leases.release(ready)
 
-    def _as_they_come(self, x: torch.Tensor, pairs: Pairs, leases: Leases, out: torch.Tensor) -> None:
-        taken = leases.take()
+    def _as_they_come(
+        self, x: torch.Tensor, pairs: Pairs, leases: Leases, taken: list[tuple[int, int]], out: torch.Tensor
+    ) -> None:
         if len(taken) == len(pairs.experts):
             self.kernel.add(x, pairs, [slot for _, slot in taken], out)
             leases.release(range(len(taken)))

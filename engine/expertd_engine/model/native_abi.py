@@ -11,7 +11,7 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import Any
 
-from expertd_engine.kernels.library import KernelsMissing, Library, Matrix
+from expertd_engine.kernels.library import ExpertsCall, KernelsMissing, Library, Matrix
 
 
 class NormKind(IntEnum):
@@ -119,11 +119,13 @@ class BlockCalls:
             size.restype = c_int64
             if size() != ctypes.sizeof(structure):
                 raise KernelsMissing(f"native kernels {library.path} are of another version: install again")
-        block, step, address = POINTER(Block), POINTER(Step), c_void_p
+        block, step, address, experts = POINTER(Block), POINTER(Step), c_void_p, POINTER(ExpertsCall)
         self.forward: Callable[..., None] = library.bind(
-            "expertd_block_forward", [address, block, block, address, step]
+            "expertd_block_forward", [address, block, block, experts, address, step]
         )
-        self.finish: Callable[..., None] = library.bind("expertd_block_finish", [address, block, address, step])
+        self.finish: Callable[..., None] = library.bind(
+            "expertd_block_finish", [address, block, experts, address, step]
+        )
         self.logits: Callable[..., None] = library.bind(
             "expertd_block_logits",
             [address, POINTER(Norm), POINTER(Matrix), c_float, address, c_int64, address, c_int64, address],

@@ -12,15 +12,18 @@ from array import array
 from collections.abc import Callable, Sequence
 from ctypes import byref
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from expertd_engine.kernels.library import FORMATS, Matrix, Pool
 from expertd_engine.model.attention import KVStorage, Span
-from expertd_engine.model.moe import MoELayer, StepRoutes
+from expertd_engine.model.moe import Later, MoELayer, StepRoutes
 from expertd_engine.model.native_abi import Block, BlockCalls, Norm, Step
 from expertd_engine.model.numerics import InvariantSigmoids
+
+T = TypeVar("T")
 
 TOKENS_ALIGNED = 16
 """Tokens of a KV block are a multiple of this: a group of keys that is one register lies in one block."""
@@ -150,15 +153,20 @@ class NativeModel:
         for moe in layers:
             moe.step = routes
         memory = self.begin(token_ids, positions, spans, storage)
-        previous: NativeLayer | None = None
-        for index, layer in enumerate(self._layers):
-            self.run_layer(index, previous, memory)
-            if layer.moe is not None:
-                if routes.reroute is not None:
-                    routes.reroute.logits = memory.activations.routes[index][0]
-                self._experts(index, layers[layer.moe].compute, memory)
-            previous = layer
-        self.finish(len(self._layers) - 1, memory)
+        later: Later | None = None
+        try:
+            for index, layer in enumerate(self._layers):
+                self.run_layer(index, memory, later)
+                later = None
+                if layer.moe is not None:
+                    if routes.reroute is not None:
+                        routes.reroute.logits = memory.activations.routes[index][0]
+                    later = self._experts(index, layers[layer.moe].compute_or_prepare, memory)
+            self.finish(len(self._layers) - 1, memory, later)
+            later = None
+        finally:
+            if later is not None:
+                later.abandon()
         if len(token_ids) <= _KEPT_ROWS:
             self._kept = memory.activations
         return self.logits(memory, logit_rows)
@@ -177,14 +185,20 @@ class NativeModel:
             hidden.mul_(ends.embedding_scale)
         return memory
 
-    def run_layer(self, index: int, previous: NativeLayer | None, memory: StepMemory) -> None:
-        """End the previous layer and run this one up to its routes."""
+    def run_layer(self, index: int, memory: StepMemory, later: Later | None = None, *, alone: bool = False) -> None:
+        """End the layer before, with its experts if those were left for `later`, and run this one up to its routes.
+
+        `alone`: there is none before.
+        """
         layer, activations = self._layers[index], memory.activations
         before, routed = None, None
-        if previous is not None:
+        if index and not alone:
+            previous = self._layers[index - 1]
             before = byref(previous.block)
             routed = None if previous.moe is None else activations.routed.data_ptr()
-        self._calls.forward(self._pool.address, byref(layer.block), before, routed, byref(memory.step))
+        self._calls.forward(self._pool.address, byref(layer.block), before, _call_of(later), routed, byref(memory.step))
+        if later is not None:
+            later.computed()
         if layer.select is not None:
             logits, experts, weights = activations.routes[index]
             with InvariantSigmoids():
@@ -194,16 +208,18 @@ class NativeModel:
 
     def run_alone(self, index: int, experts: Experts, memory: StepMemory) -> None:
         """One layer from the residual stream to the residual stream, with `experts` for the routed ones."""
-        self.run_layer(index, None, memory)
+        self.run_layer(index, memory, alone=True)
         if self._layers[index].moe is not None:
             self._experts(index, experts, memory)
         self.finish(index, memory)
 
-    def finish(self, index: int, memory: StepMemory) -> None:
-        """Make the residual stream the output of layer `index`, which ran last."""
+    def finish(self, index: int, memory: StepMemory, later: Later | None = None) -> None:
+        """Make the residual stream the output of layer `index`, which ran last but for what was left for `later`."""
         layer = self._layers[index]
         routed = None if layer.moe is None else memory.activations.routed.data_ptr()
-        self._calls.finish(self._pool.address, byref(layer.block), routed, byref(memory.step))
+        self._calls.finish(self._pool.address, byref(layer.block), _call_of(later), routed, byref(memory.step))
+        if later is not None:
+            later.computed()
 
     def logits(self, memory: StepMemory, rows: Sequence[int]) -> Tensor:
         """`[len(rows), V]` of rows of the residual stream."""
@@ -216,10 +232,10 @@ class NativeModel:
         )
         return out
 
-    def _experts(self, index: int, compute: Experts, memory: StepMemory) -> None:
+    def _experts(self, index: int, compute: Callable[[Tensor, Tensor, Tensor, Tensor], T], memory: StepMemory) -> T:
         activations = memory.activations
         _, experts, weights = activations.routes[index]
-        compute(activations.normed, experts, weights, activations.routed)
+        return compute(activations.normed, experts, weights, activations.routed)
 
     def _bind(self, storage: KVStorage) -> None:
         for layer, (keys, values) in zip(self._layers, storage.offsets, strict=True):
@@ -231,3 +247,7 @@ class NativeModel:
         if kept is not None and kept.rows == rows:
             return kept
         return _Activations(rows, self._hidden, self._layers)
+
+
+def _call_of(later: Later | None) -> Any:
+    return None if later is None else byref(later.call.call)

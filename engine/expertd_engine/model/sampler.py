@@ -142,10 +142,8 @@ def _draw(adjusted: torch.Tensor, row: SampleRow) -> int:
 
 def _candidates(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Ids that top-k, min-p and top-p leave, in this order, each renormalised. The best of `scores` is 0."""
-    if 0 < sampling.top_k < len(scores):
-        ids = best_ids(scores, sampling.top_k)
-    else:
-        ids = torch.arange(len(scores))
+    by_count = 0 < sampling.top_k < len(scores)
+    ids = best_ids(scores, sampling.top_k) if by_count else torch.arange(len(scores))
     if sampling.min_p > 0:
         ids = ids[scores[ids] >= math.log(sampling.min_p)]
     return ids[_nucleus(scores[ids], sampling.top_p)] if sampling.top_p < 1 else ids

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from expertd_engine.experts.virtual import SwapLimits, VirtualExperts, VirtualRo
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.router_kinds import ModuleRouterAdapter, adapt_router
 from expertd_engine.model.virtual_routing import VirtualRouting, importance
+from expertd_engine.planning.profile import Profile
+from expertd_engine.planning.split import split_slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +27,12 @@ class NoVirtualMode:
 
 
 def build_virtual(
-    loaded: LoadedModel, index: StoreIndex, config: Config, cache: ExpertCache
+    loaded: LoadedModel, index: StoreIndex, config: Config, cache: ExpertCache, profile: Profile | None = None
 ) -> VirtualRouting | NoVirtualMode:
-    """Raises ConfigError for more or fewer virtual slots than a layer can have."""
+    """`profile` says which layers are worth their slots; without, all get as many.
+
+    Raises ConfigError for more or fewer virtual slots than a layer can have.
+    """
     routers = [adapt_router(loaded.model, layer.module) for layer in index.layers]
     known = [router for router in routers if isinstance(router, ModuleRouterAdapter)]
     if index.router_kind is None or len(known) < len(routers):
@@ -36,6 +41,9 @@ def build_virtual(
             f"be exact alone"
         )
     room = _room(index, config)
+    if config.virtual_slots is None and profile is not None and profile.model.layers:
+        curves, record_bytes = profile.model.layers, room.record_bytes
+        room = replace(room, divide=lambda nbytes: split_slots(curves, record_bytes, nbytes)[0])
     norms = [np.array(layer.norms or [1.0] * layer.num_experts, np.float32) for layer in index.layers]
     limits = SwapLimits(in_flight=max(1, config.io_threads // 2))
     sets = VirtualExperts([norm.tolist() for norm in norms], index.top_k, limits)

@@ -81,6 +81,8 @@ class VirtualRouting:
         self._limits: Floats = np.zeros(0, np.float32)
         self._substituted = np.zeros(0, np.int64)
         self._mass: Floats = np.zeros(0, np.float32)
+        self._never_wait = True
+        """No row has a limit."""
         self._choices = 0
         """Of each row, in the layers so far."""
 
@@ -94,6 +96,7 @@ class VirtualRouting:
                 mask[list(sets.held(layer))] = True
             self._made_at = sets.changes
         self._limits = np.array(limits, np.float32)
+        self._never_wait = min(limits, default=1.0) >= 1
         self._substituted = np.zeros(len(limits), np.int64)
         self._mass = np.zeros(len(limits), np.float32)
         self._choices = 0
@@ -119,23 +122,30 @@ class VirtualRouting:
         chosen, weights = top_k_index.numpy(), top_k_weights.float().numpy()
         self.observe(layer, hidden, chosen, weights)
         lacking = ~self._masks[layer][chosen]
-        rows = np.flatnonzero(lacking.any(axis=1))
-        if not len(rows):
+        if not lacking.any():
             return top_k_index, top_k_weights
-        replaced, mass = _substituted(weights[rows], lacking[rows], self._limits[rows])
-        self.count(layer, rows, replaced, mass)
-        self.counts.fetched += int((lacking[rows] & ~replaced).sum())
-        rows, replaced = rows[(losing := replaced.any(axis=1))], replaced[losing]
+        replaced, mass = _substituted(weights, lacking, self._limits)
+        self.count(layer, replaced, mass)
+        self.counts.fetched += int(lacking.sum() - replaced.sum())
+        rows = np.flatnonzero(replaced.any(axis=1))
+        if len(rows) == len(chosen) and self._never_wait:
+            index, shares = self._select(layer, hidden, slice(None), self._masks[layer])
+            return index, shares.to(top_k_weights.dtype)
         if not len(rows):
             return top_k_index, top_k_weights
         mask = np.repeat(self._masks[layer][None], len(rows), axis=0)
-        np.put_along_axis(mask, chosen[rows], ~replaced, axis=1)
+        np.put_along_axis(mask, chosen[rows], ~replaced[rows], axis=1)
         at = torch.from_numpy(rows)
-        logits = self.routers[layer].logits(hidden[at]) if self.logits is None else self.logits[at]
-        index, shares = self.routers[layer].select(logits, torch.from_numpy(mask))
+        index, shares = self._select(layer, hidden, at, mask)
         new_index, new_weights = top_k_index.clone(), top_k_weights.clone()
         new_index[at], new_weights[at] = index, shares.to(new_weights.dtype)
         return new_index, new_weights
+
+    def _select(self, layer: int, hidden: Tensor, at: Tensor | slice, mask: Bools) -> tuple[Tensor, Tensor]:
+        """Experts and weights of rows `at`, among those that `mask` allows."""
+        router = self.routers[layer]
+        logits = router.logits(hidden[at]) if self.logits is None else self.logits[at]
+        return router.select(logits, torch.from_numpy(mask))
 
     def mask(self, layer: int) -> Bools:
         """`[E]`: who is held in the step."""
@@ -155,10 +165,10 @@ class VirtualRouting:
             sums = {expert: float(total[expert]) for expert in np.flatnonzero(total).tolist()}
         self.held.sets.observe(layer, sums)
 
-    def count(self, layer: int, rows: Ids, replaced: Bools, mass: Floats) -> None:
-        """Of `rows`, which choices `[T, K]` others answer for, and the mass `[T]` of those."""
-        self._substituted[rows] += replaced.sum(axis=1)
-        self._mass[rows] += mass
+    def count(self, layer: int, replaced: Bools, mass: Floats) -> None:
+        """Which of the step's choices `[T, K]` others answer for, and the mass `[T]` of those."""
+        self._substituted += replaced.sum(axis=1)
+        self._mass += mass
         self.counts.substituted[layer] += int(replaced.sum())
         self.counts.mass[layer] += float(mass.sum())
 
@@ -166,15 +176,17 @@ class VirtualRouting:
 def _substituted(weights: Floats, lacking: Bools, limits: Floats) -> tuple[Bools, Floats]:
     """Which choices `[T, K]` are replaced and each row's substituted mass `[T]`: the lightest of those lacking whose
     mass together stays within the row's limit."""
-    shares = weights / np.maximum(weights.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    lost = np.where(lacking, shares, 0)
+    lost: Floats = np.where(lacking, weights, 0) / np.maximum(weights.sum(axis=1, keepdims=True), _TINY)
+    if limits.min(initial=1) >= 1:
+        return lacking, lost.sum(axis=1)
     order = lost.argsort(axis=1, kind="stable")
     ascending = np.take_along_axis(lost, order, axis=1).cumsum(axis=1)
     within = np.empty_like(lacking)
-    np.put_along_axis(within, order, ascending <= limits[:, None] + _ROUNDING, axis=1)
-    replaced = lacking & (within | (limits >= 1)[:, None])
-    mass: Floats = np.where(replaced, shares, 0).sum(axis=1, dtype=np.float32)
+    np.put_along_axis(within, order, (ascending <= limits[:, None] + _ROUNDING) | (limits >= 1)[:, None], axis=1)
+    replaced = lacking & within
+    mass: Floats = np.where(replaced, lost, 0).sum(axis=1)
     return replaced, mass
 
 
+_TINY = np.finfo(np.float32).tiny
 _ROUNDING = np.float32(1e-6)

@@ -1,22 +1,19 @@
 """From a budget to a plan: bytes for experts and KV, slots of each layer, predicted speed, hit rate and quality. Pure.
 
 Exact mode has one cache for the whole model: which layer has how many experts in it is what traffic makes of it, and a
-fixed split can only lose. Virtual mode holds a set for each layer, and there the split is solved for: slot after slot
-goes where a byte saves most expected divergence. Losses are made convex first (the lower hull of what was measured),
-and on convex losses this greedy order is optimal at every budget it passes through.
+fixed split can only lose. Virtual mode holds a set for each layer, and there the split is solved for (`split`).
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from expertd_engine.config import Size
 from expertd_engine.errors import BudgetError
 from expertd_engine.messages import ExpertMode
-from expertd_engine.planning.profile import LayerCurve, MissCurve, Profile, at_share
+from expertd_engine.planning.profile import MissCurve, Profile, at_share
+from expertd_engine.planning.split import Gain, split_slots
 from expertd_engine.planning.startup_plan import Asked, Measured, plan_memory
 
 
@@ -33,16 +30,6 @@ class Request:
     share: float = 0.75
     """Of the expert budget, for virtual sets."""
     routing: str = "model"
-
-
-@dataclass(frozen=True, slots=True)
-class Gain:
-    """One slot more for a layer: nats of divergence saved for each token, or experts no longer missed."""
-
-    layer: int
-    slots: int
-    """That the layer then has."""
-    saved: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +61,7 @@ def make_plan(profile: Profile, request: Request) -> Plan:
     experts = startup.expert_budget_bytes
     memory = profile.memory.base + profile.memory.step + experts + startup.kv_blocks * profile.memory.kv_block
     if request.mode == "virtual":
-        slots, gains = split(profile, experts, request.share)
+        slots, gains = virtual_slots(profile, experts, request.share)
         loss = sum(curve.loss(count) for curve, count in zip(profile.model.layers, slots, strict=True))
         return Plan("virtual", experts, startup.kv_blocks, memory, slots, 1.0, _resident_s(profile), loss, gains)
     hit_rate, step_s = predict_exact(profile, profile.curve(request.routing), experts)
@@ -98,7 +85,7 @@ def missing_s(missing: Sequence[float], reads_s: Sequence[float]) -> float:
     return sum(layers * each for layers, each in zip(missing, seconds, strict=True))
 
 
-def split(profile: Profile, expert_bytes: int, share: float) -> tuple[list[int], list[Gain]]:
+def virtual_slots(profile: Profile, expert_bytes: int, share: float) -> tuple[list[int], list[Gain]]:
     """Slots of each layer for virtual mode, and what the last one of each was worth. Raises BudgetError."""
     total, floor = profile.expert_bytes, profile.top_k * sum(profile.record_bytes)
     staging = 2 * max(profile.record_bytes)
@@ -109,54 +96,6 @@ def split(profile: Profile, expert_bytes: int, share: float) -> tuple[list[int],
         raise BudgetError("expert budget for virtual mode", expert_bytes, floor + staging, detail)
     room = max(floor, min(int(share * expert_bytes), expert_bytes - staging))
     return split_slots(profile.model.layers, profile.record_bytes, room)
-
-
-def split_slots(curves: Sequence[LayerCurve], record_bytes: Sequence[int], room: int) -> tuple[list[int], list[Gain]]:
-    """Slots of each layer inside `room` bytes, at least the fewest of each curve, and each layer's last gain.
-
-    Of equal gains the layer with fewest slots comes first, so layers that are alike get as many, within one.
-    """
-    hulls = [_hull(curve) for curve in curves]
-    slots = [curve.slots[0] for curve in curves]
-    left = room - sum(count * nbytes for count, nbytes in zip(slots, record_bytes, strict=True))
-    heap = [
-        (-hull[0] / nbytes, slots[i], i)
-        for i, (hull, nbytes) in enumerate(zip(hulls, record_bytes, strict=True))
-        if hull
-    ]
-    heapq.heapify(heap)
-    gains: dict[int, Gain] = {}
-    while heap:
-        _, count, layer = heapq.heappop(heap)
-        if record_bytes[layer] > left:
-            continue  # a layer of shorter records may still have room
-        left -= record_bytes[layer]
-        saved = hulls[layer][count - curves[layer].slots[0]]
-        slots[layer] = count + 1
-        gains[layer] = Gain(layer, slots[layer], saved)
-        following = slots[layer] - curves[layer].slots[0]
-        if following < len(hulls[layer]):
-            heapq.heappush(heap, (-hulls[layer][following] / record_bytes[layer], slots[layer], layer))
-    return slots, [gains[layer] for layer in sorted(gains)]
-
-
-def _hull(curve: LayerCurve) -> list[float]:
-    """What each slot beyond the fewest saves, on the lower convex hull of the losses: never growing, never below 0."""
-    points: list[tuple[int, float]] = []
-    for count, mass in zip(curve.slots, curve.mass, strict=True):
-        point = (count, curve.sensitivity * mass)
-        while len(points) > 1 and _above(points[-2], points[-1], point):
-            points.pop()
-        points.append(point)
-    saved: list[float] = []
-    for (x, y), (to_x, to_y) in pairwise(points):
-        saved += [max(0.0, (y - to_y) / (to_x - x))] * (to_x - x)
-    return saved
-
-
-def _above(first: tuple[int, float], middle: tuple[int, float], last: tuple[int, float]) -> bool:
-    """Whether `middle` lies on or above the line between its neighbours."""
-    return (middle[1] - first[1]) * (last[0] - first[0]) >= (last[1] - first[1]) * (middle[0] - first[0])
 
 
 def _resident_s(profile: Profile) -> float:

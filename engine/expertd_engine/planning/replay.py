@@ -80,8 +80,10 @@ class LedgerReplay:
 def replay_exact(
     routes: Routes, record_bytes: Sequence[int], experts: Sequence[int], budget_bytes: int, policy: Policy, warm: int
 ) -> Met:
-    """Exact mode in an expert budget; the first `warm` tokens fill the cache and are not counted."""
+    """Exact mode in an expert budget, by an engine that has served for long: every expert was used once before, and the
+    first `warm` tokens are not counted."""
     replay = LedgerReplay(record_bytes, experts, budget_bytes, policy)
+    replay.token([range(count) for count in experts])
     met = Met(by_layer=[0] * len(experts))
     for number, token in enumerate(routes):
         replay.token(token, met if number >= warm else None)

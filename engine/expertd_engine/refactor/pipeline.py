@@ -29,7 +29,7 @@ from expertd_engine.refactor.training import Recipe, Trainer
 
 TUNED = "dense-tuned"
 _POLL_S = 0.5
-_EVALUATION_WINDOWS = 64
+_EVALUATION_WINDOWS = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Workshop:
         if job.best_of:
             job = replace(job, recipe=replace(job.recipe, learning_rate=self.best_rate(job.best_of)))
         student = self._student(job.shape, job.recipe.seed)
-        untrained = self._score(student)
+        untrained = self._score(student, quick=True)
         checkpoint = self._path("checkpoints", job.name, "pt")
         trainer = Trainer(
             student, self.corpus, job.recipe, dense=self.dense, teacher=self._teacher(job.teacher),
@@ -127,8 +127,9 @@ class Workshop:
         student.compute_in(self.compute)
         return student
 
-    def _score(self, student: Student) -> dict[str, Any]:
-        return evaluate(student, self.corpus, windows=self.evaluation_windows).to_json()
+    def _score(self, student: Student, *, quick: bool = False) -> dict[str, Any]:
+        windows = max(1, self.evaluation_windows // 6) if quick else self.evaluation_windows
+        return evaluate(student, self.corpus, windows=windows).to_json()
 
     def _awaited(self, find: Callable[[], Any]) -> Any:
         while (found := find()) is None:

@@ -11,7 +11,7 @@ from expertd_engine.errors import ModelError
 from expertd_engine.refactor.shape import Routing, Shape
 from expertd_engine.refactor.statistics import Statistics
 
-_CLUSTER_ROUNDS = 12
+_CLUSTER_ROUNDS = 8
 
 
 @dataclass(frozen=True)

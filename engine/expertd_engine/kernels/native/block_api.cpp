@@ -5,6 +5,7 @@
 #include "block.h"
 #include "errors.h"
 #include "formats.h"
+#include "moe.h"
 
 namespace expertd {
 namespace {
@@ -95,6 +96,12 @@ void check_step(const expertd_step* step, const expertd_block& block) {
     });
 }
 
+void check_experts(const expertd_moe_call* experts, const float* routed) {
+  if (experts == nullptr) return;
+  demand(routed != nullptr && experts->out == routed, [] { return std::string("the experts' result is not `routed`"); });
+  check_moe(*experts);
+}
+
 }  // namespace
 }  // namespace expertd
 
@@ -105,21 +112,25 @@ extern "C" int64_t expertd_block_bytes(void) { return sizeof(expertd_block); }
 extern "C" int64_t expertd_step_bytes(void) { return sizeof(expertd_step); }
 
 extern "C" int expertd_block_forward(expertd_pool* pool, const expertd_block* block, const expertd_block* previous,
-                                     float* routed, const expertd_step* step) {
+                                     const expertd_moe_call* experts, float* routed, const expertd_step* step) {
   return guarded([&] {
     check_block(block);
     check_step(step, *block);
+    check_experts(experts, routed);
     Call call(pool);
+    if (experts) run_moe(call.pool(), *experts);
     layer_forward(call.pool(), *block, previous, routed, *step);
   });
 }
 
-extern "C" int expertd_block_finish(expertd_pool* pool, const expertd_block* block, float* routed,
-                                    const expertd_step* step) {
+extern "C" int expertd_block_finish(expertd_pool* pool, const expertd_block* block, const expertd_moe_call* experts,
+                                    float* routed, const expertd_step* step) {
   return guarded([&] {
     check_block(block);
     check_step(step, *block);
+    check_experts(experts, routed);
     Call call(pool);
+    if (experts) run_moe(call.pool(), *experts);
     layer_finish(call.pool(), *block, routed, *step);
   });
 }

@@ -1,8 +1,8 @@
 /* The C interface of one decoder layer: everything of a step but the routed experts.
  *
  * Activations are float32 from the embedding to the logits, whatever the weights are. The caller owns all memory named
- * here and keeps it until the call returns. A layer's experts run between two calls: `expertd_block_forward` of layer l
- * first adds what the experts of layer l - 1 gave, and ends with the routes of its own.
+ * here and keeps it until the call returns. A layer's experts run between two calls, or with the second: `expertd_block_forward`
+ * of layer l first adds what the experts of layer l - 1 gave, and ends with the routes of its own.
  */
 #ifndef EXPERTD_BLOCK_H
 #define EXPERTD_BLOCK_H
@@ -109,14 +109,15 @@ typedef struct expertd_step {
 EXPERTD_API int64_t expertd_block_bytes(void);
 EXPERTD_API int64_t expertd_step_bytes(void);
 
-/* One layer. `previous` (null for the first) is the layer before, whose `ffn` output still lies in `added`, and
+/* One layer, in one call with the experts of the layer before: `experts` (null: they have run) is computed first, with
+ * `routed` for its result. `previous` (null for the first) is the layer before, whose `ffn` output still lies in `added`, and
  * `routed` [rows, hidden] the sum of its experts (null if it has none); read, and left full of zeros for the next sum. */
 EXPERTD_API int expertd_block_forward(expertd_pool *pool, const expertd_block *block, const expertd_block *previous,
-                                      float *routed, const expertd_step *step);
+                                      const expertd_moe_call *experts, float *routed, const expertd_step *step);
 
 /* What the layer after `block` would begin with: after it, `hidden` is the layer's output. */
-EXPERTD_API int expertd_block_finish(expertd_pool *pool, const expertd_block *block, float *routed,
-                                     const expertd_step *step);
+EXPERTD_API int expertd_block_finish(expertd_pool *pool, const expertd_block *block, const expertd_moe_call *experts,
+                                     float *routed, const expertd_step *step);
 
 /* scale * head(norm(h)) of `count` rows of hidden [rows, norm->length], to logits [count, head->rows]. */
 EXPERTD_API int expertd_block_logits(expertd_pool *pool, const expertd_norm *norm, const expertd_matrix *head,

@@ -4,6 +4,7 @@
 
 #include "isa.h"
 #include "linear.h"
+#include "moe.h"
 
 namespace expertd {
 namespace {
@@ -12,18 +13,6 @@ constexpr int64_t kBatchBytes = 8 << 20;   // inner activations held at a time; 
 constexpr int kBlockRows = kGroupColumns;  // inner rows of a task: they make exactly one group of down's input
 constexpr int kBlockStrips = kBlockRows / kStripRows;
 constexpr int64_t kMostStrips = 4;         // strips of down per task: their inputs are read once for all of them
-
-struct Arguments {
-  const expertd_expert_layout* layout;
-  int64_t tokens;
-  int32_t num_experts;
-  const void* const* records;
-  const int32_t* pair_begin;
-  const int32_t* pair_row;
-  const float* pair_weight;
-  float* out;
-  float* partials;
-};
 
 // Pairs of one expert within a round.
 struct Segment {
@@ -44,7 +33,7 @@ struct Round {
 
 class Moe {
  public:
-  Moe(Pool& pool, const Arguments& arguments, const Inputs& inputs)
+  Moe(Pool& pool, const expertd_moe_call& arguments, const Inputs& inputs)
       : pool_(pool),
         a_(arguments),
         layout_(*arguments.layout),
@@ -199,7 +188,7 @@ class Moe {
   }
 
   Pool& pool_;
-  const Arguments& a_;
+  const expertd_moe_call& a_;
   const expertd_expert_layout& layout_;
   const Inputs inputs_;
   const int64_t inner_stride_, blocks_, block_bytes_, down_strip_bytes_, rows_per_block_, round_pairs_;
@@ -222,7 +211,7 @@ void check_layout(const expertd_expert_layout* layout) {
   }
 }
 
-void check_pairs(const Arguments& a) {
+void check_pairs(const expertd_moe_call& a) {
   require(a.num_experts >= 0 && a.tokens >= 0, "num_experts or tokens is negative");
   require(a.pair_begin != nullptr, "pair_begin is null");
   require(a.pair_begin[0] >= 0, "pair_begin[0] is negative");
@@ -242,6 +231,20 @@ void check_pairs(const Arguments& a) {
 }
 
 }  // namespace
+
+void check_moe(const expertd_moe_call& experts) {
+  check_layout(experts.layout);
+  check_pairs(experts);
+  const bool has_result = experts.out != nullptr || experts.partials != nullptr;
+  require(experts.tokens == 0 || (experts.x != nullptr && has_result), "x is null, or both out and partials");
+}
+
+void run_moe(Pool& pool, const expertd_moe_call& experts) {
+  const expertd_expert_layout& layout = *experts.layout;
+  const Inputs inputs = prepare_inputs(pool, layout.format, experts.x, experts.tokens, layout.hidden, layout.hidden);
+  Moe(pool, experts, inputs).run();
+}
+
 }  // namespace expertd
 
 using namespace expertd;
@@ -250,14 +253,11 @@ extern "C" int expertd_moe(expertd_pool* pool, const expertd_expert_layout* layo
                            int32_t num_experts, const void* const* records, const int32_t* pair_begin,
                            const int32_t* pair_row, const float* pair_weight, float* out, float* partials) {
   return guarded([&] {
-    check_layout(layout);
-    const Arguments arguments{layout, tokens, num_experts, records, pair_begin, pair_row, pair_weight, out, partials};
-    check_pairs(arguments);
-    const bool has_result = out != nullptr || partials != nullptr;
-    require(tokens == 0 || (x != nullptr && has_result), "x is null, or both out and partials");
+    const expertd_moe_call experts{layout,   x,           tokens, num_experts, records, pair_begin,
+                                   pair_row, pair_weight, out,    partials};
+    check_moe(experts);
     Call call(pool);
-    const Inputs inputs = prepare_inputs(call.pool(), layout->format, x, tokens, layout->hidden, layout->hidden);
-    Moe(call.pool(), arguments, inputs).run();
+    run_moe(call.pool(), experts);
   });
 }
 

@@ -14,8 +14,8 @@ from expertd_engine.console import Progress, progress_bar, run_command, silent
 from expertd_engine.refactor.demo.prompts import FOLLOW_UPS, prompts
 from expertd_engine.refactor.dense import Dense, open_dense
 
-_FOLLOW_UP_SHARE = 0.25
-_NEW_TOKENS = 128
+_FOLLOW_UP_SHARE = 0.15
+_NEW_TOKENS = 96
 _PROMPT_TOKENS = 224
 _PER_FILE = 50
 
@@ -25,7 +25,7 @@ Conversation = list[dict[str, str]]
 def converse(
     dense: Dense, asked: Sequence[str], *, rows: int = 2048, seed: int = 0, progress: Progress = silent
 ) -> list[Conversation]:
-    """One or two turns for each prompt, sampled at temperature 0.7 among the 50 likeliest tokens."""
+    """One or two turns for each prompt, sampled at temperature 0.3 among the 50 likeliest tokens."""
     conversations: list[Conversation] = [[{"role": "user", "content": prompt}] for prompt in asked]
     torch.manual_seed(seed)
     _answer(dense, conversations, rows, progress)
@@ -81,7 +81,7 @@ def _generate(dense: Dense, encoded: list[list[int]]) -> list[str]:
     with torch.inference_mode():
         out = dense.model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=_NEW_TOKENS, pad_token_id=pad,
-            eos_token_id=dense.end_of_text, do_sample=True, temperature=0.7, top_k=50, top_p=1.0,
+            eos_token_id=dense.end_of_text, do_sample=True, temperature=0.3, top_k=50, top_p=1.0,
         )  # fmt: skip
     texts: list[str] = dense.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return [text.strip() for text in texts]
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m expertd_engine.refactor.demo.answers", description=__doc__)
     parser.add_argument("source", type=Path, help="the dense model: checkpoint folder or GGUF file")
     parser.add_argument("texts", type=Path, help="folder that demo.texts made; `chat` is added to it")
-    parser.add_argument("--count", type=int, default=24_000, help="prompts (default: 24000)")
+    parser.add_argument("--count", type=int, default=20_400, help="prompts (default: 20400)")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(argv)
     return run_command(lambda: _run(options))

@@ -23,6 +23,8 @@ from expertd_engine.refactor.router import PregatingRouter, RouterShape
 from expertd_engine.refactor.shape import Routing, Shape, pruned_shape
 from expertd_engine.refactor.training import Recipe
 
+STEPS = {"teacher": 160, "sweep": 60, "final": 230, "demo": 250, "sparse": 200}
+"""Of 48 windows of 1,024 tokens; `--scale` multiplies them."""
 RATES = (3e-4, 6e-4, 1.2e-3)
 SEEDS = (0, 1, 2)
 
@@ -39,31 +41,37 @@ SPARSE = Shape(
 )  # fmt: skip
 
 
-def jobs(dense: Dense, steps: int, sweep_steps: int, compiled: bool) -> list[Job]:
+def jobs(dense: Dense, scale: float = 1.0, *, compiled: bool) -> list[Job]:
     """All jobs in an order in which each finds what it needs."""
-    router = PregatingRouter(RouterShape(dense.hidden_size, INDEX.experts), 0)
-    router_size = sum(one.numel() for one in router.parameters())
-    pruned = pruned_shape(INDEX.active, router_size, len(dense.layers), dense.hidden_size)
-    base = Recipe(steps=steps, learning_rate=0.0, compile=compiled, overlap_share=0.0, router_steps=300)
-    sides = {"index": INDEX, "pruned": pruned, "fine": FINE}
-    found = [Job(TUNED, None, replace(base, steps=sweep_steps * 2, learning_rate=3e-4), keep=True)]
-    for rate in RATES:
-        short = replace(base, steps=sweep_steps, learning_rate=rate)
-        found += [Job(f"sweep-{name}-{rate:g}", shape, short, TUNED) for name, shape in sides.items()]
-    plain = replace(base, steps=sweep_steps, learning_rate=6e-4)
-    found += [Job(f"plain-{name}", shape, plain) for name, shape in sides.items()]  # without any teacher
+    steps = {name: max(1, round(count * scale)) for name, count in STEPS.items()}
+    base = Recipe(
+        steps=steps["sweep"], learning_rate=6e-4, router_steps=200, overlap_share=0.0, micro_rows=48, compile=compiled
+    )
+    sides = {"index": INDEX, "pruned": _pruned(dense), "fine": FINE}
+    found = [Job(TUNED, None, replace(base, steps=steps["teacher"], learning_rate=3e-4), keep=True)]
+    for name, shape in sides.items():
+        found += [Job(f"sweep-{name}-{rate:g}", shape, replace(base, learning_rate=rate), TUNED) for rate in RATES]
+        found.append(Job(f"plain-{name}", shape, base))  # without any teacher
     for seed in SEEDS:
         for name, shape in sides.items():
             swept = tuple(f"sweep-{name}-{rate:g}" for rate in RATES)
-            found.append(Job(f"final-{name}-{seed}", shape, replace(base, seed=seed), TUNED, swept))
-    gates = replace(base, steps=steps * 2 // 3, router_steps=100, rounds=1, learning_rate=6e-4)
-    found += [Job("layers", LAYERS, gates, TUNED), Job("heads", HEADS, replace(gates, rounds=2, router_steps=200), TUNED)]
-    chatty = replace(base, learning_rate=2e-3, domain_weights={"chat": 3.0})
-    found += [
-        Job("demo", DEMO, chatty, "dense", keep=True),
-        Job("sparse", SPARSE, replace(chatty, steps=steps * 2 // 3, router_steps=60, rounds=1), "dense", keep=True),
+            found.append(Job(f"final-{name}-{seed}", shape, replace(base, steps=steps["final"], seed=seed), TUNED, swept))
+    gates = replace(base, steps=steps["sparse"], router_steps=60, rounds=1, learning_rate=1e-3)
+    chatty = replace(base, domain_weights={"chat": 3.0})
+    return [
+        *found,
+        Job("layers", LAYERS, gates, TUNED),
+        Job("heads", HEADS, replace(gates, rounds=2, router_steps=200), TUNED),
+        Job("demo", DEMO, replace(chatty, steps=steps["demo"], learning_rate=1.5e-3), "dense", keep=True),
+        Job("sparse", SPARSE, replace(gates, domain_weights={"chat": 3.0}), "dense", keep=True),
     ]
-    return found
+
+
+def _pruned(dense: Dense) -> Shape:
+    """The baseline of the same active bytes as the index model with its router."""
+    router = PregatingRouter(RouterShape(dense.hidden_size, INDEX.experts), 0)
+    size = sum(one.numel() for one in router.parameters())
+    return pruned_shape(INDEX.active, size, len(dense.layers), dense.hidden_size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,9 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("work", type=Path)
     parser.add_argument("--jobs", nargs="*", default=[], metavar="PREFIX", help="prefixes of jobs; none: all")
     parser.add_argument("--worker", default="0/1", help="this process's number and how many there are")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--sweep-steps", type=int, default=150)
-    parser.add_argument("--micro-rows", type=int, default=24)
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies all numbers of steps")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args(argv)
@@ -88,11 +94,11 @@ def _run(options: argparse.Namespace) -> None:
     dense = open_dense(options.work / "model", device)
     shop = Workshop(
         options.work, dense, load_corpus(options.work / "corpus"), torch.bfloat16 if cuda else torch.float32,
-        evaluation_windows=64 if cuda else 2, progress=_lines(),
+        progress=_lines(),
     )  # fmt: skip
     worker, workers = map(int, options.worker.split("/"))
     wanted = tuple(options.jobs) or ("",)
-    chosen = [job for job in jobs(dense, options.steps, options.sweep_steps, cuda) if job.name.startswith(wanted)]
+    chosen = [job for job in jobs(dense, options.scale, compiled=cuda) if job.name.startswith(wanted)]
     if options.list:
         print(*(job.name for job in chosen), sep="\n")
         return
@@ -100,19 +106,13 @@ def _run(options: argparse.Namespace) -> None:
         shop.score_dense()
     for job in chosen[worker::workers]:
         begun = time.monotonic()
-        result = shop.run(replace(job, recipe=replace(job.recipe, micro_rows=_micro_rows(job, options, cuda))))
+        result = shop.run(job)
         score = result["score"]
         print(
             f"{job.name}: perplexity {score['mean_perplexity']:.4f} cloze {score['cloze']:.3f} "
             f"after {time.monotonic() - begun:.0f} s; {result['curve']['tokens']} tokens in {result['curve']['seconds']:.0f} s",
             flush=True,
         )  # fmt: skip
-
-
-def _micro_rows(job: Job, options: argparse.Namespace, cuda: bool) -> int:
-    """Windows at a time: routers in every layer, and the energies they learn from, take more memory."""
-    rows = int(options.micro_rows) if cuda else 2
-    return rows // 2 if job.shape is not None and job.shape.weighted else rows
 
 
 def _lines() -> Progress:

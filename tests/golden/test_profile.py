@@ -1,0 +1,93 @@
+"""Profile, plan and quality on a real engine with a tiny model: what is measured is what the planner reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from expertd_engine.bench.quality import quality
+from expertd_engine.config import Config
+from expertd_engine.experts.store import ExpertStore
+from expertd_engine.model.trial import Trial
+from expertd_engine.plan_command import main as plan
+from expertd_engine.planning.profile import Profile
+from expertd_engine.prepare import prepare
+from expertd_engine.profile_file import read_profile, write_profile
+from expertd_engine.profiling import profile
+from support.engine import running_engine
+from support.tiny_families import make_checkpoint
+
+pytestmark = pytest.mark.usefixtures("quick_start")
+
+
+@pytest.fixture(scope="module")
+def quick_start() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trial, "is_invariant", lambda self: True)
+        patch.setattr(Trial, "largest_step_bytes", lambda self, *sizes: 0)
+        patch.setattr("expertd_engine.profiling.READ_SECONDS", 0.01)
+        yield
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ExpertStore:
+    folder = tmp_path_factory.mktemp("olmoe")
+    make_checkpoint("olmoe", folder / "model", seed=3)
+    return prepare(folder / "model", folder / "store", "float32")
+
+
+@pytest.fixture(scope="module")
+def profiled(store: ExpertStore, quick_start: None) -> Profile:
+    config = Config(model=str(store.path), threads=1, max_model_len=192, max_sequences=4, prefix_cache=False)
+    measured = profile(store, config, tokens=40)
+    write_profile(store, measured)
+    return measured
+
+
+def test_a_profile_holds_what_was_measured(store: ExpertStore, profiled: Profile) -> None:
+    assert read_profile(store) == profiled
+    assert profiled.num_experts == [12] * 3 and profiled.top_k == 4
+    assert len(profiled.box.reads_s) == 12 and min(profiled.box.reads_s) > 0
+    assert set(profiled.box.steps_s) == set(profiled.box.experts_s) == {"1", "2", "4"}
+    (curve,) = profiled.model.misses
+    assert curve.hit_rates[0] < curve.hit_rates[-1] == 1
+    assert len(profiled.model.layers) == 3
+    for layer in profiled.model.layers:
+        assert layer.slots[0] == 4 and layer.slots[-1] == 12
+        assert layer.mass[-1] == 0 < layer.mass[0] < 1 and layer.sensitivity > 0
+
+
+def test_a_plan_is_printed_explained_and_refused(
+    store: ExpertStore, profiled: Profile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan([str(store.path), "--expert-budget", "50%", "--json"]) == 0
+    exact = json.loads(capsys.readouterr().out)
+    assert exact["expert_budget_bytes"] == profiled.expert_bytes // 2 and 0 < exact["hit_rate"] < 1
+    assert plan([str(store.path), "--expert-budget", "60%", "--expert-mode", "virtual", "--explain"]) == 0
+    told = capsys.readouterr().out
+    assert "nats a token from exact mode" in told and "the last slot saved" in told
+    assert plan([str(store.path), "--memory-budget", "1MiB"]) == 4
+    assert "the smallest that works is" in capsys.readouterr().err
+
+
+def test_a_served_model_takes_the_split_of_its_profile(store: ExpertStore, profiled: Profile) -> None:
+    with running_engine(store.path, threads=1, expert_budget="60%") as engine:
+        assert engine.runner.virtual is not None
+        held = engine.runner.virtual.held
+        assert held.begin_step()
+        room = int(0.75 * engine.info.expert_budget_bytes)
+        assert sum(held.sets.slots) * profiled.record_bytes[0] <= room
+        assert sum(held.sets.slots) >= room // profiled.record_bytes[0] - 2
+
+
+def test_quality_is_told_for_every_method_and_all_experts_lose_nothing(store: ExpertStore, profiled: Profile) -> None:
+    told = quality(
+        store.path, 32, methods=("importance", "random", "cache-prior", "planned"), factors=(1.25,), threads=1
+    )
+    points = {point["method"]: point for point in json.loads(told.splitlines()[-1])["points"]}
+    assert set(points) == {"importance", "random", "cache-prior", "planned"}
+    assert all(0 < point["substituted"] < 1 and point["divergence"] > 0 for point in points.values())
+    assert points["importance"]["swaps"] > 0 == points["random"]["swaps"]
+    assert points["importance"]["mass"] < points["random"]["mass"]
