@@ -9,6 +9,7 @@ from expertd_engine.calibration import RouteRecorder, SomeLayers, TextEngine, To
 from expertd_engine.config import Config
 from expertd_engine.console import Progress
 from expertd_engine.errors import BudgetError
+from expertd_engine.experts.lookahead import EveryExpert
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.model.virtual_routing import VirtualRouting
@@ -41,6 +42,9 @@ class ModelMeasure:
         self._experts = [layer.num_experts for layer in index.layers]
         self._total = index.expert_bytes_total()
         self._policy = policy_name(config)
+        every = set(self._experts) == {self._top_k}
+        self._cycle = EveryExpert(len(self._experts), self._top_k, 0) if every else None
+        """What is foreseen where every token chooses every expert."""
         self._choices: list[list[Choice]] = []
         text.tell(windows[:1])
         self.exact, self.routes = self._record()
@@ -93,7 +97,7 @@ class ModelMeasure:
         policy = make_policy(self._policy, len(self._experts) * self._top_k)
         budget, warm = int(share * self._total), len(self.routes) // 4
         try:
-            return replay_exact(self.routes, self._record_bytes, self._experts, budget, policy, warm)
+            return replay_exact(self.routes, self._record_bytes, self._experts, budget, policy, warm, self._cycle)
         except BudgetError:
             return None
 
@@ -114,6 +118,8 @@ class ModelMeasure:
 
     def _sensitivity(self, number: int) -> float:
         """Divergence of the output for each unit of mass that this layer alone substitutes; 0 where it does none."""
+        if self._sensitive_slots(number) == self._experts[number]:
+            return 0.0
         slots = [self._sensitive_slots(layer) for layer in range(len(self._experts))]
         routing = SomeLayers(with_slots(self._virtual(), slots), [number])
         told = self._text.tell(self._windows, routing)

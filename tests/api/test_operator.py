@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
+from expertd_engine.config import Config, Size
+from expertd_engine.errors import ConfigError
 from expertd_server.auth import KeyRing
 from support.fake_engine import Script
 from support.running_server import Server, Start
@@ -133,3 +136,26 @@ def test_prompt_tokens_found_in_the_cache_are_counted(start: Start) -> None:
     server = start(Script(cached_tokens=2))
     server.complete(prompt="abcd", n=2, max_tokens=2)
     assert server.metrics()["expertd_cached_prompt_tokens_total"] == 4
+
+
+def test_a_configuration_read_again_changes_budgets_and_nothing_else(start: Start) -> None:
+    server = start()
+    config = dataclasses.replace(server.daemon.service.config, expert_budget=Size(share=0.75), max_waiting=1)
+    server.on_loop(lambda: server.daemon.reload(lambda: config))
+    server.until(lambda: server.engine.budget == 24576)
+    assert server.daemon.service.config.max_waiting != 1
+
+    def broken() -> Config:
+        raise ConfigError("no such option")
+
+    server.on_loop(lambda: server.daemon.reload(broken))
+    assert server.complete().status_code == 200 and server.engine.budget == 24576
+
+
+@pytest.mark.parametrize(
+    ("body", "at_fault"),
+    [({}, "expert_budget"), ({"memory_budget": "50%"}, "memory_budget"), ({"memory_budget": "none"}, "memory_budget")],
+)
+def test_a_memory_budget_is_bytes(start: Start, body: dict[str, object], at_fault: str) -> None:
+    answer = start(keys=KEYS).http.put("/admin/budget", json=body, headers=ADMIN)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, at_fault)

@@ -9,7 +9,7 @@ server_pid=$server_PID
 read -r url <&"${server[0]}"
 code=0
 "$st" run "$url/openapi.json" --phases examples,coverage,fuzzing --max-examples 100000 --max-time "$seconds" \
-    -H "Authorization: Bearer fuzz" \
+    -H "Authorization: Bearer fuzz" --request-timeout 60 \
     --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance || code=$?
 exec {server[1]}>&-
 wait "$server_pid" || code=$?

@@ -396,6 +396,8 @@ class FakeEngine:
         sequence: _Sequence, reason: FinishReason, stop_token_id: int | None = None, *, constraint_met: bool = False
     ) -> Finished:
         stats = SequenceStats(queue_s=0.001, expert_hits=3, expert_misses=1, loaded_bytes=4096)
+        if sequence.submit.mode == "virtual":
+            stats = msgspec.structs.replace(stats, choices=8, substituted=2, substituted_mass=0.5, virtual_tokens=2)
         sequence_id = sequence.submit.sequence_id
         return Finished(sequence_id, reason, stop_token_id, constraint_met=constraint_met, stats=stats)
 

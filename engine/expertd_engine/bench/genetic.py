@@ -31,7 +31,8 @@ def genetic_split(
         children = [search.mutated(parent) for parent in parents]
         children += [search.crossed(*search.rng.sample(parents, 2)) for _ in parents if len(parents) > 1]
         living = set(parents).union(child for child in children if search.fits(child))
-    return list(min(living, key=search.loss))
+    fittest: Slots = min(living, key=search.loss)
+    return list(fittest)
 
 
 class _Search:

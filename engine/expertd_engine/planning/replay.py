@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from expertd_engine.experts.events import Demand, Event, ExpertId, Granted, Load, Loaded, Release
 from expertd_engine.experts.ledger import Ledger
+from expertd_engine.experts.lookahead import Lookahead, NoLookahead
 from expertd_engine.experts.policy import Policy
 from expertd_engine.experts.virtual import Action, Hold, SwapLimits, VirtualExperts
 
@@ -43,7 +44,16 @@ class Met:
 class LedgerReplay:
     """One ledger in which loads take no time."""
 
-    def __init__(self, record_bytes: Sequence[int], experts: Sequence[int], budget_bytes: int, policy: Policy) -> None:
+    def __init__(
+        self,
+        record_bytes: Sequence[int],
+        experts: Sequence[int],
+        budget_bytes: int,
+        policy: Policy,
+        lookahead: Lookahead | None = None,
+    ) -> None:
+        """`lookahead` tells next uses, as it does while serving; nothing is prefetched."""
+        self._lookahead = lookahead or NoLookahead()
         self._ledger = Ledger(record_bytes, experts, budget_bytes, policy, prefetch=False)
         self._width = max(experts)
         self._period = self._width * len(experts)
@@ -67,7 +77,7 @@ class LedgerReplay:
         self._lease += 1
         position = self._tokens * self._period + expert.layer * self._width + expert.expert
         loads = 0
-        events: list[Event] = [Demand(self._lease, expert, position)]
+        events: list[Event] = [Demand(self._lease, expert, position, self._lookahead.next_use(expert, position))]
         while events:
             out = self._ledger.handle_all(events)
             events = [Loaded(one.load_id) for one in out if isinstance(one, Load)]
@@ -78,11 +88,17 @@ class LedgerReplay:
 
 
 def replay_exact(
-    routes: Routes, record_bytes: Sequence[int], experts: Sequence[int], budget_bytes: int, policy: Policy, warm: int
+    routes: Routes,
+    record_bytes: Sequence[int],
+    experts: Sequence[int],
+    budget_bytes: int,
+    policy: Policy,
+    warm: int,
+    lookahead: Lookahead | None = None,
 ) -> Met:
     """Exact mode in an expert budget, by an engine that has served for long: every expert was used once before, and the
     first `warm` tokens are not counted."""
-    replay = LedgerReplay(record_bytes, experts, budget_bytes, policy)
+    replay = LedgerReplay(record_bytes, experts, budget_bytes, policy, lookahead)
     replay.token([range(count) for count in experts])
     met = Met(by_layer=[0] * len(experts))
     for number, token in enumerate(routes):
