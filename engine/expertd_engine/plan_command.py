@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--expert-mode", choices=("exact", "virtual"), default="exact", help="as for serve")
     parser.add_argument("--virtual-share", type=float, default=Config().virtual_share, metavar="X", help="as for serve")
     parser.add_argument("--max-model-len", type=int, metavar="N", help="as for serve")
+    parser.add_argument("--routing", default="model", metavar="R", help="whose misses, of those profiled")
     parser.add_argument("--explain", action="store_true", help="print what the last slot of each layer is worth")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw budget against speed and quality")
@@ -74,6 +75,7 @@ def _request(options: argparse.Namespace) -> Request:
         expert_budget=parse_size(experts, share_allowed=True) if experts else None,
         max_model_len=options.max_model_len,
         share=options.virtual_share,
+        routing=options.routing,
     )
 
 

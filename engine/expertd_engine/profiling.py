@@ -40,7 +40,13 @@ WINDOW = 128
 STEPS = 16
 
 
-def profile(store: ExpertStore, config: Config, tokens: int = 256, progress: Progress = silent) -> Profile:
+def profile(
+    store: ExpertStore,
+    config: Config,
+    tokens: int = 256,
+    routings: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Profile:
     """Measure. `tokens` of text are computed one by one, once for each MoE layer and three times more.
 
     Raises what `start_engine` raises, and UsageError for more tokens than there is text.
@@ -56,7 +62,7 @@ def profile(store: ExpertStore, config: Config, tokens: int = 256, progress: Pro
         experts = {n: _experts_s(text, store, int(n)) for n in steps}
         measure = ModelMeasure(text, store, config, windows)
         overlap = measure.overlap(reads)
-        model = measure.profile(progress)
+        model = measure.profile(progress, routings)
         kernels, threads = text.engine.info.kernels, torch.get_num_threads()
     finally:
         text.close()
@@ -177,6 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", metavar="MODEL", help="store, or whatever `expertd serve` takes")
     parser.add_argument("--cache-dir", type=Path, default=Config().cache_dir, metavar="DIR", help="prepared models")
     parser.add_argument("--tokens", type=int, default=256, metavar="N", help="of text, computed one by one")
+    parser.add_argument(
+        "--routing", action="append", default=[], metavar="R", help="misses of generated routes too, as for bench"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="compute threads (default: all cores)")
     parser.add_argument("--io-threads", type=int, default=2, metavar="N", help="reading threads")
     parser.add_argument("--max-model-len", type=int, metavar="N", help="as for serve")
@@ -198,4 +207,4 @@ def _run(options: argparse.Namespace) -> None:
             max_step_tokens=options.max_step_tokens,
             prefix_cache=False,
         )
-        print(write_profile(store, profile(store, config, options.tokens, progress)))
+        print(write_profile(store, profile(store, config, options.tokens, options.routing, progress)))

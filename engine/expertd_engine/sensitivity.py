@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from expertd_engine.bench.routing import RoutingShape, make_routing
 from expertd_engine.calibration import RouteRecorder, SomeLayers, TextEngine, Told, Window, with_slots
 from expertd_engine.config import Config
 from expertd_engine.console import Progress
-from expertd_engine.errors import BudgetError
+from expertd_engine.errors import BudgetError, UsageError
 from expertd_engine.experts.lookahead import EveryExpert
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.store import ExpertStore
@@ -55,7 +56,7 @@ class ModelMeasure:
         before, resident_s = cache.ledger.budget_bytes, statistics.median(self.exact.steps_s)
         cost = lost = 0.0
         for share in LOW_SHARES:
-            met, budget = self._replay(share), int(share * self._total)
+            met, budget = self._replay(share, self.routes), int(share * self._total)
             if met is None or budget > before or not met.misses:
                 continue
             cache.set_budget(budget)
@@ -65,15 +66,16 @@ class ModelMeasure:
         cache.set_budget(before)
         return max(0.0, lost / cost) if cost else 1.0
 
-    def profile(self, progress: Progress) -> ModelProfile:
-        """Everything about the model."""
+    def profile(self, progress: Progress, routings: Sequence[str] = ()) -> ModelProfile:
+        """Everything about the model. Misses are told of its own routes, and of generated `routings` as for `bench`."""
+        misses = [self._miss_curve("model", self.routes), *(self._generated(name) for name in routings)]
         layers, swaps = [], 0.0
         for number in range(len(self._experts) if self._text.virtual is not None else 0):
             progress("profile", number / len(self._experts))
             curve, moved = self._layer(number)
             layers.append(curve)
             swaps += moved
-        return ModelProfile(sum(map(len, self._windows)), [self._miss_curve()], layers, swaps)
+        return ModelProfile(sum(map(len, self._windows)), misses, layers, swaps)
 
     # ------------------------------------------------------------ exact mode
 
@@ -87,17 +89,24 @@ class ModelMeasure:
         self._choices = recorder.choices
         return told, recorder.routes()
 
-    def _miss_curve(self) -> MissCurve:
-        met = {share: found for share in SHARES if (found := self._replay(share)) is not None}
-        rates = [found.hit_rate for found in met.values()]
-        return MissCurve("model", list(met), rates, [found.missing() for found in met.values()])
+    def _generated(self, name: str) -> MissCurve:
+        shape = RoutingShape(len(self._experts), max(self._experts), self._top_k)
+        routing = make_routing(name, shape)
+        if routing is None:
+            raise UsageError(f"routing {name!r} is the model's own, which is always profiled")
+        return self._miss_curve(name, routing.stream(0).take(len(self.routes)).tolist())
 
-    def _replay(self, share: float) -> Met | None:
+    def _miss_curve(self, name: str, routes: Routes) -> MissCurve:
+        met = {share: found for share in SHARES if (found := self._replay(share, routes)) is not None}
+        rates = [found.hit_rate for found in met.values()]
+        return MissCurve(name, list(met), rates, [found.missing() for found in met.values()])
+
+    def _replay(self, share: float, routes: Routes) -> Met | None:
         """None for a share below what any budget may be."""
         policy = make_policy(self._policy, len(self._experts) * self._top_k)
-        budget, warm = int(share * self._total), len(self.routes) // 4
+        budget, warm = int(share * self._total), len(routes) // 4
         try:
-            return replay_exact(self.routes, self._record_bytes, self._experts, budget, policy, warm, self._cycle)
+            return replay_exact(routes, self._record_bytes, self._experts, budget, policy, warm, self._cycle)
         except BudgetError:
             return None
 

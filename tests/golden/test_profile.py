@@ -41,7 +41,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ExpertStore:
 @pytest.fixture(scope="module")
 def profiled(store: ExpertStore, quick_start: None) -> Profile:
     config = Config(model=str(store.path), threads=1, max_model_len=192, max_sequences=4, prefix_cache=False)
-    measured = profile(store, config, tokens=40)
+    measured = profile(store, config, tokens=40, routings=["uniform"])
     write_profile(store, measured)
     return measured
 
@@ -51,7 +51,8 @@ def test_a_profile_holds_what_was_measured(store: ExpertStore, profiled: Profile
     assert profiled.num_experts == [12] * 3 and profiled.top_k == 4
     assert len(profiled.box.reads_s) == 12 and min(profiled.box.reads_s) > 0
     assert set(profiled.box.steps_s) == set(profiled.box.experts_s) == {"1", "2", "4"}
-    (curve,) = profiled.model.misses
+    curve, uniform = profiled.model.misses
+    assert (curve.routing, uniform.routing) == ("model", "uniform")
     assert curve.hit_rates[0] < curve.hit_rates[-1] == 1
     assert len(profiled.model.layers) == 3
     for layer in profiled.model.layers:

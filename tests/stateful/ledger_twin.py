@@ -140,6 +140,11 @@ class Twin:
     def _learn_demand(self, event: Demand) -> None:
         expert, state = event.expert, self.state(event.expert)
         result = {"resident": "hit", "leased": "hit", "loading": "late"}.get(state, "miss")
+        if not event.pairs:  # no use: all that changes is who holds what
+            if result != "miss":
+                self._end_prefetch(expert, "used" if result == "hit" else "prefetch late")
+            self.asked[event.lease_id] = expert
+            return
         self.counts[result] += 1
         brought_in = expert in self.prefetched or state in ("absent", "doomed")
         if not event.scan:

@@ -71,6 +71,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self.twin.send(Demand(self.next_lease, expert, self.now, after, scan))
         self.next_lease += 1
 
+    @rule(expert=st.sampled_from(EXPERTS))
+    def hold(self, expert: ExpertId) -> None:
+        """As virtual mode does, between steps: a lease that is no use."""
+        self.twin.send(Demand(self.next_lease, expert, self.now, pairs=0))
+        self.next_lease += 1
+
     @rule(foreseen=st.lists(st.tuples(st.integers(0, 30), st.sampled_from(EXPERTS)), max_size=6))
     def predict(self, foreseen: list[tuple[int, ExpertId]]) -> None:
         self.twin.send(Predict(tuple(Hint(expert, self.now + ahead) for ahead, expert in sorted(foreseen))))

@@ -406,3 +406,20 @@ def test_layers_without_experts_or_bytes_are_refused() -> None:
     for record_bytes, experts in (([], []), ([0], [4]), ([8], [0])):
         with pytest.raises(ValueError, match="no ledger for layers"):
             Ledger(record_bytes, experts, 100, make_policy("lru"))
+
+
+def test_a_lease_that_serves_no_token_is_no_lookup() -> None:
+    ledger = make(slots=3)
+    load = load_of(ledger.handle(Demand(1, A, 0, pairs=0)))
+    assert Granted(1, A, load.slot) in ledger.handle(Loaded(load.load_id))
+    for position in range(1, 9):  # others come and go, what is held stays
+        lease = 1 + position
+        out = ledger.handle(Demand(lease, (B, C, D)[position % 3], position))
+        loads = [one for one in out if isinstance(one, Load)]
+        out += [after for one in loads for after in ledger.handle(Loaded(one.load_id))]
+        assert any(isinstance(one, Granted) for one in out)
+        ledger.handle(Release(lease))
+        assert ledger.state(A) == "leased"
+    assert ledger.counters.lookups() == 8
+    ledger.handle(Release(1))
+    ledger.check()

@@ -79,7 +79,7 @@ class Counters:
 
     def count_lookup(self, layer: int, result: LookupResult, pairs: int, foreseen: bool) -> None:
         """One use of one expert of `layer`, by `pairs` (token, choice) pairs."""
-        by_layer = {"hit": self.hits, "late": self.late, "miss": self.misses}[result]
+        by_layer = self.hits if result == "hit" else self.late if result == "late" else self.misses
         by_layer[layer] += 1
         self.covered[layer] += foreseen
         self.activations[result][layer] += pairs

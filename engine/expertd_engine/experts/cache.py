@@ -7,6 +7,7 @@ connects the three and measures how long the step waited.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -31,6 +32,7 @@ from expertd_engine.experts.events import (
     Release,
     SetBudget,
     Tick,
+    Used,
 )
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import Lookahead
@@ -205,6 +207,22 @@ class ExpertCache:
         hints = tuple(self.lookahead.routed(self._step, layer, experts))
         asked = [ExpertId(layer, expert) for expert in experts]
         return LayerLeases(self, asked, pairs or [1] * len(asked), scanned, hints)
+
+    @property
+    def foresees(self) -> bool:
+        """Whether a layer's routes give hints: then each layer has to be told."""
+        return self.lookahead.exactness != "none"
+
+    def used_in_passing(self, layers: Iterable[tuple[int, Sequence[int]]]) -> None:
+        """Decoding tokens chose these experts (with repeats) of these layers, all resident, and have been computed."""
+        self.pulse()
+        self.handle([self._used(layer, experts) for layer, experts in layers])
+
+    def _used(self, layer: int, experts: Sequence[int]) -> Used:
+        counts = Counter(experts)
+        chosen = tuple(sorted(counts))
+        position = self._step * self._period + layer * self._experts_per_layer
+        return Used(layer, chosen, tuple(counts[expert] for expert in chosen), position)
 
     def set_budget(self, budget_bytes: int) -> None:
         """Change the expert budget. Raises BudgetError below the minimum; then nothing changes."""

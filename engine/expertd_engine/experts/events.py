@@ -52,6 +52,19 @@ class Demand(msgspec.Struct, frozen=True, gc=False):
     pairs: int = 1
 
 
+class Used(msgspec.Struct, frozen=True, gc=False):
+    """A step has computed with these experts of a layer in passing: all were resident, nothing was asked for between.
+
+    The same as `Demand` and `Release` for each, in order: `pairs[i]` pairs of decoding tokens chose `experts[i]`, whose
+    use is at `position + experts[i]`.
+    """
+
+    layer: int
+    experts: tuple[int, ...]
+    pairs: tuple[int, ...]
+    position: int
+
+
 class Hint(msgspec.Struct, frozen=True, gc=False):
     expert: ExpertId
     needed_at: int
@@ -107,7 +120,7 @@ class Tick(msgspec.Struct, frozen=True, gc=False):
     position: int
 
 
-Event = Demand | Predict | Loaded | Failed | Cancelled | Release | Abort | SetBudget | Tick
+Event = Demand | Used | Predict | Loaded | Failed | Cancelled | Release | Abort | SetBudget | Tick
 
 # ---------------------------------------------------------------- instructions
 

@@ -24,6 +24,16 @@ class Foresight:
         self._hints: list[tuple[int, ExpertId]] = []  # heap; an entry is void unless the record's `hinted` agrees
         self._known: dict[ExpertId, Record] = {}  # those with a known next use
 
+    def use_resident(self, record: Record, position: int) -> None:
+        """A use by decoding tokens of a resident expert, as `use`."""
+        facts = record.facts
+        self.position = max(self.position, position)
+        self.lookups += 1
+        self._know(record, position, None)
+        facts.probation = False
+        facts.last_use = self.lookups
+        self._policy.used(facts)
+
     def use(self, record: Record, event: Demand) -> None:
         """A demand, already among the record's leases. Knows law 5."""
         facts = record.facts

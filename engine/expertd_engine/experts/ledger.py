@@ -25,6 +25,7 @@ O(log n) amortised, but `Tick` (once a step), `check` and `residents_by_layer`.
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -48,6 +49,7 @@ from expertd_engine.experts.events import (
     Release,
     SetBudget,
     Tick,
+    Used,
 )
 from expertd_engine.experts.foresight import Foresight
 from expertd_engine.experts.policy import Facts, Policy
@@ -93,7 +95,7 @@ class Ledger:
         self._leases: dict[int, Record] = {}
         self._queue: OrderedDict[ExpertId, Record] = OrderedDict()
         self._handlers: dict[type, Callable[[Any], None]] = {
-            Demand: self._demand, Predict: self._predict, Loaded: self._loaded, Failed: self._failed,
+            Demand: self._demand, Used: self._used, Predict: self._predict, Loaded: self._loaded, Failed: self._failed,
             Cancelled: self._cancelled, Release: self._release, Abort: self._abort, SetBudget: self._set_budget,
             Tick: self._tick,
         }  # fmt: skip
@@ -160,6 +162,10 @@ class Ledger:
         read = any(record.leases and record.place is State.LOADING and not record.queued for record in loads)
         return "disk_read" if read else "expert_wait"
 
+    def resident_slots(self, layer: int) -> array[int]:
+        """The slot of each expert of a layer, -1 where it is not resident: always up to date, for reading alone."""
+        return self._residency.slots_by_layer[layer]
+
     def absent_for(self, expert: ExpertId) -> int | None:
         """Lookups since the last use of an absent expert; None for one that is resident or on its way."""
         record = self._residency.records[expert]
@@ -209,6 +215,18 @@ class Ledger:
             self._join_queue(record)
         else:
             self._hold(record, (event.lease_id,))
+
+    def _used(self, event: Used) -> None:
+        for index, pairs in zip(event.experts, event.pairs, strict=True):
+            record = self._residency.record(ExpertId(event.layer, index))
+            if record.place is not State.RESIDENT:
+                raise self._residency.story.error("law 2: was used in passing, but is not resident", record.expert)
+            position = event.position + index
+            foreseen = record.facts.next_use is not None and record.facts.next_use <= position
+            self._foresight.use_resident(record, position)
+            self._count_lookup(record, pairs, foreseen)
+            if record.facts.ticket:
+                self._residency.victims.offer(record.facts)
 
     def _predict(self, event: Predict) -> None:
         records = [self._residency.record(hint.expert) for hint in event.hints]

@@ -7,6 +7,7 @@ may give way follow each transition. Pure.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -74,6 +75,8 @@ class Residency:
             for layer, (nbytes, count) in enumerate(zip(record_bytes, experts_per_layer, strict=True))
             for index in range(count)
         }
+        self.slots_by_layer = [array("q", [-1]) * count for count in experts_per_layer]
+        """Slot of each resident expert, leased or not; -1 for the others."""
         self.num_slots = slots_needed([record.nbytes for record in self.records.values()], max_budget_bytes)
         self.slots = Slots(self.num_slots)
         self.victims = Victims(policy)
@@ -173,6 +176,7 @@ class Residency:
     def arrive(self, record: Record) -> None:
         """loading or doomed → resident: leased if its leases have waited for this, else idle."""
         record.place = State.RESIDENT
+        self.slots_by_layer[record.expert.layer][record.expert.expert] = record.slot
         self.resident_bytes += record.nbytes
         if record.state is State.RESIDENT:
             self.set_idle(record)
@@ -196,6 +200,7 @@ class Residency:
         self.counters.evictions[reason] += 1
         self.story.tell(record.expert, _TOLD_OF_EVICTION[reason], record.slot)
         self.settle_prefetch(record, "wasted")
+        self.slots_by_layer[record.expert.layer][record.expert.expert] = -1
         self.vacate(record)
 
     def vacate(self, record: Record) -> None:
@@ -211,6 +216,9 @@ class Residency:
         records = self.records.values()
         for record in records:
             self._check_record(record)
+            layer, expert = record.expert
+            if self.slots_by_layer[layer][expert] != (record.slot if record.place is State.RESIDENT else -1):
+                raise self.story.error("law 2: the table of resident slots is wrong", record.expert)
         self.slots.check(self._owned_slots(), self.story)
         in_flight = [r for r in records if r.place in (State.LOADING, State.DOOMED)]
         sums = {

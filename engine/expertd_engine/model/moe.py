@@ -179,6 +179,11 @@ class StepRoutes:
         self._decode_rows = None if decode_rows is None else np.array(decode_rows, np.int64)
         """Rows of decoding sequences; None: all are."""
 
+    @property
+    def decodes_alone(self) -> bool:
+        """Whether no row is of a prompt."""
+        return self._decode_rows is None
+
     def scanned(self, experts: Iterable[int], top_k_index: NDArray[np.int64]) -> Container[int]:
         """Those of `experts` that prompt tokens alone chose: they must not flush the decode working set (law 5)."""
         if self._decode_rows is None:

@@ -107,6 +107,18 @@ class Step(ctypes.Structure):
     ]
 
 
+class Run(ctypes.Structure):
+    """`expertd_run`: all layers, and where their experts lie."""
+
+    _fields_ = [
+        ("layers", c_int32),
+        *((name, c_void_p) for name in ("blocks", "layouts", "slots", "slot_zero")),
+        ("slot_stride", c_int64),
+        *((name, c_void_p) for name in ("routed", "chosen")),
+        ("chosen_stride", c_int64),
+    ]
+
+
 class BlockCalls:
     """The functions of `expertd_block.h`. Each raises ValueError for refused arguments, KernelError otherwise.
 
@@ -125,6 +137,9 @@ class BlockCalls:
         )
         self.finish: Callable[..., None] = library.bind(
             "expertd_block_finish", [address, block, experts, address, step]
+        )
+        self.run: Callable[..., None] = library.bind(
+            "expertd_run_forward", [address, POINTER(Run), c_int32, experts, step, POINTER(c_int32)]
         )
         self.logits: Callable[..., None] = library.bind(
             "expertd_block_logits",

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from expertd_engine.kernels.library import FORMATS, Matrix, Pool
 from expertd_engine.model.attention import KVStorage, Span
+from expertd_engine.model.expert_native import NativeExperts
 from expertd_engine.model.moe import Later, MoELayer, StepRoutes
 from expertd_engine.model.native_abi import Block, BlockCalls, Norm, Step
+from expertd_engine.model.native_run import LayerRun, may_run
 from expertd_engine.model.numerics import InvariantSigmoids
 
 T = TypeVar("T")
@@ -130,6 +132,7 @@ class NativeModel:
         self._hidden = layers[0].block.hidden
         self._storage: KVStorage | None = None
         self._kept: _Activations | None = None
+        self._run: LayerRun | None = None
 
     @property
     def num_layers(self) -> int:
@@ -155,15 +158,22 @@ class NativeModel:
         memory = self.begin(token_ids, positions, spans, storage)
         later: Later | None = None
         try:
-            for index, layer in enumerate(self._layers):
-                self.run_layer(index, memory, later)
+            run = self._layer_run(layers, routes) if may_run(routes, len(token_ids)) else None
+            index = 0
+            while index < len(self._layers):
+                if run is None:
+                    self.run_layer(index, memory, later)
+                else:
+                    index = run.forward(self._pool, index, later, memory.step, memory.activations.routed.data_ptr())
                 later = None
-                if layer.moe is not None:
+                if index < len(self._layers) and (moe_index := self._layers[index].moe) is not None:
                     if routes.reroute is not None:
                         routes.reroute.logits = memory.activations.routes[index][0]
-                    later = self._experts(index, layers[layer.moe].compute_or_prepare, memory)
-            self.finish(len(self._layers) - 1, memory, later)
-            later = None
+                    later = self._experts(index, layers[moe_index].compute_or_prepare, memory)
+                index += 1
+            if index == len(self._layers):  # else the run has ended the last layer too
+                self.finish(index - 1, memory, later)
+                later = None
         finally:
             if later is not None:
                 later.abandon()
@@ -236,6 +246,18 @@ class NativeModel:
         activations = memory.activations
         _, experts, weights = activations.routes[index]
         return compute(activations.normed, experts, weights, activations.routed)
+
+    def _layer_run(self, layers: Sequence[MoELayer], routes: StepRoutes) -> LayerRun | None:
+        """How layers run without Python; None where one needs it to select, or its experts are not native."""
+        if any(layer.select is not None for layer in self._layers):
+            return None
+        if not all(isinstance(layer.kernel, NativeExperts) for layer in layers):
+            return None
+        source: Any = routes.source  # may_run has seen that it is an expert cache
+        if self._run is None or self._run.source is not source:
+            blocks = [layer.block for layer in self._layers]
+            self._run = LayerRun(self._calls.run, blocks, [layer.moe for layer in self._layers], layers, source)
+        return self._run
 
     def _bind(self, storage: KVStorage) -> None:
         for layer, (keys, values) in zip(self._layers, storage.offsets, strict=True):

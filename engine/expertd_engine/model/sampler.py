@@ -86,6 +86,8 @@ def uniform(seed: int, choice_index: int, position: int) -> float:
 def _adjust(logits: torch.Tensor, row: SampleRow) -> torch.Tensor:
     """Penalties, bias and bans, in the order of OpenAI's and vLLM's servers."""
     sampling = row.sampling
+    if _changes_nothing(row):
+        return logits
     adjusted = logits.clone()
     if sampling.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*row.prompt_token_ids, *row.output_token_ids}), dtype=torch.long)
@@ -110,6 +112,13 @@ def _adjust(logits: torch.Tensor, row: SampleRow) -> torch.Tensor:
     if is_masked and bool(adjusted.isneginf().all()):
         raise NoTokenLeft
     return adjusted
+
+
+def _changes_nothing(row: SampleRow) -> bool:
+    sampling = row.sampling
+    penalties = sampling.repetition_penalty != 1.0 or sampling.frequency_penalty or sampling.presence_penalty
+    bans = row.banned or sampling.bad_words or sampling.allowed_token_ids is not None or row.allowed is not None
+    return not (penalties or bans or sampling.logit_bias)
 
 
 def _bits(packed: bytes, count: int) -> torch.Tensor:

@@ -60,6 +60,8 @@ void check_ffn(const expertd_block& b) {
   if (b.ffn_gate.data) check_shape("ffn_gate", b.ffn_gate, 1, b.hidden);
 }
 
+}  // namespace
+
 void check_block(const expertd_block* block) {
   require(block != nullptr, "block is null");
   const expertd_block& b = *block;
@@ -95,6 +97,8 @@ void check_step(const expertd_step* step, const expertd_block& block) {
       return "position " + number(step->positions[row]) + " is not in the table of " + number(block.positions);
     });
 }
+
+namespace {
 
 void check_experts(const expertd_moe_call* experts, const float* routed) {
   if (experts == nullptr) return;

@@ -119,6 +119,27 @@ EXPERTD_API int expertd_block_forward(expertd_pool *pool, const expertd_block *b
 EXPERTD_API int expertd_block_finish(expertd_pool *pool, const expertd_block *block, const expertd_moe_call *experts,
                                      float *routed, const expertd_step *step);
 
+/* A model's layers and where its experts lie. `slots[l]` has the slot of each expert of layer l, -1 where it is not
+ * resident; slots and layouts are null for layers without routed experts. Nobody may change a slot during a call. */
+typedef struct expertd_run {
+  int32_t layers;
+  const expertd_block *const *blocks;
+  const expertd_expert_layout *const *layouts;
+  const int64_t *const *slots;
+  const char *slot_zero;
+  int64_t slot_stride;
+  float *routed;         /* [rows, hidden], zeros */
+  int64_t *chosen;       /* layer l's experts [rows, top_k] are left at chosen + l * chosen_stride */
+  int64_t chosen_stride;
+} expertd_run;
+
+/* Layers from `first` on, each with the experts it chooses, for as long as these are resident. `experts` (may be null)
+ * are those of layer first - 1, still to be computed. `reached` is the layer whose experts are not all resident: it has
+ * run up to its routes, as after expertd_block_forward; or the number of layers: then all is done, expertd_block_finish
+ * included. All layers select natively. */
+EXPERTD_API int expertd_run_forward(expertd_pool *pool, const expertd_run *run, int32_t first,
+                                    const expertd_moe_call *experts, const expertd_step *step, int32_t *reached);
+
 /* scale * head(norm(h)) of `count` rows of hidden [rows, norm->length], to logits [count, head->rows]. */
 EXPERTD_API int expertd_block_logits(expertd_pool *pool, const expertd_norm *norm, const expertd_matrix *head,
                                      float scale, const float *hidden, int64_t rows, const int64_t *logit_rows,

@@ -1,0 +1,88 @@
+"""Runs layer after layer without coming back to Python, for as long as all that they choose is resident.
+
+While a native call runs, nobody takes events in: the ledger is the engine thread's, and that is in the call. So what is
+resident when the call begins stays where it is without a lease, and the ledger is told of all uses at the end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from ctypes import byref, c_int32, c_void_p
+from typing import Any, Protocol
+
+from expertd_engine.kernels.library import Pool
+from expertd_engine.model.expert_native import NativeExperts
+from expertd_engine.model.moe import FEW_ROWS, Later, MoELayer, StepRoutes
+from expertd_engine.model.native_abi import Run, Step
+
+
+class Residents(Protocol):
+    """The part of the expert cache that this needs."""
+
+    foresees: bool
+    ledger: Any
+
+    def used_in_passing(self, layers: Iterable[tuple[int, Sequence[int]]]) -> None:
+        """Tell of experts that were computed."""
+        ...
+
+
+class LayerRun:
+    """The layers of a model over one expert cache. `moe[l]` is the MoE layer that decoder layer l is, or None."""
+
+    def __init__(
+        self,
+        run: Callable[..., None],
+        blocks: Sequence[ctypes.Structure],
+        moe: Sequence[int | None],
+        layers: Sequence[MoELayer],
+        source: Residents,
+    ) -> None:
+        kernels = [kernel for layer in layers if isinstance(kernel := layer.kernel, NativeExperts)]
+        assert len(kernels) == len(layers), "an MoE layer has no native kernel"
+        self.source = source
+        self._run = run
+        self._moe = moe
+        self._top_k = max(block.router.top_k for block in blocks)
+        self._chosen = array("q", bytes(8 * len(blocks) * FEW_ROWS * self._top_k))
+        pointers = c_void_p * len(blocks)
+        self._blocks = pointers(*map(ctypes.addressof, blocks))
+        self._layouts = pointers(*(None if i is None else ctypes.addressof(kernels[i].layout) for i in moe))
+        slots = [None if i is None else source.ledger.resident_slots(i).buffer_info()[0] for i in moe]
+        self._slots = pointers(*slots)
+        self._descriptor = Run(
+            *(len(blocks), ctypes.addressof(self._blocks), ctypes.addressof(self._layouts)),
+            *(ctypes.addressof(self._slots), kernels[0].slot_zero, kernels[0].slot_stride),
+            *(None, self._chosen.buffer_info()[0], FEW_ROWS * self._top_k),
+        )
+
+    def forward(self, pool: Pool, first: int, later: Later | None, step: Step, routed: int) -> int:
+        """Run layers from `first` on, `later` being the experts of the one before. Returns the layer whose experts are
+        not all resident, up to its routes; or the number of layers.
+        """
+        self._descriptor.routed = routed
+        reached = c_int32()
+        experts = None if later is None else byref(later.call.call)
+        self._run(pool.address, byref(self._descriptor), first, experts, byref(step), byref(reached))
+        if later is not None:
+            later.computed()
+        self._tell(first, reached.value, step.rows)
+        return reached.value
+
+    def _tell(self, first: int, reached: int, rows: int) -> None:
+        count, stride = rows * self._top_k, FEW_ROWS * self._top_k
+        uses = [
+            (index, self._chosen[layer * stride : layer * stride + count])
+            for layer in range(first, reached)
+            if (index := self._moe[layer]) is not None
+        ]
+        if uses:
+            self.source.used_in_passing(uses)
+
+
+def may_run(routes: StepRoutes, rows: int) -> bool:
+    """Whether a step's layers may choose for themselves: all its tokens decode, and nobody has to be asked between."""
+    plain = routes.reroute is None and routes.routes is None and routes.decodes_alone
+    return plain and rows <= FEW_ROWS and not getattr(routes.source, "foresees", True)
