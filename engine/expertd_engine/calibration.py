@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from expertd_engine.config import Config
+from expertd_engine.core import Forward, StepResult
 from expertd_engine.errors import EngineError
 from expertd_engine.experts.held import HeldExperts
 from expertd_engine.experts.store import ExpertStore
@@ -24,9 +25,10 @@ from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
 from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
 from expertd_engine.model.attention import KVStorage, Span
 from expertd_engine.model.moe import MoELayer, StepRoutes
-from expertd_engine.model.runner import StepModel
+from expertd_engine.model.runner import Runner, StepModel
 from expertd_engine.model.virtual_routing import Score, VirtualRouting
 from expertd_engine.planning.replay import Choice
+from expertd_engine.scheduler import StepPlan
 from expertd_engine.startup import Engine, start_engine
 
 Window = Sequence[int]
@@ -147,15 +149,24 @@ class TextEngine:
     """A real engine that is fed text, a token a step."""
 
     def __init__(self, store: ExpertStore, config: Config) -> None:
-        self.engine: Engine = start_engine(
-            store, config, os.getpid(), lambda stage, fraction: None, lambda runner: runner
-        )
+        self._reading = False
+        """A text is being fed: its tokens count as generated ones, or the cache would take them for a scan (law 5)."""
+        self.engine: Engine = start_engine(store, config, os.getpid(), lambda stage, fraction: None, self._wrap)
         scheduler = self.engine.core.scheduler
         self._limits = scheduler.limits
         self._next_id = 1
 
     def close(self) -> None:
         self.engine.cache.close()
+
+    def _wrap(self, runner: Runner) -> Forward:
+        def forward(plan: StepPlan) -> StepResult:
+            if self._reading:
+                for chunk in plan.chunks:
+                    chunk.sequence.prefill_end = 0
+            return runner(plan)
+
+        return forward
 
     @property
     def virtual(self) -> VirtualRouting | None:
@@ -174,12 +185,14 @@ class TextEngine:
         runner.virtual = own if routing is None else routing
         scheduler.limits = replace(self._limits, max_step_tokens=1)
         told = Told([], [], [])
+        self._reading = True
         try:
             for window in windows:
                 tap.rows.clear()
                 self._feed(window, mode, told, routing if settle else None)
                 told.logprobs.append(torch.cat(tap.rows)[: len(window)])
         finally:
+            self._reading = False
             runner.virtual, runner.model, scheduler.limits = own, model, self._limits
         return told
 

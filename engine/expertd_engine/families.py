@@ -27,8 +27,8 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 SERVABLE = frozenset({
     "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
-    "gpt_oss", "granitemoe", "hunyuan_v1_moe", "mellum", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe",
-    "qwen3_moe", "solar_open",
+    "gpt_oss", "granitemoe", "hunyuan_v1_moe", "mellum", "minimax_m2", "mixtral", "olmoe", "phimoe", "pregated_llama",
+    "qwen2_moe", "qwen3_moe", "solar_open",
 })  # fmt: skip
 """Model types whose flattened batches, past their windows, were compared with transformers' eager attention."""
 
@@ -54,6 +54,8 @@ def load_config(source: Path) -> Config:
     """The checkpoint's transformers configuration. Raises ModelError when there is none that transformers knows."""
     if not (source / "config.json").is_file():
         raise ModelError(f"{source} is not a checkpoint: it has no config.json")
+    if b'"pregated_llama"' in (source / "config.json").read_bytes():
+        import expertd_engine.refactor.models  # noqa: F401  # our own class: transformers learns of it here
     try:
         return AutoConfig.from_pretrained(source, local_files_only=True)
     except (ValueError, KeyError, OSError, TypeError) as error:

@@ -16,9 +16,10 @@ from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.store import ExpertStore, RecordFile
 from expertd_engine.experts.store_format import RECORDS_NAME
 from expertd_engine.messages import Sampling
-from expertd_engine.model import attention, expert_torch
+from expertd_engine.model import attention, expert_torch, native_model
 from expertd_engine.model.loader import load_model
-from expertd_engine.model.moe import MoELayer
+from expertd_engine.model.native_model import NativeModel
+from expertd_engine.model.native_run import LayerRun
 from expertd_engine.model.trial import Trial
 from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine
@@ -229,6 +230,27 @@ def test_a_record_damaged_on_disk_is_named(
         check_idle(engine)
 
 
+@pytest.mark.parametrize("budget", ["100%", "50%"])
+def test_layers_that_run_on_give_the_bits_of_layers_that_are_asked(
+    stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch, budget: str
+) -> None:
+    """Decoding without coming back to Python between layers, and with."""
+    prompts = [MINE, prompt(3, 9), prompt(4, 17)]
+    results, lookups = [], []
+    for may in (True, False):
+        with monkeypatch.context() as patch, running_engine(stores["mixtral", "bf16"], expert_budget=budget) as engine:
+            ran = []
+            forward = LayerRun.forward
+            patch.setattr(LayerRun, "forward", lambda *args: ran.append(1) or forward(*args))
+            if not may:
+                patch.setattr(native_model, "may_run", lambda routes, rows: False)
+            results.append([tokens_and_logprobs(one) for one in generate(engine, prompts, GREEDY)])
+            lookups.append(engine.cache.ledger.counters.lookups())
+            assert bool(ran) is may
+            check_idle(engine)
+    assert results[0] == results[1] and lookups[0] == lookups[1]
+
+
 def test_memory_that_runs_out_ends_the_step_alone(
     stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,7 +261,7 @@ def test_memory_that_runs_out_ends_the_step_alone(
             def exhausted(*_: Any) -> torch.Tensor:
                 return torch.empty(2**55, dtype=torch.uint8)
 
-            patch.setattr(MoELayer, "compute", exhausted)
+            patch.setattr(NativeModel, "begin", exhausted)
             (failed,) = generate(engine, [MINE], GREEDY, first_id=5)
         assert failed.finished is not None and failed.finished.reason == "error"
         check_idle(engine)

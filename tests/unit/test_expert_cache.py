@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from expertd_engine.errors import BudgetError, StoreError
-from expertd_engine.experts.cache import MIN_WINDOW, ExpertCache, ExpertUnavailableError
+from expertd_engine.experts.accounting import MIN_WINDOW
+from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead

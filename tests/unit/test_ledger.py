@@ -28,6 +28,7 @@ from expertd_engine.experts.events import (
     Release,
     SetBudget,
     Tick,
+    Used,
 )
 from expertd_engine.experts.ledger import Ledger, LedgerError
 from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead
@@ -423,3 +424,27 @@ def test_a_lease_that_serves_no_token_is_no_lookup() -> None:
     assert ledger.counters.lookups() == 8
     ledger.handle(Release(1))
     ledger.check()
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "next-use"])
+def test_uses_in_passing_are_demands_and_releases(policy: str) -> None:
+    """The same counters, and the same experts give way afterwards."""
+    asked, passed = make(slots=3, policy=policy), make(slots=3, policy=policy)
+    for ledger in (asked, passed):
+        Consumer(ledger).use([A, B, C])
+    Consumer(asked).use([B, C, B], start=10)
+    assert not passed.handle_all([Used(0, (1,), (1,), 9), Used(0, (2,), (1,), 9), Used(0, (1,), (1,), 11)])
+    for ledger in (asked, passed):
+        ledger.check()
+        assert ledger.counters.hits == [3] and ledger.resident_slots(0)[0] >= 0
+        Consumer(ledger).use([D], start=20)
+        assert [ledger.state(expert) for expert in (A, B, C, D)] == ["absent", "resident", "resident", "resident"]
+        assert ledger.resident_slots(0)[0] == -1
+    assert asked.counters == passed.counters
+
+
+def test_what_is_not_resident_cannot_be_used_in_passing() -> None:
+    ledger = make()
+    Consumer(ledger).use([A])
+    with pytest.raises(LedgerError, match="law 2: was used in passing"):
+        ledger.handle(Used(0, (0, 1), (1, 1), 5))

@@ -93,7 +93,7 @@ class Layer:
         return Matrix(self.floats(rows * cols), None, 0, rows, cols)
 
     def forward(self, pool: Pool) -> None:
-        BlockCalls(pool.library).forward(pool.address, byref(self.block), None, None, byref(self.step))
+        BlockCalls(pool.library).forward(pool.address, byref(self.block), None, None, None, byref(self.step))
 
 
 def _put(path: str, value: Any) -> Callable[[Layer], None]:

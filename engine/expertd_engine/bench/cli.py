@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(io)
     io.add_argument("--runs", type=_positive, default=5, metavar="N", help="runs of a second each (default: 5)")
     _add_quality(commands.add_parser("quality", help="what virtual mode costs in quality, beside its baselines"))
+    _add_perplexity(commands.add_parser("perplexity", help="what store formats cost, on held-out text"))
     _add_make_model(commands.add_parser("make-model", help="write a store of random weights in a known shape"))
     _add_routing(commands.add_parser("routing", help="the generated routes: how well they fit what was published"))
     return parser
@@ -99,6 +100,14 @@ def _add_quality(command: argparse.ArgumentParser) -> None:
     command.add_argument("--png", type=Path, metavar="FILE", help="draw slots against perplexity")
 
 
+def _add_perplexity(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_perplexity)
+    command.add_argument("model", metavar="MODEL", help="checkpoint, GGUF file, hub id or demo")
+    command.add_argument("--cache-dir", type=Path, default=Config().cache_dir, metavar="DIR", help="prepared models")
+    command.add_argument("--formats", default="int8,int4,int4s", metavar="F,…", help="(default: int8,int4,int4s)")
+    command.add_argument("--windows", type=_positive, default=40, metavar="N", help="of 512 tokens (default: 40)")
+
+
 def _add_make_model(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_make_model)
     command.add_argument("destination", type=Path, metavar="DST", help="folder of the new store")
@@ -150,6 +159,14 @@ def _io(options: argparse.Namespace) -> str:
     from expertd_engine.experts.store import ExpertStore
 
     return io(ExpertStore.open(_store(options)), options.threads, options.io_threads, options.runs)
+
+
+def _perplexity(options: argparse.Namespace) -> str:
+    from expertd_engine.bench.perplexity import perplexity
+
+    formats = options.formats.split(",")
+    with progress_bar() as progress:
+        return perplexity(options.model, options.cache_dir, formats, windows=options.windows, progress=progress)
 
 
 def _quality(options: argparse.Namespace) -> str:

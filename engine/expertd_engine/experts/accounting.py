@@ -19,6 +19,12 @@ StallCause = Literal["disk_read", "expert_wait"]
 STALL_BOUNDS_S = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 40.0)
 
 
+MIN_WINDOW = 5
+WINDOW_SHARE = 8
+"""A layer asks at once for an eighth of the slots at most, or `MIN_WINDOW`: each lease takes a slot from the experts
+that could stay. On a cycle over 480 experts with 120 slots, 5 give 24 % hits, a whole layer of 16 gives 22 %."""
+
+
 class LedgerError(AssertionError):
     """A bug of ours: an event that cannot be, or a law that does not hold. Carries the expert's recent story."""
 
@@ -145,6 +151,11 @@ class Stalls:
             if seconds > self._before[cause]:
                 self._steps[cause].add(seconds - self._before[cause])
         self._before = dict(self._seconds)
+
+
+def lease_window(budget_bytes: int, record_bytes: int) -> int:
+    """Leases that a layer may hold at once, for records of at most that length."""
+    return max(MIN_WINDOW, budget_bytes // record_bytes // WINDOW_SHARE)
 
 
 def slots_needed(record_bytes: Sequence[int], budget_bytes: int) -> int:

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Protocol
 
 from expertd_engine.errors import ExpertdError
-from expertd_engine.experts.accounting import Stalls
+from expertd_engine.experts.accounting import Stalls, lease_window
 from expertd_engine.experts.events import (
     Abort,
     Cancel,
@@ -39,11 +39,6 @@ from expertd_engine.experts.lookahead import Lookahead
 from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.transfer import Transfers
 from expertd_engine.request import ExpertCounts
-
-MIN_WINDOW = 5
-WINDOW_SHARE = 8
-"""A layer asks at once for an eighth of the slots at most, or `MIN_WINDOW`: each lease takes a slot from the experts
-that could stay. On a cycle over 480 experts with 120 slots, 5 give 24 % hits, a whole layer of 16 gives 22 %."""
 
 
 class ExpertUnavailableError(ExpertdError):
@@ -221,6 +216,7 @@ class ExpertCache:
     def _used(self, layer: int, experts: Sequence[int]) -> Used:
         counts = Counter(experts)
         chosen = tuple(sorted(counts))
+        self.lookahead.routed(self._step, layer, chosen)  # it foresees nothing, but may keep account
         position = self._step * self._period + layer * self._experts_per_layer
         return Used(layer, chosen, tuple(counts[expert] for expert in chosen), position)
 
@@ -252,7 +248,7 @@ class ExpertCache:
     @property
     def window(self) -> int:
         """Leases that a layer may hold at once."""
-        return max(MIN_WINDOW, self.ledger.budget_bytes // max(self._record_bytes) // WINDOW_SHARE)
+        return lease_window(self.ledger.budget_bytes, max(self._record_bytes))
 
     def demand(self, expert: ExpertId, *, scan: bool, pairs: int) -> Demand:
         """A demand under a new lease, not yet handled."""

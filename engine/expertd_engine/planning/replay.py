@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from expertd_engine.experts.accounting import lease_window
 from expertd_engine.experts.events import Demand, Event, ExpertId, Granted, Load, Loaded, Release
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import Lookahead, NoLookahead
@@ -57,13 +58,17 @@ class LedgerReplay:
         self._ledger = Ledger(record_bytes, experts, budget_bytes, policy, prefetch=False)
         self._width = max(experts)
         self._period = self._width * len(experts)
+        self._window = lease_window(budget_bytes, max(record_bytes))
+        self._granted: list[int] = []
         self._lease = 0
         self._tokens = 0
 
     def token(self, layers: Sequence[Sequence[int]], met: Met | None = None) -> None:
         """One token's routes; counted if `met` is given."""
         for layer, chosen in enumerate(layers):
-            misses = sum(self._use(ExpertId(layer, expert)) for expert in sorted(chosen))
+            asked = [ExpertId(layer, expert) for expert in sorted(chosen)]
+            windows = [asked[i : i + self._window] for i in range(0, len(asked), self._window)]
+            misses = sum(map(self._use, windows))
             if met is not None:
                 met.lookups += len(chosen)
                 met.misses += misses
@@ -73,18 +78,24 @@ class LedgerReplay:
         if met is not None:
             met.tokens += 1
 
-    def _use(self, expert: ExpertId) -> int:
-        self._lease += 1
-        position = self._tokens * self._period + expert.layer * self._width + expert.expert
+    def _use(self, experts: Sequence[ExpertId]) -> int:
+        """A layer leases these together; how many had to be loaded."""
+        events: list[Event] = [self._demand(expert) for expert in experts]
         loads = 0
-        events: list[Event] = [Demand(self._lease, expert, position, self._lookahead.next_use(expert, position))]
         while events:
             out = self._ledger.handle_all(events)
-            events = [Loaded(one.load_id) for one in out if isinstance(one, Load)]
-            loads += len(events)
-            if any(isinstance(one, Granted) for one in out):
-                self._ledger.handle(Release(self._lease))
+            loaded = [Loaded(one.load_id) for one in out if isinstance(one, Load)]
+            self._granted += [one.lease_id for one in out if isinstance(one, Granted)]
+            loads += len(loaded)
+            events = list(loaded)
+            if not events:  # all is granted, or the rest waits for room
+                events, self._granted = [Release(lease) for lease in self._granted], []
         return loads
+
+    def _demand(self, expert: ExpertId) -> Demand:
+        self._lease += 1
+        position = self._tokens * self._period + expert.layer * self._width + expert.expert
+        return Demand(self._lease, expert, position, self._lookahead.next_use(expert, position))
 
 
 def replay_exact(
