@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,16 @@ def test_a_record_damaged_on_disk_is_named(
         check_idle(engine)
 
 
+def noting(function: Callable[..., int], results: list[int]) -> Callable[..., int]:
+    """The function, whose results are also kept."""
+
+    def noted(*args: Any) -> int:
+        results.append(function(*args))
+        return results[-1]
+
+    return noted
+
+
 @pytest.mark.parametrize("budget", ["100%", "50%"])
 def test_layers_that_run_on_give_the_bits_of_layers_that_are_asked(
     stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch, budget: str
@@ -239,9 +250,8 @@ def test_layers_that_run_on_give_the_bits_of_layers_that_are_asked(
     results, lookups = [], []
     for may in (True, False):
         with monkeypatch.context() as patch, running_engine(stores["mixtral", "bf16"], expert_budget=budget) as engine:
-            ran = []
-            forward = LayerRun.forward
-            patch.setattr(LayerRun, "forward", lambda *args: ran.append(1) or forward(*args))
+            ran: list[int] = []
+            patch.setattr(LayerRun, "forward", noting(LayerRun.forward, ran))
             if not may:
                 patch.setattr(native_model, "may_run", lambda routes, rows: False)
             results.append([tokens_and_logprobs(one) for one in generate(engine, prompts, GREEDY)])

@@ -87,7 +87,7 @@ KERNEL_EXPERTS = Tolerance(3.3e-7, 1.2e-6)
 """A native MoE layer against float64, activations rounded alike: the difference over the largest result. In an integer
 format the median over the tokens."""
 KERNEL_EXPERTS_WORST = Tolerance(1.2e-3, 4e-3)
-"""The worst token in an integer format: where an inner activation half-way between two steps is rounded the other way."""
+"""The worst token in an integer format: where an activation half-way between two steps is rounded the other way."""
 
 NATIVE_FLOAT32_LOGITS = Tolerance(4.8e-6, 1.9e-5)
 """Native layers against transformers' eager ones with the same stand-in experts: log-probabilities, 17 families."""

@@ -30,6 +30,7 @@ PURE = (
     "experts.policy",
     "experts.lookahead",
     "experts.virtual",
+    "experts.virtual_room",
     *(f"planning.{path.stem}" for path in sorted((ENGINE / "planning").glob("*.py")) if path.stem != "__init__"),
 )
 IMPURE = ("torch", "transformers", "numpy", "time", "socket", "zmq", "threading", "random")

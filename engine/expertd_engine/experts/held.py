@@ -12,7 +12,8 @@ from expertd_engine.errors import BudgetError
 from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError, Lease
 from expertd_engine.experts.events import Demand, ExpertId, Release
 from expertd_engine.experts.ledger import State
-from expertd_engine.experts.virtual import Action, Hold, VirtualExperts, VirtualRoom
+from expertd_engine.experts.virtual import Action, Hold, VirtualExperts
+from expertd_engine.experts.virtual_room import VirtualRoom
 
 IDLE_STEPS = 256
 """Exact steps in a row after which held experts are given back."""

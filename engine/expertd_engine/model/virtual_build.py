@@ -11,7 +11,8 @@ from expertd_engine.errors import ConfigError
 from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.held import HeldExperts
 from expertd_engine.experts.store_format import StoreIndex
-from expertd_engine.experts.virtual import SwapLimits, VirtualExperts, VirtualRoom
+from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
+from expertd_engine.experts.virtual_room import VirtualRoom
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.router_kinds import ModuleRouterAdapter, adapt_router
 from expertd_engine.model.virtual_routing import VirtualRouting, importance
