@@ -1,4 +1,5 @@
-"""`expertd convert --blocks E`: a dense Llama or Mistral becomes a standard Mixtral checkpoint, the *block model*.
+"""`expertd convert`. `--texts` and `--trained` are `refactor.command`'s; here is `--blocks E`: a dense Llama or Mistral
+becomes a standard Mixtral checkpoint, the *block model*.
 
 Expert e of a layer is block e of its FFN neurons; all E are chosen for every token by a zero router (top_k = E, each
 weight exactly 1/E), and `down_proj` is scaled by E. With E a power of two no rounding is added: the same function.
@@ -24,6 +25,7 @@ from expertd_engine.console import Progress, progress_bar, run_command, silent
 from expertd_engine.errors import ModelError, UsageError
 from expertd_engine.families import DTYPES, Config, build_meta_model, check_rope, load_config, tied_names
 from expertd_engine.publish import publish
+from expertd_engine.refactor.command import add_options, merge, refactor
 from expertd_engine.tensor_file import TensorFileWriter, TensorShape
 
 DEFAULT_BLOCKS = 16
@@ -278,18 +280,26 @@ def _write_index(folder: Path, shards: Mapping[str, list[str]], total_bytes: int
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`expertd convert`. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="expertd convert", description="Make a Mixtral checkpoint of a dense Llama or Mistral: the same function."
+    parser = argparse.ArgumentParser(prog="expertd convert", description="Make a MoE checkpoint of a dense model.")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--blocks", type=int, help="the same function, as this many experts a layer: a power of two")
+    kind.add_argument(
+        "--texts", type=Path, help="train experts and their router on texts: one folder a domain, or files"
     )
-    parser.add_argument("--blocks", type=int, required=True, help="experts a layer: a power of two")
+    kind.add_argument("--trained", type=Path, help="merge a trained delta into SRC: a file, demo, or sparse")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the source's own")
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint folder or GGUF file")
     parser.add_argument("destination", type=Path, metavar="DST", help="folder of the new checkpoint")
+    add_options(parser)
     options = parser.parse_args(argv)
     return run_command(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.blocks is None:
+        (refactor if options.texts else merge)(options)
+        print(f"{options.destination}; next: expertd prepare {options.destination} STORE")
+        return
     with progress_bar() as progress:
         convert_blocks(options.source, options.destination, options.blocks, options.dtype, progress=progress)
     print(f"{options.destination}: {options.blocks} experts a layer; next: expertd prepare {options.destination} STORE")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from expertd_engine.messages import Sampling
-from expertd_engine.model import runner
+from expertd_engine.model.runner import Runner
 from golden.tolerances import DEMO_FLOAT32_LOGITS, DEMO_PERPLEXITY_RATIO
 from support.demo import PROMPTS, block_checkpoint, demo_store, dense_model, encode
 from support.engine import generate, running_engine
@@ -28,13 +28,13 @@ SHORT = Sampling(max_tokens=8, temperature=0, ignore_eos=True)
 def logits_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
     """Every step's logits, as the sampler gets them."""
     seen: list[torch.Tensor] = []
-    original = runner.forward
+    original = Runner._logits
 
     def recording(*args: Any) -> torch.Tensor:
         seen.append(original(*args))
         return seen[-1]
 
-    monkeypatch.setattr(runner, "forward", recording)
+    monkeypatch.setattr(Runner, "_logits", recording)
     yield seen
 
 

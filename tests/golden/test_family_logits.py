@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.store import ExpertStore, identify
 from expertd_engine.experts.store_format import INDEX_NAME, RECORDS_NAME
-from expertd_engine.families import DTYPES, SERVABLE, find_experts
+from expertd_engine.families import DTYPES, find_experts
 from expertd_engine.messages import Sampling
 from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine
 from golden.tolerances import BF16_LOGITS, BF16_OVER_TRANSFORMERS, FLOAT32_LOGITS, REQUIRED_FLOAT32
 from support.engine import Generated, generate, running_engine
-from support.tiny_families import VOCAB_SIZE, make_checkpoint
+from support.tiny_families import TINY_FAMILIES, VOCAB_SIZE, make_checkpoint
 
 PROMPT_LENGTHS = (141, 3, 9, 17, 26, 12, 7, 5)
 STEP_TOKENS = 24
@@ -125,7 +125,7 @@ def _worst(model: PreTrainedModel, runs: Sequence[Run]) -> float:
     return max(float((run.logprobs - _expected(model, run)).abs().max()) for run in runs)
 
 
-@pytest.fixture(scope="module", params=sorted(SERVABLE))
+@pytest.fixture(scope="module", params=sorted(TINY_FAMILIES))
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
     return _serve(request.param, tmp_path_factory.mktemp(request.param), "float32")
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd_engine.families import SERVABLE
 from expertd_engine.kernels.library import KernelsMissing, Pool, load
 from expertd_engine.model.attention import KVStorage, Span
 from expertd_engine.model.native_build import build_native
@@ -20,6 +19,7 @@ from expertd_engine.model.native_model import NativeModel
 from expertd_engine.model.native_witness import NotMatched
 from golden.tolerances import NATIVE_BF16_LOGITS, NATIVE_FLOAT32_LOGITS
 from support.native_models import CONTEXT, ExactExperts, eager_model, load_tiny, no_routes, shapes_of
+from support.tiny_families import TINY_FAMILIES
 
 BLOCK = 16
 TOKENS = 75
@@ -89,7 +89,7 @@ def _reference(family: str) -> Tensor:
     return logits.float()
 
 
-@pytest.mark.parametrize("family", sorted(SERVABLE - UNMATCHED))
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES - UNMATCHED))
 def test_logits_are_those_of_transformers(family: str, pool: Pool) -> None:
     expected = _reference(family)
     for cuts in CUTS[:3]:
@@ -106,7 +106,7 @@ def test_bf16_logits_are_near(family: str, pool: Pool) -> None:
     assert float(error) <= NATIVE_BF16_LOGITS.allowed
 
 
-@pytest.mark.parametrize("family", sorted(SERVABLE - UNMATCHED))
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES - UNMATCHED))
 def test_bits_depend_on_the_sequence_alone(family: str, pool: Pool) -> None:
     _assert_invariant(Native(family, pool))
 

@@ -23,12 +23,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 from expertd_engine.errors import ModelError, ResourceError, StoreError, UsageError
 from expertd_engine.experts.store import ExpertStore, is_store
 from expertd_engine.experts.store_format import tensor_bytes
-from expertd_engine.families import SERVABLE, build_servable_model, dense_dtype_plan, find_experts, tied_names
+from expertd_engine.families import build_servable_model, dense_dtype_plan, find_experts, tied_names
 from expertd_engine.kernels.formats import QUANTISED, dequantise
 from expertd_engine.model.router_kinds import adapt_router
 from expertd_engine.prepare import main, prepare
 from expertd_engine.weights_plan import plan_quantised
-from support.tiny_families import FAMILIES, make_checkpoint, make_config, make_model
+from support.tiny_families import FAMILIES, TINY_FAMILIES, make_checkpoint, make_config, make_model
 from support.tiny_mixtral import EXPERTS, make_llama, make_mixtral
 
 Record = dict[str, torch.Tensor]
@@ -141,7 +141,7 @@ ROUNDING = {"int8": 0.008, "int4": 0.1, "int4s": 0.11}
 
 
 @pytest.mark.parametrize("format", QUANTISED)
-@pytest.mark.parametrize("family", sorted(SERVABLE))
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
 def test_every_family_is_stored_quantised(family: str, format: str, tmp_path: Path) -> None:
     make_checkpoint(family, tmp_path / "checkpoint", seed=1)
     store, model = prepare(tmp_path / "checkpoint", tmp_path / "store", format), make_model(family, seed=1)
@@ -164,7 +164,7 @@ def test_every_family_is_stored_quantised(family: str, format: str, tmp_path: Pa
             assert torch.equal(tensor, state[name])
 
 
-@pytest.mark.parametrize("family", sorted(SERVABLE))
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
 def test_what_is_delicate_or_small_is_never_quantised(family: str) -> None:
     config = make_config(family)
     counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -32,6 +32,11 @@ class ExactExperts(MoELayer):
         self.compute(hidden.float(), top_k_index, top_k_weights.float(), out)
         return out.to(hidden.dtype)
 
+    def compute_or_prepare(
+        self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, out: Tensor, *, may_prepare: bool = True
+    ) -> None:
+        self.compute(hidden, top_k_index, top_k_weights, out)
+
     def compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, out: Tensor) -> None:
         for choice in range(top_k_index.shape[1]):
             share = top_k_weights[:, choice] * (1.0 + top_k_index[:, choice] / 8)

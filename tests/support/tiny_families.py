@@ -33,6 +33,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from expertd_engine.families import SERVABLE
+
+TINY_FAMILIES = SERVABLE - {"pregated_llama"}
+"""Families of transformers' own; ours is made by conversion and tested there."""
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", "<turn>")
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 WINDOW = 6

@@ -49,7 +49,7 @@ class World:
 
     def use(self, layer: int, experts: Sequence[int], *, scan: bool = False) -> None:
         """Lease each and check that the slot holds its record, and is leased, at that moment."""
-        seen = []
+        seen: list[int] = []
         with self.cache.lease(layer, experts, scanned=experts if scan else ()) as leases:
             while len(seen) < len(experts):
                 for index, slot in leases.take():

@@ -62,9 +62,7 @@ class Corpus:
         tokens = self.held_out[domain]
         fitting = len(tokens) // length
         if fitting == 0:
-            raise ModelError(
-                f"the held-out part of {domain!r} has {len(tokens)} tokens: at least {length} are needed; give more text"
-            )
+            raise ModelError(f"the held-out part of {domain!r} has {len(tokens)} tokens: at least {length} are needed")
         starts = np.linspace(0, fitting - 1, min(count, fitting)).round().astype(int) * length
         return np.stack([tokens[start : start + length] for start in starts]).astype(np.int64)
 
@@ -134,7 +132,8 @@ def load_corpus(folder: Path) -> Corpus:
         raise ModelError(f"no tokenised corpus in {folder}")
     domains = json.loads((folder / _STAMP).read_text())["domains"]
     train, held = (
-        {domain: np.load(folder / f"{domain}.{part}.npy", mmap_mode="r") for domain in domains} for part in ("train", "held")
+        {domain: np.load(folder / f"{domain}.{part}.npy", mmap_mode="r") for domain in domains}
+        for part in ("train", "held")
     )
     items = [item for domain in domains for item in json.loads((folder / f"{domain}.cloze.json").read_text())]
     return Corpus(train, held, [ClozeItem(**item) for item in items])
@@ -152,7 +151,9 @@ def find_texts(texts: Path) -> dict[str, list[Path]]:
     }
     empty = [name for name, paths in files.items() if not any(path.stat().st_size for path in paths)]
     if empty:
-        raise ModelError(f"{texts} holds no text for {', '.join(empty)}: allowed are files {', '.join(sorted(_SUFFIXES))}")
+        raise ModelError(
+            f"{texts} holds no text for {', '.join(empty)}: allowed are files {', '.join(sorted(_SUFFIXES))}"
+        )
     return files
 
 

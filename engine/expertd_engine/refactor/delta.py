@@ -1,6 +1,6 @@
 """A trained model as a small file: which neurons went where, and all trained weights in 8 bits. Holds no state.
 
-Rows of int8 with a scale each: for low-rank factors an error of well under a percent of the delta. Vectors stay float16.
+Rows of int8 with a scale each: for low-rank factors an error of less than a percent of the delta. Vectors are float16.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def _check(dense: Dense, selection: Selection, path: Path) -> None:
     top = max(int(part.max()) for part in (selection.permanent, selection.experts) if part.numel())
     if layers != len(dense.layers) or top >= dense.neurons:
         raise ModelError(
-            f"{path} belongs to another dense model: it has {layers} layers and neuron {top}, this one {len(dense.layers)} "
-            f"layers of {dense.neurons} neurons"
+            f"{path} belongs to another dense model: it has {layers} layers and neuron {top}, this one "
+            f"{len(dense.layers)} layers of {dense.neurons} neurons"
         )
 
 

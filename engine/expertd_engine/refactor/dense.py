@@ -41,13 +41,19 @@ class Dense:
         return int(self.layers[0].mlp.gate_proj.weight.shape[0])
 
     @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
     def embedding(self) -> nn.Module:
         module: nn.Module = self.model.get_input_embeddings()
         return module
 
     @property
     def fast_tokenizer(self) -> Tokenizer:
-        return self.tokenizer.backend_tokenizer
+        tokenizer: Tokenizer = self.tokenizer.backend_tokenizer
+        return tokenizer
 
     @property
     def end_of_text(self) -> int:
@@ -81,8 +87,8 @@ def find_layers(model: Model) -> list[Any]:
     kind = type(model).__name__
     if len(layers) != expected:
         raise ModelError(
-            f"{kind} has no FFN of a known kind in {expected - len(layers)} of {expected} layers: allowed is an `mlp` of "
-            f"{', '.join(_PROJECTIONS)} and act_fn in every decoder layer"
+            f"{kind} has no FFN of a known kind in {expected - len(layers)} of {expected} layers: "
+            f"allowed is an `mlp` of {', '.join(_PROJECTIONS)} and act_fn in every decoder layer"
         )
     if any(getattr(layer.mlp, name).bias is not None for layer in layers for name in _PROJECTIONS):
         raise ModelError(f"{kind} has biases in its FFNs, which experts cannot express")
@@ -93,8 +99,10 @@ def find_layers(model: Model) -> list[Any]:
 
 def _has_ffn(module: nn.Module) -> bool:
     mlp = getattr(module, "mlp", None)
-    return mlp is not None and hasattr(mlp, "act_fn") and all(
-        isinstance(getattr(mlp, name, None), nn.Linear) for name in _PROJECTIONS
+    return (
+        mlp is not None
+        and hasattr(mlp, "act_fn")
+        and all(isinstance(getattr(mlp, name, None), nn.Linear) for name in _PROJECTIONS)
     )
 
 

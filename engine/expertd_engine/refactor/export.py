@@ -52,7 +52,9 @@ def export(student: Student, dense: Dense, destination: Path, dtype: torch.dtype
             tensors.update({f"router.{name}": tensor for name, tensor in student.router.state_dict().items()})
         elif shape.routing == Routing.LAYERS:
             tensors.update(_no_biases(dense))
-    config = _pregated_config(dense, student, dtype) if shape.routing.pregated else _standard_config(dense, shape, dtype)
+    config = (
+        _pregated_config(dense, student, dtype) if shape.routing.pregated else _standard_config(dense, shape, dtype)
+    )
     stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     with publish(destination, needed_bytes=sum(one.nbytes for one in stored.values())) as folder:
         config.save_pretrained(folder)

@@ -61,15 +61,19 @@ class RoutedFeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         x = hidden.reshape(-1, hidden.shape[-1]).to(self.compute_dtype)
-        parts = [self._permanent(x)] if self.permanent is not None else []
-        if self.experts is not None:
-            parts.append(self._routed(x, self._route_of(x)))
-        return sum(parts[1:], parts[0]).view(hidden.shape)
+        if self.experts is None:
+            out = self._permanent(x)
+        elif self.permanent is None:
+            out = self._routed(x, self._route_of(x))
+        else:
+            out = self._permanent(x) + self._routed(x, self._route_of(x))
+        return out.view(hidden.shape)
 
     def _permanent(self, x: Tensor) -> Tensor:
         assert self.permanent is not None
         gate, up, down = self.permanent.stack(x.dtype)[:, 0]
-        return (self.act(linear(x, gate)) * linear(x, up)) @ down
+        out: Tensor = (self.act(linear(x, gate)) * linear(x, up)) @ down
+        return out
 
     def _route_of(self, x: Tensor) -> Route:
         if self.gate is None:

@@ -18,7 +18,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qw
 from expertd_engine.refactor.router import PregatingRouter, RouterShape
 
 
-class PregatedLlamaConfig(LlamaConfig):
+class PregatedLlamaConfig(LlamaConfig):  # type: ignore[misc]  # the library publishes no types
     """A Llama's configuration and the experts'. With `router_heads` of 1 one index holds in all layers."""
 
     model_type = "pregated_llama"
@@ -91,6 +91,7 @@ class PregatedLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]  # the l
         for number, layer in enumerate(self.model.layers):
             layer.mlp = PregatedFeedForward(config, number, self.routes)
         self.router = PregatingRouter(config.router_shape, len(self.model.layers))
+        self.router.attention.config = config  # attention functions ask their module for it
         self.post_init()
 
     def forward(

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,13 @@ class Workshop:
     corpus: Corpus
     compute: torch.dtype = torch.float32
     evaluation_windows: int = _EVALUATION_WINDOWS
+    evaluation_length: int = 1024
     progress: Progress = silent
 
     def statistics(self) -> Statistics:
         """Of the dense model on the corpus; gathered once."""
         path = self.folder / "statistics.safetensors"
-        return gather_into(path, self.dense, self.corpus, progress=self.progress)
+        return gather_into(path, self.dense, self.corpus, length=self.evaluation_length, progress=self.progress)
 
     def result(self, name: str) -> dict[str, Any] | None:
         """What a finished job left, else None."""
@@ -88,8 +90,9 @@ class Workshop:
             checkpoint=checkpoint, progress=lambda stage, done: self.progress(f"{job.name}: {stage}", done),
         )  # fmt: skip
         curve = trainer.run()
-        found = self._write(job.name, {"job": _plain(job), "untrained": untrained, "score": self._score(student),
-                                       "curve": asdict(curve), "routing": _routing(student, self.corpus)})  # fmt: skip
+        routing = _routing(student, self.corpus, self.evaluation_length)
+        scores = {"untrained": untrained, "score": self._score(student)}
+        found = self._write(job.name, {"job": _plain(job), **scores, "curve": asdict(curve), "routing": routing})
         if job.keep:
             torch.save(student.trained(), self._path("trained", job.name, "pt"))
             if student.shape is not None and student.shape.rank is not None:
@@ -99,7 +102,7 @@ class Workshop:
 
     def best_rate(self, names: Sequence[str]) -> float:
         """The learning rate of the best among finished jobs; waits for jobs that other processes run."""
-        results = [self._awaited(lambda name=name: self.result(name)) for name in names]
+        results = [self._awaited(partial(self.result, name)) for name in names]
         best = min(results, key=lambda one: float(one["score"]["mean_perplexity"]))
         return float(best["job"]["recipe"]["learning_rate"])
 
@@ -114,10 +117,7 @@ class Workshop:
     def _teacher(self, name: str | None) -> Student | None:
         if name is None:
             return None
-        if name == "dense":
-            teacher = self._student(None, 0)
-        else:
-            teacher = self.trained(Job(name, None, Recipe(0, 0.0)))
+        teacher = self._student(None, 0) if name == "dense" else self.trained(Job(name, None, Recipe(0, 0.0)))
         teacher.freeze(self.compute)
         return teacher
 
@@ -129,7 +129,7 @@ class Workshop:
 
     def _score(self, student: Student, *, quick: bool = False) -> dict[str, Any]:
         windows = max(1, self.evaluation_windows // 6) if quick else self.evaluation_windows
-        return evaluate(student, self.corpus, windows=windows).to_json()
+        return evaluate(student, self.corpus, windows=windows, length=self.evaluation_length).to_json()
 
     def _awaited(self, find: Callable[[], Any]) -> Any:
         while (found := find()) is None:
@@ -153,7 +153,7 @@ def _plain(job: Job) -> dict[str, Any]:
     return {**asdict(job), "shape": None if job.shape is None else job.shape.to_json()}
 
 
-def _routing(student: Student, corpus: Corpus, windows: int = 8, length: int = 1024) -> dict[str, list[float]]:
+def _routing(student: Student, corpus: Corpus, length: int, windows: int = 8) -> dict[str, list[float]]:
     """Domain → share of its held-out tokens that each index gets; empty without a single-index router."""
     if student.router is None or student.shape is None or student.shape.top_k != 1:
         return {}
@@ -171,4 +171,6 @@ def check_budget(corpus: Corpus, length: int) -> None:
     for domain in corpus.domains:
         for part, tokens in (("training", corpus.train[domain]), ("held-out", corpus.held_out[domain])):
             if len(tokens) <= length:
-                raise ModelError(f"the {part} part of {domain!r} has {len(tokens)} tokens: more than {length} are needed")
+                raise ModelError(
+                    f"the {part} part of {domain!r} has {len(tokens)} tokens: more than {length} are needed"
+                )

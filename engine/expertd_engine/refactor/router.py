@@ -27,12 +27,20 @@ class RouterShape:
     heads: int = 4
     inner: int = 512
 
+    @classmethod
+    def beside(cls, hidden: int, outputs: int) -> RouterShape:
+        """A router that costs a backbone of this hidden size little: 256 wide, less beside a small one."""
+        width = min(256, max(16, hidden // 16 * 8))
+        return cls(hidden, outputs, width, inner=2 * width)
+
 
 class _Attention(nn.Module):
     """What transformers' attention functions look for on a module stands here as they name it."""
 
     is_causal = True
     num_key_value_groups = 1
+    config: Any
+    """The whole model's, set by who owns it; nothing here reads it."""
 
     def __init__(self, shape: RouterShape, layer_idx: int) -> None:
         super().__init__()
@@ -51,7 +59,8 @@ class _Attention(nn.Module):
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[kind]
         out, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **extra)
-        return self.o_proj(out.reshape(*x.shape).contiguous())  # type: ignore[no-any-return]  # nn.Module's call
+        projected: Tensor = self.o_proj(out.reshape(*x.shape).contiguous())
+        return projected
 
 
 class PregatingRouter(nn.Module):
@@ -78,7 +87,7 @@ class PregatingRouter(nn.Module):
         attention: str = "sdpa",
         **extra: Any,
     ) -> Tensor:
-        """`positions` `[B or 1, T]`; `mask`, `cache`, `attention` and `extra` as for the backbone's attention layers."""
+        """`positions` `[B or 1, T]`; `mask`, `cache`, `attention`, `extra` as for the backbone's attention layers."""
         x = self.in_proj(_unit(embeddings))
         x = x + self.attention(_unit(x) * self.attention_norm, positions, mask, cache, attention, **extra)
         x = x + self.down_proj(silu(self.up_proj(_unit(x) * self.mlp_norm)))

@@ -27,7 +27,7 @@ class Selection:
 
 def select(statistics: Statistics, shape: Shape, seed: int = 0) -> Selection:
     """The selection for a shape. Experts of one index are the domains' own neurons, which may overlap; experts of a
-    finer routing are disjoint clusters of neurons that work together. Raises ModelError when the FFN is too small.
+    finer routing are disjoint clusters of neurons that work together. ModelError when the FFN is too small.
     """
     domains, layers, neurons = statistics.energy.shape
     if shape.permanent > neurons:
@@ -47,8 +47,8 @@ def select(statistics: Statistics, shape: Shape, seed: int = 0) -> Selection:
         return Selection(permanent, _by_domain(statistics.energy, permanent, shape.from_dense), fresh)
     if shape.permanent + shape.experts * shape.from_dense > neurons:
         raise ModelError(
-            f"{shape.permanent} permanent neurons and {shape.experts} disjoint experts of {shape.from_dense} asked of an "
-            f"FFN of {neurons}"
+            f"{shape.permanent} permanent neurons and {shape.experts} disjoint experts of {shape.from_dense} asked "
+            f"of an FFN of {neurons}"
         )
     clusters = [
         cluster(statistics.samples[layer].float(), _rest(permanent[layer], neurons), shape, seed + layer)

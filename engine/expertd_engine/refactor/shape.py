@@ -63,7 +63,7 @@ class Shape:
 
     def _fault(self) -> str | None:
         if self.routing == Routing.NONE:
-            return None if self.permanent > 0 and self.experts == 0 else "without a router there is a permanent part alone"
+            return None if self.permanent > 0 and self.experts == 0 else "without a router there is a permanent part"
         if not 0 < self.from_dense <= self.width:
             return f"experts take {self.from_dense} of their {self.width} neurons from the dense model"
         if not 0 < self.top_k <= self.experts:
@@ -83,6 +83,6 @@ class Shape:
 
 
 def pruned_shape(active: int, extra_parameters: int, layers: int, hidden: int) -> Shape:
-    """The baseline of equal active bytes: a routed model's active neurons, and as many as its router's weights pay for."""
+    """The baseline of equal active bytes: a routed model's active neurons, and as many as its router would pay for."""
     paid = -(-extra_parameters // (3 * hidden * layers))
     return Shape(Routing.NONE, permanent=-(-(active + paid) // NEURON_MULTIPLE) * NEURON_MULTIPLE)

@@ -33,8 +33,8 @@ class Statistics:
 
 @contextmanager
 def probe(dense: Dense) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """While the block runs, each forward pass of the dense model leaves `(hidden [T, H], energy [T, N])` of every layer,
-    in order; the reader empties the list.
+    """While the block runs, each forward pass of the dense model leaves `(hidden [T, H], energy [T, N])` of every
+    layer, in order; the reader empties the list.
     """
     seen: list[tuple[Tensor, Tensor]] = []
     norms = [layer.mlp.down_proj.weight.float().norm(dim=0) for layer in dense.layers]
@@ -65,7 +65,7 @@ def gather(
     progress: Progress = silent,
 ) -> Statistics:
     """Run `windows` training windows of `length` tokens of every domain through the dense model."""
-    device = dense.embedding.weight.device
+    device = dense.device
     generator = np.random.default_rng(seed)
     energies, samples = [], []
     each = -(-sampled_tokens // (len(corpus.domains) * windows))

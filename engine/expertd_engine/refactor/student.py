@@ -37,14 +37,14 @@ class Student(nn.Module):
         torch.manual_seed(seed)
         for layer, module in enumerate(_layers(self.backbone, dense)):
             block = _block(module.mlp, shape, selection, layer, generator)
-            module.mlp = block.to(dense.embedding.weight.device)
+            module.mlp = block.to(dense.device)
             self.blocks.append(block)
         if shape.rank is not None:
             self._freeze_but_deltas(dense, shape.attention_rank, generator)
         if shape.routing.pregated:
             count = len(self.blocks) if shape.routing == Routing.HEADS else 1
-            router = RouterShape(dense.hidden_size, count * shape.experts)
-            self.router = PregatingRouter(router, len(self.blocks)).to(dense.embedding.weight.device)
+            router = RouterShape.beside(dense.hidden_size, count * shape.experts)
+            self.router = PregatingRouter(router, len(self.blocks)).to(dense.device)
 
     def compute_in(self, dtype: torch.dtype) -> None:
         """Where activations are kept and matrix products run; weights stay float32."""
@@ -97,7 +97,7 @@ class Student(nn.Module):
         """Of the pre-gating router, or of the layers' own gates."""
         if self.router is not None:
             return list(self.router.parameters())
-        return [block.gate.weight for block in self.blocks if block.gate is not None]
+        return [one for block in self.blocks if block.gate is not None for one in block.gate.parameters()]
 
     def expert_parameters(self) -> list[nn.Parameter]:
         """All else that is trained; layers' own gates too, which the language loss reaches."""
@@ -149,9 +149,7 @@ def _layers(backbone: Any, dense: Dense) -> Iterator[Any]:
     return (backbone.get_submodule(places[id(layer)]) for layer in dense.layers)
 
 
-def _block(
-    mlp: Any, shape: Shape, selection: Selection, layer: int, generator: torch.Generator
-) -> RoutedFeedForward:
+def _block(mlp: Any, shape: Shape, selection: Selection, layer: int, generator: torch.Generator) -> RoutedFeedForward:
     stack = ffn_stack(mlp)
     permanent = selection.permanent[layer].to(stack.device)
     kept = _part(stack[:, permanent][:, None], shape, generator) if shape.permanent else None

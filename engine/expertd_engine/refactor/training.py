@@ -122,9 +122,7 @@ class Trainer:
         optimiser = self._optimisers[stage]
         total = self.recipe.steps if stage == "experts" else self.recipe.router_steps
         seed = self.recipe.seed * 2 + (stage == "router")
-        batches = self.corpus.batches(
-            self.recipe.rows, self.recipe.length, seed, self.recipe.domain_weights or None
-        )
+        batches = self.corpus.batches(self.recipe.rows, self.recipe.length, seed, self.recipe.domain_weights or None)
         since: list[Tensor] = []
         for step, batch in enumerate(itertools.islice(batches, self._done[stage], end), self._done[stage]):
             _set_rate(optimiser, _schedule(step, total, self.recipe.warmup_share))

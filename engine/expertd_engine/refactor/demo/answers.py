@@ -1,4 +1,4 @@
-"""Lets the dense model answer the chat prompts, in batches, and writes the conversations as texts of a domain `chat`."""
+"""Lets the dense model answer chat prompts, in batches, and writes the conversations as texts: the domain `chat`."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _encode(dense: Dense, conversation: Conversation) -> list[int]:
 def _generate(dense: Dense, encoded: list[list[int]]) -> list[str]:
     longest = max(map(len, encoded))
     pad = dense.end_of_text
-    device = dense.embedding.weight.device
+    device = dense.device
     ids = torch.tensor([[pad] * (longest - len(one)) + one for one in encoded], device=device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in encoded], device=device)
     with torch.inference_mode():

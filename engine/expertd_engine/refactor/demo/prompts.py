@@ -16,20 +16,22 @@ TOPICS = (
     "cheese", "coffee", "tea", "chocolate", "rice", "pasta", "soup", "salt", "sugar", "water", "air", "fire", "iron",
     "gold", "glass", "paper", "plastic", "electricity", "magnets", "light", "sound", "atoms", "cells", "blood",
     "the heart", "the brain", "sleep", "dreams", "memory", "exercise", "vitamins", "vaccines", "bacteria", "viruses",
-    "planets", "stars", "galaxies", "black holes", "rockets", "satellites", "computers", "the internet", "programming",
-    "Python", "algorithms", "databases", "robots", "artificial intelligence", "mathematics", "prime numbers", "fractions",
-    "triangles", "statistics", "history", "the Roman Empire", "the Renaissance", "democracy", "money", "banks", "trade",
-    "music", "the piano", "the guitar", "painting", "photography", "films", "books", "poetry", "Shakespeare", "theatre",
-    "football", "chess", "swimming", "cycling", "gardening", "cooking", "travel", "trains", "aeroplanes", "ships", "cars",
-    "bicycles", "bridges", "houses", "clocks", "calendars", "seasons", "weather", "climate", "earthquakes", "recycling",
-    "friendship", "honesty", "courage", "patience", "happiness", "teamwork", "learning", "teaching", "languages",
+    "planets", "stars", "galaxies", "black holes", "rockets", "satellites", "computers", "the internet",
+    "programming", "Python", "algorithms", "databases", "robots", "artificial intelligence", "mathematics",
+    "prime numbers", "fractions", "triangles", "statistics", "history", "the Roman Empire", "the Renaissance",
+    "democracy", "money", "banks", "trade", "music", "the piano", "the guitar", "painting", "photography", "films",
+    "books", "poetry", "Shakespeare", "theatre", "football", "chess", "swimming", "cycling", "gardening", "cooking",
+    "travel", "trains", "aeroplanes", "ships", "cars", "bicycles", "bridges", "houses", "clocks", "calendars",
+    "seasons", "weather", "climate", "earthquakes", "recycling", "friendship", "honesty", "courage", "patience",
+    "happiness", "teamwork", "learning", "teaching", "languages",
 )  # fmt: skip
 COUNTRIES = (
     "France", "Germany", "Italy", "Spain", "Portugal", "Poland", "Greece", "Norway", "Sweden", "Finland", "Denmark",
-    "Austria", "Switzerland", "Belgium", "the Netherlands", "Ireland", "the United Kingdom", "Hungary", "Romania", "Russia",
-    "Ukraine", "Turkey", "Egypt", "Morocco", "Kenya", "Nigeria", "South Africa", "Ethiopia", "India", "China", "Japan",
-    "South Korea", "Vietnam", "Thailand", "Indonesia", "Australia", "New Zealand", "Canada", "the United States", "Mexico",
-    "Cuba", "Brazil", "Argentina", "Chile", "Peru", "Colombia", "Iran", "Iraq", "Israel", "Saudi Arabia", "Pakistan",
+    "Austria", "Switzerland", "Belgium", "the Netherlands", "Ireland", "the United Kingdom", "Hungary", "Romania",
+    "Russia", "Ukraine", "Turkey", "Egypt", "Morocco", "Kenya", "Nigeria", "South Africa", "Ethiopia", "India",
+    "China", "Japan", "South Korea", "Vietnam", "Thailand", "Indonesia", "Australia", "New Zealand", "Canada",
+    "the United States", "Mexico", "Cuba", "Brazil", "Argentina", "Chile", "Peru", "Colombia", "Iran", "Iraq",
+    "Israel", "Saudi Arabia", "Pakistan",
 )  # fmt: skip
 _TOPIC_TEMPLATES = (
     "What is {}?", "Tell me something interesting about {}.", "Explain {} to a child.", "Why is {} important?",
@@ -104,7 +106,9 @@ def _code(folder: Path) -> Iterator[str]:
 def _passages(folder: Path) -> Iterator[str]:
     for text in _texts(folder):
         paragraphs = [" ".join(one.split()) for one in text.split("\n\n")]
-        good = [one for one in paragraphs if 80 < len(one) < 320 and re.match(r"[A-Z][a-z]+ [a-z]", one) and one[-1] == "."]
+        good = [
+            one for one in paragraphs if 80 < len(one) < 320 and re.match(r"[A-Z][a-z]+ [a-z]", one) and one[-1] == "."
+        ]
         for number, one in enumerate(good[:6]):
             yield _TASK_TEMPLATES[number % len(_TASK_TEMPLATES)].format(one)
 

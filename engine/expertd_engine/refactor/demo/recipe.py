@@ -32,9 +32,7 @@ INDEX = Shape(Routing.INDEX, permanent=128, experts=8, top_k=1, from_dense=640, 
 LAYERS = Shape(Routing.LAYERS, permanent=256, experts=16, top_k=5, from_dense=80, width=96)
 HEADS = replace(LAYERS, routing=Routing.HEADS)
 FINE = Shape(Routing.LAYERS, permanent=256, experts=64, top_k=8, from_dense=20, width=64)
-DEMO = Shape(
-    Routing.INDEX, permanent=768, experts=8, top_k=1, from_dense=384, width=384, rank=12, attention_rank=24
-)
+DEMO = Shape(Routing.INDEX, permanent=768, experts=8, top_k=1, from_dense=384, width=384, rank=12, attention_rank=24)
 SPARSE = Shape(
     Routing.LAYERS, permanent=256, experts=64, top_k=8, from_dense=20, width=32, rank=20, shared_basis=True,
     attention_rank=16,
@@ -55,7 +53,9 @@ def jobs(dense: Dense, scale: float = 1.0, *, compiled: bool) -> list[Job]:
     for seed in SEEDS:
         for name, shape in sides.items():
             swept = tuple(f"sweep-{name}-{rate:g}" for rate in RATES)
-            found.append(Job(f"final-{name}-{seed}", shape, replace(base, steps=steps["final"], seed=seed), TUNED, swept))
+            found.append(
+                Job(f"final-{name}-{seed}", shape, replace(base, steps=steps["final"], seed=seed), TUNED, swept)
+            )
     gates = replace(base, steps=steps["sparse"], router_steps=60, rounds=1, learning_rate=1e-3)
     chatty = replace(base, domain_weights={"chat": 3.0})
     return [
@@ -69,7 +69,7 @@ def jobs(dense: Dense, scale: float = 1.0, *, compiled: bool) -> list[Job]:
 
 def _pruned(dense: Dense) -> Shape:
     """The baseline of the same active bytes as the index model with its router."""
-    router = PregatingRouter(RouterShape(dense.hidden_size, INDEX.experts), 0)
+    router = PregatingRouter(RouterShape.beside(dense.hidden_size, INDEX.experts), 0)
     size = sum(one.numel() for one in router.parameters())
     return pruned_shape(INDEX.active, size, len(dense.layers), dense.hidden_size)
 
@@ -108,11 +108,8 @@ def _run(options: argparse.Namespace) -> None:
         begun = time.monotonic()
         result = shop.run(job)
         score = result["score"]
-        print(
-            f"{job.name}: perplexity {score['mean_perplexity']:.4f} cloze {score['cloze']:.3f} "
-            f"after {time.monotonic() - begun:.0f} s; {result['curve']['tokens']} tokens in {result['curve']['seconds']:.0f} s",
-            flush=True,
-        )  # fmt: skip
+        took = time.monotonic() - begun
+        print(f"{job.name}: {score['mean_perplexity']:.4f}, cloze {score['cloze']:.3f}, {took:.0f} s", flush=True)
 
 
 def _lines() -> Progress:

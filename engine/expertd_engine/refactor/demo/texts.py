@@ -79,7 +79,9 @@ def _manual(data: bytes) -> str:
             continue
         if line.startswith("."):
             name, _, rest = line[1:].partition(" ")
-            line = ("\n" if name in ("SH", "SS", "TP", "PP", "P", "IP", "LP", "Pp", "It") else "") + rest.replace('"', "")
+            line = ("\n" if name in ("SH", "SS", "TP", "PP", "P", "IP", "LP", "Pp", "It") else "") + rest.replace(
+                '"', ""
+            )
         lines.append(line)
     text = re.sub(r"\\f(\[\w*\]|\(\w\w|\w)|\\[&%/,|^:]|\\s[-+]?\d", "", "\n".join(lines))
     for escape, printed in _ESCAPES.items():

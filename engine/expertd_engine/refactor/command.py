@@ -1,0 +1,153 @@
+"""`expertd convert --texts` and `--trained`: a dense model and texts become a checkpoint. Owns options and order."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from expertd_engine.console import progress_bar
+from expertd_engine.errors import ModelError, UsageError
+from expertd_engine.refactor.corpus import WHOLE, Corpus, read_corpus
+from expertd_engine.refactor.delta import load_student
+from expertd_engine.refactor.dense import Dense, open_dense
+from expertd_engine.refactor.domains import cluster_domains
+from expertd_engine.refactor.export import export
+from expertd_engine.refactor.pipeline import TUNED, Job, Workshop, check_budget
+from expertd_engine.refactor.report import write_report
+from expertd_engine.refactor.router import PregatingRouter, RouterShape
+from expertd_engine.refactor.shape import NEURON_MULTIPLE, Routing, Shape, pruned_shape
+from expertd_engine.refactor.training import Recipe
+
+SHIPPED = {name: Path(__file__).with_name("demo") / f"{name}.safetensors" for name in ("demo", "sparse")}
+"""What comes with this package, trained on SmolLM2-135M-Instruct."""
+
+_RATES = (3e-4, 6e-4, 1.2e-3)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the conversion by training."""
+    group = parser.add_argument_group("refactoring (with --texts)")
+    group.add_argument("--routing", choices=[kind.value for kind in Routing if kind != Routing.NONE], default="index",
+                       help="index: one choice for all layers, known before the step; heads: one a layer, likewise; "
+                       "layers: routers in every layer, a standard Qwen2-MoE checkpoint (default: index)")  # fmt: skip
+    group.add_argument("--experts", type=int, help="default: one a domain; 16 where routing is finer")
+    group.add_argument("--top-k", type=int, help="default: 1 for an index, else a quarter of the experts")
+    group.add_argument("--active", type=float, default=0.5, help="share of FFN neurons a token uses (default: 0.5)")
+    group.add_argument("--permanent", type=float, default=0.125, help="share of them always on (default: 0.125)")
+    group.add_argument("--rank", type=int, help="train low-rank deltas of this rank, not all weights")
+    group.add_argument("--steps", type=int, default=500, help="of the experts (default: 500)")
+    group.add_argument("--router-steps", type=int, default=200)
+    group.add_argument("--rows", type=int, default=48, help="windows a step (default: 48)")
+    group.add_argument("--micro-rows", type=int, default=8, help="windows at a time, as memory allows (default: 8)")
+    group.add_argument("--length", type=int, default=1024, help="tokens of a window (default: 1024)")
+    group.add_argument("--learning-rate", type=float, default=6e-4)
+    group.add_argument(
+        "--distillation", type=float, default=0.5, help="share of the loss that is the dense model's word"
+    )
+    group.add_argument("--seeds", type=int, default=1)
+    group.add_argument("--baselines", action="store_true",
+                       help="also prune to equal active bytes, and try three learning rates on both sides")  # fmt: skip
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument(
+        "--work", type=Path, help="folder of everything in between; run again to go on (default: DST.work)"
+    )
+
+
+def merge(options: argparse.Namespace) -> None:
+    """`--trained FILE`: the dense model and what was trained on it become a checkpoint."""
+    trained = SHIPPED.get(str(options.trained), options.trained)
+    dense = open_dense(options.source, torch.device("cpu"))
+    export(load_student(dense, trained), dense, options.destination, _dtype(options))
+
+
+def refactor(options: argparse.Namespace) -> None:
+    """`--texts DIR`: train, score, report, export. What a killed run has done is found again."""
+    if options.destination.exists():
+        raise ModelError(f"{options.destination} exists already: name a new folder, or remove it first")
+    if options.micro_rows > options.rows or options.rows % options.micro_rows:
+        raise UsageError(f"--micro-rows {options.micro_rows} does not divide --rows {options.rows}")
+    device = torch.device(options.device)
+    work = options.work or options.destination.with_name(options.destination.name + ".work")
+    dense = open_dense(options.source, device)
+    with progress_bar() as progress:
+        least = options.length + 1
+        corpus = read_corpus(
+            options.texts, dense.fast_tokenizer, dense.end_of_text, work / "corpus", min_tokens=least, progress=progress
+        )
+        if corpus.domains == [WHOLE]:
+            corpus = cluster_domains(dense, corpus, options.experts or 8, length=options.length, progress=progress)
+        check_budget(corpus, options.length)
+        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+        shop = Workshop(work, dense, corpus, compute, evaluation_length=options.length, progress=progress)
+        kept = _run(shop, options, shape_of(options, dense, corpus))
+        print(f"report: {write_report(work, corpus.domains)}")
+        export(shop.trained(kept), dense, options.destination, _dtype(options))
+
+
+def shape_of(options: argparse.Namespace, dense: Dense, corpus: Corpus) -> Shape:
+    """The shape that the options ask for. Raises ModelError or UsageError for what cannot be."""
+    if not 0 < options.active <= 1 or not 0 <= options.permanent < options.active:
+        raise UsageError(f"--permanent {options.permanent} and --active {options.active}: 0 ≤ permanent < active ≤ 1")
+    routing = Routing(options.routing)
+    experts = options.experts or (len(corpus.domains) if routing == Routing.INDEX else 16)
+    top_k = options.top_k or (1 if routing == Routing.INDEX else max(1, experts // 4))
+    permanent = _whole(options.permanent * dense.neurons)
+    width = _whole((options.active * dense.neurons - permanent) / top_k)
+    from_dense = width if routing == Routing.INDEX else min(width, (dense.neurons - permanent) // experts)
+    return Shape(routing, permanent, experts, top_k, from_dense, width, options.rank)
+
+
+def _run(shop: Workshop, options: argparse.Namespace, shape: Shape) -> Job:
+    """All jobs; the job whose model is exported."""
+    recipe = Recipe(
+        steps=options.steps, learning_rate=options.learning_rate, router_steps=options.router_steps, rows=options.rows,
+        micro_rows=options.micro_rows, length=options.length, distillation=options.distillation,
+        compile=shop.compute != torch.float32,
+    )  # fmt: skip
+    shop.score_dense()
+    teacher = TUNED if options.distillation else None
+    if teacher:
+        shop.run(Job(TUNED, None, replace(recipe, steps=max(1, options.steps // 2)), keep=True))
+    sides = {options.routing: shape}
+    if options.baselines:
+        sides["pruned"] = _pruned(shop.dense, shape)
+    kept = None
+    for name, side in sides.items():
+        swept = _sweep(shop, name, side, recipe, teacher) if options.baselines else ()
+        for seed in range(options.seeds):
+            job = Job(f"final-{name}-{seed}", side, replace(recipe, seed=seed), teacher, swept, keep=kept is None)
+            shop.run(job)
+            kept = kept or job
+    assert kept is not None
+    return kept
+
+
+def _sweep(shop: Workshop, name: str, shape: Shape, recipe: Recipe, teacher: str | None) -> tuple[str, ...]:
+    short = replace(recipe, steps=max(1, recipe.steps // 4))
+    jobs = [Job(f"sweep-{name}-{rate:g}", shape, replace(short, learning_rate=rate), teacher) for rate in _RATES]
+    for job in jobs:
+        shop.run(job)
+    return tuple(job.name for job in jobs)
+
+
+def _pruned(dense: Dense, shape: Shape) -> Shape:
+    """The baseline of equal active bytes."""
+    layers = len(dense.layers)
+    if shape.routing == Routing.LAYERS:
+        size = layers * shape.experts * dense.hidden_size
+    else:
+        heads = layers if shape.routing == Routing.HEADS else 1
+        router = PregatingRouter(RouterShape.beside(dense.hidden_size, heads * shape.experts), 0)
+        size = sum(one.numel() for one in router.parameters())
+    return pruned_shape(shape.active, size, layers, dense.hidden_size)
+
+
+def _whole(neurons: float) -> int:
+    return int(neurons) // NEURON_MULTIPLE * NEURON_MULTIPLE
+
+
+def _dtype(options: argparse.Namespace) -> torch.dtype:
+    return torch.float32 if options.dtype == "float32" else torch.bfloat16
