@@ -60,7 +60,7 @@ DEMO_PERPLEXITY_RATIO = Tolerance(1.1e-4, 4e-4)
 DENSE_MATRICES = Tolerance(3.9e-7, 1.5e-6)
 """A product with a stored matrix against float64, over the largest of the results."""
 QUANTISED_DENSE_LOGITS = Tolerance(1.5e-6, 6e-6)
-"""Dense matrices in int4, experts in float32: our engine against transformers with the weights that those stand for, and
+"""Dense matrices in int4, experts in float32: our engine against transformers with the weights those stand for, and
 activations rounded alike. Median over positions of the largest difference of a log-probability."""
 QUANTISED_DENSE_WORST = Tolerance(0.046, 0.15)
 """The same at the worst position: there an activation half-way between two steps is rounded the other way."""

@@ -141,9 +141,7 @@ class Runner:
         """Who routes in the model's place; None in exact mode, and where the budget is too small for the other."""
         if self.virtual is None or plan.mode == "exact":
             return None
-        limits = [
-            chunk.sequence.max_substituted_mass for chunk in plan.chunks for _ in range(chunk.num_tokens)
-        ]
+        limits = [chunk.sequence.max_substituted_mass for chunk in plan.chunks for _ in range(chunk.num_tokens)]
         return self.virtual if self.virtual.begin_step(limits) else None
 
     def _end_mode(self, plan: StepPlan, virtual: Reroute | None) -> dict[int, Substitutions]:

@@ -1,7 +1,7 @@
 """What the demo's figures and weights came from: jobs over one work folder, shared by as many processes as GPUs.
 
-`python -m expertd_engine.refactor.demo.recipe WORK --worker 0/2 JOB…`; WORK holds `model/` (a checkpoint), `corpus/`,
-and takes everything else. A job is named by a prefix: `sweep`, `final`, `demo`, …; `--list` names all.
+`python -m expertd_engine.refactor.demo.recipe SRC TEXTS WORK --worker 0/2 --jobs PREFIX…`: SRC is the dense model, TEXTS
+what `demo.texts` and `demo.answers` wrote, WORK takes everything else. No prefixes: all jobs; `--list` names them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from expertd_engine.console import Progress, run_command
-from expertd_engine.refactor.corpus import load_corpus
+from expertd_engine.refactor.corpus import read_corpus
 from expertd_engine.refactor.dense import Dense, open_dense
 from expertd_engine.refactor.pipeline import TUNED, Job, Workshop
 from expertd_engine.refactor.router import PregatingRouter, RouterShape
@@ -77,7 +77,9 @@ def _pruned(dense: Dense) -> Shape:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m expertd_engine.refactor.demo.recipe", description=__doc__)
-    parser.add_argument("work", type=Path)
+    parser.add_argument("source", type=Path, help="the dense model: checkpoint folder or GGUF file")
+    parser.add_argument("texts", type=Path, help="one folder a domain")
+    parser.add_argument("work", type=Path, help="folder of everything in between, corpus, results and weights")
     parser.add_argument("--jobs", nargs="*", default=[], metavar="PREFIX", help="prefixes of jobs; none: all")
     parser.add_argument("--worker", default="0/1", help="this process's number and how many there are")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all numbers of steps")
@@ -91,9 +93,11 @@ def _run(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     cuda = device.type == "cuda"
     torch.set_float32_matmul_precision("high")
-    dense = open_dense(options.work / "model", device)
+    dense = open_dense(options.source, device)
+    folder = options.work / "corpus"
+    corpus = read_corpus(options.texts, dense.fast_tokenizer, dense.end_of_text, folder, min_tokens=10**5)
     shop = Workshop(
-        options.work, dense, load_corpus(options.work / "corpus"), torch.bfloat16 if cuda else torch.float32,
+        options.work, dense, corpus, torch.bfloat16 if cuda else torch.float32,
         progress=_lines(),
     )  # fmt: skip
     worker, workers = map(int, options.worker.split("/"))
