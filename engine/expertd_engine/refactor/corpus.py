@@ -54,9 +54,6 @@ class Corpus:
     def domains(self) -> list[str]:
         return sorted(self.train)
 
-    def num_tokens(self) -> int:
-        return sum(len(tokens) for tokens in self.train.values())
-
     def windows(self, domain: str, count: int, length: int) -> NDArray[np.int64]:
         """At most `count` held-out windows `[N, length]`, evenly spread and not overlapping."""
         tokens = self.held_out[domain]
@@ -173,15 +170,6 @@ def _write(
             ids += [*encoding.ids, end_of_text]
         np.save(folder / f"{name}.{part}.npy", np.array(ids, kind))
     (folder / f"{name}.cloze.json").write_text(json.dumps(_cloze(name, held, tokenizer, cloze_items)))
-
-
-def add_domain(folder: Path, name: str, paths: Sequence[Path], tokenizer: Tokenizer, end_of_text: int) -> None:
-    """Add a domain to a corpus that is there already, with as many cloze items as the others have."""
-    stamp = json.loads((folder / _STAMP).read_text())
-    items = len(json.loads((folder / f"{stamp['domains'][0]}.cloze.json").read_text()))
-    _write(name, paths, tokenizer, end_of_text, folder, items)
-    stamp["domains"] = sorted({*stamp["domains"], name})
-    (folder / _STAMP).write_text(json.dumps(stamp))
 
 
 def _split(paths: Sequence[Path]) -> tuple[list[str], list[str]]:

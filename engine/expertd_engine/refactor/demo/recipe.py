@@ -1,7 +1,7 @@
 """What the demo's figures and weights came from: jobs over one work folder, shared by as many processes as GPUs.
 
-`python -m expertd_engine.refactor.demo.recipe SRC TEXTS WORK --worker 0/2 --jobs PREFIX…`: SRC is the dense model, TEXTS
-what `demo.texts` and `demo.answers` wrote, WORK takes everything else. No prefixes: all jobs; `--list` names them.
+`python -m expertd_engine.refactor.demo.recipe SRC TEXTS WORK --worker 0/2 --jobs PREFIX…`: SRC is the dense model,
+TEXTS what `demo.texts` and `demo.answers` wrote, WORK takes everything else. No prefixes: all jobs; `--list` names them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from expertd_engine.console import Progress, run_command
+from expertd_engine.publish import exclusive
 from expertd_engine.refactor.corpus import read_corpus
 from expertd_engine.refactor.dense import Dense, open_dense
 from expertd_engine.refactor.pipeline import TUNED, Job, Workshop
@@ -95,11 +96,11 @@ def _run(options: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     dense = open_dense(options.source, device)
     folder = options.work / "corpus"
-    corpus = read_corpus(options.texts, dense.fast_tokenizer, dense.end_of_text, folder, min_tokens=10**5)
-    shop = Workshop(
-        options.work, dense, corpus, torch.bfloat16 if cuda else torch.float32,
-        progress=_lines(),
-    )  # fmt: skip
+    compute = torch.bfloat16 if cuda else torch.float32
+    with exclusive(folder):  # the first process makes what all need
+        corpus = read_corpus(options.texts, dense.fast_tokenizer, dense.end_of_text, folder, min_tokens=10**5)
+        shop = Workshop(options.work, dense, corpus, compute, progress=_lines())
+        shop.statistics()
     worker, workers = map(int, options.worker.split("/"))
     wanted = tuple(options.jobs) or ("",)
     chosen = [job for job in jobs(dense, options.scale, compiled=cuda) if job.name.startswith(wanted)]
