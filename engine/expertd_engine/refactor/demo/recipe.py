@@ -1,7 +1,8 @@
 """What the demo's figures and weights came from: jobs over one work folder, shared by as many processes as GPUs.
 
 `python -m expertd_engine.refactor.demo.recipe SRC TEXTS WORK --worker 0/2 --jobs PREFIX…`: SRC is the dense model,
-TEXTS what `demo.texts` and `demo.answers` wrote, WORK takes everything else. No prefixes: all jobs; `--list` names them.
+TEXTS what `demo.texts` and `demo.answers` wrote, WORK takes everything else. No prefixes: all
+jobs; `--list` names them.
 """
 
 from __future__ import annotations
