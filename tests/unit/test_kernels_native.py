@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from support.native_programs import emulated
+
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "engine" / "expertd_engine" / "kernels" / "native"
 SOURCES = [
@@ -67,11 +69,11 @@ def test_sanitizers_find_nothing(tmp_path: Path, sanitizer: str) -> None:
 
 @pytest.mark.slow
 def test_neon_gives_the_bits_that_this_processor_gives(arm_program: Path, said_here: str) -> None:
-    said = _run("qemu-aarch64", arm_program)
+    said = emulated(arm_program)
     assert "on neon portable" in said and _bits(said) == _bits(said_here)
 
 
 @pytest.mark.slow
 def test_an_arm_processor_without_dot_products_runs_the_portable_path(arm_program: Path, said_here: str) -> None:
-    said = _run("qemu-aarch64", "-cpu", "cortex-a53", arm_program)
+    said = emulated("-cpu", "cortex-a53", arm_program)
     assert "on portable\n" in said and _bits(said) == _bits(said_here)

@@ -20,7 +20,7 @@ import pytest
 from expertd_engine.kernels.library import KernelsMissing, Matrix, Pool
 from expertd_engine.model.native_abi import Block, BlockCalls, Norm, NormKind, Rope, Router, Scores, Step
 from support.kernels import needs_kernels, pool_on
-from support.native_programs import build, needs, run
+from support.native_programs import build, emulated, needs, run
 
 HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS, TOP_K, BLOCK_TOKENS = 32, 4, 2, 16, 8, 2, 16
 POSITIONS = 64
@@ -45,7 +45,7 @@ def test_sanitizers_find_nothing(tmp_path: Path, sanitizer: str) -> None:
 @pytest.mark.slow
 def test_neon_gives_the_bits_that_this_processor_gives(tmp_path: Path, said_here: str) -> None:
     needs("qemu-aarch64")  # Debian: qemu-user, g++-aarch64-linux-gnu
-    said = run("qemu-aarch64", build("block_check", tmp_path, "aarch64-linux-gnu-g++", "-static"))
+    said = emulated(build("block_check", tmp_path, "aarch64-linux-gnu-g++", "-static"))
     assert "on neon portable" in said
     assert said.splitlines()[-1] == said_here.splitlines()[-1]
 
