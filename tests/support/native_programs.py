@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,25 +22,14 @@ def needs(*programs: str) -> None:
 
 def run(*command: object) -> str:
     """What it says; the test fails if it fails."""
-    return _finish(command, 240)
-
-
-def _finish(command: Sequence[object], timeout_s: float) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout_s)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, f"{done.stdout[-4000:]}{done.stderr[-8000:]}"
     return done.stdout
 
 
 def emulated(*command: object) -> str:
-    """What it says under qemu-aarch64. There a run has been seen with all threads parked for ever, which no run on a
-    processor and no sanitizer has shown: it is begun anew then, three times at most.
-    """
-    for _ in range(3):
-        try:
-            return _finish(("qemu-aarch64", *command), 60)
-        except subprocess.TimeoutExpired:
-            print("an emulated run stood still for a minute")
-    pytest.fail("three emulated runs stood still")
+    """What it says under qemu-aarch64; the test fails if it fails."""
+    return run("qemu-aarch64", *command)
 
 
 def build(source: str, folder: Path, compiler: str, *flags: str) -> Path:

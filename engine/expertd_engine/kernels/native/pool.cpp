@@ -42,6 +42,11 @@ bool spin_until(Condition condition) {
   return condition();
 }
 
+// Between what one thread says and what it then looks at, where the other does the reverse: one of the two must see the
+// other. Sequentially consistent atomics promise it alone, but QEMU's ARM on x86-64 does not keep that promise for a
+// plain store and load (both sides then park for ever); a fence it keeps.
+inline void store_before_load() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
 // New threads inherit the mask: signals belong to the program's own threads.
 class NoSignals {
  public:
@@ -116,6 +121,7 @@ void Pool::run(int64_t tasks, Body body, void* context) {
   tasks_.store(tasks, std::memory_order_relaxed);
   done_.store(0, std::memory_order_relaxed);
   ticket_.store(static_cast<uint64_t>(job() + 1) << 32 | static_cast<uint64_t>(tasks));
+  store_before_load();
   if (sleeping_.load() > 0) {
     { const std::lock_guard<std::mutex> lock(mutex_); }  // a helper about to sleep has seen the job, or sleeps already
     job_posted_.notify_all();
@@ -151,6 +157,7 @@ void Pool::wait_for_the_rest(int64_t tasks) {
   if (spin_until(finished)) return;
   std::unique_lock<std::mutex> lock(mutex_);
   caller_waits_ = true;
+  store_before_load();
   job_done_.wait(lock, finished);
   caller_waits_ = false;
 }
