@@ -28,6 +28,7 @@ from expertd_engine.experts.store import ExpertStore
 from expertd_engine.loop import Channel, EngineLoop
 from expertd_engine.messages import Fatal, Progress, Ready
 from expertd_engine.model.runner import Runner
+from expertd_engine.pressure import open_pressure
 from expertd_engine.snapshots import StepMeter
 from expertd_engine.startup import start_engine
 
@@ -60,6 +61,7 @@ def _serve(channel: Channel, options: argparse.Namespace) -> None:
     config = config_from_json(options.config)
     logging.basicConfig(level=config.log_level.upper(), format="expertd: engine: %(levelname)s: %(message)s")
     store = ExpertStore.open(options.store)
+    pressure = open_pressure(options.server_pid) if config.memory_pressure else None
     meters: list[StepMeter] = []
 
     def wrap(runner: Runner) -> StepMeter:
@@ -70,7 +72,7 @@ def _serve(channel: Channel, options: argparse.Namespace) -> None:
         store, config, options.server_pid, lambda stage, fraction: channel.send(Progress(stage, fraction)), wrap
     )
     channel.send(Ready(engine.info))
-    EngineLoop(engine, meters[0], channel).run()
+    EngineLoop(engine, meters[0], channel, pressure).run()
 
 
 def _fail(channel: Channel, error: ExpertdError) -> int:

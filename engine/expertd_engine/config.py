@@ -79,6 +79,7 @@ ToolParser = Literal["auto", "none", "hermes", "mistral", "json"]
 Mode = Literal["exact", "virtual"]
 Dtype = Literal["auto", "float32", "bf16", "int8", "int4", "int4s"]
 Verify = Literal["first", "always"]
+Device = Literal["auto", "cpu", "cuda"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -118,6 +119,10 @@ class Config:
     virtual_slots: int | None = _option(
         None, "experts a layer held for virtual mode; default: what its share has room for", group="budget", low=1
     )
+    memory_pressure: bool = _option(
+        False, "lend experts' memory to the box while it is short of it, as PSI and the cgroup's events say",
+        group="budget",
+    )  # fmt: skip
     prefetch: bool = _option(True, "load foreseen experts before they are needed", group="budget")
     prefix_cache: bool = _option(True, "keep KV of past sequences for prompts that begin alike", group="budget")
 
@@ -126,6 +131,13 @@ class Config:
     max_step_tokens: int = _option(512, "tokens in one step, prompt and answer alike", group="batch", low=1, high=65536)
     max_waiting: int = _option(256, "sequences that may wait; more are refused", group="batch", low=0)
 
+    device: Device = _option(
+        "auto", "what computes; auto: a CUDA device where there is one and the store is made for it", group="compute"
+    )
+    host_budget: Size | None = _option(
+        None, "cuda: bytes of pinned memory for experts, or a share of all; default: all of them", group="budget",
+        share=True,
+    )  # fmt: skip
     threads: int | None = _option(None, "compute threads; default: cores this process may use", group="compute", low=1)
     io_threads: int = _option(2, "threads that read experts from disk", group="compute", low=1, high=64)
 

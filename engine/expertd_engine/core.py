@@ -73,6 +73,16 @@ def no_constraints(constraint: Constraint) -> Constrainer:
     raise ConstraintFailed(f"this engine cannot hold an answer to a {constraint.kind}")
 
 
+class Foresee(Protocol):
+    """Works out which experts the known tokens of these live sequences will use, where that can be known."""
+
+    def __call__(self, sequences: Collection[Sequence]) -> None: ...
+
+
+def foresee_nothing(sequences: Collection[Sequence]) -> None:
+    """For models whose routers read hidden states."""
+
+
 NO_SUBSTITUTIONS = Substitutions()
 
 
@@ -91,9 +101,12 @@ class EngineCore:
         eos_token_ids: Iterable[int],
         constrain: Constrain = no_constraints,
         virtual_refusal: Callable[[], str | None] = never_refused,
+        foresee: Foresee = foresee_nothing,
     ) -> None:
-        """`virtual_refusal`: why a sequence of virtual mode cannot be taken now; None if it can."""
+        """`virtual_refusal`: why a sequence of virtual mode cannot be taken now; None if it can. `foresee` is called
+        with each sequence that is taken, and with those that have a new token as soon as they have it."""
         self.scheduler = scheduler
+        self._foresee = foresee
         self._virtual_refusal = virtual_refusal
         self._forward = forward
         self._constrain = constrain
@@ -119,6 +132,7 @@ class EngineCore:
             if message.mode == "virtual" and (reason := self._virtual_refusal()) is not None:
                 raise SequenceRefused(reason)
             self.scheduler.add(sequence)
+            self._foresee([sequence])
         except (ConstraintFailed, SequenceRefused) as refusal:
             sequence.finish("error")
             self._tell_finished(sequence, now_s, error=str(refusal), refused=True)
@@ -158,6 +172,7 @@ class EngineCore:
 
     def _apply(self, plan: StepPlan, result: StepResult, now_s: float) -> None:
         token_ids = {sequence_id: sampled.token_id for sequence_id, sampled in result.sampled.items()}
+        grown: list[Sequence] = []
         for chunk in self.scheduler.update_from_output(plan, token_ids):
             sequence = chunk.sequence
             sequence.stats.experts += result.experts
@@ -169,6 +184,10 @@ class EngineCore:
             if end is not None:
                 self.scheduler.finish(sequence, end.reason)
                 self._tell_finished(sequence, now_s, end)
+            elif chunk.samples:
+                grown.append(sequence)
+        if grown:
+            self._foresee(grown)
 
     def _apply_failure(self, plan: StepPlan, failure: StepFailed, now_s: float) -> None:
         scheduler, blamed = self.scheduler, failure.sequence_ids

@@ -11,6 +11,8 @@ from expertd_engine.memory import MemoryUse
 from expertd_engine.messages import BudgetSet, SetBudget
 from expertd_engine.planning.guard import ExpertBudget, guarded_expert_budget
 from expertd_engine.planning.live import divide
+from expertd_engine.planning.pressure import PressureControl
+from expertd_engine.pressure import PressureReader
 from expertd_engine.startup import Engine
 
 logger = logging.getLogger(__name__)
@@ -19,11 +21,14 @@ logger = logging.getLogger(__name__)
 class LiveBudget:
     """Called between steps."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, pressure: PressureReader | None = None) -> None:
+        """With `pressure`, experts give way to a box that is short of memory."""
         self.memory_budget_bytes = engine.info.memory_budget_bytes
         """None: there is none."""
         self.shrinks = 0
         """Times that memory was found above its budget and the expert budget was lowered by the excess."""
+        self.control = PressureControl()
+        self._pressure = pressure
         self._engine = engine
         self._asked = engine.asked
         self._planned_experts = engine.cache.ledger.budget_bytes
@@ -47,7 +52,7 @@ class LiveBudget:
         if self.memory_budget_bytes is not None and pool.capacity > self._planned_blocks:
             self._set_memory(self.memory_budget_bytes, None)
         self._drop_blocks()
-        self._guard(memory)
+        self._guard(memory, self._ceiling())
 
     def _set_experts(self, budget_bytes: int) -> None:
         most = self._engine.info.expert_bytes_total
@@ -87,18 +92,24 @@ class LiveBudget:
             if block not in pool.references:
                 storage.drop(block)
 
-    def _guard(self, memory: MemoryUse) -> None:
-        ledger, budget = self._engine.cache.ledger, self.memory_budget_bytes
-        if budget is None:
-            return
-        experts = ExpertBudget(
-            ledger.budget_bytes,
-            ledger.resident_bytes + ledger.loading_bytes,
-            ledger.minimum_bytes,
-            self._planned_experts,
+    def _ceiling(self) -> int:
+        """What is planned for experts, less what they lend to a box short of memory."""
+        ledger, before = self._engine.cache.ledger, self.control.shrinks
+        if self._pressure is None:
+            return self._planned_experts
+        ceiling = self.control.ceiling(
+            self._pressure.read(), self._planned_experts, ledger.minimum_bytes, ledger.resident_bytes
         )
-        guarded = guarded_expert_budget(memory.used_bytes, budget, experts)
-        if guarded < ledger.budget_bytes:
+        if self.control.shrinks > before:
+            logger.warning("the box is short of memory: experts get %d bytes for now", ceiling)
+        return ceiling
+
+    def _guard(self, memory: MemoryUse, planned: int) -> None:
+        ledger, budget = self._engine.cache.ledger, self.memory_budget_bytes
+        now = min(ledger.budget_bytes, planned)
+        experts = ExpertBudget(now, ledger.resident_bytes + ledger.loading_bytes, ledger.minimum_bytes, planned)
+        guarded = planned if budget is None else guarded_expert_budget(memory.used_bytes, budget, experts)
+        if guarded < now:
             logger.warning(
                 "memory of %d bytes is above its budget of %d: experts get %d", memory.used_bytes, budget, guarded
             )

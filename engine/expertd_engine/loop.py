@@ -10,6 +10,7 @@ import zmq
 
 from expertd_engine.live_budget import LiveBudget
 from expertd_engine.messages import Abort, SetBudget, Shutdown, Submit, ToEngine, ToServer, Watch
+from expertd_engine.pressure import PressureReader
 from expertd_engine.snapshots import StepMeter, take_expert_map, take_snapshot
 from expertd_engine.startup import Engine
 
@@ -51,12 +52,15 @@ class Channel:
 class EngineLoop:
     """Runs until `Shutdown`."""
 
-    def __init__(self, engine: Engine, meter: StepMeter, channel: Channel) -> None:
+    def __init__(
+        self, engine: Engine, meter: StepMeter, channel: Channel, pressure: PressureReader | None = None
+    ) -> None:
+        """`pressure` as for `LiveBudget`."""
         self._engine = engine
         self._meter = meter
         self._channel = channel
         self._stopping = False
-        self._budget = LiveBudget(engine)
+        self._budget = LiveBudget(engine, pressure)
         self._last_snapshot_s = 0.0
         self._last_map_s = 0.0
         self._watched_until_s = 0.0

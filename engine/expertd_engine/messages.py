@@ -183,6 +183,8 @@ class EngineInfo(_Message, frozen=True):
     """Every path that runs slower or weaker than designed, in one sentence each."""
     torch_version: str
     transformers_version: str
+    device: str = "cpu"
+    """`cpu`, or the name of the card that computes."""
 
 
 class Ready(_Message, frozen=True):
@@ -334,6 +336,10 @@ class Snapshot(_Message, frozen=True):
     load_seconds: float
     """Busy time of the transfer threads, summed over threads."""
     load_failures: int
+    records_swept: int
+    """Records that the background sweep has read and compared with their checksums."""
+    records_bad: list[str]
+    """What is wrong with those that it last found bad, the first eight."""
     cpu_seconds: float
     """Processor time of the engine process, all threads."""
     stall_seconds: dict[str, float]
@@ -357,6 +363,12 @@ class Snapshot(_Message, frozen=True):
     memory_budget_bytes: int | None
     memory_shrinks: int
     """Times that memory was found above its budget and the expert budget was lowered by the excess."""
+    pressure_stalled: float
+    """Share of the last second in which a task stood still for memory, 0 to 1; 0 unless `memory_pressure` is on."""
+    pressure_lent_bytes: int
+    """Of the expert budget, lent to a box short of memory."""
+    pressure_shrinks: int
+    """Times that bytes were lent."""
     dense_bytes: int
     kv_capacity_bytes: int
     kv_used_bytes: int

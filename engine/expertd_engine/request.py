@@ -12,6 +12,7 @@ from typing import Protocol
 
 from expertd_engine.errors import EngineError
 from expertd_engine.messages import ExpertMode, FinishReason, Sampling, SequenceStats, Submit, TokenLogprob
+from expertd_engine.paths import Paths
 
 
 class SequenceState(Enum):
@@ -174,6 +175,8 @@ class Sequence:
     cache_salt: str = ""
     constrainer: Constrainer | None = None
     """Like the outputs, it stays through preemptions."""
+    paths: Paths | None = None
+    """Experts of its known tokens, where the model's router tells them ahead. They stay through preemptions too."""
     stats: StatsCollector = field(default_factory=StatsCollector)
 
     rank: tuple[int, int] = (0, 0)
@@ -299,6 +302,8 @@ class Sequence:
         self.num_computed_tokens = 0
         self.prefill_end = self.num_tokens
         self.stats.preemptions += 1
+        if self.paths is not None:
+            self.paths.stored = 0
         return self._take_blocks()
 
     def finish(self, reason: FinishReason) -> list[int]:

@@ -91,6 +91,8 @@ class StepPlan:
     mode: ExpertMode
     chunks: tuple[Chunk, ...]
     preempted: tuple[Sequence, ...]
+    queue: tuple[Sequence, ...] = ()
+    """All live sequences, in the plan or not: running ones by rank, then waiting ones by rank."""
 
     @property
     def num_tokens(self) -> int:
@@ -194,13 +196,13 @@ class Scheduler:
         chunks = self._next_trial(preempted)
         self._on_trial = bool(chunks)
         if chunks:
-            return self._begin_step(StepPlan(self._step, chunks[0].sequence.mode, tuple(chunks), tuple(preempted)))
+            return self._begin_step(chunks[0].sequence.mode, chunks, preempted)
         for mode in self._turns():
             chunks = self._continue_running(mode, preempted)
             if not preempted:
                 chunks += self._admit_waiting(mode, chunks)
             if chunks:
-                return self._begin_step(StepPlan(self._step, mode, tuple(chunks), tuple(preempted)))
+                return self._begin_step(mode, chunks, preempted)
         if self._sequences:
             raise EngineError(f"no step can be formed for {len(self._sequences)} live sequences")
         return None
@@ -366,7 +368,9 @@ class Scheduler:
     def _enqueue(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=_rank)
 
-    def _begin_step(self, plan: StepPlan) -> StepPlan:
+    def _begin_step(self, mode: ExpertMode, chunks: list[Chunk], preempted: list[Sequence]) -> StepPlan:
+        queue = (*self._running, *self._waiting)
+        plan = StepPlan(self._step, mode, tuple(chunks), tuple(preempted), queue)
         self._mode_steps = self._mode_steps + 1 if plan.mode == self._mode else 1
         self._mode = plan.mode
         self._step += 1

@@ -11,13 +11,14 @@ import torch
 import transformers
 
 from expertd_engine.config import Config
-from expertd_engine.core import Constrain, EngineCore, Forward, no_constraints
+from expertd_engine.core import Constrain, EngineCore, Forward, foresee_nothing, no_constraints
 from expertd_engine.errors import ConfigError, ModelError
 from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.governor import Governor
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import EveryExpert, LayerScan, Lookahead, NoLookahead
 from expertd_engine.experts.policy import make_policy
+from expertd_engine.experts.pregated import PregatedLookahead
 from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.store import ExpertStore, RecordFile
 from expertd_engine.experts.store_format import StoreIndex
@@ -34,6 +35,8 @@ from expertd_engine.model.expert_torch import SlotViews
 from expertd_engine.model.loader import LoadedModel, attach_experts, load_model
 from expertd_engine.model.moe import MoELayer, RouteSource
 from expertd_engine.model.native_model import NativeModel
+from expertd_engine.model.pathfinder import Pathfinder
+from expertd_engine.model.pregate import Pregate
 from expertd_engine.model.runner import Runner, StepModel
 from expertd_engine.model.trial import Trial
 from expertd_engine.model.virtual_build import NoVirtualMode, build_virtual, lacks_norms
@@ -84,6 +87,7 @@ class _Context:
     lookahead: Lookahead | None
     routes: RouteSource | None
     model: StepModel
+    pregate: Pregate | None
 
 
 def start_engine(
@@ -103,17 +107,19 @@ def start_engine(
     """
     threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    _verify(store, report)
+    verify_store(store, report)
     report("load", 0.0)
     fallbacks: list[str] = []
-    loaded = load_model(store, _open_pool(threads, fallbacks))
-    max_model_len = _max_model_len(config, loaded)
+    loaded = load_model(store, open_pool(threads, fallbacks))
+    max_model_len = model_len_of(config, loaded)
     meter = MemoryMeter(server_pid)
     report("trial", 0.0)
-    constrain = _constrain(store, loaded, fallbacks)
+    constrain = make_constrain(store, loaded, fallbacks)
     trial = Trial(loaded, store, BLOCK_TOKENS, max(max_model_len, config.max_step_tokens))
     if loaded.pool is not None and trial.not_native:
         fallbacks.append(f"all but the experts is computed by PyTorch, slowly: {trial.not_native}")
+    if loaded.pool is not None and trial.router_not_native:
+        fallbacks.append(f"the router is computed by PyTorch, slowly: {trial.router_not_native}")
     fallbacks += loaded.fallbacks
     invariant = trial.is_invariant()
     if not invariant:
@@ -127,15 +133,16 @@ def start_engine(
         fallbacks.append("the largest step is overestimated: this system does not let peak memory be measured anew")
     numerics = "invariant" if invariant else "per-batch"
     context = _Context(
-        config, store, loaded, trial.shapes, limits, constrain, fallbacks, numerics, lookahead, routes, trial.model
-    )
-    measured, asked = _measured(context, base, step), _asked(config, max_model_len)
+        config, store, loaded, trial.shapes, limits, constrain, fallbacks, numerics, lookahead, routes, trial.model,
+        trial.pregate,
+    )  # fmt: skip
+    measured, asked = _measured(context, base, step), asked_of(config, max_model_len)
     plan = plan_memory(measured, asked)
     report("allot", 0.0)
     return _assemble(context, (measured, asked), plan, meter, wrap)
 
 
-def _open_pool(threads: int, fallbacks: list[str]) -> Pool | None:
+def open_pool(threads: int, fallbacks: list[str]) -> Pool | None:
     try:
         return Pool(load_kernels(), threads)
     except KernelsMissing as reason:
@@ -143,14 +150,14 @@ def _open_pool(threads: int, fallbacks: list[str]) -> Pool | None:
         return None
 
 
-def _verify(store: ExpertStore, report: Report) -> None:
+def verify_store(store: ExpertStore, report: Report) -> None:
     if store.index.expert_bytes_total() <= VERIFY_AT_START_BYTES:
         store.verify(lambda _, fraction: report("verify", fraction))
     else:
         logger.info("store %s is large: each record is checked when it is first read", store.path)
 
 
-def _constrain(store: ExpertStore, loaded: LoadedModel, fallbacks: list[str]) -> Constrain:
+def make_constrain(store: ExpertStore, loaded: LoadedModel, fallbacks: list[str]) -> Constrain:
     try:
         return Grammars(store.path / "tokenizer.json", loaded.vocab_size, loaded.eos_token_ids).constrain
     except ModelError as error:
@@ -158,7 +165,7 @@ def _constrain(store: ExpertStore, loaded: LoadedModel, fallbacks: list[str]) ->
         return no_constraints
 
 
-def _max_model_len(config: Config, loaded: LoadedModel) -> int:
+def model_len_of(config: Config, loaded: LoadedModel) -> int:
     asked = config.max_model_len or loaded.context_tokens
     if asked > loaded.context_tokens:
         raise ConfigError(f"max_model_len: {asked} is not allowed: give at most the model's {loaded.context_tokens}")
@@ -180,7 +187,7 @@ def _measured(context: _Context, base: int, step: int) -> Measured:
     )
 
 
-def _asked(config: Config, max_model_len: int) -> Asked:
+def asked_of(config: Config, max_model_len: int) -> Asked:
     return Asked(config.expert_budget, config.memory_budget, config.kv_budget, max_model_len, config.max_sequences)
 
 
@@ -192,7 +199,9 @@ def _assemble(
     wrap: Callable[[Runner], Forward],
 ) -> Engine:
     config, store, loaded = context.config, context.store, context.loaded
-    storage = KVStorage(context.shapes, plan.kv_blocks + 1, BLOCK_TOKENS, loaded.dtype)
+    # A pre-gating router may need one spare block for each sequence; of these it touches its own layer alone.
+    spare = 0 if context.pregate is None else context.limits.max_running
+    storage = KVStorage(context.shapes, plan.kv_blocks + 1, BLOCK_TOKENS, loaded.dtype, spare)
     pool = KVPool(plan.kv_blocks + 1, BLOCK_TOKENS)
     records = store.open_records(verify_always=config.verify_reads == "always")
     if records.fallback_reason:
@@ -203,16 +212,24 @@ def _assemble(
     if config.expert_mode == "virtual" and lacks_norms(store.index):
         context.fallbacks.append("virtual mode weighs all experts alike: this store has no norms; prepare it again")
     routing = virtual if isinstance(virtual, VirtualRouting) else None
-    runner = Runner(context.model, layers, storage, cache, context.routes, routing)
+    pathfinder = _pathfinder(context, storage)
+    runner = Runner(context.model, layers, storage, cache, context.routes, routing, pathfinder)
     prefixes = PrefixCache(pool, store.index.store_id) if config.prefix_cache else None
     scheduler = Scheduler(context.limits, pool, prefixes)
     refusal = (lambda: virtual.reason) if isinstance(virtual, NoVirtualMode) else virtual.held.refusal
-    core = EngineCore(scheduler, wrap(runner), loaded.eos_token_ids, context.constrain, refusal)
+    foresee = foresee_nothing if pathfinder is None else pathfinder.foresee
+    core = EngineCore(scheduler, wrap(runner), loaded.eos_token_ids, context.constrain, refusal, foresee)
     for fallback in context.fallbacks:
         logger.warning("fallback: %s", fallback)
     info = _describe(context, plan, cache, pool, storage, records)
     sweep = Sweep(store, records, busy=lambda: cache.transfers.depth() > 0)
     return Engine(core, runner, cache, sweep, pool, storage, meter, loaded.dense_bytes, *planned_from, info)
+
+
+def _pathfinder(context: _Context, storage: KVStorage) -> Pathfinder | None:
+    if context.pregate is None:
+        return None
+    return Pathfinder(context.pregate, storage, context.limits.max_step_tokens)
 
 
 def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile) -> tuple[ExpertCache, list[MoELayer]]:
@@ -227,7 +244,11 @@ def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile) -> 
         prefetch=config.prefetch,
         prefetch_depth=2 * config.io_threads,
     )
-    lookahead = lookahead_for(index, 2 * config.io_threads, context.lookahead, ledger)
+    lookahead: Lookahead
+    if context.pregate is not None and context.lookahead is None and context.routes is None:
+        lookahead = PregatedLookahead(len(index.layers), max(ledger.experts_per_layer), ledger.resident_slots)
+    else:
+        lookahead = lookahead_for(index, 2 * config.io_threads, context.lookahead, ledger)
     slab = Slab(ledger.num_slots, max(record_bytes), whole_bytes=min(record_bytes))
     views = SlotViews(slab.whole, slab.stride, index.layouts)
     cache = ExpertCache(ledger, slab, Transfers(records, config.io_threads), lookahead, record_bytes)

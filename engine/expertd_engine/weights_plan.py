@@ -55,14 +55,16 @@ def compute_dtype(dense_format: str) -> str:
     return "bf16" if dense_format == "bf16" else "float32"
 
 
-def plan_records(model: Model, experts_format: str) -> tuple[list[LayerPlan], list[RecordLayout]]:
+def plan_records(
+    model: Model, experts_format: str, order: str = "strips"
+) -> tuple[list[LayerPlan], list[RecordLayout]]:
     """The layers in forward order, back to back, and the distinct layouts of their records. Raises ModelError."""
     layouts: list[RecordLayout] = []
     layers: list[LayerPlan] = []
     offset = 0
     for name, module in find_experts(model):
         shapes, num_experts = _record_shapes(name, module)
-        layout = lay_out(shapes, experts_format)
+        layout = lay_out(shapes, experts_format, order)
         if layout not in layouts:
             layouts.append(layout)
         layers.append(LayerPlan(name, num_experts, layout, layouts.index(layout), offset))
@@ -70,16 +72,19 @@ def plan_records(model: Model, experts_format: str) -> tuple[list[LayerPlan], li
     return layers, layouts
 
 
-def lay_out(shapes: Mapping[str, Sequence[int]], experts_format: str) -> RecordLayout:
-    """The record of tensors of these names and shapes, in their order: matrices in the format, vectors in float32."""
+def lay_out(shapes: Mapping[str, Sequence[int]], experts_format: str, order: str = "strips") -> RecordLayout:
+    """The record of tensors of these names and shapes, in their order: matrices in the format, vectors in float32.
+
+    `order` is one of `store_format.ORDERS`.
+    """
     matrices = _stored_name(experts_format)
     specs, end = [], 0
     for name, shape in shapes.items():
         dtype = matrices if len(shape) == 2 else "float32"
         offset = _round_up(end, _TENSOR_ALIGNMENT)
         specs.append(TensorSpec(name, dtype, list(shape), offset))
-        end = offset + tensor_bytes(dtype, shape)
-    return RecordLayout(experts_format, _round_up(end, ALIGNMENT), specs)
+        end = offset + tensor_bytes(dtype, shape, order)
+    return RecordLayout(experts_format, _round_up(end, ALIGNMENT), specs, order)
 
 
 def plan_quantised(model: Model, dense_format: str) -> dict[str, QuantisedTensor]:

@@ -29,7 +29,9 @@ def status(service: Service) -> dict[str, Any]:
         body |= {"stage": service.stage, "progress": round(service.progress, 4)}
     if service.model is not None:
         body["model"] = {**_model(service.model.name, service.model.info), "chat": service.model.chat.available}
-        body["memory"] = memory(service.metrics.engine.snapshot, service.model.info)
+        snapshot = service.metrics.engine.snapshot
+        body["memory"] = memory(snapshot, service.model.info)
+        body["store"] = {"swept": snapshot.records_swept, "bad": snapshot.records_bad}
     return body
 
 
@@ -57,7 +59,7 @@ def _model(name: str, info: EngineInfo) -> dict[str, Any]:
     return {
         "name": name, "dtype": info.dtype, "layers": info.num_moe_layers, "experts": info.num_experts,
         "top_k": info.top_k, "numerics": info.numerics, "kernels": info.kernels,
-        "step_path": info.step_path, "policy": info.policy, "lookahead": info.lookahead,
+        "step_path": info.step_path, "device": info.device, "policy": info.policy, "lookahead": info.lookahead,
         "fallbacks": info.fallbacks,
     }  # fmt: skip
 
@@ -78,6 +80,10 @@ def memory(snapshot: Snapshot, info: EngineInfo) -> dict[str, Any]:
         "total": {
             "budget": memory_budget_of(info, snapshot), "used": snapshot.memory_used_bytes,
             "peak": snapshot.memory_peak_bytes, "source": snapshot.memory_source, "shrinks": snapshot.memory_shrinks,
+        },
+        "pressure": {
+            "stalled": snapshot.pressure_stalled, "lent": snapshot.pressure_lent_bytes,
+            "shrinks": snapshot.pressure_shrinks,
         },
     }  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from expertd_engine.experts import cache
 from expertd_engine.experts.store_format import RECORDS_NAME
 from expertd_engine.messages import Sampling
 from expertd_engine.startup import Engine
@@ -109,9 +110,10 @@ def test_short_reads_are_gone_on_with(engine: Engine, disk: Disk, most: int) -> 
     assert tokens(answers(engine)) == expected
 
 
-def test_a_read_that_stalls_is_waited_for(engine: Engine, disk: Disk) -> None:
-    """However long: nothing else is lost meanwhile."""
+def test_a_read_that_stalls_is_waited_for(engine: Engine, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long: nothing else is lost, and the engine goes on giving signs of life."""
     expected = tokens(answers(engine))
+    monkeypatch.setattr(cache, "PULSE_S", 0.01)
     stalled, go_on = threading.Event(), threading.Event()
 
     def fault(number: int, read: Read, arguments: Any) -> int | None:
@@ -125,6 +127,9 @@ def test_a_read_that_stalls_is_waited_for(engine: Engine, disk: Disk) -> None:
     thread = threading.Thread(target=lambda: generated.extend(answers(engine)))
     thread.start()
     assert stalled.wait(WAIT_S)
+    alive = threading.Event()
+    monkeypatch.setattr(engine.cache, "pulse", alive.set)
+    assert alive.wait(WAIT_S)
     assert thread.is_alive() and not generated
     go_on.set()
     thread.join(WAIT_S)

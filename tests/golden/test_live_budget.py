@@ -12,6 +12,7 @@ from expertd_engine.messages import Sampling, SetBudget
 from expertd_engine.model.trial import Trial
 from expertd_engine.planning.startup_plan import GROWTH_BYTES
 from expertd_engine.prepare import prepare
+from expertd_engine.pressure import PressureReader, PressureSource
 from expertd_engine.startup import Engine
 from support.engine import Generated, running_engine, submit_of
 from support.tiny_families import make_checkpoint
@@ -36,9 +37,9 @@ def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trial, "largest_step_bytes", lambda self, *sizes: 0)
 
 
-def run(engine: Engine, changes: list[SetBudget]) -> list[Generated]:
+def run(engine: Engine, changes: list[SetBudget], budget: LiveBudget | None = None) -> list[Generated]:
     """All streams to their end; a budget changes every few steps."""
-    budget, results = LiveBudget(engine), {i: Generated() for i in range(STREAMS)}
+    budget, results = budget or LiveBudget(engine), {i: Generated() for i in range(STREAMS)}
     for i, prompt in enumerate(PROMPTS):
         engine.core.submit(submit_of(i, prompt, HOW), 0.0)
     steps = 0
@@ -92,6 +93,25 @@ def test_a_lower_memory_budget_takes_idle_kv_first_and_what_sequences_hold_never
         assert engine.pool.capacity == 4, "the KV of one sequence; all else is for experts"
         assert budget.set(SetBudget(memory_budget_bytes=high)).memory_budget_bytes == high
         assert engine.pool.capacity == capacity
+
+
+def test_a_box_short_of_memory_gets_expert_bytes_and_gives_them_back(store: Path, tmp_path: Path) -> None:
+    psi, seconds = tmp_path / "psi", iter(range(1000))
+    psi.write_text("some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n")
+    with running_engine(store, threads=1) as engine:
+        ledger = engine.cache.ledger
+        whole = ledger.budget_bytes
+        budget = LiveBudget(engine, PressureReader(PressureSource(psi), lambda: next(seconds)))
+        run(engine, [], budget)
+        assert ledger.budget_bytes == whole and ledger.resident_bytes > whole // 2
+        psi.write_text("some avg10=50.00 avg60=0.00 avg300=0.00 total=500000\n")
+        resident = ledger.resident_bytes
+        budget.tick(USED)
+        assert ledger.limit_bytes == whole - budget.control.lent_bytes <= 0.75 * resident
+        assert ledger.resident_bytes <= ledger.limit_bytes
+        for _ in range(100):
+            budget.tick(USED)
+        assert (ledger.budget_bytes, budget.control.lent_bytes, budget.control.shrinks) == (whole, 0, 1)
 
 
 def test_a_budget_that_cannot_be_changes_nothing(store: Path) -> None:

@@ -150,7 +150,8 @@ class Completions:
     def empty(self) -> bool:
         return not self._arrived
 
-    def get(self) -> Completion:
+    def get(self, timeout: float | None = None) -> Completion:
+        """`timeout` never passes: what takes long in virtual time is waited for."""
         while not self._arrived:
             if not self._clock.run_next():
                 raise Violation("lost wakeup: a step waits for a load, and none is under way")

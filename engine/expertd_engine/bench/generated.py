@@ -59,6 +59,10 @@ class GeneratedRoutes:
         """Stream, first and last + 1 token, in the order of rows."""
         self._routes = np.empty((0, self.shape.layers, self.shape.top_k), np.int64)
 
+    def become(self, other: GeneratedRoutes) -> None:
+        """Go on as `other`, which is done with."""
+        self.__dict__.update(other.__dict__)
+
     def reserve(self, tokens: int) -> None:
         """Have `tokens` more tokens of every stream ready."""
         for stream in self._streams:
@@ -77,9 +81,18 @@ class GeneratedRoutes:
 
     def route(self, layer: int, num_rows: int) -> Ids:
         """Expert ids `[num_rows, top_k]` for the running step. Raises ValueError for rows nobody announced."""
+        return self.step_routes(num_rows)[:, layer]
+
+    def step_routes(self, num_rows: int) -> Ids:
+        """`[num_rows, layers, top_k]`, as `route`."""
         if num_rows != len(self._routes):
             raise ValueError(f"the step has {num_rows} rows; {len(self._routes)} were announced")
-        return self._routes[:, layer]
+        return self._routes
+
+    @property
+    def current(self) -> Ids:
+        """Routes of the step last announced, `[rows, layers, top_k]`."""
+        return self._routes
 
     def predicted(self, layer: int, lead: int, *, next_step: bool) -> Ids:
         """What the channel gives, `lead` layers ahead, for `layer` of this step's tokens; or of the next token of each
@@ -140,6 +153,10 @@ class Recorder:
         self._inner = inner
         self._shape = shape
         self._asked: dict[int, Sequence[int]] = {}
+
+    def become(self, inner: Lookahead) -> None:
+        """Record around `inner` from now on."""
+        self.exactness, self._inner = inner.exactness, inner
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
         self._asked = {}

@@ -30,7 +30,7 @@ from expertd_engine.bench.protocol import (
 )
 from expertd_engine.bench.replay import LRUReplay
 from expertd_engine.bench.routing import RoutingShape, make_routing, shape_of
-from expertd_engine.config import Config, Policy, parse_size
+from expertd_engine.config import Config, Device, Policy, parse_size
 from expertd_engine.core import Forward, StepResult
 from expertd_engine.errors import EngineError
 from expertd_engine.experts.lookahead import NoLookahead
@@ -51,7 +51,7 @@ class EngineSession:
         self._spec = spec
         self._store = ExpertStore.open(Path(spec.store))
         self._shape = shape_of(self._store.index)
-        self._routes, channel = _generated(spec, self._shape)
+        self._routes, channel = generated(spec, self._shape)
         foresight = ChannelLookahead(self._routes, channel) if self._routes and channel else NoLookahead()
         self._recorder = Recorder(foresight, self._shape)
         self._rng = np.random.default_rng(spec.seed)
@@ -60,7 +60,7 @@ class EngineSession:
         self._outputs: dict[int, int] = {}
         """Tokens so far, by sequence."""
         self._counts = ExpertCounts()
-        self._decoded: list[list[Sequence[int]]] = []
+        self._decoded: list[Sequence[Sequence[int]]] = []
         """What each decode step asked for, by layer, that the replay has not seen."""
         self._engine = start_engine(
             self._store,
@@ -175,10 +175,14 @@ class EngineSession:
             result = runner(plan)
             self._counts += result.experts
             if plan.phase == "decode":
-                self._decoded.append(self._recorder.take_step())
+                self._decoded.append(self._step_experts())
             return result
 
         return forward
+
+    def _step_experts(self) -> Sequence[Sequence[int]]:
+        """The distinct experts that the step just run asked for, by layer."""
+        return self._recorder.take_step()
 
     def _step(self) -> float:
         """One step; the seconds it took. Raises EngineError if it ended a sequence with an error."""
@@ -253,7 +257,8 @@ def _kernels() -> str:
     return "torch kernels" if library.why_missing() else f"{library.load().instruction_set} kernels"
 
 
-def _generated(spec: EngineSpec, shape: RoutingShape) -> tuple[GeneratedRoutes | None, Channel | None]:
+def generated(spec: EngineSpec, shape: RoutingShape) -> tuple[GeneratedRoutes | None, Channel | None]:
+    """The routes and the channel that `spec` asks for; None for the model's own. Raises UsageError."""
     routing, channel = make_routing(spec.routing, shape, spec.seed), make_channel(spec.hints)
     if routing is None:
         return None, None
@@ -273,4 +278,6 @@ def _config(spec: EngineSpec) -> Config:
         max_step_tokens=spec.max_step_tokens,
         threads=spec.threads,
         io_threads=spec.io_threads,
+        device=cast(Device, spec.device),
+        host_budget=parse_size(spec.host_budget, share_allowed=True) if spec.host_budget else None,
     )

@@ -13,8 +13,9 @@ from expertd_engine.messages import HistogramData
 
 PrefetchOutcome = Literal["used", "late", "wasted", "cancelled"]
 
-StallCause = Literal["disk_read", "expert_wait"]
-"""`disk_read`: a demanded record is being read; `expert_wait`: it has no slot yet, loads given up must end first."""
+StallCause = Literal["disk_read", "expert_wait", "link_estimated"]
+"""`disk_read`: a demanded record is being read; `expert_wait`: it has no slot yet, loads given up must end first;
+`link_estimated`: a kernel read it over a device's link, where nobody can look at the clock: bytes ÷ bandwidth."""
 
 STALL_BOUNDS_S = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 40.0)
 
@@ -125,8 +126,8 @@ class Counters:
 class Stalls:
     """Time in which the running step stood still because an expert's bytes were missing. Seconds."""
 
-    def __init__(self) -> None:
-        self._seconds: dict[StallCause, float] = dict.fromkeys(get_args(StallCause), 0.0)
+    def __init__(self, causes: Sequence[StallCause] = ("disk_read", "expert_wait")) -> None:
+        self._seconds: dict[StallCause, float] = dict.fromkeys(causes, 0.0)
         self._before: dict[StallCause, float] = dict(self._seconds)
         self._steps = {cause: Histogram(STALL_BOUNDS_S) for cause in self._seconds}
 

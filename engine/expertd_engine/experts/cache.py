@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
+from queue import Empty
 from types import TracebackType
 from typing import Protocol
 
@@ -36,9 +37,15 @@ from expertd_engine.experts.events import (
 )
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import Lookahead
+from expertd_engine.experts.pregated import PregatedLookahead
 from expertd_engine.experts.slab import Slab
-from expertd_engine.experts.transfer import Transfers
+from expertd_engine.experts.transfer import Completion, Transfers
 from expertd_engine.request import ExpertCounts
+
+PULSE_S = 1.0
+"""While a step waits for a read, a sign of life goes out this often."""
+PATIENCE_S = 120.0
+"""A read that takes longer may never end: no more signs of life, and who watches the engine may call it wedged."""
 
 
 class ExpertUnavailableError(ExpertdError):
@@ -205,7 +212,9 @@ class ExpertCache:
 
     @property
     def foresees(self) -> bool:
-        """Whether a layer's routes give hints: then each layer has to be told."""
+        """Whether each layer has to be told: its routes give hints, or loads are under way for those after it."""
+        if isinstance(self.lookahead, PregatedLookahead):
+            return self.lookahead.lacks
         return self.lookahead.exactness != "none"
 
     def used_in_passing(self, layers: Iterable[tuple[int, Sequence[int]]]) -> None:
@@ -236,9 +245,19 @@ class ExpertCache:
     def wait(self) -> None:
         """Wait for one completion: the step cannot go on without."""
         cause, began = self.ledger.stall_cause(), time.perf_counter()
-        completion = self.transfers.completions.get()
+        completion = None
+        while completion is None:
+            completion = self._next_completion(patient=time.perf_counter() - began < PATIENCE_S)
         self.stalls.add(cause, time.perf_counter() - began)
         self.handle([completion])
+
+    def _next_completion(self, *, patient: bool) -> Completion | None:
+        """The next, or None after a second in which there was none, and others have been told that this is no hang."""
+        try:
+            return self.transfers.completions.get(timeout=PULSE_S if patient else None)
+        except Empty:
+            self.pulse()
+            return None
 
     def close(self) -> None:
         self.transfers.close()

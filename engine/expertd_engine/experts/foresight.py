@@ -95,6 +95,10 @@ class Foresight:
                 if facts.ticket:
                     self._residency.victims.offer(facts)
 
+    def forget_until(self, record: Record, used_at: int) -> None:
+        """What was known of uses up to this one is past."""
+        self._know(record, used_at, None)
+
     def _know(self, record: Record, used_at: int, told: int | None) -> None:
         """Of the known uses after this one, the soonest stands."""
         facts = record.facts

@@ -116,6 +116,13 @@ class Residency:
             self.prefetching_bytes += record.nbytes
         self.issue_load(record, priority)
 
+    def fill(self, record: Record, limit: int) -> None:
+        """absent → loading, though nothing asks for it. There must be room within `limit` bytes."""
+        record.slot = self.slots.take(record.nbytes, limit, self.out)
+        self.prefetching[record.expert] = record
+        self.prefetching_bytes += record.nbytes
+        self.issue_load(record, Priority.DEMAND)
+
     def issue_load(self, record: Record, priority: Priority) -> None:
         """Start a load into the slot that the record has."""
         self._last_load += 1
@@ -180,6 +187,12 @@ class Residency:
         self.resident_bytes += record.nbytes
         if record.state is State.RESIDENT:
             self.set_idle(record)
+
+    def relocate(self, record: Record, slot: int) -> None:
+        """The resident record lies in another slot from now on; whose the slots are is the caller's to settle."""
+        record.slot = slot
+        self.slots_by_layer[record.expert.layer][record.expert.expert] = slot
+        self.story.tell(record.expert, "moved to slot", slot)
 
     def set_idle(self, record: Record) -> None:
         """leased → resident."""

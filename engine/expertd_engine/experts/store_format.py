@@ -20,7 +20,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from expertd_engine.kernels.formats import QUANTISED, packed_bytes
+from expertd_engine.kernels.formats import packed_bytes
+from expertd_engine.kernels.row_order import matrix_bytes
 
 FORMAT_VERSION = 2
 INDEX_NAME = "store.json"
@@ -32,12 +33,16 @@ ALIGNMENT = 4096
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+ORDERS = ("strips", "rows")
+"""How a record's matrices lie: `strips` for CPUs (`kernels.formats`), `rows` for GPUs (`kernels.row_order`)."""
+
+
+def tensor_bytes(dtype: str, shape: Sequence[int], order: str = "strips") -> int:
     """Bytes of a stored tensor; `dtype` as in `TensorSpec`. ValueError for a quantised one that is no matrix."""
-    if dtype not in QUANTISED:
+    if dtype in _ITEM_BYTES:
         return _ITEM_BYTES[dtype] * math.prod(shape)
     rows, cols = shape
-    return packed_bytes(dtype, rows, cols)
+    return matrix_bytes(dtype, rows, cols) if order == "rows" else packed_bytes(dtype, rows, cols)
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,7 +51,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     """`gate_proj`, `up_proj`, `down_proj`, or one of these and `_bias`."""
     dtype: str
-    """`float32`, `bfloat16`, or a quantised format of `kernels.formats`."""
+    """`float32`, `bfloat16`, or a quantised format of `kernels.formats` or `kernels.row_order`."""
     shape: list[int]
     """In weights, padding of quantised formats left out."""
     offset: int
@@ -61,14 +66,16 @@ class QuantisedTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[N, K]` in weights, padding left out."""
 
 
-class RecordLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RecordLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the bytes of one record are to be read."""
 
     format: str
-    """What the user calls the matrices' format: `float32`, `bf16`, `int8`, `int4` or `int4s`."""
+    """What the user calls the matrices' format: `float32`, `bf16`, `int8`, `int4`, `int4s` or `fp8`."""
     bytes: int
     """Length of a record, padding included: a multiple of `ALIGNMENT`."""
     tensors: list[TensorSpec]
+    order: str = "strips"
+    """One of `ORDERS`: which processors can read it."""
 
 
 class LayerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

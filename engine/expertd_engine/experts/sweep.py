@@ -26,8 +26,9 @@ class Sweep:
     """`busy` says whether the disk has other work: then the next record waits for another pause."""
 
     def __init__(self, store: ExpertStore, records: RecordFile, busy: Callable[[], bool]) -> None:
-        self.bad: dict[ExpertId, str] = {}
+        self._bad: dict[ExpertId, str] = {}
         """What the last look at each bad record said; one that has become good again leaves."""
+        self._lock = threading.Lock()
         self.num_swept = 0
         self._records = records
         self._busy = busy
@@ -49,15 +50,22 @@ class Sweep:
         if self._thread.is_alive():
             self._thread.join()
 
+    def first_bad(self) -> list[str]:
+        """What is wrong with the first eight."""
+        with self._lock:
+            return [said for _, said in sorted(self._bad.items())[:8]]
+
     def look_at(self, expert: ExpertId) -> None:
         """Read one record and note whether it is what it was."""
         try:
             self._records.verify_record(expert, self._scratch)
         except StoreError as error:
             logger.error("%s", error)
-            self.bad[expert] = str(error)
+            with self._lock:
+                self._bad[expert] = str(error)
         else:
-            self.bad.pop(expert, None)
+            with self._lock:
+                self._bad.pop(expert, None)
         self.num_swept += 1
 
     def _run(self) -> None:

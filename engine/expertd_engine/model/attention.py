@@ -53,7 +53,10 @@ class KVStorage:
     Block 0 is the null block: never written, all zeros; tables are padded with it.
     """
 
-    def __init__(self, shapes: Sequence[LayerShape], num_blocks: int, block_tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shapes: Sequence[LayerShape], num_blocks: int, block_tokens: int, dtype: torch.dtype, spare_blocks: int = 0
+    ) -> None:
+        """`spare_blocks` more lie behind the `num_blocks`: what is written there is read by the same call alone."""
         self.block_tokens = block_tokens
         self.num_blocks = num_blocks
         self.dtype = dtype
@@ -62,7 +65,7 @@ class KVStorage:
         """Bytes one token's keys and values take in the layer that stores most."""
         self.mask_row_bytes_max = TILE_QUERIES * max(s.group for s in shapes) * dtype.itemsize
         """Bytes one key takes in the mask of one tile, in the layer with most heads to a key."""
-        self._slab = Slab(num_blocks, self.block_bytes)
+        self._slab = Slab(num_blocks + spare_blocks, self.block_bytes)
         self.address = self._slab.address
         """Of block 0."""
         self.keys: list[torch.Tensor] = []
@@ -70,7 +73,7 @@ class KVStorage:
         self.values: list[torch.Tensor] = []
         self.offsets: list[tuple[int, int]] = []
         """Per layer, bytes from a block's beginning to its keys and to its values."""
-        pool = torch.frombuffer(self._slab.whole, dtype=dtype).view(num_blocks, -1)
+        pool = torch.frombuffer(self._slab.whole, dtype=dtype).view(num_blocks + spare_blocks, -1)
         begin = 0
         for heads, _, key_dim, value_dim in shapes:
             middle = begin + block_tokens * heads * key_dim

@@ -56,6 +56,8 @@ class LoadedModel:
     """What is slower than designed, for people to read."""
     pool: Pool | None
     """The native kernels' threads; None where there are none."""
+    pregating: torch.nn.Module | None = None
+    """The router that chooses all layers' experts from tokens alone; None where each layer has its own."""
 
 
 def load_model(store: ExpertStore, pool: Pool | None = None) -> LoadedModel:
@@ -91,7 +93,13 @@ def load_model(store: ExpertStore, pool: Pool | None = None) -> LoadedModel:
         float32_sigmoids=dtype == torch.float32 or store.index.router_kind in (RouterKind.SIGMOID_GROUPED, None),
         fallbacks=fallbacks,
         pool=pool,
+        pregating=model.router if is_pregated(config) else None,
     )
+
+
+def is_pregated(config: Any) -> bool:
+    """Whether the model has one router for all layers."""
+    return bool(config.model_type == "pregated_llama")
 
 
 def _load_dense(model: Model, dense: Mapping[str, torch.Tensor], store: ExpertStore, pool: Pool | None) -> list[str]:

@@ -57,6 +57,10 @@ class RouteSource(Protocol):
         """Expert ids `[num_rows, K]`, distinct in each row, for the rows of the running step at MoE layer `layer`."""
         ...
 
+    def step_routes(self, num_rows: int) -> NDArray[np.int64]:
+        """All layers' at once, `[num_rows, layers, K]`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
@@ -144,6 +148,24 @@ class ExpertKernel(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class KnownRoutes:
+    """Routes that are known before their step: experts (int64) and weights (float32), `[heads, T, K]`."""
+
+    index: torch.Tensor
+    weights: torch.Tensor
+
+    @property
+    def same_everywhere(self) -> bool:
+        """Whether one choice holds in all layers."""
+        return len(self.index) == 1
+
+    def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts and weights `[T, K]` of an MoE layer."""
+        head = 0 if self.same_everywhere else layer
+        return self.index[head], self.weights[head]
+
+
 class Reroute(Protocol):
     """Puts other experts in the place of those that the model's router chose: virtual mode."""
 
@@ -154,6 +176,17 @@ class Reroute(Protocol):
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Experts and weights `[T, K]` for `hidden` `[T, H]`, from the router's own."""
+        ...
+
+
+class Watch(Protocol):
+    """Looks on while a step is routed, and changes nothing: a recorder, or a predictor."""
+
+    sees_hidden: bool
+    """Whether it wants what the routers saw: then layers do not run on without Python."""
+
+    def routed(self, layer: int, chosen: NDArray[np.int64], hidden: torch.Tensor | None) -> None:
+        """MoE layer `layer` sends rows `hidden` `[T, H]` (None where nobody wants it) to `chosen` `[T, K]`."""
         ...
 
 
@@ -168,6 +201,7 @@ class StepRoutes:
         decode_rows: Sequence[int] | None = None,
         routes: RouteSource | None = None,
         reroute: Reroute | None = None,
+        known: KnownRoutes | None = None,
     ) -> None:
         self.num_rows = num_rows
         """Rows of the batch; what lies beyond is padding and reaches no expert."""
@@ -176,6 +210,9 @@ class StepRoutes:
         """Chooses experts in the router's place, for measurements on generated routes."""
         self.reroute = reroute
         """None: the router's own choices stand."""
+        self.watches: Sequence[Watch] = ()
+        self.known = known
+        """Of a model whose router has run before the step; None for all others."""
         self._decode_rows = None if decode_rows is None else np.array(decode_rows, np.int64)
         """Rows of decoding sequences; None: all are."""
 
@@ -233,6 +270,8 @@ class MoELayer:
         chosen: NDArray[np.int64] = top_k_index.numpy()
         if step.routes is not None:
             chosen = step.routes.route(self.layer, len(chosen))
+        for watch in step.watches:
+            watch.routed(self.layer, chosen, hidden)
         pairs = Pairs.of(chosen, top_k_weights.numpy())
         x = hidden.to(self.kernel.compute_dtype).contiguous()
         scanned = step.scanned(pairs.experts, chosen)

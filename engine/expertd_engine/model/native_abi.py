@@ -29,13 +29,14 @@ class Rope(IntEnum):
 
 
 class Scores(IntEnum):
-    """How router logits become scores. LOGITS: who calls selects."""
+    """How router logits become scores. LOGITS: who calls selects. GIVEN: who calls has done so before."""
 
     DENSE = 0
     LOGITS = 1
     SOFTMAX = 2
     SIGMOID = 3
     CHOSEN = 4
+    GIVEN = 5
 
 
 class Norm(ctypes.Structure):

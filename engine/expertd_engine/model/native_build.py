@@ -35,7 +35,7 @@ def build_native(
 ) -> NativeModel:
     """The native path for positions below `max_positions`. Raises NotMatched with the reason why there is none.
 
-    `shapes` are what the attention layers store. It runs the model's modules once, on stand-ins for its experts.
+    `shapes` are what the attention layers store, with a pre-gating router's behind them. It runs the model's modules once, on stand-ins for its experts.
     """
     if loaded.pool is None:
         raise NotMatched("there are no native kernels")
@@ -57,7 +57,7 @@ def build_native(
 def _assemble(loaded: LoadedModel, layers: Sequence[NativeLayer]) -> NativeModel:
     assert loaded.pool is not None
     try:
-        return NativeModel(loaded.pool, layers, _ends(loaded.model))
+        return NativeModel(loaded.pool, layers, _ends(loaded))
     except KernelsMissing as error:
         raise NotMatched(str(error)) from None
 
@@ -65,7 +65,7 @@ def _assemble(loaded: LoadedModel, layers: Sequence[NativeLayer]) -> NativeModel
 def _match_layers(model: Any, layers: Sequence[LayerSeen], shapes: Sequence[LayerShape]) -> list[Matched]:
     names = {module: name for name, module in find_experts(model)}
     matched = []
-    for index, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
+    for index, (layer, shape) in enumerate(zip(layers, shapes[: len(layers)], strict=True)):
         try:
             matched.append(match_layer(layer, shape, lambda experts: adapt_router(model, names[experts])))
         except NotMatched as error:
@@ -80,11 +80,12 @@ def _native_layer(matched: Matched, seen: LayerSeen, moe: dict[nn.Module, int]) 
     return NativeLayer(matched.block, index, select, [*matched.keep, *rope])
 
 
-def _ends(model: Any) -> Ends:
+def _ends(loaded: LoadedModel) -> Ends:
     """The embedding, the last norm and the head; their scales are still to be found."""
+    model, ahead = loaded.model, [] if loaded.pregating is None else [loaded.pregating]
     base, head = model.base_model, model.get_output_embeddings()
     embedding = model.get_input_embeddings()
-    known = {id(p) for part in (*decoder_layers(model), embedding, head) for p in part.parameters()}
+    known = {id(p) for part in (*decoder_layers(model), embedding, head, *ahead) for p in part.parameters()}
     others = [child for child in base.children() if any(id(p) not in known for p in child.parameters())]
     if len(others) != 1:
         raise NotMatched(f"{len(others)} parts of {type(base).__name__} stand between its layers and its head")
@@ -162,7 +163,7 @@ class _Judge:
     def _layer_error(self, index: int) -> float:
         layer, memory = self._seen.layers[index], self._begin()
         memory.activations.hidden.copy_(layer.given)
-        self._model.run_alone(index, StandInExperts().compute, memory)
+        self._model.run_alone(index, StandInExperts().compute, memory, self._seen.routes)
         errors = [self._error(memory.activations.hidden, layer.gave.float(), layer.given.float())]
         for ours, theirs in zip(
             self._stored(self._storage, index), self._stored(self._seen.storage, index), strict=True

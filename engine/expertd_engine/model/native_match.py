@@ -205,15 +205,20 @@ def _place_attention(parts: _Parts, module: Any, seen: LayerSeen, shape: LayerSh
     block.key_dim, block.value_dim = shape.key_dim, shape.value_dim
 
 
-def _place_moe(parts: _Parts, ffn: nn.Module, experts: nn.Module, adapter: ModuleRouterAdapter | None) -> None:
-    if adapter is None:
+def _place_moe(parts: _Parts, ffn: Any, experts: Any, adapter: ModuleRouterAdapter | None) -> None:
+    if adapter is None and not getattr(ffn, "routes_are_given", False):
         raise NotMatched(f"{type(ffn).__name__} has a router of no known kind")
     block = parts.block
-    block.router = _router(parts, adapter)
-    for tensor in (*adapter.module.parameters(), *ffn.parameters(recurse=False)):
-        parts.claim(tensor)  # what else a router has (selection biases) its adapter knows
+    router = None if adapter is None else adapter.module
+    if adapter is not None:
+        block.router = _router(parts, adapter)
+        for tensor in (*adapter.module.parameters(), *ffn.parameters(recurse=False)):
+            parts.claim(tensor)  # what else a router has (selection biases) its adapter knows
+    else:
+        block.router.scores, block.router.top_k = Scores.GIVEN, int(ffn.top_k)
+        block.router.experts = int(experts.num_experts)
     for name, child in ffn.named_children():
-        if child is experts or child is adapter.module:
+        if child is experts or child is router:
             continue
         if _is_mlp(child):
             block.ffn = _mlp(parts, child)

@@ -20,7 +20,7 @@ from torch import Tensor
 from expertd_engine.kernels.library import FORMATS, Matrix, Pool
 from expertd_engine.model.attention import KVStorage, Span
 from expertd_engine.model.expert_native import NativeExperts
-from expertd_engine.model.moe import Later, MoELayer, StepRoutes
+from expertd_engine.model.moe import KnownRoutes, Later, MoELayer, StepRoutes
 from expertd_engine.model.native_abi import Block, BlockCalls, Norm, Step
 from expertd_engine.model.native_run import LayerRun, may_run
 from expertd_engine.model.numerics import InvariantSigmoids
@@ -124,9 +124,11 @@ class StepMemory:
 class NativeModel:
     """Computes steps of one model. Owns descriptors and activations; weights, keys and values are others'."""
 
-    def __init__(self, pool: Pool, layers: Sequence[NativeLayer], ends: Ends) -> None:
-        self._pool = pool
-        self._calls = BlockCalls(pool.library)
+    def __init__(self, pool: Pool, layers: Sequence[NativeLayer], ends: Ends, *, last_of_storage: bool = False) -> None:
+        """`last_of_storage`: the layers' keys and values are the last of a storage, else the first."""
+        self.pool = pool
+        self.calls = BlockCalls(pool.library)
+        self._last_of_storage = last_of_storage
         self._layers = layers
         self.ends = ends
         self._hidden = layers[0].block.hidden
@@ -137,6 +139,11 @@ class NativeModel:
     @property
     def num_layers(self) -> int:
         return len(self._layers)
+
+    @property
+    def layers(self) -> Sequence[NativeLayer]:
+        """As they were matched, for who computes them elsewhere."""
+        return self._layers
 
     def forward(
         self,
@@ -157,6 +164,8 @@ class NativeModel:
             moe.step = routes
         memory = self.begin(token_ids, positions, spans, storage)
         later: Later | None = None
+        if routes.known is not None and routes.known.same_everywhere:
+            self._put_routes(routes.known, 0, 0, memory)
         try:
             run = self._layer_run(layers, routes) if may_run(routes, len(token_ids)) else None
             index = 0
@@ -164,9 +173,12 @@ class NativeModel:
                 if run is None:
                     self.run_layer(index, memory, later)
                 else:
-                    index = run.forward(self._pool, index, later, memory.step, memory.activations.routed.data_ptr())
+                    routed = memory.activations.routed.data_ptr()
+                    index = run.forward(self.pool, index, later, memory.step, routed, routes.watches)
                 later = None
                 if index < len(self._layers) and (moe_index := self._layers[index].moe) is not None:
+                    if routes.known is not None and not routes.known.same_everywhere:
+                        self._put_routes(routes.known, index, moe_index, memory)
                     if routes.reroute is not None:
                         routes.reroute.logits = memory.activations.routes[index][0]
                     later = self._experts(index, layers[moe_index].compute_or_prepare, memory)
@@ -177,9 +189,13 @@ class NativeModel:
         finally:
             if later is not None:
                 later.abandon()
-        if len(token_ids) <= _KEPT_ROWS:
-            self._kept = memory.activations
+        self.keep(memory)
         return self.logits(memory, logit_rows)
+
+    def keep(self, memory: StepMemory) -> None:
+        """A step has come to its end: the next one may use its memory, unless that is much."""
+        if memory.activations.rows <= _KEPT_ROWS:
+            self._kept = memory.activations
 
     def begin(
         self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
@@ -188,12 +204,16 @@ class NativeModel:
         if storage is not self._storage:
             self._bind(storage)
         memory = StepMemory(self._activations(len(token_ids)), positions, spans, storage)
+        self.look_up(token_ids, memory)
+        return memory
+
+    def look_up(self, token_ids: Sequence[int], memory: StepMemory) -> None:
+        """Make the residual stream what stands before the first layer."""
         ids = array("q", token_ids)
         hidden, ends = memory.activations.hidden, self.ends
-        self._pool.library.rows(ends.embedding, ids.buffer_info()[0], len(ids), hidden.data_ptr())
+        self.pool.library.rows(ends.embedding, ids.buffer_info()[0], len(ids), hidden.data_ptr())
         if ends.embedding_scale != 1.0:
             hidden.mul_(ends.embedding_scale)
-        return memory
 
     def run_layer(self, index: int, memory: StepMemory, later: Later | None = None, *, alone: bool = False) -> None:
         """End the layer before, with its experts if those were left for `later`, and run this one up to its routes.
@@ -206,7 +226,7 @@ class NativeModel:
             previous = self._layers[index - 1]
             before = byref(previous.block)
             routed = None if previous.moe is None else activations.routed.data_ptr()
-        self._calls.forward(self._pool.address, byref(layer.block), before, _call_of(later), routed, byref(memory.step))
+        self.calls.forward(self.pool.address, byref(layer.block), before, _call_of(later), routed, byref(memory.step))
         if later is not None:
             later.computed()
         if layer.select is not None:
@@ -216,10 +236,12 @@ class NativeModel:
             experts.copy_(chosen)
             weights.copy_(shares)
 
-    def run_alone(self, index: int, experts: Experts, memory: StepMemory) -> None:
+    def run_alone(self, index: int, experts: Experts, memory: StepMemory, known: KnownRoutes | None = None) -> None:
         """One layer from the residual stream to the residual stream, with `experts` for the routed ones."""
         self.run_layer(index, memory, alone=True)
-        if self._layers[index].moe is not None:
+        if (moe_index := self._layers[index].moe) is not None:
+            if known is not None:
+                self._put_routes(known, index, moe_index, memory)
             self._experts(index, experts, memory)
         self.finish(index, memory)
 
@@ -227,7 +249,7 @@ class NativeModel:
         """Make the residual stream the output of layer `index`, which ran last but for what was left for `later`."""
         layer = self._layers[index]
         routed = None if layer.moe is None else memory.activations.routed.data_ptr()
-        self._calls.finish(self._pool.address, byref(layer.block), _call_of(later), routed, byref(memory.step))
+        self.calls.finish(self.pool.address, byref(layer.block), _call_of(later), routed, byref(memory.step))
         if later is not None:
             later.computed()
 
@@ -236,11 +258,18 @@ class NativeModel:
         ends, activations = self.ends, memory.activations
         out = torch.empty(len(rows), ends.head.rows)
         wanted = array("q", rows)
-        self._calls.logits(
-            *(self._pool.address, byref(ends.norm), byref(ends.head), ends.logit_scale),
+        self.calls.logits(
+            *(self.pool.address, byref(ends.norm), byref(ends.head), ends.logit_scale),
             *(activations.hidden.data_ptr(), activations.rows, wanted.buffer_info()[0], len(rows), out.data_ptr()),
         )
         return out
+
+    def _put_routes(self, known: KnownRoutes, index: int, moe_index: int, memory: StepMemory) -> None:
+        """What the router of a layer would have left, where there is none."""
+        _, experts, weights = memory.activations.routes[index]
+        chosen, shares = known.of(moe_index)
+        experts.copy_(chosen)
+        weights.copy_(shares)
 
     def _experts(self, index: int, compute: Callable[[Tensor, Tensor, Tensor, Tensor], T], memory: StepMemory) -> T:
         activations = memory.activations
@@ -251,16 +280,20 @@ class NativeModel:
         """How layers run without Python; None where one needs it to select, or its experts are not native."""
         if any(layer.select is not None for layer in self._layers):
             return None
+        if routes.known is not None and not routes.known.same_everywhere:
+            return None  # each layer's are put in place before it
         if not all(isinstance(layer.kernel, NativeExperts) for layer in layers):
             return None
         source: Any = routes.source  # may_run has seen that it is an expert cache
         if self._run is None or self._run.source is not source:
             blocks = [layer.block for layer in self._layers]
-            self._run = LayerRun(self._calls.run, blocks, [layer.moe for layer in self._layers], layers, source)
+            self._run = LayerRun(self.calls.run, blocks, [layer.moe for layer in self._layers], layers, source)
         return self._run
 
     def _bind(self, storage: KVStorage) -> None:
-        for layer, (keys, values) in zip(self._layers, storage.offsets, strict=True):
+        count = len(self._layers)
+        offsets = storage.offsets[-count:] if self._last_of_storage else storage.offsets[:count]
+        for layer, (keys, values) in zip(self._layers, offsets, strict=True):
             layer.block.key_offset, layer.block.value_offset = keys, values
         self._storage = storage
 

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from ctypes import byref, c_int32, c_void_p
 from typing import Any, Protocol
 
+import numpy as np
+
 from expertd_engine.kernels.library import Pool
 from expertd_engine.model.expert_native import NativeExperts
-from expertd_engine.model.moe import FEW_ROWS, Later, MoELayer, StepRoutes
+from expertd_engine.model.moe import FEW_ROWS, Later, MoELayer, StepRoutes, Watch
 from expertd_engine.model.native_abi import Run, Step
 
 
@@ -58,7 +60,9 @@ class LayerRun:
             *(None, self._chosen.buffer_info()[0], FEW_ROWS * self._top_k),
         )
 
-    def forward(self, pool: Pool, first: int, later: Later | None, step: Step, routed: int) -> int:
+    def forward(
+        self, pool: Pool, first: int, later: Later | None, step: Step, routed: int, watches: Sequence[Watch] = ()
+    ) -> int:
         """Run layers from `first` on, `later` being the experts of the one before. Returns the layer whose experts are
         not all resident, up to its routes; or the number of layers.
         """
@@ -68,21 +72,26 @@ class LayerRun:
         self._run(pool.address, byref(self._descriptor), first, experts, byref(step), byref(reached))
         if later is not None:
             later.computed()
-        self._tell(first, reached.value, step.rows)
+        self._tell(first, reached.value, step.rows, watches)
         return reached.value
 
-    def _tell(self, first: int, reached: int, rows: int) -> None:
+    def _tell(self, first: int, reached: int, rows: int, watches: Sequence[Watch]) -> None:
         count, stride = rows * self._top_k, FEW_ROWS * self._top_k
         uses = [
             (index, self._chosen[layer * stride : layer * stride + count])
             for layer in range(first, reached)
             if (index := self._moe[layer]) is not None
         ]
+        for watch in watches:
+            for index, chosen in uses:
+                watch.routed(index, np.frombuffer(chosen, np.int64).reshape(rows, -1), None)
         if uses:
             self.source.used_in_passing(uses)
 
 
 def may_run(routes: StepRoutes, rows: int) -> bool:
     """Whether a step's layers may choose for themselves: all its tokens decode, and nobody has to be asked between."""
+    if any(watch.sees_hidden for watch in routes.watches):
+        return False
     plain = routes.reroute is None and routes.routes is None and routes.decodes_alone
     return plain and rows <= FEW_ROWS and not getattr(routes.source, "foresees", True)

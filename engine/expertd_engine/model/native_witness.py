@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from expertd_engine.model.attention import AttentionBatch, KVStorage, LayerShape, Span
 from expertd_engine.model.loader import LoadedModel
+from expertd_engine.model.moe import KnownRoutes
 
 _SPANS = ((0, 29), (None, 19))
 """Start and length of the probe's sequences; None: far enough on that every window has moved past its beginning."""
@@ -73,6 +74,8 @@ class Witness:
     layers: list[LayerSeen]
     logits: Tensor
     """`[rows, V]`."""
+    routes: KnownRoutes | None
+    """What a router ahead of all layers chose, where the model has one."""
 
 
 class StandInExperts:
@@ -183,7 +186,7 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 def witness(loaded: LoadedModel, shapes: Sequence[LayerShape], block_tokens: int, max_positions: int) -> Witness:
     """Run the probe through the modules. Experts' layers are put back as they were. Raises NotMatched."""
     layers = decoder_layers(loaded.model)
-    if len(layers) != len(shapes):
+    if len(layers) != len(shapes) - (loaded.pregating is not None):
         raise NotMatched(f"{len(layers)} decoder layers have {len(shapes)} attention layers")
     spans, num_blocks = _spans(_windowed_start(loaded, max_positions), block_tokens, max_positions)
     storage = KVStorage(shapes, num_blocks, block_tokens, loaded.dtype)
@@ -202,7 +205,10 @@ def witness(loaded: LoadedModel, shapes: Sequence[LayerShape], block_tokens: int
         LayerSeen(layer, hooks.given[i], hooks.gave[i], recorder.asked[i], hooks.rope[i])
         for i, layer in enumerate(layers)
     ]
-    return Witness(token_ids, positions, spans, storage, num_blocks, seen, output.logits[0].float())
+    routes = None
+    if loaded.pregating is not None:
+        routes = KnownRoutes(loaded.model.routes.index, loaded.model.routes.weights)
+    return Witness(token_ids, positions, spans, storage, num_blocks, seen, output.logits[0].float(), routes)
 
 
 @contextmanager

@@ -8,15 +8,18 @@ from contextlib import nullcontext
 from typing import Protocol
 
 import torch
+from torch.nn.functional import pad
 
 from expertd_engine.core import SampledToken, StepFailed, StepResult
 from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError
+from expertd_engine.experts.pregated import PregatedLookahead
 from expertd_engine.kernels.library import KernelError
 from expertd_engine.messages import TokenLogprob
 from expertd_engine.model.attention import Attend, AttentionBatch, KVStorage, Span
 from expertd_engine.model.loader import LoadedModel
-from expertd_engine.model.moe import MoELayer, Reroute, RouteSource, StepRoutes
+from expertd_engine.model.moe import KnownRoutes, MoELayer, Reroute, RouteSource, StepRoutes, Watch
 from expertd_engine.model.numerics import ROW_MULTIPLE, InvariantSigmoids
+from expertd_engine.model.pathfinder import Pathfinder
 from expertd_engine.model.sampler import NoTokenLeft, SampleRow, sample, token_logprob
 from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.request import ConstraintFailed, Substitutions
@@ -41,6 +44,7 @@ def forward(
     """
     for layer in layers:
         layer.step = routes
+    known = {} if routes.known is None else {"routes": _padded_routes(routes.known)}
     with InvariantSigmoids() if loaded.float32_sigmoids else nullcontext():
         output = loaded.model(
             input_ids=_padded(token_ids)[None],
@@ -48,6 +52,7 @@ def forward(
             use_cache=False,
             logits_to_keep=_padded(logit_rows or [0]),
             expertd_batch=attend,
+            **known,
         )
     logits: torch.Tensor = output.logits[0, : len(logit_rows)].float()
     return logits
@@ -93,6 +98,18 @@ class ModuleModel:
         return forward(self._loaded, layers, routes, attend, token_ids, positions, logit_rows)
 
 
+class Onlooker(Watch, Protocol):
+    """A `Watch` that is told of steps of exact mode, and says which it wants to see."""
+
+    def begin_step(self, streams: Sequence[int], decode: Sequence[bool]) -> bool:
+        """A step begins: for each row the id of its sequence, and whether it decodes."""
+        ...
+
+    def end_step(self, *, well: bool) -> None:
+        """A step that it wanted to see has ended."""
+        ...
+
+
 class Runner:
     """The engine's `Forward`: owns nothing but the connections between model, KV storage and expert cache."""
 
@@ -104,9 +121,12 @@ class Runner:
         cache: ExpertCache,
         routes: RouteSource | None = None,
         virtual: VirtualRouting | None = None,
+        pathfinder: Pathfinder | None = None,
     ) -> None:
-        """`virtual`: None where the model has no virtual mode."""
+        """`virtual`: None where the model has no virtual mode. `pathfinder`: of a model that routes ahead."""
         self.virtual = virtual
+        self.pathfinder = pathfinder
+        self.onlookers: Sequence[Onlooker] = ()
         self.model = model
         self.layers = layers
         self._storage = storage
@@ -117,13 +137,16 @@ class Runner:
         began = time.perf_counter()
         token_ids = [t for chunk in plan.chunks for t in chunk.sequence.tokens(chunk.start, chunk.stop)]
         routes = StepRoutes(len(token_ids), self._cache, decode_rows=_decode_rows(plan), routes=self._routes)
-        # What a model foresees are its own experts: virtual mode does without those.
-        self._cache.begin_step(token_ids if plan.mode == "exact" else ())
         failure: StepFailed | None = None
+        watches: list[Onlooker] = []
         try:
+            self._route_ahead(plan, routes)
+            # What a model foresees are its own experts: virtual mode does without those.
+            self._cache.begin_step(token_ids if plan.mode == "exact" else ())
             routes.reroute = self._begin_mode(plan)
+            routes.watches = watches = self._begin_watches(plan)
             logits = self._logits(plan, routes, token_ids)
-            sampled, prompt_logprobs = _read_out(plan, logits)
+            sampled, prompt_logprobs = read_out(plan, TensorLogits(logits))
         except StepFailed as error:
             failure = error
         except (ExpertUnavailableError, KernelError, MemoryError, RuntimeError) as error:
@@ -133,9 +156,28 @@ class Runner:
             failure.__cause__ = error
         substitutions = self._end_mode(plan, routes.reroute)
         experts = self._cache.end_step()
+        for watch in watches:
+            watch.end_step(well=failure is None)
         if failure is not None:
             raise failure
         return StepResult(sampled, time.perf_counter() - began, prompt_logprobs, experts, substitutions)
+
+    def _route_ahead(self, plan: StepPlan, routes: StepRoutes) -> None:
+        """Where the model's router has all to say before the step, let it say so."""
+        if self.pathfinder is None:
+            return
+        routes.known = self.pathfinder.for_step(plan)
+        if isinstance(self._cache.lookahead, PregatedLookahead):
+            self.pathfinder.tell(self._cache.lookahead, plan)
+
+    def _begin_watches(self, plan: StepPlan) -> list[Onlooker]:
+        if not self.onlookers or plan.mode != "exact":
+            return []
+        rows = [
+            (chunk.sequence.sequence_id, not chunk.is_prefill) for chunk in plan.chunks for _ in range(chunk.num_tokens)
+        ]
+        streams, decode = [stream for stream, _ in rows], [decodes for _, decodes in rows]
+        return [onlooker for onlooker in self.onlookers if onlooker.begin_step(streams, decode)]
 
     def _begin_mode(self, plan: StepPlan) -> VirtualRouting | None:
         """Who routes in the model's place; None in exact mode, and where the budget is too small for the other."""
@@ -172,7 +214,7 @@ class Runner:
         row = 0
         for chunk in plan.chunks:
             spans.append(Span(row, chunk.start, chunk.num_tokens, chunk.sequence.block_table))
-            rows += [row + position - chunk.start for position in _logit_positions(chunk)]
+            rows += [row + position - chunk.start for position in logit_positions(chunk)]
             row += chunk.num_tokens
         positions = [p for chunk in plan.chunks for p in range(chunk.start, chunk.stop)]
         return self.model.forward(token_ids, positions, spans, self._storage, self.layers, routes, rows)
@@ -186,12 +228,38 @@ def _decode_rows(plan: StepPlan) -> list[int] | None:
     return [row for row, is_prompt in enumerate(prompt) if not is_prompt]
 
 
-def _logit_positions(chunk: Chunk) -> list[int]:
+def logit_positions(chunk: Chunk) -> list[int]:
     """Positions whose logits are read: those that score prompt tokens, then the one that chooses the next token."""
     return [*chunk.prompt_logprob_positions, *([chunk.stop - 1] if chunk.samples else [])]
 
 
-def _read_out(plan: StepPlan, logits: torch.Tensor) -> tuple[dict[int, SampledToken], dict[int, list[TokenLogprob]]]:
+class StepLogits(Protocol):
+    """What a step's rows ended in, in the order of `logit_positions` over all chunks."""
+
+    def of(self, row: int) -> torch.Tensor:
+        """float32 `[V]`"""
+        ...
+
+    def choose(self, row: int, how: SampleRow) -> tuple[int, TokenLogprob | None]:
+        """The next token, as `sampler.sample` has it."""
+        ...
+
+
+class TensorLogits:
+    """All of a step's logits `[rows, V]` at hand."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self._logits = logits
+
+    def of(self, row: int) -> torch.Tensor:
+        return self._logits[row]
+
+    def choose(self, row: int, how: SampleRow) -> tuple[int, TokenLogprob | None]:
+        return sample(self._logits[row], how)
+
+
+def read_out(plan: StepPlan, logits: StepLogits) -> tuple[dict[int, SampledToken], dict[int, list[TokenLogprob]]]:
+    """Each sequence's next token, and the log-probabilities of prompt tokens. Raises StepFailed."""
     sampled: dict[int, SampledToken] = {}
     scored: dict[int, list[TokenLogprob]] = {}
     row = 0
@@ -200,18 +268,19 @@ def _read_out(plan: StepPlan, logits: torch.Tensor) -> tuple[dict[int, SampledTo
         for position in chunk.prompt_logprob_positions:
             token_id = sequence.prompt_token_ids[position + 1]
             num_top = sequence.sampling.prompt_logprobs or 0
-            scored.setdefault(sequence.sequence_id, []).append(token_logprob(logits[row], token_id, num_top))
+            scored.setdefault(sequence.sequence_id, []).append(token_logprob(logits.of(row), token_id, num_top))
             row += 1
         if chunk.samples:
             try:
-                sampled[sequence.sequence_id] = SampledToken(*sample(logits[row], _sample_row(sequence)))
+                sampled[sequence.sequence_id] = SampledToken(*logits.choose(row, sample_row(sequence)))
             except (NoTokenLeft, ConstraintFailed) as error:
                 raise StepFailed([sequence.sequence_id], str(error), refused=True) from None
             row += 1
     return sampled, scored
 
 
-def _sample_row(sequence: EngineSequence) -> SampleRow:
+def sample_row(sequence: EngineSequence) -> SampleRow:
+    """What decides the sequence's next token besides its logits."""
     return SampleRow(
         sequence.sampling,
         sequence.choice_index,
@@ -220,6 +289,12 @@ def _sample_row(sequence: EngineSequence) -> SampleRow:
         sequence.banned_until_min(),
         None if sequence.constrainer is None else sequence.constrainer.allowed(),
     )
+
+
+def _padded_routes(known: KnownRoutes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts and weights with rows for the padding."""
+    rows = (0, 0, 0, -known.index.shape[1] % ROW_MULTIPLE)
+    return pad(known.index, rows), pad(known.weights, rows)
 
 
 def _padded(values: Sequence[int]) -> torch.Tensor:

@@ -58,6 +58,11 @@ def sample(logits: torch.Tensor, row: SampleRow) -> tuple[int, TokenLogprob | No
     return token, token_logprob(logits, token, sampling.logprobs)
 
 
+def takes_the_best(row: SampleRow) -> bool:
+    """Whether the token with the highest logit is all that `sample` would look for."""
+    return row.sampling.temperature == 0 and row.sampling.logprobs is None and _changes_nothing(row)
+
+
 def token_logprob(logits: torch.Tensor, token: int, num_top: int) -> TokenLogprob:
     """Log-probability of `token` under `logits` `[V]` and the `num_top` best, best first, ties by lower id."""
     logprobs = logits.log_softmax(-1)

@@ -22,6 +22,7 @@ from expertd_engine.model.loader import LoadedModel, attach_experts
 from expertd_engine.model.moe import MoELayer, StepRoutes
 from expertd_engine.model.native_build import build_native
 from expertd_engine.model.native_witness import NotMatched
+from expertd_engine.model.pregate import build_pregate
 from expertd_engine.model.runner import ModuleModel, StepModel, forward
 from expertd_engine.model.sampler import SampleRow, sample
 from expertd_engine.scheduler import SchedulerLimits
@@ -89,6 +90,8 @@ class Trial:
         self.peak_is_exact = True
         """Whether the largest step was measured alone; else its bytes count from the highest mark since start."""
         self.shapes = self._learn_shapes()
+        self.pregate, self.router_not_native = build_pregate(loaded, max_positions) or (None, None)
+        """What routes ahead of all layers, where the model has such a router, and why that is not native."""
         self.model: StepModel = ModuleModel(loaded)
         """What steps are computed by."""
         self.not_native: str | None = None
@@ -170,7 +173,8 @@ class Trial:
     def _forward(
         self, spans: list[Span], storage: KVStorage, tokens: list[int], positions: list[int], rows: list[int]
     ) -> torch.Tensor:
-        routes = StepRoutes(len(tokens), self._stand_ins)
+        known = None if self.pregate is None else self.pregate.route(tokens, positions, spans, storage)
+        routes = StepRoutes(len(tokens), self._stand_ins, known=known)
         return self.model.forward(tokens, positions, spans, storage, self._layers, routes, rows)
 
     def _storage(self, num_tokens: int) -> KVStorage:

@@ -38,6 +38,14 @@ def choose(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return index, chosen / chosen.sum(dim=-1, keepdim=True)
 
 
+def imbalance(logits: Tensor, ends: Tensor) -> Tensor:
+    """How unevenly tokens are spread: logits `[T, E]`, ends `[E]` of the experts' runs. 1 where all experts get as
+    much, E where one gets everything; the gradient goes through the probabilities (Switch Transformer, equation 4).
+    """
+    load = ends.diff(prepend=ends.new_zeros(1)).float() / ends[-1]
+    return len(ends) * (load * softmax(logits.float(), dim=-1).mean(dim=0)).sum()
+
+
 class RoutedFeedForward(nn.Module):
     """Stands in for a dense `mlp`. With a pre-gating router its `route` is set before every forward pass."""
 
@@ -58,6 +66,8 @@ class RoutedFeedForward(nn.Module):
         self.compute_dtype = torch.float32
         self.route: Any = None
         """A `Route`; Any, so that the compiler treats its tensors as inputs."""
+        self.imbalance: Any = None
+        """Of the last forward pass, where the layer has a router of its own: see `imbalance`."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         x = hidden.reshape(-1, hidden.shape[-1]).to(self.compute_dtype)
@@ -79,8 +89,11 @@ class RoutedFeedForward(nn.Module):
         if self.gate is None:
             route: Route = self.route
             return route
-        index, weights = choose(self.gate(x), self.top_k)
-        return dispatch(index, self.num_experts, weights)
+        logits = self.gate(x)
+        index, weights = choose(logits, self.top_k)
+        route = dispatch(index, self.num_experts, weights)
+        self.imbalance = imbalance(logits, route.ends)
+        return route
 
     def _routed(self, x: Tensor, route: Route) -> Tensor:
         assert self.experts is not None

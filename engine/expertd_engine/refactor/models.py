@@ -63,8 +63,12 @@ class Routes:
 class PregatedFeedForward(nn.Module):
     """Stands in for a Llama's `mlp`: the permanent part and the experts its model's router chose."""
 
+    routes_are_given = True
+    """To who looks for a router beside the experts."""
+
     def __init__(self, config: PregatedLlamaConfig, layer: int, routes: Routes) -> None:
         super().__init__()
+        self.top_k = config.num_experts_per_tok
         permanent = config.shared_expert_intermediate_size
         self.shared_expert = Qwen2MoeMLP(config, intermediate_size=permanent) if permanent else None
         self.experts = Qwen2MoeExperts(config)
@@ -103,15 +107,20 @@ class PregatedLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]  # the l
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        routes: tuple[Tensor, Tensor] | None = None,
         **extra: Any,
     ) -> Any:
-        """As `LlamaForCausalLM.forward`, but for `inputs_embeds`."""
+        """As `LlamaForCausalLM.forward`, but for `inputs_embeds`. `routes`: experts and weights `[heads, B · T, K]` of
+        all tokens, where somebody has run the router already."""
         if (self.config.use_cache if use_cache is None else use_cache) and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
-        self.route(input_ids, attention_mask, position_ids, past_key_values, **extra)
+        if routes is None:
+            self.route(input_ids, attention_mask, position_ids, past_key_values, **extra)
+        else:
+            self.routes.index, self.routes.weights = routes
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, use_cache=use_cache, labels=labels, logits_to_keep=logits_to_keep, **extra,

@@ -99,11 +99,16 @@ def _unit(x: Tensor) -> Tensor:
     return rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
+def angles(positions: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[..., half]` for `positions` `[...]`, in float32."""
+    frequencies = _ROPE_BASE ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+    turned = positions[..., None].float() * frequencies
+    return turned.cos(), turned.sin()
+
+
 def _rotate(x: Tensor, positions: Tensor) -> Tensor:
     """Rotary positions for `x` `[B, heads, T, D]`, in float32."""
     half = x.shape[-1] // 2
-    frequencies = _ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angles = positions[:, None, :, None].float() * frequencies
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles(positions[:, None], half)
     first, second = x.float().split(half, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -93,6 +93,11 @@ class Student(nn.Module):
         """`[B, T, vocabulary]`."""
         return capped(self.hidden(ids, forced) @ self.head.to(self.compute_dtype).T, self.softcap)
 
+    def imbalance(self) -> Tensor:
+        """Mean over the layers that route for themselves, of the last forward pass; 0 where none does."""
+        found = [block.imbalance for block in self.blocks if block.gate is not None]
+        return torch.stack(found).mean() if found else self.head.new_zeros(())
+
     def router_parameters(self) -> list[nn.Parameter]:
         """Of the pre-gating router, or of the layers' own gates."""
         if self.router is not None:

@@ -50,6 +50,8 @@ class Recipe:
     """Share of the loss that is the teacher's distribution."""
     overlap_share: float = 0.25
     """Share of an index router's loss that is the overlap of activations; the rest is the text's domain."""
+    balance: float = 0.0
+    """Weight of layers' own routers' imbalance in the loss of the expert stage."""
     seed: int = 0
     domain_weights: Mapping[str, float] = field(default_factory=dict)
     compile: bool = False
@@ -157,7 +159,8 @@ class Trainer:
                     taught = self.teacher.logits(ids[:, :-1]).flatten(0, 1)
             hidden = self.student.hidden(ids[:, :-1]).flatten(0, 1)
             head = self.student.head.to(hidden.dtype)
-            return self._loss(hidden, head, labels, taught, self.recipe.distillation, self.student.softcap)
+            loss = self._loss(hidden, head, labels, taught, self.recipe.distillation, self.student.softcap)
+        return loss + self.recipe.balance * self.student.imbalance() if self.recipe.balance else loss
 
     def _router_loss(self, ids: Tensor, domains: Tensor) -> Tensor:
         ids = ids[:, :-1]

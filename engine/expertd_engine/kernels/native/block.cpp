@@ -285,7 +285,7 @@ void Layer::route() {
   float* const gate = ffn.gate.data ? scratch<float>(rows_ * inner) : nullptr;
   float* const share = block_.ffn_gate.data ? scratch<float>(rows_) : nullptr;
   const expertd_router& router = block_.router;
-  const bool selects = router.scores > EXPERTD_SCORES_LOGITS;
+  const bool selects = router.scores > EXPERTD_SCORES_LOGITS && router.scores != EXPERTD_SCORES_GIVEN;
   const int64_t selecting = select_scratch(router);
   float* const work = selects ? scratch<float>(rows_ * selecting) : nullptr;
   Readers readers(pool_, step_.normed, rows_, block_.hidden);

@@ -37,7 +37,7 @@ void check_norm(const char* name, const expertd_norm& norm, int64_t length) {
 
 void check_router(const expertd_router& r, int64_t hidden) {
   if (r.scores == EXPERTD_SCORES_DENSE) return;
-  check_shape("router", r.matrix, r.experts, hidden);
+  if (r.scores != EXPERTD_SCORES_GIVEN) check_shape("router", r.matrix, r.experts, hidden);
   demand(r.top_k >= 1 && r.top_k <= r.experts, [&] {
     return "top_k is " + number(r.top_k) + "; allowed are 1 to " + number(r.experts) + ", the number of experts";
   });

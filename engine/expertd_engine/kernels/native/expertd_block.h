@@ -19,13 +19,15 @@ enum expertd_norm_kind { EXPERTD_NORM_NONE = 0, EXPERTD_NORM_RMS = 1, EXPERTD_NO
 enum expertd_rope { EXPERTD_ROPE_NONE = 0, EXPERTD_ROPE_HALVES = 1, EXPERTD_ROPE_PAIRS = 2 };
 
 /* How a router's logits become scores. DENSE: the layer has no routed experts. LOGITS: the caller selects. CHOSEN: the
- * best logits are chosen, and a softmax over these alone gives their weights. */
+ * best logits are chosen, and a softmax over these alone gives their weights. GIVEN: there is no router; the caller has
+ * put experts and weights into the step. */
 enum expertd_scores {
   EXPERTD_SCORES_DENSE = 0,
   EXPERTD_SCORES_LOGITS = 1,
   EXPERTD_SCORES_SOFTMAX = 2, /* over all experts */
   EXPERTD_SCORES_SIGMOID = 3,
-  EXPERTD_SCORES_CHOSEN = 4
+  EXPERTD_SCORES_CHOSEN = 4,
+  EXPERTD_SCORES_GIVEN = 5
 };
 
 typedef struct expertd_norm {

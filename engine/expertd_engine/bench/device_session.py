@@ -1,0 +1,79 @@
+"""An engine on a device under measurement: one start serves many cells, which differ in budget, routes and hints.
+
+Filling the host tier and copying experts to the card takes far longer than a cell; so the engine stays and what it is
+given changes. What a step's routes were is read off the generator, after the clock has stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+
+from expertd_engine.bench.generated import ChannelLookahead, GeneratedRoutes
+from expertd_engine.bench.protocol import EngineFacts, EngineSpec
+from expertd_engine.bench.replay import LRUReplay
+from expertd_engine.bench.routing import Ids
+from expertd_engine.bench.session import EngineSession, generated
+from expertd_engine.config import parse_size
+from expertd_engine.errors import UsageError
+from expertd_engine.experts.lookahead import NoLookahead
+from expertd_engine.startup import lookahead_for
+
+
+class _StepExperts(Sequence[Sequence[int]]):
+    """The distinct experts of each layer of one step, found when they are asked for."""
+
+    def __init__(self, routes: Ids) -> None:
+        self._routes = routes
+
+    def __len__(self) -> int:
+        return self._routes.shape[1]
+
+    def __getitem__(self, layer: Any) -> Any:
+        return np.unique(self._routes[:, layer]).tolist()
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        return (self[layer] for layer in range(len(self)))
+
+
+class DeviceSession(EngineSession):
+    """`EngineSession` on a CUDA device, on generated routes."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        if spec.routing == "model":
+            raise UsageError("on a device routes are generated: give --routing other than model")
+        super().__init__(spec)
+
+    def retune(self, expert_budget: str, routing: str, hints: str) -> None:
+        """Go on with this budget and these routes. What is resident stays where the budget lets it."""
+        spec = self._spec = msgspec.structs.replace(
+            self._spec, expert_budget=expert_budget, routing=routing, hints=hints
+        )
+        routes, channel = generated(spec, self._shape)
+        assert routes is not None and self._routes is not None
+        self._routes.become(routes)  # the engine holds this one
+        foresight = ChannelLookahead(self._routes, channel) if channel else NoLookahead()
+        self._recorder.become(foresight)
+        cache, index = self._engine.cache, self._store.index
+        cache.lookahead = lookahead_for(index, 0, self._recorder, cache.ledger)
+        cache.set_budget(parse_size(expert_budget, share_allowed=True).resolve(index.expert_bytes_total()))
+        slots = cache.ledger.budget_bytes // index.record_bytes(0)
+        every = self._store.experts() if slots >= self._shape.layers * self._shape.experts else ()
+        self._replay = LRUReplay(slots, every)
+
+    def _step_experts(self) -> Sequence[Sequence[int]]:
+        assert self._routes is not None
+        return _StepExperts(self._routes.current)
+
+    def _load_all(self) -> None:
+        """Where the budget holds every expert, see that every one is on the card."""
+        cache = self._engine.cache
+        if cache.ledger.budget_bytes >= self._store.index.expert_bytes_total():
+            cache.load_all()
+
+    def describe(self) -> EngineFacts:
+        facts, info = super().describe(), self._engine.info
+        return msgspec.structs.replace(facts, device=f"{info.device}, {info.step_path}")

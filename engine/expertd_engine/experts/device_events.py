@@ -1,0 +1,99 @@
+"""What goes into the ledger of a device's slots, and what comes out, beyond what `events` has for every ledger.
+
+Owner: the engine thread. On a device nobody asks before an expert is used: a step runs as one launch, reads what is
+absent from the host's copy, and may write it into a slot that it was handed. The ledger hears of that a step later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from expertd_engine.experts.events import ExpertId
+
+HIT, READ, WAITED, LANDED = 0, 1, 2, 3
+"""Where a use found its record: in a slot; at home, over the link; in a slot whose copy it waited for; at home, and
+wrote it into a slot on the way."""
+
+# ---------------------------------------------------------------- events
+
+
+class Seen(msgspec.Struct, frozen=True, gc=False):
+    """What a step that has ended met in one layer: `pairs[i]` pairs chose `experts[i]`, found at `sources[i]`.
+
+    The use of expert e is at `position + e`. `scan`: by prompt tokens alone (law 5).
+    """
+
+    layer: int
+    experts: Sequence[int]
+    sources: Sequence[int]
+    pairs: Sequence[int]
+    position: int
+    scan: bool = False
+
+
+class Landed(msgspec.Struct, frozen=True, gc=False):
+    """A step that has ended wrote the expert's record into a slot it had been handed, and steps now read it there."""
+
+    expert: ExpertId
+    slot: int
+    scan: bool = False
+
+
+class Cooled(msgspec.Struct, frozen=True, gc=False):
+    """Every step that could still read what lay in these retired slots comes before whatever is copied next."""
+
+    slots: Sequence[int]
+
+
+class Provide(msgspec.Struct, frozen=True, gc=False):
+    """Have so many slots set aside ahead of need: `landing` handed to steps, `reserve` for copies."""
+
+    landing: int
+    reserve: int
+
+
+class Confine(msgspec.Struct, frozen=True, gc=False):
+    """Use the first `slots` slots alone until the budget is set, which is next. No step runs, no copy is in flight.
+
+    Nothing is copied before what this retires and recalls has cooled.
+    """
+
+    slots: int
+
+
+class Fill(msgspec.Struct, frozen=True, gc=False):
+    """Bring these in, in order, for as long as there are slots that nothing lies in. Evicts nothing."""
+
+    experts: Sequence[ExpertId]
+
+
+# ---------------------------------------------------------------- instructions
+
+
+class Retire(msgspec.Struct, frozen=True, gc=False):
+    """From the next launch on, steps must not read `expert` in `slot`; then answer `Cooled`, unless it is handed."""
+
+    slot: int
+    expert: ExpertId
+
+
+class Hand(msgspec.Struct, frozen=True, gc=False):
+    """From the next launch on, steps may write an absent expert into this slot."""
+
+    slot: int
+
+
+class Recall(msgspec.Struct, frozen=True, gc=False):
+    """From the next launch on, these slots are no step's to write into any more; then answer `Cooled`."""
+
+    slots: Sequence[int]
+
+
+class Move(msgspec.Struct, frozen=True, gc=False):
+    """Copy the expert's record from a slot that is given up to another, and have steps read it there."""
+
+    expert: ExpertId
+    origin: int
+    slot: int

@@ -1,0 +1,83 @@
+"""Where everything lies in the words of a device's expert table. Pure.
+
+The table is one array of 32-bit words, so that one scatter applies all that a boundary between steps changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from expertd_engine.experts.events import ExpertId
+
+HOME = 1
+"""Bit of an entry's address: the record is read at home, over the link. Records begin at multiples of 4096."""
+
+Words = dict[int, int]
+"""Word index → signed 32-bit value."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableLayout:
+    """A table of `layers` × `experts` entries, `slots` slots, and a circular list of `landing` places, a power of two.
+
+    entries int64 [layers, experts, 2] · slot_address int64 [slots] · ready [slots] · landing [landing] · head · tail ·
+    one word that nobody reads
+    """
+
+    layers: int
+    experts: int
+    slots: int
+    landing: int
+
+    def __post_init__(self) -> None:
+        if self.landing < 1 or self.landing & (self.landing - 1):
+            raise ValueError(f"a circular list of {self.landing} places is not allowed: give a power of two")
+
+    @property
+    def slot_address(self) -> int:
+        return 4 * self.layers * self.experts
+
+    @property
+    def ready(self) -> int:
+        return self.slot_address + 2 * self.slots
+
+    @property
+    def list(self) -> int:
+        return self.ready + self.slots
+
+    @property
+    def head(self) -> int:
+        return self.list + self.landing
+
+    @property
+    def tail(self) -> int:
+        return self.head + 1
+
+    @property
+    def unread(self) -> int:
+        return self.tail + 1
+
+    @property
+    def words(self) -> int:
+        """Length of the table, a multiple of two."""
+        return (self.unread + 2) // 2 * 2
+
+    def address_words(self, expert: ExpertId, address: int) -> Words:
+        """To have the record read at `address`."""
+        first = 4 * (expert.layer * self.experts + expert.expert)
+        return {first: signed(address), first + 1: signed(address >> 32)}
+
+    def flag_words(self, expert: ExpertId, flag: int) -> Words:
+        """Slot + 1 while a copy into a slot is under way, else 0."""
+        first = 4 * (expert.layer * self.experts + expert.expert) + 2
+        return {first: flag, first + 1: 0}
+
+    def slot_words(self, slot: int, address: int) -> Words:
+        """Where a slot lies."""
+        first = self.slot_address + 2 * slot
+        return {first: signed(address), first + 1: signed(address >> 32)}
+
+
+def signed(value: int) -> int:
+    """The low 32 bits of `value` as a signed word."""
+    return (value + 2**31) % 2**32 - 2**31

@@ -1,0 +1,383 @@
+"""The residency ledger of a device whose steps read what is absent over the link. A pure state machine.
+
+Owner: the engine thread. The laws are those of `ledger`, with these differences: there are no leases, because a step
+runs as one launch and nobody asks before; what a step did is told when it has ended, so uses and landings come a step
+late and may tell of experts that have gone meanwhile; and the device has the last word on what a use met.
+
+1. charged bytes ≤ budget: slots in use, whole, set-aside ones included.
+2. A slot that a launched step may read is not written: only a slot that has cooled is given to a copy, and the slots
+   that steps write into themselves were handed to them.
+3. One owner for each slot, at most one copy in flight for each expert. A second copy that came about all the same,
+   because a step landed what was being copied, is retired.
+4. Prefetches go into slots set aside; what is known to be needed sooner is not evicted for what is needed later, as
+   far as the policy knows.
+5. and 6. As in `ledger`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from expertd_engine.errors import BudgetError, ResourceError
+from expertd_engine.experts.accounting import Counters, StallCause
+from expertd_engine.experts.device_events import (
+    HIT,
+    LANDED,
+    WAITED,
+    Confine,
+    Cooled,
+    Fill,
+    Hand,
+    Landed,
+    Move,
+    Provide,
+    Recall,
+    Retire,
+    Seen,
+)
+from expertd_engine.experts.device_pool import ChunkPlan, SlotPool, Use
+from expertd_engine.experts.events import (
+    Cancelled,
+    Event,
+    ExpertId,
+    Instruction,
+    Loaded,
+    LookupResult,
+    Predict,
+    Priority,
+    SetBudget,
+    Tick,
+)
+from expertd_engine.experts.foresight import Foresight
+from expertd_engine.experts.policy import Policy
+from expertd_engine.experts.residency import EvictionReason, Residency, State
+
+__all__ = ["DeviceLedger"]
+
+DeviceEvent = Event | Seen | Landed | Cooled | Provide | Confine | Fill
+DeviceInstruction = Instruction | Retire | Hand | Recall | Move
+
+_RESULTS: tuple[LookupResult, ...] = ("hit", "miss", "late", "miss")
+"""By source."""
+
+
+class DeviceLedger:
+    """Takes events, returns the instructions to carry out, in order.
+
+    `record_bytes[l]` is the length in bytes of a record of MoE layer l, which has `experts_per_layer[l]` experts; each
+    lies in a slot of the chunks that `plan` describes. `budget_bytes` may later be set anywhere from `minimum_bytes` to
+    `max_budget_bytes` (default: `budget_bytes`). At most `prefetch_depth` prefetches are in flight; without `prefetch`,
+    hints only tell the policy about next uses. Raises BudgetError for a budget below the minimum.
+    """
+
+    def __init__(
+        self,
+        record_bytes: Sequence[int],
+        experts_per_layer: Sequence[int],
+        plan: ChunkPlan,
+        budget_bytes: int,
+        policy: Policy,
+        max_budget_bytes: int | None = None,
+        prefetch: bool = True,
+        prefetch_depth: int = 8,
+    ) -> None:
+        experts = sum(experts_per_layer)
+        if not record_bytes or max(record_bytes) > plan.slot_bytes or min(*experts_per_layer, prefetch_depth) < 1:
+            raise ValueError(f"no slots of {plan.slot_bytes} bytes for {experts} experts of {list(record_bytes)} bytes")
+        self.experts_per_layer = tuple(experts_per_layer)
+        self.plan = plan
+        self.minimum_bytes = plan.bytes_of(min(2, experts))
+        self.max_budget_bytes = budget_bytes if max_budget_bytes is None else max_budget_bytes
+        self.budget_bytes = self._checked_budget(budget_bytes)
+        self.num_slots = min(experts, plan.slots_within(self.max_budget_bytes))
+        self.pool = SlotPool(self.num_slots, plan.slot_bytes, self.slots_within(budget_bytes))
+        self._residency = Residency(record_bytes, experts_per_layer, self.max_budget_bytes, policy)
+        self._residency.slots = self.pool
+        self._foresight = Foresight(self._residency, policy, prefetch)
+        self._policy = policy
+        self._prefetch_depth = prefetch_depth
+        self._landing = self._reserve = 0
+        self._still = False
+        """The budget changes: nothing is copied until what was retired has cooled."""
+        self.landings = self.duplicates = 0
+        records = iter(self._residency.records.values())
+        self._by_layer = [[next(records) for _ in range(count)] for count in experts_per_layer]
+        self._out: list[DeviceInstruction] = []
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            Seen: self._seen, Landed: self._landed, Predict: self._predict, Loaded: self._loaded, Tick: self._tick,
+            Cancelled: self._cancelled, Cooled: self._cooled, Provide: self._provide, Fill: self._fill,
+            Confine: self._confine, SetBudget: self._set_budget,
+        }  # fmt: skip
+
+    def handle_all(self, events: Iterable[DeviceEvent]) -> list[DeviceInstruction]:
+        """Take in events that come together; slots are set aside and prefetches begun after the last of them.
+
+        Raises LedgerError for one that cannot be, BudgetError or ResourceError for a budget outside the allowed range;
+        the events before it have then been taken in.
+        """
+        out = self._out = []
+        self._residency.out = out  # type: ignore[assignment]  # it only appends loads and cancellations
+        for event in events:
+            self._handlers[type(event)](event)
+        self._set_aside()
+        if not self._still:
+            self._start_prefetches()
+        return out
+
+    def foreseen_until(self, position: int) -> None:
+        """The running step has come to `position`: hints for uses before it are not worth a copy any more."""
+        self._foresight.position = max(self._foresight.position, position)
+
+    # ------------------------------------------------------------ queries
+
+    @property
+    def counters(self) -> Counters:
+        return self._residency.counters
+
+    @property
+    def limit_bytes(self) -> int:
+        """What charged bytes may not exceed now (law 1)."""
+        return self.budget_bytes
+
+    @property
+    def charged_bytes(self) -> int:
+        """Slots in use, whole."""
+        return self.pool.charged
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of resident records."""
+        return self._residency.resident_bytes
+
+    @property
+    def loading_bytes(self) -> int:
+        """Bytes of records whose copy is in flight, doomed ones included."""
+        return self.pool.occupied - self._residency.resident_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes ever charged at one instant."""
+        return self.pool.peak
+
+    def stall_cause(self) -> StallCause:
+        """Steps on a device wait for the link alone, and that is estimated."""
+        return "link_estimated"
+
+    def resident_slots(self, layer: int) -> Sequence[int]:
+        """The slot of each expert of a layer, -1 where it is not resident: always up to date, for reading alone."""
+        return self._residency.slots_by_layer[layer]
+
+    def absent_for(self, expert: ExpertId) -> int | None:
+        """Lookups since the last use of an absent expert; None for one that is resident or on its way."""
+        record = self._residency.records[expert]
+        return self._foresight.lookups - record.facts.last_use if record.place is State.ABSENT else None
+
+    def residents_by_layer(self) -> list[int]:
+        """Number of resident experts of each MoE layer."""
+        return [sum(slot >= 0 for slot in slots) for slots in self._residency.slots_by_layer]
+
+    def state(self, expert: ExpertId) -> State:
+        """Raises LedgerError for an expert outside the model."""
+        return self._residency.record(expert).state
+
+    def is_idle(self) -> bool:
+        """Whether no copy is in flight."""
+        return not self._residency.loads
+
+    def check(self) -> None:
+        """Verify all that must hold between events, in O(experts). Raises LedgerError with the story of who erred."""
+        self._residency.check()
+        if self.pool.charged > self.budget_bytes:
+            raise self._residency.story.error(f"law 1: {self.pool.charged} charged of {self.budget_bytes}")
+        if self.counters.lookups() != self._foresight.lookups:
+            raise self._residency.story.error(f"law 6: {self.counters} of {self._foresight.lookups} lookups")
+
+    # ------------------------------------------------------------ what steps did
+
+    def _seen(self, event: Seen) -> None:
+        """The hottest loop of a token: 384 uses of it for 48 layers of 8."""
+        records, foresight, counters = self._by_layer[event.layer], self._foresight, self._residency.counters
+        victims, policy, scan = self._residency.victims, self._policy, event.scan
+        self.foreseen_until(event.position)
+        for index, source, pairs in zip(event.experts, event.sources, event.pairs, strict=True):
+            record = records[index]
+            facts = record.facts
+            foreseen = False
+            if facts.next_use is not None:
+                foreseen = facts.next_use <= event.position + index
+                foresight.forget_until(record, event.position + index)
+            if record.pending:
+                self._residency.settle_prefetch(record, "used" if source == HIT else "late")
+            foresight.lookups += 1
+            counters.count_lookup(event.layer, _RESULTS[source], pairs, foreseen)
+            if scan and record.place is State.RESIDENT and not facts.probation:
+                continue  # the working set's recency is decoding's own
+            facts.probation = scan
+            facts.last_use = foresight.lookups
+            if not scan:
+                policy.used(facts)
+            if facts.ticket:
+                victims.offer(facts)
+
+    def _landed(self, event: Landed) -> None:
+        record = self._residency.record(event.expert)
+        if self.pool.use(event.slot) is not Use.HANDED:
+            problem = f"law 2: a step wrote into slot {event.slot}, which is {self.pool.use(event.slot).value}"
+            raise self._residency.story.error(problem, event.expert)
+        self.landings += 1
+        if record.place is not State.ABSENT:
+            self.duplicates += 1
+            self.pool.put(event.slot, Use.COOLING)
+            self._out.append(Retire(event.slot, event.expert))
+            return
+        self._residency.story.tell(record.expert, "landed in slot", event.slot)
+        self.pool.own(event.slot, record.nbytes)
+        record.slot = event.slot
+        record.facts.probation = event.scan
+        self._residency.arrive(record)
+
+    def _predict(self, event: Predict) -> None:
+        for hint in event.hints:
+            self._foresight.foresee(self._residency.record(hint.expert), hint.needed_at)
+
+    def _tick(self, event: Tick) -> None:
+        self._foresight.advance(event.position)
+
+    # ------------------------------------------------------------ copies
+
+    def _loaded(self, event: Loaded) -> None:
+        """Of a copy that was given up too late the bytes are there all the same: it may stay until room is needed."""
+        record = self._residency.end_load(event.load_id)
+        self.counters.count_load(record.priority, record.nbytes)
+        record.facts.probation = record.facts.probation or record.place is State.DOOMED
+        self._residency.arrive(record)
+
+    def _cancelled(self, event: Cancelled) -> None:
+        record = self._residency.end_load(event.load_id)
+        if record.place is not State.DOOMED:
+            raise self._residency.story.error(f"law 3: load {event.load_id} was cancelled unasked", record.expert)
+        self._residency.settle_prefetch(record, "cancelled")
+        slot = record.slot
+        self._residency.vacate(record)
+        self.pool.put(slot, Use.COLD)  # nothing was written, nothing was published
+
+    def _fill(self, event: Fill) -> None:
+        for expert in event.experts:
+            record = self._residency.record(expert)
+            if self.pool.first(Use.FREE) is None:
+                return
+            if record.place is State.ABSENT:
+                self._residency.fill(record, self.budget_bytes)
+
+    def _start_prefetches(self) -> None:
+        """Prefetch along the hints, soonest first, into slots that may be written now."""
+        while len(self._residency.prefetching) < self._prefetch_depth:
+            foreseen = self._foresight.soonest()
+            if foreseen is None or self.pool.first(Use.COLD, Use.FREE) is None:
+                return
+            self._residency.load(foreseen[1], Priority.PREFETCH, self.budget_bytes)
+            self._foresight.prefetched(foreseen[1])
+
+    # ------------------------------------------------------------ slots
+
+    def lend(self, most: int) -> list[int]:
+        """Up to so many of the slots that are set aside for copies, to stream experts through until `take_back`."""
+        lent = [*self.pool.slots(Use.COLD), *self.pool.slots(Use.FREE)][:most]
+        for slot in lent:
+            self.pool.put(slot, Use.LENT)
+        return lent
+
+    def take_back(self, lent: Iterable[int]) -> None:
+        """Nothing that was launched before the next copy reads these slots any more."""
+        for slot in lent:
+            self.pool.put(slot, Use.COLD)
+
+    def _provide(self, event: Provide) -> None:
+        self._landing, self._reserve = event.landing, event.reserve
+
+    def _cooled(self, event: Cooled) -> None:
+        self._still = False
+        for slot in event.slots:
+            if self.pool.use(slot) is Use.COOLING:
+                self.pool.put(slot, Use.COLD)
+            elif self.pool.use(slot) is not Use.GONE:
+                raise self._residency.story.error(f"law 2: slot {slot} cooled, but is {self.pool.use(slot).value}")
+
+    def _set_aside(self) -> None:
+        """Come to what `Provide` asked for, evicting where no slot is empty."""
+        pool = self.pool
+        while pool.number(Use.HANDED) < self._landing:
+            spare = pool.number(Use.COLD, Use.COOLING, Use.FREE) > self._reserve
+            slot = pool.first(Use.FREE, Use.COOLING, Use.COLD) if spare else self._evict("capacity")
+            if slot is None:
+                break
+            pool.put(slot, Use.HANDED)
+            self._out.append(Hand(slot))
+        while pool.number(Use.COLD, Use.COOLING, Use.FREE) < self._reserve and self._evict("capacity") is not None:
+            pass
+
+    def _evict(self, reason: EvictionReason) -> int | None:
+        """The slot of whoever gives way first; None if nobody may."""
+        victims = self._residency.victims
+        if not len(victims):
+            return None
+        facts = victims.take()
+        slot = self._residency.records[facts.expert].slot
+        self._residency.evict(facts, reason)
+        self._out.append(Retire(slot, facts.expert))
+        return slot
+
+    # ------------------------------------------------------------ the budget
+
+    def slots_within(self, budget_bytes: int) -> int:
+        """Slots of a budget."""
+        return min(self.num_slots, self.plan.slots_within(budget_bytes))
+
+    def _set_budget(self, event: SetBudget) -> None:
+        budget = self._checked_budget(event.budget_bytes)
+        if self.slots_within(budget) < self.pool.limit:
+            raise self._residency.story.error("law 1: the budget is lowered before its slots are given up")
+        self.budget_bytes = budget
+        self.pool.set_limit(self.slots_within(budget))
+
+    def _confine(self, event: Confine) -> None:
+        if self._residency.loads or self.pool.number(Use.LENT):
+            raise self._residency.story.error("law 1: slots are given up while copies are in flight")
+        self._still = True
+        self._landing = self._reserve = 0
+        self._recall()
+        while self.pool.number(Use.OWNED) > event.slots:
+            self._evict("budget_change")
+        self._compact(event.slots)
+        self.pool.set_limit(event.slots)
+
+    def _recall(self) -> None:
+        handed = self.pool.slots(Use.HANDED)
+        for slot in handed:
+            self.pool.put(slot, Use.COOLING)
+        if handed:
+            self._out.append(Recall(tuple(handed)))
+
+    def _compact(self, limit: int) -> None:
+        """Move residents out of the slots from `limit` on."""
+        records = (r for r in self._residency.records.values() if r.slot >= limit)
+        below = (s for use in (Use.FREE, Use.COLD, Use.COOLING) for s in self.pool.slots(use) if s < limit)
+        for record, slot in zip(records, below, strict=False):
+            origin = record.slot
+            self.pool.vacate(origin)
+            self.pool.own(slot, record.nbytes)
+            self._residency.relocate(record, slot)
+            self._out.append(Move(record.expert, origin, slot))
+
+    def _checked_budget(self, budget_bytes: int) -> int:
+        if budget_bytes < self.minimum_bytes:
+            raise BudgetError("expert budget", budget_bytes, self.minimum_bytes, "one slot computing, one loading")
+        if budget_bytes > self.max_budget_bytes:
+            raise ResourceError(
+                f"expert budget of {budget_bytes} bytes is above the {self.max_budget_bytes} bytes reserved at start"
+            )
+        return budget_bytes
+
+
+assert _RESULTS[LANDED] == "miss" and _RESULTS[WAITED] == "late"

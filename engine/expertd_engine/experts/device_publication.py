@@ -1,0 +1,96 @@
+"""Two phases between an eviction and the next record in the slot: what each boundary between launches publishes. Pure.
+
+Owner: the device cache. First the entry is pointed away from the slot, by words that the next launch applies before
+anything else; then, for copies, the slot has *cooled*: whatever was launched before that boundary has been given to the
+device, and the copies wait for it there. A step that lands a record in a handed slot needs no more than that its
+launch applies the words: steps run one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from expertd_engine.experts.device_layout import TableLayout, Words, signed
+from expertd_engine.experts.events import ExpertId
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """What a launch applies first, and the slots that only what was launched before it may read."""
+
+    words: Words
+    retired: tuple[int, ...]
+
+
+class Publication:
+    """Collects changes until the next boundary. `home(expert)` is the address of the host's copy, marked as such."""
+
+    def __init__(self, layout: TableLayout, home: Callable[[ExpertId], int]) -> None:
+        self.slot_address = [0] * layout.slots
+        self._layout = layout
+        self._home = home
+        self._words: Words = {}
+        self._retired: dict[int, None] = {}
+        self._head = self._tail = 0
+
+    @property
+    def handed(self) -> int:
+        """Slots that steps may still write into, as far as is known."""
+        return self._tail - self._head
+
+    @property
+    def room(self) -> int:
+        """Slots that may still be handed."""
+        return self._layout.landing - self.handed
+
+    def place_slot(self, slot: int, address: int) -> None:
+        """A slot's memory is there."""
+        self.slot_address[slot] = address
+        self._words |= self._layout.slot_words(slot, address)
+
+    def retire(self, slot: int, expert: ExpertId, lies_in: int) -> None:
+        """The expert is not to be read in the slot: it lies in slot `lies_in`, or at home if that is negative."""
+        address = self.slot_address[lies_in] if lies_in >= 0 else self._home(expert)
+        self._words |= self._layout.address_words(expert, address)
+        self._retired[slot] = None
+
+    def recall(self, slots: Sequence[int]) -> None:
+        """All that was handed and not landed in: `slots`."""
+        assert len(slots) == self.handed, "handed slots are not those that were not landed in"
+        self._tail = self._head
+        self._words[self._layout.tail] = signed(self._tail)
+        self._retired |= dict.fromkeys(slots)
+
+    def hand(self, slot: int) -> None:
+        """A step may write into the slot, even into one that is being retired: it runs after those that read it."""
+        assert self.room > 0, "the circular list is full"
+        self._retired.pop(slot, None)
+        self._words[self._layout.list + self._tail % self._layout.landing] = slot
+        self._tail += 1
+        self._words[self._layout.tail] = signed(self._tail)
+
+    def landed(self, expert: ExpertId, slot: int, lies_in: int) -> None:
+        """A step has written the expert's record into a handed slot. `lies_in`: where it is to be read; see `retire`.
+
+        The step has published it itself; but words that were collected before may point elsewhere by now.
+        """
+        self._head += 1
+        if lies_in == slot:
+            self._words |= self._layout.address_words(expert, self.slot_address[slot])
+
+    def copied(self, expert: ExpertId, slot: int) -> None:
+        """A copy of the expert's record into the slot is complete."""
+        self._words |= self._layout.address_words(expert, self.slot_address[slot])
+        self._words |= self._layout.flag_words(expert, 0)
+
+    def moved(self, expert: ExpertId, slot: int) -> None:
+        """The expert's record is in another slot by the time these words are applied."""
+        self._words |= self._layout.address_words(expert, self.slot_address[slot])
+        self._retired.pop(slot, None)
+
+    def boundary(self) -> Boundary:
+        """What was collected, for the next launch."""
+        taken = Boundary(self._words, tuple(self._retired))
+        self._words, self._retired = {}, {}
+        return taken

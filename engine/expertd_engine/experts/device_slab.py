@@ -1,0 +1,76 @@
+"""Slots in a device's memory: chunks, each its own allocation, so that a lowered budget gives memory back.
+
+Owner: the engine thread. Slots of a chunk that is freed must be no one's.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from expertd_engine.experts.device_pool import ChunkPlan
+from expertd_engine.experts.device_streams import Device
+
+CHUNK_BYTES = 256 * 2**20
+GRANULE = 2 * 2**20
+"""What torch's allocator rounds large blocks to."""
+
+
+def plan_chunks(slot_bytes: int, most_slots: int) -> ChunkPlan:
+    """Chunks of about `CHUNK_BYTES`, but not more slots than there will ever be."""
+    return ChunkPlan(slot_bytes, max(1, min(most_slots, CHUNK_BYTES // slot_bytes)), GRANULE)
+
+
+class DeviceSlab:
+    """No slots at first."""
+
+    def __init__(self, plan: ChunkPlan, device: Device) -> None:
+        self._plan = plan
+        self._device = device
+        self._chunks: list[tuple[int, Tensor]] = []
+        """Number of slots, memory."""
+        self.slots = 0
+        self._places: list[tuple[Tensor, int]] = []
+
+    @property
+    def bytes(self) -> int:
+        """Memory allotted."""
+        return sum(memory.numel() for _, memory in self._chunks)
+
+    def kept(self, slots: int) -> int:
+        """How many of the first slots stay where they are when there are to be `slots`."""
+        first = 0
+        for count, _ in self._chunks:
+            if first + count > slots:
+                break
+            first += count
+        return first
+
+    def resize(self, slots: int) -> None:
+        """Free chunks and allot others. Raises ResourceError; then there are as many slots as before, or `kept`."""
+        while self.slots > slots:
+            count, _ = self._chunks.pop()
+            self.slots -= count
+            del self._places[self.slots :]
+        self._device.give_back()
+        before = self.slots
+        try:
+            while self.slots < slots:
+                self._grow(min(self._plan.chunk_slots, slots - self.slots))
+        except BaseException:
+            self.resize(before)
+            raise
+
+    def address(self, slot: int) -> int:
+        memory, start = self._places[slot]
+        return memory.data_ptr() + start
+
+    def view(self, slot: int, num_bytes: int) -> Tensor:
+        """The first `num_bytes` bytes of a slot."""
+        memory, start = self._places[slot]
+        return memory[start : start + num_bytes]
+
+    def _grow(self, count: int) -> None:
+        memory = self._device.allot(self._plan.bytes_of(count))
+        self._chunks.append((count, memory))
+        self._places += [(memory, index * self._plan.slot_bytes) for index in range(count)]
+        self.slots += count

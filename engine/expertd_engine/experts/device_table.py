@@ -1,0 +1,137 @@
+"""The table that kernels read: where every record is, which slots may be landed in, and what they report back.
+
+Owner: the engine thread, which changes it at boundaries between launches only (`stage`, then `apply` as the first work
+of a launch); inside a launch kernels publish what they landed, and the copies lane raises flags and `ready`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import batched, islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertd_engine.experts.device_layout import TableLayout, Words
+from expertd_engine.experts.device_streams import Device
+from expertd_engine.experts.events import ExpertId
+
+_UPDATE_WORDS = 8192
+"""Words that one `apply` changes; a boundary of more is applied in several, outside of any graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What kernels said of one step: `seen` `[layers, U, 4]` and how many rows of it count, `[layers]`."""
+
+    seen: np.ndarray[tuple[int, int, int], np.dtype[np.int32]]
+    counts: np.ndarray[tuple[int], np.dtype[np.int32]]
+
+    def layers(self) -> Iterator[tuple[int, list[list[int]]]]:
+        """`(layer, [experts, sources, slots, pairs])` of the layers that met any."""
+        for layer, count in enumerate(self.counts.tolist()):
+            if count:
+                yield layer, self.seen[layer, :count].T.tolist()
+
+
+class DeviceTable:
+    """A table on a device, and its twins in pinned memory. `report_rows`: distinct experts a layer may meet in a step."""
+
+    def __init__(self, layout: TableLayout, report_rows: int, device: Device) -> None:
+        self.layout = layout
+        self._device = device
+        where = device.torch_device
+        self._words = torch.zeros(layout.words, dtype=torch.int32, device=where)
+        wide = self._words.view(torch.int64)
+        experts = layout.layers * layout.experts
+        self.entries = wide[: 2 * experts].view(layout.layers, layout.experts, 2)
+        """int64 `[layers, experts, 2]`: the address to read, `HOME` among its bits if that is over the link; slot + 1
+        while a copy into that slot is under way, else 0."""
+        self.slot_address = wide[layout.slot_address // 2 :][: layout.slots]
+        """int64 `[slots]`."""
+        self.ready = self._words[layout.ready :][: layout.slots]
+        """int32 `[slots]`: 1 when the copy under way is complete."""
+        self.landing = self._words[layout.list :][: layout.landing]
+        """int32 `[landing]`: slots that steps may land in, from `head` to `tail`, both counts that wrap."""
+        self.head, self.tail = self._words[layout.head :][:1], self._words[layout.tail :][:1]
+        rows = layout.layers * report_rows * 4
+        self._report = torch.zeros(rows + layout.layers, dtype=torch.int32, device=where)
+        self.seen = self._report[:rows].view(layout.layers, report_rows, 4)
+        """int32 `[layers, U, 4]`: expert, source (`device_events`), slot landed in or -1, pairs."""
+        self.seen_count = self._report[rows:]
+        """int32 `[layers]`: rows of `seen` that count."""
+        self.progress = device.pinned(1, torch.int32)
+        """int32 `[1]` in host memory: layers of the running step whose routes are known."""
+        self._progress = self.progress.numpy()
+        self._index = torch.full((_UPDATE_WORDS,), layout.unread, dtype=torch.int64, device=where)
+        self._value = torch.zeros(_UPDATE_WORDS, dtype=torch.int32, device=where)
+        self._host_index = [device.pinned(_UPDATE_WORDS, torch.int64) for _ in range(2)]
+        self._host_value = [device.pinned(_UPDATE_WORDS, torch.int32) for _ in range(2)]
+        self._used = [_UPDATE_WORDS, _UPDATE_WORDS]
+        self._host_report = [device.pinned(rows + layout.layers, torch.int32) for _ in range(2)]
+        self._turn = 0
+        self._ones = torch.ones(1, dtype=torch.int32, device=where)
+        self._numbers = device.pinned(layout.slots + 1, torch.int64)
+        self._numbers.copy_(torch.arange(layout.slots + 1))
+        self._bits = device.pinned(2, torch.int32)
+        self._bits[1] = 1
+
+    # ------------------------------------------------------------ boundaries
+
+    def stage(self, words: Words) -> None:
+        """Send what the next `apply` changes. The launch before the last must have ended."""
+        pending = iter(words.items())
+        for piece in batched(islice(pending, max(0, len(words) - _UPDATE_WORDS)), _UPDATE_WORDS):
+            self._send(dict(piece))
+            self.apply()
+            self._device.compute.mark().wait()
+        self._send(dict(pending))
+        self._progress[0] = 0
+
+    def apply(self) -> None:
+        """The first work of a launch: change the staged words, forget the last report. May be captured in a graph."""
+        self._words.scatter_(0, self._index, self._value)
+        self.seen_count.zero_()
+
+    def copy_out(self) -> None:
+        """The last work of a launch: what it met, to host memory."""
+        self._turn = 1 - self._turn
+        self._device.compute.copy([(self._host_report[self._turn], self._report)])
+
+    def report(self, turn: int) -> Report:
+        """What was copied out in a turn, once the launch has ended."""
+        host = self._host_report[turn].numpy()
+        rows = self.seen.numel()
+        return Report(host[:rows].reshape(self.seen.shape), host[rows:])
+
+    @property
+    def turn(self) -> int:
+        """Of the last `copy_out`. It stands until the one after the next."""
+        return self._turn
+
+    @property
+    def layers_known(self) -> int:
+        """Layers of the running step whose routes are known."""
+        return int(self._progress[0])
+
+    def _send(self, words: Words) -> None:
+        turn = self._turn
+        index, value, count = self._host_index[turn].numpy(), self._host_value[turn].numpy(), len(words)
+        index[:count] = list(words)
+        value[:count] = list(words.values())
+        index[count : self._used[turn]] = self.layout.unread
+        self._used[turn] = count
+        self._device.compute.copy([(self._index, self._host_index[turn]), (self._value, self._host_value[turn])])
+
+    # ------------------------------------------------------------ what the copies lane does
+
+    def announce(self, expert: ExpertId, slot: int) -> list[tuple[Tensor, Tensor]]:
+        """Copies that say a record is on its way into the slot."""
+        entry = self.entries[expert.layer, expert.expert, 1:]
+        return [(self.ready[slot : slot + 1], self._bits[:1]), (entry, self._numbers[slot + 1 : slot + 2])]
+
+    def complete(self, slot: int) -> tuple[Tensor, Tensor]:
+        """The copy that says the record is all there."""
+        return self.ready[slot : slot + 1], self._bits[1:]

@@ -1,0 +1,65 @@
+"""Exact lookahead from routes that are known before their step: a model whose router reads tokens alone. Pure.
+
+Named are, in the order of their uses, the absent experts of the step that begins, for prefetch layer by layer; and the
+next use of every expert by tokens that are known and wait: of sequences that are not in the step, and of prompts that
+are cut. What a step samples is routed before the next one begins, so nothing known is ever left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from expertd_engine.experts.events import ExpertId, Hint
+from expertd_engine.experts.lookahead import Exactness
+from expertd_engine.paths import Union
+
+
+class PregatedLookahead:
+    """`plan` is called before `begin_step`; heads are as in `Paths`: one for all layers, or one a layer."""
+
+    exactness: Exactness = "exact"
+
+    def __init__(self, num_layers: int, num_experts: int, slots: Callable[[int], Sequence[int]]) -> None:
+        """`slots(layer)` is the slot of each expert of a layer, -1 where it is not resident."""
+        self._num_layers = num_layers
+        self._num_experts = num_experts
+        self._slots = slots
+        self._now: Union = ()
+        self._later: list[tuple[int, Union]] = []
+        self._next: dict[ExpertId, int] = {}
+        self.lacks = False
+        """Whether an expert of the running step was not resident when it began."""
+
+    def plan(self, now: Union, later: Iterable[tuple[int, Union]]) -> None:
+        """The next step uses `now`; tokens that wait use `later`, so many steps ahead (at least one), in order."""
+        self._now, self._later = now, list(later)
+
+    def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
+        """Nothing where all is resident: then nobody gives way either."""
+        wanted = list(self._of(self._now))
+        self.lacks = any(self._slots(expert.layer)[expert.expert] < 0 for expert in wanted)
+        self._next = {}
+        if not self.lacks:
+            return ()
+        for ahead, union in self._later:
+            for expert in self._of(union):
+                self._next.setdefault(expert, self._position(step + ahead, expert))
+        hints = [Hint(expert, self._position(step, expert)) for expert in wanted]
+        return hints + [Hint(expert, at) for expert, at in sorted(self._next.items(), key=lambda item: item[1])]
+
+    def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
+        """All was said before the step."""
+        return ()
+
+    def next_use(self, expert: ExpertId, after: int) -> int | None:
+        at = self._next.get(expert)
+        return at if at is not None and at > after else None
+
+    def _of(self, union: Union) -> Iterable[ExpertId]:
+        """By layer, then expert; empty for the empty union."""
+        for layer in range(self._num_layers if union else 0):
+            for expert in sorted(union[layer if len(union) > 1 else 0]):
+                yield ExpertId(layer, expert)
+
+    def _position(self, step: int, expert: ExpertId) -> int:
+        return (step * self._num_layers + expert.layer) * self._num_experts + expert.expert

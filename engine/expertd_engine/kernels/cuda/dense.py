@@ -1,0 +1,327 @@
+"""Products with dense matrices on the device, and rows of the embedding.
+
+Two forms. *rows*: each program keeps some rows of W in registers and goes over the inputs; sums are in float32, and
+their order depends on W's shape alone, so a result's bits do not depend on how many inputs there are. *tiles*: tensor
+cores, for many inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertd_engine.kernels.cuda.matrices import DeviceMatrix
+from expertd_engine.kernels.cuda.norms import DeviceNorm, norm_rows
+from expertd_engine.model.native_abi import NormKind
+
+Form = Literal["auto", "rows", "tiles"]
+
+ROWS_MAX = 16
+"""Inputs up to which the form is *rows* unless asked otherwise."""
+
+_PIECE = {"float32": 4, "bfloat16": 8, "int8": 16, "int4": 16, "int4s": 16}
+"""Elements of `data` in the 16 bytes that a thread loads at once."""
+
+
+class RowsConfig(NamedTuple):
+    """How *rows* is cut: rows of W and inputs of one program, and its warps."""
+
+    block_n: int
+    inputs: int
+    warps: int
+
+
+class TilesConfig(NamedTuple):
+    """How *tiles* is cut: rows of W, inputs and columns of one step, warps, and loads under way."""
+
+    block_n: int
+    block_m: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def matmul(
+    x: Tensor,
+    matrix: DeviceMatrix,
+    out: Tensor,
+    *,
+    norm: DeviceNorm | None = None,
+    add: bool = False,
+    scale: float = 1.0,
+    normed: Tensor | None = None,
+    form: Form = "auto",
+) -> None:
+    """out = scale * (W norm(x) + bias), or with `add` that more than it was.
+
+    x `[R, cols]` float32 or bfloat16, out float32 `[R, rows]`; numbers of a row lie side by side. An RMS norm is part
+    of the product where the form is *rows*; otherwise norm(x) is left in `normed` `[R, cols]`, float32 or bfloat16,
+    without which it is a ValueError.
+    """
+    form = form if form != "auto" else "rows" if len(x) <= ROWS_MAX else "tiles"
+    if norm is not None and not (form == "rows" and norm.kind == NormKind.RMS):
+        if normed is None:
+            raise ValueError(f"a product of {len(x)} rows in form {form} needs room for what is normed")
+        norm_rows(x, norm, normed)
+        x, norm = normed, None
+    if form == "rows":
+        product_by_rows(x, matrix, out, norm, add, scale, rows_config(matrix, len(x)))
+    else:
+        product_by_tiles(x, matrix, out, add, scale, tiles_config(matrix, len(x)))
+
+
+def rows_config(matrix: DeviceMatrix, count: int) -> RowsConfig:
+    """What was fastest on an H100 for a matrix and `count` inputs."""
+    pieces = triton.next_power_of_2(_pieces(matrix))
+    warps = max(1, min(8, pieces // 64))
+    block_n = max(1, min(4, 8 * 32 * warps // pieces))
+    return RowsConfig(block_n, min(4, triton.next_power_of_2(count)), warps)
+
+
+def tiles_config(matrix: DeviceMatrix, count: int) -> TilesConfig:
+    """What was fastest on an H100 for a matrix and `count` inputs."""
+    block_m = max(16, min(128, triton.next_power_of_2(count)))
+    if matrix.format == "float32":
+        return TilesConfig(32, min(32, block_m), 32, 4, 2)
+    return TilesConfig(64 if block_m < 128 else 128, block_m, 64, 4 if block_m < 128 else 8, 3)
+
+
+def product_by_rows(
+    x: Tensor, matrix: DeviceMatrix, out: Tensor, norm: DeviceNorm | None, add: bool, scale: float, config: RowsConfig
+) -> None:
+    """`matmul` in form *rows*; `norm` is an RMS norm."""
+    gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    _rows_kernel[(triton.cdiv(matrix.rows, config.block_n), triton.cdiv(len(x), config.inputs))](
+        *(x, matrix.data, matrix.scales, matrix.minima, matrix.bias, gain, out),
+        *(len(x), matrix.rows, x.stride(0), out.stride(0), eps, scale),
+        COLS=matrix.cols,
+        PIECES=_pieces(matrix),
+        FORMAT=matrix.format,
+        PIECE=_PIECE[matrix.format],
+        BLOCK_N=config.block_n,
+        BLOCK_V=triton.next_power_of_2(_pieces(matrix)),
+        INPUTS=config.inputs,
+        ADD=add,
+        num_warps=config.warps,
+    )
+
+
+def product_by_tiles(
+    x: Tensor, matrix: DeviceMatrix, out: Tensor, add: bool, scale: float, config: TilesConfig
+) -> None:
+    """`matmul` in form *tiles*: operands bfloat16, or all in float32 where W is that."""
+    grid = (triton.cdiv(len(x), config.block_m), triton.cdiv(matrix.rows, config.block_n))
+    _tiles_kernel[grid](
+        *(x, matrix.data, matrix.scales, matrix.minima, matrix.bias, out),
+        *(len(x), matrix.rows, x.stride(0), out.stride(0), scale),
+        COLS=matrix.cols,
+        PADDED=matrix.padded,
+        FORMAT=matrix.format,
+        BLOCK_N=config.block_n,
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        ADD=add,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+def embed(matrix: DeviceMatrix, ids: Tensor, scale: float, out: Tensor) -> None:
+    """out[r] = scale * W[ids[r]]: ids int64 `[R]`, each below `rows`; out float32 `[R, cols]`."""
+    groups = matrix.padded // 32
+    _embed_kernel[(len(ids),)](
+        *(ids, matrix.data, matrix.scales, matrix.minima, out, out.stride(0), scale),
+        COLS=matrix.cols,
+        GROUPS=groups,
+        FORMAT=matrix.format,
+        BLOCK_G=triton.next_power_of_2(groups),
+        num_warps=4,
+    )
+
+
+def _pieces(matrix: DeviceMatrix) -> int:
+    """Loads of 16 bytes in a row of W."""
+    return matrix.data.shape[1] // _PIECE[matrix.format]
+
+
+@triton.jit
+def low_steps(stored: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
+    """What W's elements stand for but for scale and minimum: of all columns, in 4 bits of a group's first half."""
+    if FORMAT == "int4" or FORMAT == "int4s":
+        return (stored & 15).to(tl.float32)
+    else:
+        return stored.to(tl.float32)
+
+
+@triton.jit
+def high_steps(stored: tl.tensor) -> tl.tensor:
+    """Likewise, of the second half of a 4-bit group."""
+    return (stored >> 4).to(tl.float32)
+
+
+@triton.jit
+def zero_step(minima: tl.tensor, scale: tl.tensor, at: tl.tensor, mask: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
+    """What a step of zero stands for in 4 bits."""
+    if FORMAT == "int4":
+        return tl.load(minima + at, mask, 0.0).to(tl.float32)
+    else:
+        return scale * -8.0
+
+
+@triton.jit
+def _rows_kernel(
+    x: tl.tensor, data: tl.tensor, scales: tl.tensor, minima: tl.tensor, bias: tl.tensor, gain: tl.tensor, out: tl.tensor,
+    count: tl.tensor, rows: tl.tensor, x_stride: tl.tensor, out_stride: tl.tensor, eps: tl.tensor, scale: tl.tensor,
+    COLS: tl.constexpr, PIECES: tl.constexpr, FORMAT: tl.constexpr, PIECE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr, INPUTS: tl.constexpr, ADD: tl.constexpr,
+) -> None:  # fmt: skip
+    first = tl.program_id(0) * BLOCK_N
+    n = tl.arange(0, BLOCK_N)
+    v = tl.arange(0, BLOCK_V)
+    e = tl.arange(0, PIECE)
+    stored = (n[:, None] < rows - first) & (v < PIECES)[None, :]
+    at = (n * PIECES)[:, None, None] + v[None, :, None]
+    kept = tl.load(
+        data + first.to(tl.int64) * (PIECES * PIECE) + at * PIECE + e[None, None, :], stored[:, :, None], 0
+    )
+    low = low_steps(kept, FORMAT)
+    SPLIT: tl.constexpr = FORMAT == "int4" or FORMAT == "int4s"
+    if FORMAT == "int8" or SPLIT:
+        GROUPS: tl.constexpr = PIECES if SPLIT else PIECES // 2
+        groups = first.to(tl.int64) * GROUPS + (n * GROUPS)[:, None] + (v if SPLIT else v // 2)[None, :]
+        steps = tl.load(scales + groups, stored, 0.0).to(tl.float32)
+    if SPLIT:
+        high = high_steps(kept)
+        zeros = zero_step(minima, steps, groups, stored, FORMAT)
+        column = v[None, :, None] * 32 + e[None, None, :]
+    else:
+        column = v[None, :, None] * PIECE + e[None, None, :]
+    for index in tl.static_range(INPUTS):
+        row = tl.program_id(1) * INPUTS + index
+        cols = tl.where(row < count, COLS, 0)
+        begin = x + row.to(tl.int64) * x_stride
+        given = tl.load(begin + column, column < cols, 0.0).to(tl.float32)
+        squares = tl.sum(given * given, 2)
+        if gain is not None:
+            given = given * tl.load(gain + column, column < COLS, 0.0)
+        sums = tl.sum(low * given, 2)
+        if SPLIT:
+            other = tl.load(begin + column + 16, column + 16 < cols, 0.0).to(tl.float32)
+            squares += tl.sum(other * other, 2)
+            if gain is not None:
+                other = other * tl.load(gain + column + 16, column + 16 < COLS, 0.0)
+            sums = (sums + tl.sum(high * other, 2)) * steps + zeros * tl.sum(given + other, 2)
+        elif FORMAT == "int8":
+            sums = sums * steps
+        result = tl.sum(sums, 1)
+        if gain is not None:
+            result = result * (1.0 / tl.sqrt_rn(tl.sum(squares, 1) / COLS + eps))
+        finish(result, bias, out + row.to(tl.int64) * out_stride, first + n, tl.where(row < count, rows, 0), scale, ADD)
+
+
+@triton.jit
+def finish(result: tl.tensor, bias: tl.tensor, out: tl.tensor, n: tl.tensor, end: tl.tensor, scale: tl.tensor, ADD: tl.constexpr) -> None:
+    """Leave sums of rows `n` of W, where below `end`, at `out` + n."""
+    mask = n < end
+    if bias is not None:
+        result = result + tl.load(bias + n, mask, 0.0)
+    result = result * scale
+    if ADD:
+        result = result + tl.load(out + n, mask, 0.0)
+    tl.store(out + n, result, mask)
+
+
+@triton.jit
+def _tiles_kernel(
+    x: tl.tensor, data: tl.tensor, scales: tl.tensor, minima: tl.tensor, bias: tl.tensor, out: tl.tensor,
+    count: tl.tensor, rows: tl.tensor, x_stride: tl.tensor, out_stride: tl.tensor, scale: tl.tensor,
+    COLS: tl.constexpr, PADDED: tl.constexpr, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, ADD: tl.constexpr,
+) -> None:  # fmt: skip
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inputs = x + m.to(tl.int64)[:, None] * x_stride
+    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for begin in range(0, PADDED, BLOCK_K):
+        if FORMAT == "float32" or FORMAT == "bfloat16":
+            k = begin + tl.arange(0, BLOCK_K)
+            weights = tl.load(
+                data + n.to(tl.int64)[:, None] * PADDED + k[None, :], (n < rows)[:, None] & (k < PADDED)[None, :], 0.0
+            )
+            sums = _multiplied(sums, weights, inputs, m < count, k, COLS)
+        elif FORMAT == "int8":
+            weights, _ = _group_tile(data, scales, minima, n, rows, begin, PADDED, FORMAT, BLOCK_N, BLOCK_K)
+            sums = _multiplied(sums, weights, inputs, m < count, begin + tl.arange(0, BLOCK_K), COLS)
+        else:
+            low, high = _group_tile(data, scales, minima, n, rows, begin, PADDED, FORMAT, BLOCK_N, BLOCK_K)
+            j = tl.arange(0, BLOCK_K // 2)
+            k = begin + j // 16 * 32 + j % 16
+            sums = _multiplied(sums, low, inputs, m < count, k, COLS)
+            sums = _multiplied(sums, high, inputs, m < count, k + 16, COLS)
+    if bias is not None:
+        sums = sums + tl.load(bias + n, n < rows, 0.0)[:, None]
+    result = tl.trans(sums) * scale
+    to = out + m.to(tl.int64)[:, None] * out_stride + n[None, :]
+    mask = (m < count)[:, None] & (n < rows)[None, :]
+    if ADD:
+        result = result + tl.load(to, mask, 0.0)
+    tl.store(to, result, mask)
+
+
+@triton.jit
+def _multiplied(sums: tl.tensor, weights: tl.tensor, inputs: tl.tensor, lives: tl.tensor, k: tl.tensor, COLS: tl.constexpr) -> tl.tensor:
+    """Sums `[N, M]` and the products of W's columns k with these of the inputs."""
+    given = tl.load(inputs + k[None, :], lives[:, None] & (k < COLS)[None, :], 0.0)
+    return tl.dot(weights, tl.trans(given.to(weights.dtype)), sums, input_precision="ieee")
+
+
+@triton.jit
+def _group_tile(
+    data: tl.tensor, scales: tl.tensor, minima: tl.tensor, n: tl.tensor, rows: tl.tensor, begin: tl.tensor, PADDED: tl.constexpr, FORMAT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """bfloat16 `[N, K]` of a quantised W from column `begin` on; in 4 bits first and second halves of groups apart."""
+    GROUPS: tl.constexpr = BLOCK_K // 32
+    BYTES: tl.constexpr = 32 if FORMAT == "int8" else 16
+    g = begin // 32 + tl.arange(0, GROUPS)
+    mask = (n < rows)[:, None] & (g < PADDED // 32)[None, :]
+    at = n.to(tl.int64)[:, None] * (PADDED // 32) + g[None, :]
+    kept = tl.load(data + at[:, :, None] * BYTES + tl.arange(0, BYTES)[None, None, :], mask[:, :, None], 0)
+    steps = tl.load(scales + at, mask, 0.0).to(tl.float32)
+    low = low_steps(kept, FORMAT) * steps[:, :, None]
+    high = low
+    if FORMAT != "int8":
+        zeros = zero_step(minima, steps, at, mask, FORMAT)[:, :, None]
+        low = low + zeros
+        high = high_steps(kept) * steps[:, :, None] + zeros
+    low = tl.reshape(low.to(tl.bfloat16), (BLOCK_N, GROUPS * BYTES))
+    return low, tl.reshape(high.to(tl.bfloat16), (BLOCK_N, GROUPS * BYTES))
+
+
+@triton.jit
+def _embed_kernel(
+    ids: tl.tensor, data: tl.tensor, scales: tl.tensor, minima: tl.tensor, out: tl.tensor, out_stride: tl.tensor, scale: tl.tensor,
+    COLS: tl.constexpr, GROUPS: tl.constexpr, FORMAT: tl.constexpr, BLOCK_G: tl.constexpr,
+) -> None:  # fmt: skip
+    wanted = tl.load(ids + tl.program_id(0)).to(tl.int64)
+    begin = out + tl.program_id(0).to(tl.int64) * out_stride
+    g = tl.arange(0, BLOCK_G)[:, None]
+    if FORMAT == "float32" or FORMAT == "bfloat16":
+        column = g * 32 + tl.arange(0, 32)[None, :]
+        values = tl.load(data + wanted * (GROUPS * 32) + column, column < COLS, 0.0).to(tl.float32)
+        tl.store(begin + column, values * scale, column < COLS)
+    else:
+        BYTES: tl.constexpr = 32 if FORMAT == "int8" else 16
+        column = g * 32 + tl.arange(0, BYTES)[None, :]
+        kept = tl.load(data + wanted * (GROUPS * BYTES) + g * BYTES + tl.arange(0, BYTES)[None, :], g < GROUPS, 0)
+        steps = tl.load(scales + wanted * GROUPS + g, g < GROUPS, 0.0).to(tl.float32)
+        if FORMAT == "int8":
+            tl.store(begin + column, low_steps(kept, FORMAT) * steps * scale, column < COLS)
+        else:
+            zeros = zero_step(minima, steps, wanted * GROUPS + g, g < GROUPS, FORMAT)
+            tl.store(begin + column, (low_steps(kept, FORMAT) * steps + zeros) * scale, column < COLS)
+            tl.store(begin + column + 16, (high_steps(kept) * steps + zeros) * scale, column + 16 < COLS)

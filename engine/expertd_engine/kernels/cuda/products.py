@@ -1,0 +1,135 @@
+"""Products of a few rows with a block of a stored matrix: what all expert kernels are made of. Triton functions alone.
+
+A matrix lies in the order "rows" of `kernels.formats`. Its block is some of its rows, `[BN]`, each given by where it
+begins, so that rows of two matrices of a record (gate and up) can be one block. Products are of bfloat16 on tensor
+cores, or of float32 where the rows or the matrix are; sums are float32, over columns in one order whatever the rows: a
+row's bits do not depend on what is computed beside it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether Triton's interpreter runs the kernels: it has no arithmetic in bfloat16."""
+
+
+@triton.jit
+def multiply(
+    acc: tl.tensor, record: tl.tensor, target: tl.tensor, rows: tl.tensor, x: tl.tensor, live: tl.tensor,
+    WEIGHT: tl.constexpr, COLS: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, LAND: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """`acc` `[MT, BN]` plus x W^T for a plain matrix, whose rows begin at `rows` (bytes) of `record` (an address).
+
+    `x` `[MT]` points at rows, of which those not `live` count as zeros. LAND: what is read is written to `target` too.
+    """
+    source = record.to(tl.pointer_type(WEIGHT))
+    tl.multiple_of(source, 16)
+    begin = rows // (WEIGHT.primitive_bitwidth // 8)
+    for first in tl.range(0, COLS, BK, num_stages=STAGES):
+        col = first + tl.arange(0, BK)
+        at = begin[:, None] + col[None, :]
+        if COLS % BK == 0:
+            w = tl.load(source + at)
+            a = tl.load(x[:, None] + col[None, :], mask=live[:, None], other=0.0)
+        else:
+            w = tl.load(source + at, mask=col[None, :] < COLS, other=0.0)
+            a = tl.load(x[:, None] + col[None, :], mask=live[:, None] & (col[None, :] < COLS), other=0.0)
+        if LAND:
+            landed = target.to(tl.pointer_type(WEIGHT))
+            tl.multiple_of(landed, 16)
+            tl.store(landed + at, w, mask=col[None, :] < COLS)
+        acc = dot(a, w, acc)
+    return acc
+
+
+@triton.jit
+def multiply_groups(
+    acc: tl.tensor, record: tl.tensor, target: tl.tensor, rows: tl.tensor, scales: tl.tensor, minima: tl.tensor, x: tl.tensor, live: tl.tensor,
+    FORMAT: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, LAND: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """As `multiply`, for a quantised matrix, whose rows of scales and minima begin at `scales` and `minima` (bytes).
+
+    A segment is 32 bytes of a row: a group of int8 or fp8, or two groups of 4 bits, one in the low half of each byte.
+    Whole numbers are multiplied, groups are scaled: so products are exact, and scaling costs one operation a group.
+    """
+    source = record.to(tl.pointer_type(tl.uint8))
+    tl.multiple_of(source, 16)
+    halves = record.to(tl.pointer_type(tl.float16))
+    landed = target.to(tl.pointer_type(tl.uint8))
+    landed_halves = target.to(tl.pointer_type(tl.float16))
+    tl.multiple_of(landed, 16)
+    PAIRED: tl.constexpr = FORMAT == "int4" or FORMAT == "int4s"
+    WIDTH: tl.constexpr = 64 if PAIRED else 32
+    SEGMENTS: tl.constexpr = (COLS + WIDTH - 1) // WIDTH
+    byte = tl.arange(0, 32)
+    for first in tl.range(0, SEGMENTS, UNROLL, num_stages=STAGES):
+        for step in tl.static_range(UNROLL):
+            segment = first + step
+            at = rows[:, None] + segment * 32 + byte[None, :]
+            stored = (segment * 32 + byte)[None, :] < SEGMENTS * 32
+            if SEGMENTS % UNROLL == 0:
+                w = tl.load(source + at)
+            else:
+                w = tl.load(source + at, mask=stored, other=0)
+            if LAND:
+                tl.store(landed + at, w, mask=stored)
+            if PAIRED:
+                for half in tl.static_range(2):
+                    q = nibbles(w, half, FORMAT)
+                    group = segment * 2 + half
+                    acc = add_group(acc, q, halves, landed_halves, scales, minima, group, x, live, FORMAT, COLS, LAND)
+            else:
+                if FORMAT == "int8":
+                    q = w.to(tl.int8, bitcast=True).to(tl.bfloat16)
+                else:
+                    q = w.to(tl.float8e4nv, bitcast=True).to(tl.bfloat16)
+                acc = add_group(acc, q, halves, landed_halves, scales, minima, segment, x, live, FORMAT, COLS, LAND)
+    return acc
+
+
+@triton.jit
+def add_group(
+    acc: tl.tensor, q: tl.tensor, halves: tl.tensor, landed: tl.tensor, scales: tl.tensor, minima: tl.tensor, group: tl.tensor, x: tl.tensor, live: tl.tensor,
+    FORMAT: tl.constexpr, COLS: tl.constexpr, LAND: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """`acc` plus the product with one group of 32 columns, `q` `[BN, 32]`."""
+    GROUPS: tl.constexpr = (COLS + 31) // 32
+    col = group * 32 + tl.arange(0, 32)
+    a = tl.load(x[:, None] + col[None, :], mask=live[:, None] & (col[None, :] < COLS), other=0.0)
+    here = scales * 0 + group < GROUPS
+    scale = tl.load(halves + scales // 2 + group, mask=here, other=0.0)
+    acc += dot(a, q, tl.zeros_like(acc)) * scale.to(tl.float32)[None, :]
+    if FORMAT == "int4":
+        minimum = tl.load(halves + minima // 2 + group, mask=here, other=0.0)
+        acc += tl.sum(a.to(tl.float32), 1)[:, None] * minimum.to(tl.float32)[None, :]
+        if LAND:
+            tl.store(landed + minima // 2 + group, minimum, mask=here)
+    if LAND:
+        tl.store(landed + scales // 2 + group, scale, mask=here)
+    return acc
+
+
+@triton.jit
+def nibbles(w: tl.tensor, half: tl.constexpr, FORMAT: tl.constexpr) -> tl.tensor:
+    """The low or high halves of bytes as bfloat16: q of int4, q - 8 of int4s.
+
+    Put under the exponent of 128 a nibble is the number 128 + q: no conversion, and the subtraction is exact.
+    """
+    bits = w.to(tl.uint16)
+    q = (bits >> 4) if half == 1 else (bits & 15)
+    zero: tl.constexpr = 0.0 if FORMAT == "int4" else 8.0
+    if INTERPRETED:
+        return (q.to(tl.float32) - zero).to(tl.bfloat16)
+    else:
+        return (q | 0x4300).to(tl.bfloat16, bitcast=True) - (zero + 128.0)
+
+
+@triton.jit
+def dot(a: tl.tensor, w: tl.tensor, acc: tl.tensor) -> tl.tensor:
+    """`acc` plus a W^T: tensor cores where both are bfloat16, else float32 throughout."""
+    if a.dtype == tl.bfloat16 and w.dtype == tl.bfloat16 and not INTERPRETED:
+        return tl.dot(a, tl.trans(w), acc)
+    else:
+        return tl.dot(a.to(tl.float32), tl.trans(w.to(tl.float32)), acc, input_precision="ieee")

@@ -1,0 +1,243 @@
+"""What a layer's routes mean for memory, decided on the device: which distinct experts, read from where, landing where.
+
+One small program a layer, captured in the step's graph. It owns nothing: tables are `TablePointers`', results lie in
+`ExpertScratch`. The tables' rules are those of two-phase publication: an entry always names an address that may be
+read; bytes under it never change while a launched step may read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LARGEST_PAIRS = 1024
+"""(row, choice) pairs of one step that `resolve` sorts in one program."""
+FAR = 1
+"""Bit of an entry's address: the record lies in host memory and is read over the link. Records are page-aligned."""
+LANDED = 3
+"""The `source` in `seen` of an expert that was read over the link into a slot; 0 resident, 1 read over the link and
+dropped, 2 waited for."""
+_COMPARED = 32
+
+
+@dataclass(frozen=True, slots=True)
+class TablePointers:
+    """The device's words on where experts lie, of L layers with at most E experts. All on the device that computes."""
+
+    entries: Tensor
+    """int64 `[L, E, 2]`: the address to read (`FAR` set: in host memory); slot + 1 while a copy into it is under way."""
+    slot_address: Tensor
+    """int64 `[S]`"""
+    ready: Tensor
+    """int32 `[S]`: whether the slot's bytes are complete."""
+    landing: Tensor
+    """int32 `[N]`, N a power of two: slots that a step may fill, a ring."""
+    head: Tensor
+    """int32 `[1]`: slots taken from the ring since the beginning, wrapping."""
+    tail: Tensor
+    """int32 `[1]`: slots put into it, wrapping."""
+    seen: Tensor
+    """int32 `[L, U, 4]`: of each distinct expert of the step: expert, source, slot it landed in or -1, pairs."""
+    seen_count: Tensor
+    """int32 `[L]`"""
+    progress: Tensor
+    """int32 `[1]`, host memory that the device can write: layers whose routes are known in this step."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertScratch:
+    """Where `resolve` leaves its results and the expert kernels theirs: shared by all layers, for at most `max_rows`."""
+
+    top_k: int
+    num_experts: int
+    max_rows: int
+    totals: Tensor
+    """int32 `[2]`: distinct experts, real rows."""
+    begin: Tensor
+    """int32 `[U + 1]`: first pair of each distinct expert, ascending."""
+    address: Tensor
+    """int64 `[U]`: of its record."""
+    land: Tensor
+    """int64 `[U]`: where its bytes are to be written too; 0: nowhere."""
+    wait: Tensor
+    """int32 `[U]`: slot whose `ready` must be waited for; -1: none."""
+    pairs: Tensor
+    """int32 `[P]`: row · top_k + choice, by ascending expert, then row."""
+    row_pairs: Tensor
+    """int32 `[R, top_k]`: where in `pairs` each row's pairs stand, ascending."""
+    inner: Tensor
+    """`[P, I]`, of the type that the kernels multiply in."""
+    partials: Tensor
+    """float32 `[P, H]`: each pair's weighted result."""
+    arrived: Tensor
+    """int32 `[H]`, zero between launches: programs that have finished a block of outputs."""
+
+    @classmethod
+    def of(
+        cls, *, hidden: int, inner: int, max_rows: int, top_k: int, num_experts: int, dtype: torch.dtype, device: str | torch.device
+    ) -> ExpertScratch:
+        """Room for steps of up to `max_rows` rows. Raises ValueError for more pairs than `resolve` sorts."""
+        pairs = max_rows * top_k
+        if pairs > LARGEST_PAIRS:
+            raise ValueError(f"{max_rows} rows of {top_k} experts are {pairs} pairs: at most {LARGEST_PAIRS} are resolved")
+        distinct = min(num_experts, pairs)
+
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        return cls(
+            top_k=top_k,
+            num_experts=num_experts,
+            max_rows=max_rows,
+            totals=ints(2),
+            begin=ints(distinct + 1),
+            address=torch.zeros(distinct, dtype=torch.int64, device=device),
+            land=torch.zeros(distinct, dtype=torch.int64, device=device),
+            wait=ints(distinct),
+            pairs=ints(pairs),
+            row_pairs=ints(max_rows, top_k),
+            inner=torch.zeros(pairs, inner, dtype=dtype, device=device),
+            partials=torch.zeros(pairs, hidden, device=device),
+            arrived=ints(hidden),
+        )
+
+
+def resolve(table: TablePointers, layer: int, top_k_index: Tensor, num_rows: Tensor, scratch: ExpertScratch) -> None:
+    """Group the pairs of `top_k_index` int `[R, K]` by expert and say where each expert is read from.
+
+    Rows from `num_rows` (int32 `[1]`, on the device) on are padding. Publishes what landed in the layer before, takes
+    slots for what is read over the link, writes `seen` and `progress`.
+    """
+    rows, top_k = top_k_index.shape
+    if top_k != scratch.top_k or rows > scratch.max_rows:
+        raise ValueError(f"routes {rows} x {top_k} do not fit a scratch of {scratch.max_rows} x {scratch.top_k}")
+    pairs = triton.next_power_of_2(rows * top_k)
+    _resolve_kernel[(1,)](
+        *(table.entries, table.slot_address, table.ready, table.landing, table.head, table.tail),
+        *(table.seen, table.seen_count, table.progress, top_k_index, num_rows),
+        *(scratch.totals, scratch.begin, scratch.address, scratch.land, scratch.wait, scratch.pairs, scratch.row_pairs),
+        *(layer, table.entries.shape[1], table.seen.shape[1], table.landing.shape[0]),
+        NUM_EXPERTS=scratch.num_experts,
+        EXPERTS=triton.next_power_of_2(scratch.num_experts),
+        WIDTH=triton.next_power_of_2(table.seen.shape[1]),
+        TOP_K=top_k,
+        ROWS=rows,
+        PAIRS=pairs,
+        COMPARED=min(pairs, _COMPARED),
+        num_warps=4 if pairs <= 64 else 8,
+    )
+
+
+def publish(table: TablePointers, layer: int) -> None:
+    """Point the entries of what landed in `layer` at its slots: for the last layer, which no `resolve` follows."""
+    _publish_kernel[(1,)](
+        *(table.entries, table.slot_address, table.seen, table.seen_count),
+        *(layer, table.entries.shape[1], table.seen.shape[1]),
+        WIDTH=triton.next_power_of_2(table.seen.shape[1]),
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _publish_kernel(
+    entries: tl.tensor, slot_address: tl.tensor, seen: tl.tensor, seen_count: tl.tensor, layer: tl.tensor, experts: tl.tensor, width: tl.tensor, WIDTH: tl.constexpr
+) -> None:
+    _publish(entries, slot_address, seen, seen_count, layer, experts, width, WIDTH)
+
+
+@triton.jit
+def _publish(
+    entries: tl.tensor, slot_address: tl.tensor, seen: tl.tensor, seen_count: tl.tensor, layer: tl.tensor, experts: tl.tensor, width: tl.tensor, WIDTH: tl.constexpr
+) -> None:
+    nth = tl.arange(0, WIDTH)
+    known = nth < tl.load(seen_count + layer)
+    record = seen + (layer * width + nth) * 4
+    landed = known & (tl.load(record + 1, mask=known, other=0) == 3)
+    expert = tl.load(record, mask=landed, other=0)
+    slot = tl.load(record + 2, mask=landed, other=0)
+    address = tl.load(slot_address + slot, mask=landed, other=0)
+    tl.store(entries + (layer * experts + expert) * 2, address, mask=landed)
+
+
+@triton.jit
+def _resolve_kernel(
+    entries: tl.tensor, slot_address: tl.tensor, ready: tl.tensor, landing: tl.tensor, head: tl.tensor, tail: tl.tensor,
+    seen: tl.tensor, seen_count: tl.tensor, progress: tl.tensor, index: tl.tensor, num_rows: tl.tensor,
+    totals: tl.tensor, begin: tl.tensor, address: tl.tensor, land: tl.tensor, wait: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor,
+    layer: tl.tensor, experts: tl.tensor, width: tl.tensor, ring: tl.tensor,
+    NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
+    PAIRS: tl.constexpr, COMPARED: tl.constexpr,
+) -> None:  # fmt: skip
+    if layer > 0:
+        _publish(entries, slot_address, seen, seen_count, layer - 1, experts, width, WIDTH)
+    rows = tl.minimum(tl.load(num_rows), ROWS)
+    count = _sort_pairs(index, rows, pairs, row_pairs, NUM_EXPERTS, EXPERTS, TOP_K, PAIRS, COMPARED)
+    expert = tl.arange(0, EXPERTS)
+    chosen = count > 0
+    nth = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    distinct = tl.sum(chosen.to(tl.int32), 0)
+    tl.store(begin + nth, tl.cumsum(count, 0) - count, mask=chosen)
+    tl.store(begin + distinct, rows * TOP_K)
+    tl.store(totals, distinct)
+    tl.store(totals + 1, rows)
+
+    entry = entries + (layer * experts + expert) * 2
+    at = tl.load(entry, mask=chosen, other=0)
+    slot = tl.load(entry + 1, mask=chosen, other=0, volatile=True).to(tl.int32) - 1
+    moving = slot >= 0
+    awaited = moving & (tl.load(ready + slot, mask=moving, other=1, volatile=True) == 0)
+    far = chosen & (slot < 0) & ((at & 1) != 0)
+
+    taken = tl.load(head)
+    free = tl.load(tail) - taken
+    order = tl.cumsum(far.to(tl.int32), 0) - 1
+    lands = far & (order < free)
+    target = tl.load(landing + ((taken + order) & (ring - 1)), mask=lands, other=-1)
+    tl.store(head, taken + tl.sum(lands.to(tl.int32), 0))
+
+    from_slot = tl.load(slot_address + slot, mask=moving, other=0)
+    tl.store(address + nth, tl.where(moving, from_slot, at & -2), mask=chosen)
+    tl.store(land + nth, tl.load(slot_address + target, mask=lands, other=0), mask=chosen)
+    tl.store(wait + nth, tl.where(awaited, slot, -1), mask=chosen)
+
+    source = tl.where(lands, 3, tl.where(far, 1, tl.where(awaited, 2, 0)))
+    record = seen + (layer * width + nth) * 4
+    tl.store(record, expert, mask=chosen)
+    tl.store(record + 1, source, mask=chosen)
+    tl.store(record + 2, target, mask=chosen)
+    tl.store(record + 3, count, mask=chosen)
+    tl.store(seen_count + layer, distinct)
+    tl.store(progress, layer + 1)
+
+
+@triton.jit
+def _sort_pairs(
+    index: tl.tensor, rows: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor,
+    NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, PAIRS: tl.constexpr, COMPARED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Write `pairs` and `row_pairs`; returns how many pairs chose each expert, int32 `[EXPERTS]`.
+
+    Every pair is compared with every other, which needs no memory and for so few is as quick as any sort.
+    """
+    pair = tl.arange(0, PAIRS)
+    real = pair < rows * TOP_K
+    mine = tl.load(index + pair, mask=real, other=NUM_EXPERTS).to(tl.int32)
+    place = tl.zeros([PAIRS], tl.int32)
+    nth_of_row = tl.zeros([PAIRS], tl.int32)
+    count = tl.zeros([EXPERTS], tl.int32)
+    expert = tl.arange(0, EXPERTS)
+    for first in range(0, PAIRS, COMPARED):
+        other = first + tl.arange(0, COMPARED)
+        theirs = tl.load(index + other, mask=other < rows * TOP_K, other=NUM_EXPERTS).to(tl.int32)
+        less = theirs[None, :] < mine[:, None]
+        earlier = (theirs[None, :] == mine[:, None]) & (other[None, :] < pair[:, None])
+        place += tl.sum((less | earlier).to(tl.int32), 1)
+        same_row = (other[None, :] // TOP_K) == (pair[:, None] // TOP_K)
+        nth_of_row += tl.sum((less & same_row).to(tl.int32), 1)
+        count += tl.sum((theirs[None, :] == expert[:, None]).to(tl.int32), 1)
+    tl.store(pairs + place, pair, mask=real)
+    tl.store(row_pairs + pair // TOP_K * TOP_K + nth_of_row, place, mask=real)
+    return tl.where(expert < NUM_EXPERTS, count, 0)

@@ -1,0 +1,144 @@
+"""Who gives way, over all experts at once: the shipped policies as arrays, the bound, and candidates. numpy alone.
+
+Lowest rank first, as in `experts.policy`, whose names and arithmetic the shipped ones share.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertd_engine.experts.policy import HALF_LIFE_TOKENS
+from expertd_engine.lab.events import NEVER, Events
+from expertd_engine.lab.trace import Ids
+
+Floats = NDArray[np.float64]
+
+
+class Ranking(Protocol):
+    """`ranks` of all experts, flat; `changed` those whose rank the last use changed beside the used ones' own."""
+
+    ranks: Floats
+    changed: Ids | None
+
+    def used(self, number: int, experts: Ids, at: Ids, offset: int | Ids) -> None:
+        """Decoding tokens use `experts` in event `number`, as its lookups from `offset` on (or those); `at` counts
+        lookups since the beginning."""
+        ...
+
+
+class LRURanking:
+    """Least recently used first."""
+
+    changed = None
+
+    def __init__(self, events: Events) -> None:
+        self.ranks: Floats = np.full(events.total, -np.inf)
+
+    def used(self, number: int, experts: Ids, at: Ids, offset: int | Ids) -> None:
+        self.ranks[experts] = at
+
+
+class LFURanking:
+    """Aged frequency, as `policy.LFU`; of `half_life` tokens."""
+
+    changed = None
+
+    def __init__(self, events: Events, half_life: float = HALF_LIFE_TOKENS) -> None:
+        self.ranks: Floats = np.full(events.total, -np.inf)
+        self._half_life = max(1, round(half_life * events.lookups_per_token))
+
+    def used(self, number: int, experts: Ids, at: Ids, offset: int | Ids) -> None:
+        now, weights = at / self._half_life, self.ranks[experts]
+        # As policy.LFU, which takes 2^(low - high); the difference is -inf where there is no weight yet.
+        self.ranks[experts] = np.maximum(weights, now) + np.log1p(np.exp2(-np.abs(weights - now))) / math.log(2)
+
+
+class ClairvoyantRanking:
+    """Belady's bound: what is needed last goes first. Nothing that loads on demand can miss less."""
+
+    changed = None
+
+    def __init__(self, events: Events) -> None:
+        self.ranks: Floats = np.full(events.total, -np.inf)
+        self._next = events.next_uses()
+        self._bounds = events.bounds
+
+    def used(self, number: int, experts: Ids, at: Ids, offset: int | Ids) -> None:
+        begin = self._bounds[number]
+        lookups = begin + offset if isinstance(offset, np.ndarray) else slice(begin + offset, begin + offset + len(at))
+        self.ranks[experts] = -self._next[lookups].astype(np.float64)
+
+
+class LeastStaleRanking:
+    """Not used for a whole token first, then what the running token used already, then the rest: a published rule for
+    caches below one token's experts, whose layers recur in a fixed order."""
+
+    def __init__(self, events: Events) -> None:
+        self.ranks: Floats = np.full(events.total, -np.inf)
+        self._layers, self._width = events.layers, events.width
+        self._used_in = np.full(events.total, -(10**9), np.int64)
+        self.changed: Ids | None = None
+
+    def used(self, number: int, experts: Ids, at: Ids, offset: int | Ids) -> None:
+        """What was used one token ago and whose layer is still to come is fresh; its rank is set at its use and falls
+        when its layer has passed without it."""
+        layer = number % self._layers
+        of_layer = np.arange(layer * self._width, (layer + 1) * self._width)
+        self._used_in[experts] = number
+        stale = of_layer[self._used_in[of_layer] < number]
+        self.ranks[stale] = self._used_in[stale] - _STALE
+        self.ranks[experts] = number
+        self.changed = stale
+
+
+_STALE = 2.0**32
+
+
+class ForeseenRanking:
+    """`policy.NextUse` where the next `leads` events are known exactly, as from a router that runs ahead."""
+
+    def __init__(self, events: Events, leads: int, half_life: float = HALF_LIFE_TOKENS) -> None:
+        self._history = LFURanking(events, half_life)
+        self._known = np.full(events.total, NEVER)
+        """Event of the next use, where it is known."""
+        self._next, self._events, self._leads = events.next_uses(), events, leads
+        self.ranks: Floats = np.full(events.total, -np.inf)
+        self.changed: Ids | None = None
+
+    def used(self, number: int, experts: Ids, at: Ids, offset: int | Ids) -> None:
+        self._history.used(number, experts, at, offset)
+        bounds, ahead = self._events.bounds, number + self._leads
+        following = self._next[bounds[number] + np.arange(len(experts)) + offset]
+        self._known[experts] = np.where(following <= ahead, following, NEVER)
+        self._rank(experts)
+        self.changed = None
+        if ahead < len(bounds) - 1:
+            seen = self._events.experts[bounds[ahead] : bounds[ahead + 1]]
+            self.changed = seen[self._known[seen] == NEVER]
+            self._known[self.changed] = ahead
+            self._rank(self.changed)
+
+    def _rank(self, experts: Ids) -> None:
+        known = self._known[experts]
+        self.ranks[experts] = np.where(known == NEVER, self._history.ranks[experts], float(NEVER) - known)
+
+
+class ScoredRanking:
+    """By scores that a predictor gave each expert of a layer once that layer had routed: lowest first.
+
+    `scores[i]` `[width]` are those after event i.
+    """
+
+    def __init__(self, events: Events, scores: NDArray[np.float32]) -> None:
+        self.ranks: Floats = np.full(events.total, -np.inf)
+        self._scores, self._layers = scores, events.layers
+        self._of_layer = np.arange(events.total).reshape(events.layers, events.width)
+        self.changed: Ids | None = None
+
+    def used(self, number: int, experts: Ids, at: Ids, offset: int | Ids) -> None:
+        self.changed = self._of_layer[number % self._layers]
+        self.ranks[self.changed] = self._scores[number]

@@ -1,0 +1,93 @@
+"""The routed experts of a step on the device: read where the table says they lie, or as they are brought in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from expertd_engine.experts.device_staging import Chunk, Staging
+from expertd_engine.kernels.cuda.experts import ExpertLayout, PairGroups, combine, experts_decode, experts_prefill
+from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers, publish, resolve
+
+
+class GivenRoutes:
+    """Routes that take the place of the routers' choices, for measurements; weights stay the routers' own."""
+
+    def __init__(self, layers: int, rows: int, top_k: int, device: torch.device) -> None:
+        self._host = torch.zeros(layers, rows, top_k, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(layers, rows, top_k, dtype=torch.int32, device=device)
+        self._numbers = self._host.numpy()
+
+    def fill(self, routes: NDArray[np.int64]) -> None:
+        """Send the step's routes `[rows, layers, top_k]`."""
+        self._numbers[:, : len(routes)] = routes.transpose(1, 0, 2)
+        self._device.copy_(self._host, non_blocking=True)
+
+    def of(self, layer: int, rows: int) -> Tensor:
+        """int32 `[rows, top_k]`"""
+        return self._device[layer, :rows]
+
+
+class TableExperts:
+    """Experts of steps of few rows, each read where its entry says: from the card, or over the link."""
+
+    def __init__(
+        self, layouts: Sequence[ExpertLayout], table: TablePointers, scratch: ExpertScratch, num_rows: Tensor,
+        given: GivenRoutes | None,
+    ) -> None:  # fmt: skip
+        """`layouts[m]` is that of MoE layer m. `num_rows` int32 `[1]`: real rows of the step."""
+        self._layouts, self._table, self._scratch = layouts, table, scratch
+        self._num_rows, self._given = num_rows, given
+
+    def add(self, moe: int, x: Tensor, index: Tensor, weights: Tensor, out: Tensor) -> None:
+        """See `cuda_program.Experts`."""
+        chosen = index if self._given is None else self._given.of(moe, len(index))
+        resolve(self._table, moe, chosen, self._num_rows, self._scratch)
+        experts_decode(self._layouts[moe], x, weights, self._scratch, out)
+
+    def finish(self) -> None:
+        """Publish what landed in the last layer."""
+        publish(self._table, len(self._layouts) - 1)
+
+
+class StagedExperts:
+    """Experts of steps of many rows: those at hand first, then the others as they arrive."""
+
+    def __init__(
+        self, layouts: Sequence[ExpertLayout], num_experts: int, inner: Tensor, partials: Tensor,
+        given: GivenRoutes | None,
+    ) -> None:  # fmt: skip
+        """`inner` `[P, I]` and float32 `partials` `[P, H]` have room for the pairs of the largest step."""
+        self._layouts, self._num_experts = layouts, num_experts
+        self._inner, self._partials, self._given = inner, partials, given
+        self._staging: Staging | None = None
+        self.counts = torch.zeros(len(layouts), num_experts, dtype=torch.int64, device=inner.device)
+        """How many pairs chose each expert in the last step."""
+
+    def begin(self, staging: Staging) -> None:
+        """Experts of the step about to run come by `staging`."""
+        self._staging = staging
+
+    def add(self, moe: int, x: Tensor, index: Tensor, weights: Tensor, out: Tensor) -> None:
+        """See `cuda_program.Experts`."""
+        assert self._staging is not None
+        chosen = index if self._given is None else self._given.of(moe, len(index))
+        groups = PairGroups.of(chosen, self._num_experts)
+        self.counts[moe].copy_(groups.count)
+        partials = self._partials[: chosen.numel()]
+        self._compute(moe, x, weights, groups, self._staging.resident(moe), partials)
+        for chunk in self._staging.chunks(moe):
+            self._compute(moe, x, weights, groups, chunk, partials)
+        combine(groups, partials, out)
+
+    def _compute(
+        self, moe: int, x: Tensor, weights: Tensor, groups: PairGroups, chunk: Chunk, partials: Tensor
+    ) -> None:
+        if chunk.count:
+            inner = self._inner[: len(partials)]
+            layout = self._layouts[moe]
+            experts_prefill(layout, x, weights, groups, chunk.experts, chunk.addresses, inner, partials)

@@ -1,0 +1,58 @@
+"""What a step is told, in memory that never moves: tokens, positions, block tables. Owns the pinned twin it is sent from.
+
+A captured step reads these very addresses, so that filling them anew and launching it again is a new step. All numbers
+lie in one int32 tensor and go to the device in one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expertd_engine.model.attention import Span
+
+PADDING = -1
+"""Position of a row that is none: it writes no keys, attends to nothing and reaches no expert."""
+
+
+class StepInputs:
+    """Room for steps of up to `rows` tokens of up to `sequences` sequences with block tables of up to `blocks`."""
+
+    def __init__(self, rows: int, sequences: int, blocks: int, device: torch.device) -> None:
+        self.rows, self.sequences = rows, sequences
+        sizes = {"num_rows": 1, "ids": rows, "positions": rows, "row_table": rows}
+        total = sum(sizes.values()) + sequences * blocks
+        self._host = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(total, dtype=torch.int32, device=device)
+        mine, theirs = _parts(self._host, sizes), _parts(self._device, sizes)
+        self.num_rows, self.ids, self.positions = theirs["num_rows"], theirs["ids"], theirs["positions"]
+        """`[1]` real rows; `[rows]` token ids; `[rows]` positions, `PADDING` beyond the real ones."""
+        self.row_table = theirs["row_table"]
+        """`[rows]` which block table a row's sequence has."""
+        self.tables = theirs["rest"].view(sequences, blocks)
+        """`[sequences, blocks]`; what lies beyond a sequence's end is of others, and read by nobody."""
+        self._mine = {name: part.numpy() for name, part in mine.items()}
+        self._tables = self._mine.pop("rest").reshape(sequences, blocks)
+
+    def fill(self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span]) -> None:
+        """Send one step, ordered before whatever is launched next on the current stream.
+
+        The caller has waited for the step before: its copy has long been made.
+        """
+        count, mine = len(token_ids), self._mine
+        assert count <= self.rows and len(spans) <= self.sequences
+        mine["num_rows"][0] = count
+        mine["ids"][:count], mine["ids"][count:] = token_ids, 0
+        mine["positions"][:count], mine["positions"][count:] = positions, PADDING
+        for index, span in enumerate(spans):
+            mine["row_table"][span.row : span.row + span.length] = index
+            self._tables[index, : len(span.blocks)] = span.blocks
+        self._device.copy_(self._host, non_blocking=True)
+
+
+def _parts(whole: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
+    """Consecutive pieces of `whole`; what is left is called `rest`."""
+    *pieces, rest = whole.split([*sizes.values(), len(whole) - sum(sizes.values())])
+    return dict(zip(sizes, pieces, strict=True)) | {"rest": rest}

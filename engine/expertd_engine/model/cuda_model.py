@@ -1,0 +1,187 @@
+"""Computes steps on the device: small ones as one graph, large ones layer by layer while experts stream in.
+
+Owns the program, its buffers and the launcher. The host waits once a step, for its tokens; logits stay on the device
+but for the rows that somebody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from expertd_engine.experts.device_staging import Staging
+from expertd_engine.kernels.cuda.attention import QUERY_TILE
+from expertd_engine.kernels.cuda.experts import ExpertLayout
+from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers
+from expertd_engine.model.attention import Span
+from expertd_engine.model.cuda_experts import GivenRoutes, StagedExperts, TableExperts
+from expertd_engine.model.cuda_graph import EagerLauncher, GraphLauncher, Launcher, bucket_of
+from expertd_engine.model.cuda_inputs import StepInputs
+from expertd_engine.model.cuda_layer import DeviceEnds, DeviceLayer
+from expertd_engine.model.cuda_program import DeviceKV, Program, Sizes, Workspace
+
+
+class Table(Protocol):
+    """Where experts lie, as the device knows it."""
+
+    @property
+    def pointers(self) -> TablePointers: ...
+
+    def apply(self) -> None:
+        """Launch what has changed since the step before; captured as a step's first work."""
+        ...
+
+
+class ExpertSource(Protocol):
+    """Who moves experts while steps run: `experts.device_cache.DeviceCache`."""
+
+    def before_launch(self) -> None: ...
+    def after_launch(self) -> None: ...
+    def poll(self) -> None: ...
+    def stage(self, layers: int) -> AbstractContextManager[Staging]: ...
+    def scanned(self, pairs: Sequence[Sequence[int]]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a device model is made for. `buckets` are the numbers of rows that run as one graph."""
+
+    buckets: Sequence[int]
+    step_tokens: int
+    sequences: int
+    model_len: int
+
+    @property
+    def rows(self) -> int:
+        return max(self.step_tokens, self.buckets[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """What a step is told. `logit_rows` are the rows that somebody asks about."""
+
+    ids: Sequence[int]
+    positions: Sequence[int]
+    spans: Sequence[Span]
+    logit_rows: Sequence[int]
+    read: frozenset[int] = frozenset()
+    """Places in `logit_rows` whose logits are read; of the others the best token is all."""
+    routes: NDArray[np.int64] | None = None
+    """`[rows, layers, top_k]`, in the place of the routers' choices."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """`best[i]` is the token with the highest logit of `logit_rows[i]`; `logits[i]` float32 `[V]` where they are read."""
+
+    best: list[int]
+    logits: dict[int, Tensor]
+
+
+class DeviceModel:
+    """One model on one device. Called by one thread, on the stream that was current when it was made."""
+
+    def __init__(
+        self, layers: Sequence[DeviceLayer], ends: DeviceEnds, layouts: Sequence[ExpertLayout], kv: DeviceKV,
+        table: Table, limits: Limits, dtype: torch.dtype, *, given_routes: bool = False,
+    ) -> None:  # fmt: skip
+        """`layouts[m]`: records of MoE layer m. `dtype`: of rows that matrices read. Graphs are captured here."""
+        device = ends.head.data.device
+        sizes = Sizes.of(layers, ends)
+        blocks = -(-limits.model_len // kv.block_tokens)
+        self._limits, self._device, self._table = limits, device, table
+        self._inputs = StepInputs(limits.rows, limits.sequences, blocks, device)
+        work = Workspace(sizes, layers, limits.rows, dtype, blocks * kv.block_tokens, device)
+        logits = torch.empty(limits.buckets[-1], sizes.vocabulary, device=device)
+        self._program = Program(layers, ends, kv, self._inputs, work, logits)
+        self._best = torch.zeros(limits.rows, dtype=torch.int64, device=device)
+        self._best_host = torch.zeros(limits.rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        rows = (limits.buckets[-1], limits.rows)
+        self._given = [GivenRoutes(len(layouts), n, sizes.top_k, device) if given_routes else None for n in rows]
+        inner = max(layout.inner for layout in layouts)
+        scratch = ExpertScratch.of(
+            hidden=sizes.hidden, inner=inner, max_rows=rows[0], top_k=sizes.top_k, num_experts=sizes.experts,
+            dtype=dtype, device=device,
+        )  # fmt: skip
+        self._few = TableExperts(layouts, table.pointers, scratch, self._inputs.num_rows, self._given[0])
+        pairs = limits.rows * sizes.top_k
+        self._many = StagedExperts(
+            layouts, sizes.experts, torch.empty(pairs, inner, dtype=dtype, device=device),
+            torch.empty(pairs, sizes.hidden, device=device), self._given[1],
+        )  # fmt: skip
+        self._launcher = self._made_launcher()
+
+    @torch.inference_mode()
+    def step(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
+        """Compute one step. Raises torch.OutOfMemoryError, and what `experts` raises; the next step can run then."""
+        self._inputs.fill(tokens.ids, tokens.positions, tokens.spans)
+        if len(tokens.ids) <= self._limits.buckets[-1]:
+            return self._small(tokens, experts)
+        return self._large(tokens, experts)
+
+    def _made_launcher(self) -> Launcher:
+        if self._device.type == "cpu":
+            return EagerLauncher(self._run_few)
+        self._inputs.fill((), (), ())
+        with torch.inference_mode():
+            return GraphLauncher(self._run_few, self._limits.buckets)
+
+    def _run_few(self, rows: int) -> None:
+        """What a graph is captured of."""
+        self._table.apply()
+        self._program.run_layers(rows, self._few)
+        self._few.finish()
+        self._program.run_head(self._program.workspace.hidden[:rows], self._best)
+        self._best_host[:rows].copy_(self._best[:rows], non_blocking=True)
+
+    def _small(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
+        if self._given[0] is not None and tokens.routes is not None:
+            self._given[0].fill(tokens.routes)
+        experts.before_launch()
+        self._launcher.launch(bucket_of(len(tokens.ids)))
+        experts.after_launch()
+        self._launcher.wait(experts.poll)
+        best = self._best_host.numpy()
+        logits = {place: self._program.logits[tokens.logit_rows[place]].cpu() for place in tokens.read}
+        return StepOutcome([int(best[row]) for row in tokens.logit_rows], logits)
+
+    def _large(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
+        program, rows = self._program, len(tokens.ids)
+        if self._given[1] is not None and tokens.routes is not None:
+            self._given[1].fill(tokens.routes)
+        tiles = torch.tensor(query_tiles(tokens.spans), dtype=torch.int32).to(self._device, non_blocking=True)
+        with experts.stage(len(self._many.counts)) as staging:
+            self._many.begin(staging)
+            program.run_layers(rows, self._many, tiles)
+            outcome = self._large_head(tokens)
+        experts.scanned(self._many.counts.tolist())
+        return outcome
+
+    def _large_head(self, tokens: StepTokens) -> StepOutcome:
+        """The head over the rows that are asked about, as many at a time as there is room for. Waits for its tokens."""
+        best: list[int] = []
+        logits: dict[int, Tensor] = {}
+        room = len(self._program.logits)
+        for first in range(0, len(tokens.logit_rows), room):
+            wanted = torch.tensor(tokens.logit_rows[first : first + room]).to(self._device)
+            made = self._program.run_head(self._program.workspace.hidden[wanted], self._best)
+            best += self._best[: len(wanted)].tolist()
+            logits |= {first + i: made[i].cpu() for i in range(len(wanted)) if first + i in tokens.read}
+        return StepOutcome(best, logits)
+
+
+def query_tiles(spans: Sequence[Span]) -> list[tuple[int, int]]:
+    """`(first row, rows)` of runs of at most `QUERY_TILE` rows of one sequence."""
+    return [
+        (row, min(QUERY_TILE, span.row + span.length - row))
+        for span in spans
+        for row in range(span.row, span.row + span.length, QUERY_TILE)
+    ]
+

@@ -1,0 +1,219 @@
+"""What a step is on the device: which kernel runs after which, on buffers that never move. Launches; never waits.
+
+The residual stream and all sums are float32. One program serves every number of rows: up to a bucket's rows it is
+captured as a CUDA graph, above it runs as it stands, with experts that come layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from expertd_engine.kernels.cuda.attention import AttentionScratch, attend
+from expertd_engine.kernels.cuda.block import activate, add_norm, argmax, norm, store_qkv
+from expertd_engine.kernels.cuda.dense import embed, matmul
+from expertd_engine.kernels.cuda.router import route
+from expertd_engine.model.attention import LayerShape
+from expertd_engine.model.cuda_inputs import StepInputs
+from expertd_engine.model.cuda_layer import DeviceEnds, DeviceFeedForward, DeviceLayer
+from expertd_engine.model.numerics import InvariantSigmoids
+
+
+class Experts(Protocol):
+    """Who computes the routed experts of a step."""
+
+    def add(self, moe: int, x: Tensor, index: Tensor, weights: Tensor, out: Tensor) -> None:
+        """Add the experts that `index` `[R, K]` names of MoE layer `moe`, times `weights`, for rows `x` `[R, H]` to
+        float32 `out` `[R, H]`. Launches; never waits."""
+        ...
+
+
+class DeviceKV:
+    """Keys and values on the device: per layer `[blocks, block_tokens, kv_heads, dim]`. Block 0 is the null block."""
+
+    def __init__(
+        self, shapes: Sequence[LayerShape], num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_blocks, self.block_tokens = num_blocks, block_tokens
+
+        def pool(heads: int, dim: int) -> Tensor:
+            return torch.zeros(num_blocks, block_tokens, heads, dim, dtype=dtype, device=device)
+
+        self.keys = [pool(shape.kv_heads, shape.key_dim) for shape in shapes]
+        self.values = [pool(shape.kv_heads, shape.value_dim) for shape in shapes]
+        self.block_bytes = sum(pool[0].nbytes for pool in (*self.keys, *self.values))
+
+    def drop(self, block: int) -> None:
+        """Blocks share one allocation a layer: a single one is kept for whoever comes next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The widest of each kind of row over all layers."""
+
+    hidden: int
+    projections: int
+    queries: int
+    attended: int
+    gate_up: int
+    inner: int
+    experts: int
+    top_k: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, layers: Sequence[DeviceLayer], ends: DeviceEnds) -> Sizes:
+        ffns = [layer.ffn for layer in layers if layer.ffn is not None]
+        routers = [layer.router for layer in layers if layer.router is not None]
+        return cls(
+            hidden=layers[0].projections.cols,
+            projections=max(layer.projections.rows for layer in layers),
+            queries=max(layer.heads.heads * layer.heads.key_dim for layer in layers),
+            attended=max(layer.output.cols for layer in layers),
+            gate_up=max((ffn.gate_up.rows for ffn in ffns), default=1),
+            inner=max((ffn.down.cols for ffn in ffns), default=1),
+            experts=max((router.experts for router in routers), default=1),
+            top_k=max((router.top_k for router in routers), default=1),
+            vocabulary=ends.head.rows,
+        )
+
+
+class Workspace:
+    """Activations of steps of up to `rows` rows. The same memory serves all layers."""
+
+    def __init__(
+        self, sizes: Sizes, layers: Sequence[DeviceLayer], rows: int, dtype: torch.dtype, positions: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        """`dtype`: of rows that experts and FFNs read. `positions`: of the longest sequence."""
+
+        def floats(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        self.hidden, self.added = floats(rows, sizes.hidden), floats(rows, sizes.hidden)
+        self.normed = torch.empty(rows, sizes.hidden, dtype=dtype, device=device)
+        self.routed_input = torch.empty_like(self.normed)
+        self.projections, self.queries = floats(rows, sizes.projections), floats(rows, sizes.queries)
+        self.attended = floats(rows, sizes.attended)
+        self.gate_up = floats(rows * sizes.gate_up)
+        self.inner = torch.empty(rows * sizes.inner, dtype=dtype, device=device)
+        self.gate = floats(rows, 1)
+        self.router_logits = floats(rows * sizes.experts)
+        self.index = torch.zeros(rows * sizes.top_k, dtype=torch.int32, device=device)
+        self.weights = floats(rows * sizes.top_k)
+        self.counter = torch.zeros(rows, dtype=torch.int32, device=device)
+        heads = max(layer.heads.heads for layer in layers)
+        width = max(layer.heads.value_dim for layer in layers)
+        self.attention = AttentionScratch(rows, heads, width, positions, device)
+
+
+class Program:
+    """The layers of one model over one KV pool and one workspace."""
+
+    def __init__(
+        self, layers: Sequence[DeviceLayer], ends: DeviceEnds, kv: DeviceKV, inputs: StepInputs, workspace: Workspace,
+        logits: Tensor,
+    ) -> None:  # fmt: skip
+        """`logits` `[N, V]`: room for the logits of N rows at a time."""
+        self.layers, self.ends = layers, ends
+        self.kv, self.inputs, self.workspace, self.logits = kv, inputs, workspace, logits
+
+    def run_layers(self, rows: int, experts: Experts, tiles: Tensor | None = None) -> None:
+        """From the step's inputs to the residual stream behind the last layer, for the first `rows` rows.
+
+        `tiles` `[n, 2]`: first row and length of runs of consecutive rows of one sequence, for steps of many rows.
+        """
+        hidden = self.workspace.hidden[:rows]
+        embed(self.ends.embedding, self.inputs.ids[:rows], self.ends.embedding_scale, hidden)
+        for index, layer in enumerate(self.layers):
+            self._attention(index, layer, hidden, tiles)
+            self._feed_forward(layer, hidden, experts)
+
+    def run_head(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Logits `[n, V]` of rows `hidden` `[n, H]` of the residual stream, and the best token of each."""
+        ends, logits = self.ends, self.logits[: len(hidden)]
+        matmul(
+            hidden, ends.head, logits,
+            norm=ends.norm, scale=ends.logit_scale, normed=self.workspace.normed[: len(hidden)],
+        )  # fmt: skip
+        argmax(logits, tokens[: len(hidden)])
+        return logits
+
+    def _attention(self, index: int, layer: DeviceLayer, hidden: Tensor, tiles: Tensor | None) -> None:
+        work, inputs, rows = self.workspace, self.inputs, len(hidden)
+        made = work.projections[:rows, : layer.projections.rows]
+        normed, queries = work.normed[:rows], work.queries[:rows, : layer.heads.heads * layer.heads.key_dim]
+        keys, values = self.kv.keys[index], self.kv.values[index]
+        places = inputs.positions[:rows], inputs.row_table[:rows], inputs.tables
+        if layer.parallel:  # attention and FFN read the same rows, from before either has added to the stream
+            norm(hidden, layer.input_norm, work.routed_input[:rows])
+            matmul(work.routed_input[:rows], layer.projections, made)
+        else:
+            matmul(hidden, layer.projections, made, norm=layer.input_norm, normed=normed)
+        store_qkv(made, layer.heads, queries, keys, values, *places)
+        attended = work.attended[:rows, : layer.output.cols]
+        gate = made[:, layer.projections.rows - layer.gate_width :] if layer.gate_width else None
+        attend(
+            queries, keys, values, inputs.tables, inputs.row_table[:rows], inputs.positions[:rows], attended,
+            work.attention, window=layer.window, sinks=layer.sinks, gate=gate, tiles=tiles,
+        )  # fmt: skip
+        if layer.attention_norm is None:
+            matmul(attended, layer.output, hidden, add=True, scale=layer.attention_residual)
+        else:
+            matmul(attended, layer.output, work.added[:rows])
+            add_norm(hidden, work.added[:rows], layer.attention_norm, layer.attention_residual)
+
+    def _feed_forward(self, layer: DeviceLayer, hidden: Tensor, experts: Experts) -> None:
+        """Add the layer's FFN to `hidden`: straight, where nothing comes between the sum and the stream."""
+        rows = len(hidden)
+        straight = layer.output_norm is None and layer.ffn_residual == 1.0
+        out = hidden if straight else self.workspace.added[:rows].zero_()
+        y = self.workspace.routed_input[:rows]
+        if layer.router is not None:
+            index, weights = self._route(layer, hidden, y)
+            assert layer.moe is not None
+            experts.add(layer.moe, y, index, weights, out)
+        elif not layer.parallel:
+            norm(hidden, layer.ffn_norm, y)
+        if layer.ffn is not None:
+            self._shared(layer.ffn, layer, y, out)
+        if not straight:
+            add_norm(hidden, out, layer.output_norm, layer.ffn_residual)
+
+    def _route(self, layer: DeviceLayer, hidden: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts and weights `[R, K]`; and `y`, the rows that experts read."""
+        work, router, rows = self.workspace, layer.router, len(hidden)
+        assert router is not None
+        logits = work.router_logits[: rows * router.experts].view(rows, -1)
+        index = work.index[: rows * router.top_k].view(rows, -1)
+        weights = work.weights[: rows * router.top_k].view(rows, -1)
+        x, before = (y, None) if layer.parallel else (hidden, layer.ffn_norm)
+        if layer.select is None:
+            route(x, before, router, logits, index, weights, y, work.counter[:rows])
+            return index, weights
+        if not layer.parallel:
+            norm(x, before, y)
+        matmul(x, router.matrix, logits, norm=before, normed=work.normed[:rows])
+        with InvariantSigmoids():
+            chosen, shares = layer.select(logits)
+        index.copy_(chosen)
+        weights.copy_(shares)
+        return index, weights
+
+    def _shared(self, ffn: DeviceFeedForward, layer: DeviceLayer, y: Tensor, out: Tensor) -> None:
+        work, rows = self.workspace, len(y)
+        gate_up = work.gate_up[: rows * ffn.gate_up.rows].view(rows, -1)
+        inner = work.inner[: rows * ffn.down.cols].view(rows, -1)
+        matmul(y, ffn.gate_up, gate_up)
+        activate(gate_up, ffn.activation, inner, ffn.alpha, ffn.limit, gated=ffn.gated)
+        if layer.ffn_gate is None:
+            matmul(inner, ffn.down, out, add=True)
+            return
+        made, gate = work.queries.view(-1)[: out.numel()].view_as(out), work.gate[:rows]
+        matmul(inner, ffn.down, made)
+        matmul(y, layer.ffn_gate, gate)
+        add_norm(out, made, None, 1.0, gate=gate.view(-1))

@@ -1,0 +1,91 @@
+"""The engine's `Forward` on a device: one planned step through the device model, and its tokens out. Decides nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertd_engine.core import StepFailed, StepResult
+from expertd_engine.experts.cache import ExpertUnavailableError
+from expertd_engine.experts.device_cache import DeviceCache
+from expertd_engine.messages import TokenLogprob
+from expertd_engine.model.attention import Span
+from expertd_engine.model.cuda_model import DeviceModel, StepOutcome, StepTokens
+from expertd_engine.model.moe import MoELayer, RouteSource
+from expertd_engine.model.runner import logit_positions, read_out, sample_row
+from expertd_engine.model.sampler import SampleRow, sample, takes_the_best
+from expertd_engine.scheduler import Chunk, StepPlan
+
+
+class DeviceRunner:
+    """Owns nothing but the connections between model and expert cache."""
+
+    virtual = None
+    """There is no virtual mode on this path."""
+    layers: Sequence[MoELayer] = ()
+    """Experts run inside the model's own steps."""
+
+    def __init__(self, model: DeviceModel, cache: DeviceCache, routes: RouteSource | None = None) -> None:
+        """`routes` choose experts in the routers' place, where the model was made for that."""
+        self.model = model
+        self._cache = cache
+        self._routes = routes
+
+    def __call__(self, plan: StepPlan) -> StepResult:
+        began = time.perf_counter()
+        tokens = self._tokens(plan)
+        self._cache.begin_step(tokens.ids, scan=all(chunk.is_prefill for chunk in plan.chunks))
+        try:
+            outcome = self.model.step(tokens, self._cache)
+        except (ExpertUnavailableError, MemoryError, torch.OutOfMemoryError) as error:
+            self._cache.abandon_step()
+            raise StepFailed((), str(error) or "the device has no memory left for this step") from error
+        experts = self._cache.end_step()
+        sampled, prompt_logprobs = read_out(plan, _OutcomeLogits(outcome))
+        return StepResult(sampled, time.perf_counter() - began, prompt_logprobs, experts)
+
+    def idle(self) -> None:
+        """There is no step to compute: take in what has been copied."""
+        self._cache.pump()
+
+    def _tokens(self, plan: StepPlan) -> StepTokens:
+        ids: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        rows: list[int] = []
+        read: list[int] = []
+        for chunk in plan.chunks:
+            spans.append(Span(len(ids), chunk.start, chunk.num_tokens, chunk.sequence.block_table))
+            read += range(len(rows), len(rows) + _num_read(chunk))
+            rows += [len(ids) + position - chunk.start for position in logit_positions(chunk)]
+            ids += chunk.sequence.tokens(chunk.start, chunk.stop)
+            positions += range(chunk.start, chunk.stop)
+        routes = None if self._routes is None else self._routes.step_routes(len(ids))
+        return StepTokens(ids, positions, spans, rows, frozenset(read), routes)
+
+
+@dataclass(frozen=True, slots=True)
+class _OutcomeLogits:
+    """`runner.StepLogits` of a device's step."""
+
+    outcome: StepOutcome
+
+    def of(self, row: int) -> Tensor:
+        return self.outcome.logits[row]
+
+    def choose(self, row: int, how: SampleRow) -> tuple[int, TokenLogprob | None]:
+        if row in self.outcome.logits:
+            return sample(self.outcome.logits[row], how)
+        return self.outcome.best[row], None
+
+
+def _num_read(chunk: Chunk) -> int:
+    """Of the chunk's rows that are asked about, how many have their logits read: all that score, which come first, and
+    the one that chooses a token, unless the best is taken."""
+    sequence = chunk.sequence
+    best_is_all = sequence.constrainer is None and takes_the_best(sample_row(sequence))
+    return len(chunk.prompt_logprob_positions) + (chunk.samples and not best_is_all)

@@ -1,0 +1,163 @@
+"""Runs a pre-gating router for sequences: prompts when they are enqueued, answers token by token as they are sampled.
+
+Paths stay with their sequence. The router's keys and values lie in the sequence's KV blocks, in a layer behind the
+model's own, so that prefix-cache hits, preemption and budgets treat them like any others. A token whose block is not
+allocated yet is routed over a spare one and stored with its step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from expertd_engine.experts.pregated import PregatedLookahead
+from expertd_engine.kernels.library import KernelError
+from expertd_engine.model.attention import KVStorage, Span
+from expertd_engine.model.moe import KnownRoutes
+from expertd_engine.model.pregate import Pregate
+from expertd_engine.paths import Paths, Union, join
+from expertd_engine.request import Sequence, SequenceState
+from expertd_engine.scheduler import Chunk, StepPlan
+
+logger = logging.getLogger(__name__)
+
+_PIECE = 512
+"""Prompt tokens routed at once: bounds the memory of their activations."""
+_STEPS_AHEAD = 4
+"""How far what waits is told to the lookahead, in full steps."""
+
+
+class Pathfinder:
+    """One engine's. `storage` has a spare block for every sequence that may run."""
+
+    def __init__(self, pregate: Pregate, storage: KVStorage, max_step_tokens: int) -> None:
+        self.tokens_routed = 0
+        """Since start; tokens of a prompt count again where their keys and values are stored."""
+        self._pregate = pregate
+        self._storage = storage
+        self._spare = storage.num_blocks
+        self._step_tokens = max_step_tokens
+
+    # ------------------------------------------------------------ as soon as tokens are known
+
+    def foresee(self, sequences: Collection[Sequence]) -> None:
+        """Route what is known and not routed of `sequences`: whole prompts of waiting ones, the last token of others.
+
+        What the box has no memory for is routed in its step.
+        """
+        try:
+            self._route_last([s for s in sequences if s.state is SequenceState.RUNNING])
+            for sequence in sequences:
+                if sequence.state is not SequenceState.RUNNING:
+                    self._route_prompt(sequence)
+        except (KernelError, MemoryError) as error:
+            logger.warning("routes are not foreseen, and come with their step: %s", error)
+
+    def _route_last(self, sequences: Iterable[Sequence]) -> None:
+        """Sequences all of whose tokens but the last are computed, in one call."""
+        due = [s for s in sequences if len(paths_of(s, self._pregate)) == s.num_tokens - 1]
+        if not due:
+            return
+        covered = [len(s.block_table) * self._storage.block_tokens >= s.num_tokens for s in due]
+        spans = [
+            Span(row, s.num_tokens - 1, 1, s.block_table if has_block else [*s.block_table, self._spare + row])
+            for row, (s, has_block) in enumerate(zip(due, covered, strict=True))
+        ]
+        routes = self._route([s.tokens(s.num_tokens - 1, s.num_tokens)[0] for s in due], spans, self._storage)
+        for row, (sequence, has_block) in enumerate(zip(due, covered, strict=True)):
+            paths = paths_of(sequence, self._pregate)
+            _extend(paths, routes, row, row + 1)
+            if has_block and paths.stored == sequence.num_tokens - 1:
+                paths.stored += 1
+
+    def _route_prompt(self, sequence: Sequence) -> None:
+        """All known tokens, over keys and values that are dropped again: the sequence has no blocks yet."""
+        paths, size, count = paths_of(sequence, self._pregate), self._storage.block_tokens, sequence.num_tokens
+        if len(paths):
+            return  # a preempted one knows its paths
+        blocks = list(range(1, 1 + -(-count // size)))
+        storage = KVStorage([self._pregate.kv_shape], len(blocks) + 1, size, self._storage.dtype)
+        for start, stop in pairwise([*range(0, count, _PIECE), count]):
+            routes = self._route(sequence.tokens(start, stop), [Span(0, start, stop - start, blocks)], storage)
+            _extend(paths, routes, 0, stop - start)
+
+    # ------------------------------------------------------------ in a step
+
+    def for_step(self, plan: StepPlan) -> KnownRoutes:
+        """Routes of the plan's rows. Afterwards the router's keys and values of these tokens lie in their blocks."""
+        self._store(plan.chunks)
+        known = [_slices(paths_of(c.sequence, self._pregate), c.start, c.stop) for c in plan.chunks]
+        index, weights = (np.concatenate(parts, axis=0) for parts in zip(*known, strict=True))
+        return KnownRoutes(
+            torch.from_numpy(index.astype(np.int64)).transpose(0, 1), torch.from_numpy(weights).transpose(0, 1)
+        )
+
+    def _store(self, chunks: Iterable[Chunk]) -> None:
+        """Run the router where its keys and values, or its routes, are still missing."""
+        missing = [(c, max(c.start, paths_of(c.sequence, self._pregate).stored)) for c in chunks]
+        missing = [(chunk, start) for chunk, start in missing if start < chunk.stop]
+        if not missing:
+            return
+        spans, row = [], 0
+        for chunk, start in missing:
+            spans.append(Span(row, start, chunk.stop - start, chunk.sequence.block_table))
+            row += chunk.stop - start
+        tokens = [token for chunk, start in missing for token in chunk.sequence.tokens(start, chunk.stop)]
+        routes = self._route(tokens, spans, self._storage)
+        for (chunk, start), span in zip(missing, spans, strict=True):
+            paths = paths_of(chunk.sequence, self._pregate)
+            known = len(paths) - start  # of the span
+            if known < span.length:
+                _extend(paths, routes, span.row + known, span.row + span.length)
+            paths.stored = chunk.stop
+
+    def tell(self, lookahead: PregatedLookahead, plan: StepPlan) -> None:
+        """What the plan's step uses, and what waits behind it."""
+        now = join(paths_of(c.sequence, self._pregate).union(c.start, c.stop) for c in plan.chunks)
+        lookahead.plan(now, self._later(plan))
+
+    def _later(self, plan: StepPlan) -> list[tuple[int, Union]]:
+        """Known tokens that are not in the plan, in the order of the queue, at the step that they may come to."""
+        stops = {chunk.sequence.sequence_id: chunk.stop for chunk in plan.chunks}
+        later: list[tuple[int, Union]] = []
+        tokens = 0
+        for sequence in plan.queue:
+            start = stops.get(sequence.sequence_id, sequence.num_computed_tokens)
+            stop = min(sequence.num_tokens, start + self._step_tokens)
+            if sequence.paths is None or start >= stop:
+                continue
+            later.append((1 + tokens // self._step_tokens, sequence.paths.union(start, stop)))
+            tokens += stop - start
+            if tokens >= _STEPS_AHEAD * self._step_tokens:
+                break
+        return later
+
+    def _route(self, token_ids: list[int], spans: list[Span], storage: KVStorage) -> KnownRoutes:
+        self.tokens_routed += len(token_ids)
+        positions = [p for span in spans for p in range(span.start, span.start + span.length)]
+        return self._pregate.route(token_ids, positions, spans, storage)
+
+
+def paths_of(sequence: Sequence, pregate: Pregate) -> Paths:
+    """The sequence's paths, which begin empty."""
+    if sequence.paths is None:
+        sequence.paths = Paths(pregate.path_shape)
+    return sequence.paths
+
+
+def _extend(paths: Paths, routes: KnownRoutes, start: int, stop: int) -> None:
+    """Append rows of `routes`."""
+    index = routes.index[:, start:stop].transpose(0, 1).contiguous()
+    weights = routes.weights[:, start:stop].transpose(0, 1).contiguous()
+    paths.extend(index.numpy().astype(np.uint16).tobytes(), weights.numpy().tobytes())
+
+
+def _slices(paths: Paths, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Experts and weights `[tokens, heads, K]`, copied: an array that is looked at cannot grow."""
+    shape, stride = (stop - start, paths.shape.heads, paths.shape.top_k), paths.shape.stride
+    experts = np.array(paths.experts[start * stride : stop * stride], np.uint16)
+    return experts.reshape(shape), np.array(paths.weights[start * stride : stop * stride], np.float32).reshape(shape)
