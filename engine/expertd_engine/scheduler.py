@@ -20,6 +20,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from expertd_engine.batching import Batching, Chooser
 from expertd_engine.errors import EngineError, ExpertdError
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import ExpertMode, FinishReason
@@ -46,15 +47,25 @@ class SchedulerLimits:
     """Prompt tokens whose log-probabilities one step computes: each needs a row of logits, a vocabulary long."""
     max_mode_steps: int = 8
     """Steps in a row of one mode while sequences of the other wait."""
+    batching: Batching = "decode-first"
+    """Who computes in a step whose tokens do not suffice for all running sequences."""
+    patience_steps: int = 8
+    """Steps in a row that `expert-aware` passes a running sequence over before it goes first."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if getattr(self, name) < 1:
+            if name != "batching" and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
     @property
     def max_running(self) -> int:
-        """No more rows than tokens: so decodes leave a token for every row that prefills."""
+        """Sequences that hold blocks: no more than rows where all step, so that decodes leave a token for every row that
+        prefills; the more there are, the more has a batching that passes some over to choose from."""
+        return self.max_rows if self.batching == "decode-first" else self.max_sequences
+
+    @property
+    def max_rows(self) -> int:
+        """Sequences in one step."""
         return min(self.max_sequences, self.max_step_tokens)
 
 
@@ -128,6 +139,7 @@ class Scheduler:
         self._step = 0
         self._mode: ExpertMode = "exact"
         self._mode_steps = 0
+        self.chooser = Chooser(limits.batching, limits.max_step_tokens, limits.patience_steps)
 
     # ------------------------------------------------------------ sequences come and go
 
@@ -172,6 +184,7 @@ class Scheduler:
         queue = self._running if sequence.state is SequenceState.RUNNING else self._waiting
         self._free(sequence.finish(reason))
         queue.remove(sequence)
+        self.chooser.forget(sequence.sequence_id)
         del self._sequences[sequence.sequence_id]
 
     @property
@@ -198,9 +211,7 @@ class Scheduler:
         if chunks:
             return self._begin_step(chunks[0].sequence.mode, chunks, preempted)
         for mode in self._turns():
-            chunks = self._continue_running(mode, preempted)
-            if not preempted:
-                chunks += self._admit_waiting(mode, chunks)
+            chunks = self._fill_step(mode, preempted)
             if chunks:
                 return self._begin_step(mode, chunks, preempted)
         if self._sequences:
@@ -282,6 +293,42 @@ class Scheduler:
                 chunks = self._continue_running(group[0].mode, preempted, group)
         return chunks
 
+    def _fill_step(self, mode: ExpertMode, preempted: list[Sequence]) -> list[Chunk]:
+        if self.limits.batching != "decode-first":
+            return self._choose_running(mode, preempted)
+        chunks = self._continue_running(mode, preempted)
+        if not preempted:
+            chunks += self._admit_waiting(mode, chunks)
+        return chunks
+
+    def _choose_running(self, mode: ExpertMode, preempted: list[Sequence]) -> list[Chunk]:
+        """Admit whoever fits, then let the batching say who of all running ones computes.
+
+        Whoever is chosen may have to give way to others of the choice, last in rank first: if that leaves nobody, others
+        are chosen. The first by rank never gives way, so there is an end.
+        """
+        self._admit_ahead()
+        chunks: list[Chunk] = []
+        while not chunks and (rows := [s for s in self._running if s.mode == mode]):
+            shares = self.chooser.shares(rows)
+            for sequence in rows:
+                num_tokens = shares.get(sequence.sequence_id, 0)
+                if num_tokens > 1:
+                    num_tokens = self._scorable(sequence, num_tokens, chunks)
+                if num_tokens and self._make_room(sequence, num_tokens, preempted):
+                    chunks.append(_chunk(sequence, num_tokens))
+        still = [s for s in self._running if s.mode == mode]
+        self.chooser.stepped(still, {chunk.sequence.sequence_id for chunk in chunks})
+        return chunks
+
+    def _admit_ahead(self) -> None:
+        """Admit by rank while there are rows, and blocks beside one for each running sequence to go on with."""
+        while self._waiting and len(self._running) < self.limits.max_running:
+            if self._running and self.pool.free_blocks <= len(self._running):
+                break
+            if not self._admit(self._waiting[0]):
+                break
+
     def _continue_running(
         self, mode: ExpertMode, preempted: list[Sequence], among: Collection[Sequence] | None = None
     ) -> list[Chunk]:
@@ -357,6 +404,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
+        self.chooser.forget(sequence.sequence_id)
         self._running.remove(sequence)
         self._free(sequence.preempt())
         self._enqueue(sequence)

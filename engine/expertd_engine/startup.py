@@ -200,7 +200,7 @@ def _assemble(
 ) -> Engine:
     config, store, loaded = context.config, context.store, context.loaded
     # A pre-gating router may need one spare block for each sequence; of these it touches its own layer alone.
-    spare = 0 if context.pregate is None else context.limits.max_running
+    spare = 0 if context.pregate is None else context.limits.max_rows
     storage = KVStorage(context.shapes, plan.kv_blocks + 1, BLOCK_TOKENS, loaded.dtype, spare)
     pool = KVPool(plan.kv_blocks + 1, BLOCK_TOKENS)
     records = store.open_records(verify_always=config.verify_reads == "always")

@@ -17,7 +17,7 @@ import pytest
 from expertd_engine.prepare import prepare
 from support.daemon import RunningDaemon, daemon
 from support.demo import CACHE, PROMPTS
-from support.memory_cgroup import can_limit_memory, memory_cgroup
+from support.memory_cgroup import can_limit_memory, limited_memory, num_kills
 from support.tiny_mixtral import make_mixtral
 
 
@@ -160,7 +160,7 @@ def test_the_engine_ends_with_the_server(tiny: Path) -> None:
 @pytest.mark.skipif(not can_limit_memory(), reason="needs root and a memory cgroup")
 def test_a_cgroup_of_exactly_the_memory_budget() -> None:
     budget = 720 * 2**20
-    with memory_cgroup(budget) as group:
+    with limited_memory(budget) as group:
         flags = ("--memory-budget", str(budget), "--max-model-len", "1024", "--cache-dir", str(CACHE))
         with daemon("demo", *flags, cgroup=group.folder) as running:
             with ThreadPoolExecutor(8) as pool:
@@ -170,8 +170,9 @@ def test_a_cgroup_of_exactly_the_memory_budget() -> None:
             assert texts[:10] == texts[20:30] == texts[40:50]
             now = running.metrics()
             print(
-                f"\ncgroup of {budget} bytes: 50 requests, kills {group.num_kills}, peak charged {group.peak_bytes}, "
-                f"used {now['expertd_memory_used_bytes']:.0f}, experts {now['expertd_memory_budget_bytes']:.0f}"
+                f"\ncgroup of {budget} bytes: 50 requests, kills {num_kills(group)}, "
+                f"peak charged {group.peak_bytes()}, used {now['expertd_memory_used_bytes']:.0f}, "
+                f"experts {now['expertd_memory_budget_bytes']:.0f}"
             )
             assert running.stop() == 0
-        assert group.num_kills == 0
+        assert num_kills(group) == 0

@@ -27,7 +27,7 @@ from statistics import median
 from expertd_engine.config import parse_size
 from faults.clients import Outcome, ask
 from support.daemon import RunningDaemon, daemon
-from support.memory_cgroup import MemoryCgroup, can_limit_memory, memory_cgroup
+from support.memory_cgroup import MemoryCgroup, can_limit_memory, limited_memory, num_kills
 
 CLIENTS = 12
 ROOM = 8
@@ -147,12 +147,12 @@ class Soak:
             first, last = median(values[:third] or values), median(values[-third:] or values)
             if last > GROWTH_ALLOWED * first:
                 self.problems.append(f"{what} grew from {first} to {last}")
-        if self.group is not None and self.group.num_kills:
-            self.problems.append(f"the kernel killed {self.group.num_kills} processes")
+        if self.group is not None and num_kills(self.group):
+            self.problems.append(f"the kernel killed {num_kills(self.group)} processes")
 
     def report(self) -> str:
         memory, files = zip(*self.samples, strict=True)
-        charged = f", peak charged {self.group.peak_bytes}, kills {self.group.num_kills}" if self.group else ""
+        charged = f", peak charged {self.group.peak_bytes()}, kills {num_kills(self.group)}" if self.group else ""
         return (
             f"{dict(self.kinds)}; budget changes by status {dict(self.budgets)}; engines killed {len(self.killed_s)}; "
             f"resident {min(memory)} to {max(memory)} bytes; descriptors {min(files)} to {max(files)}{charged}"
@@ -189,7 +189,7 @@ def cgroup_of(budget: int) -> Iterator[MemoryCgroup | None]:
         print("no memory cgroup can be made here: going on without")
         yield None
         return
-    with memory_cgroup(budget) as group:
+    with limited_memory(budget) as group:
         yield group
 
 
@@ -211,7 +211,7 @@ def soak(minutes: float, model: str, memory_budget: str, flags: list[str]) -> in
                 if running.stop() != 0:
                     run.problems.append("the server did not end well")
             else:
-                kills = group.num_kills if group else 0
+                kills = num_kills(group) if group else 0
                 run.problems[:0] = [f"the server ended by itself, {kills} killed", *running.lines[-3:]]
     for problem in run.problems[:20]:
         print(problem)

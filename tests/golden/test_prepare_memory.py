@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import MixtralConfig
 
-from support.memory_cgroup import can_limit_memory, memory_cgroup
+from support.memory_cgroup import can_limit_memory, limited_memory, num_kills, run_inside
 from support.tiny_families import make_tokenizer
 
 HIDDEN, FFN, EXPERTS, VOCABULARY = 1024, 3584, 8, 260
@@ -70,13 +70,13 @@ def _write_sparse_checkpoint(folder: Path) -> int:
 def test_checkpoint_three_times_as_big_as_memory(tmp_path: Path) -> None:
     size = _write_sparse_checkpoint(tmp_path / "checkpoint")
     assert size >= 3 * LIMIT_BYTES
-    with memory_cgroup(LIMIT_BYTES) as group:
+    with limited_memory(LIMIT_BYTES) as group:
         command = [sys.executable, "-c", PREPARE, str(tmp_path / "checkpoint"), str(tmp_path / "store")]
-        done = group.run(command, timeout_s=300)
+        done = run_inside(group, command, timeout_s=300)
         assert done.returncode == 0, done.stderr
-        assert group.num_kills == 0
+        assert num_kills(group) == 0
         figures = json.loads(done.stdout)
-        print(f"limit {LIMIT_BYTES}, charged at most {group.peak_bytes}, checkpoint {size}, {figures}")
+        print(f"limit {LIMIT_BYTES}, charged at most {group.peak_bytes()}, checkpoint {size}, {figures}")
     shutil.rmtree(tmp_path / "store")  # pytest keeps the folders of its last runs, and this one is large
     assert figures["experts"] == LAYERS * LAYER_BYTES
     assert figures["anonymous"] < LIMIT_BYTES

@@ -49,6 +49,15 @@ def num_kills(group: MemoryCgroup) -> int:
     return next((int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill ")), 0)
 
 
+def can_be_made() -> bool:
+    """Whether this box has memory cgroups, and their folder can be written."""
+    try:
+        parent, _ = _parent()
+    except ResourceError:
+        return False
+    return os.access(parent, os.W_OK)
+
+
 def _parent() -> tuple[Path, int]:
     if (_V1 / "memory.limit_in_bytes").exists():
         return _V1, 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from expertd_engine.errors import ResourceError
 from expertd_engine.experts.device_pool import ChunkPlan
 from expertd_engine.experts.device_streams import Device
 
@@ -37,27 +38,24 @@ class DeviceSlab:
         return sum(memory.numel() for _, memory in self._chunks)
 
     def kept(self, slots: int) -> int:
-        """How many of the first slots stay where they are when there are to be `slots`."""
+        """How many of the first slots stay where they are when there are to be `slots`: a short chunk is not added to."""
         first = 0
         for count, _ in self._chunks:
-            if first + count > slots:
+            whole = count == self._plan.chunk_slots or first + count == slots
+            if first + count > slots or not whole:
                 break
             first += count
         return first
 
     def resize(self, slots: int) -> None:
-        """Free chunks and allot others. Raises ResourceError; then there are as many slots as before, or `kept`."""
-        while self.slots > slots:
-            count, _ = self._chunks.pop()
-            self.slots -= count
-            del self._places[self.slots :]
-        self._device.give_back()
-        before = self.slots
+        """Free what is not `kept` and allot the rest. Raises ResourceError; then there are as many slots as are kept."""
+        kept = self.kept(slots)
+        self._free_from(kept)
         try:
             while self.slots < slots:
                 self._grow(min(self._plan.chunk_slots, slots - self.slots))
-        except BaseException:
-            self.resize(before)
+        except ResourceError:
+            self._free_from(kept)
             raise
 
     def address(self, slot: int) -> int:
@@ -68,6 +66,12 @@ class DeviceSlab:
         """The first `num_bytes` bytes of a slot."""
         memory, start = self._places[slot]
         return memory[start : start + num_bytes]
+
+    def _free_from(self, slots: int) -> None:
+        while self.slots > slots:
+            self.slots -= self._chunks.pop()[0]
+            del self._places[self.slots :]
+        self._device.give_back()
 
     def _grow(self, count: int) -> None:
         memory = self._device.allot(self._plan.bytes_of(count))

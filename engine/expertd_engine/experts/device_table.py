@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import batched, islice
 
 import numpy as np
 import torch
@@ -72,7 +71,6 @@ class DeviceTable:
         self._used = [_UPDATE_WORDS, _UPDATE_WORDS]
         self._host_report = [device.pinned(rows + layout.layers, torch.int32) for _ in range(2)]
         self._turn = 0
-        self._ones = torch.ones(1, dtype=torch.int32, device=where)
         self._numbers = device.pinned(layout.slots + 1, torch.int64)
         self._numbers.copy_(torch.arange(layout.slots + 1))
         self._bits = device.pinned(2, torch.int32)
@@ -82,12 +80,13 @@ class DeviceTable:
 
     def stage(self, words: Words) -> None:
         """Send what the next `apply` changes. The launch before the last must have ended."""
-        pending = iter(words.items())
-        for piece in batched(islice(pending, max(0, len(words) - _UPDATE_WORDS)), _UPDATE_WORDS):
-            self._send(dict(piece))
+        index, value = list(words), list(words.values())
+        while len(index) > _UPDATE_WORDS:
+            self._send(index[:_UPDATE_WORDS], value[:_UPDATE_WORDS])
             self.apply()
             self._device.compute.mark().wait()
-        self._send(dict(pending))
+            index, value = index[_UPDATE_WORDS:], value[_UPDATE_WORDS:]
+        self._send(index, value)
         self._progress[0] = 0
 
     def apply(self) -> None:
@@ -116,12 +115,11 @@ class DeviceTable:
         """Layers of the running step whose routes are known."""
         return int(self._progress[0])
 
-    def _send(self, words: Words) -> None:
-        turn = self._turn
-        index, value, count = self._host_index[turn].numpy(), self._host_value[turn].numpy(), len(words)
-        index[:count] = list(words)
-        value[:count] = list(words.values())
-        index[count : self._used[turn]] = self.layout.unread
+    def _send(self, index: list[int], value: list[int]) -> None:
+        turn, count = self._turn, len(index)
+        self._host_index[turn].numpy()[:count] = index
+        self._host_index[turn].numpy()[count : self._used[turn]] = self.layout.unread
+        self._host_value[turn].numpy()[:count] = value
         self._used[turn] = count
         self._device.compute.copy([(self._index, self._host_index[turn]), (self._value, self._host_value[turn])])
 

@@ -69,6 +69,8 @@ class Hint(msgspec.Struct, frozen=True, gc=False):
     expert: ExpertId
     needed_at: int
     """Position of the foreseen use."""
+    trust: int = -1
+    """How sure its source is, a rising number of the source's own; -1: it does not say."""
 
 
 class Predict(msgspec.Struct, frozen=True, gc=False):

@@ -21,8 +21,12 @@ _MEMORY = 1024.0
 """Outcomes after which a class's counts are halved: predictors and topics change."""
 _AGE_CLASSES = 8
 
+_LEAST_APPROVED = 32
+"""Hints of one layer and lead that must have come out before that layer and lead may be switched off."""
+
 _Class = tuple[int, int, int]
-"""Layers ahead when the use was first named, layers ahead now, and how long ago the expert was used last."""
+"""Layers ahead when the use was first named, layers ahead now, and how long ago the expert was used last; of a source
+that says how sure it is, its trust as a negative number, layers ahead, and 0."""
 
 
 @dataclass(slots=True)
@@ -43,6 +47,44 @@ class Record:
             self.true, self.all = self.true / 2, self.all / 2
 
 
+@dataclass(slots=True)
+class Track:
+    """What came of the hints for one layer at one lead, on absent experts. Counts since start, but for the last two."""
+
+    named: int = 0
+    true: int = 0
+    followed: int = 0
+    """Let through."""
+    late: int = 0
+    """Followed and true, and still on its way when it was needed."""
+    in_vain: int = 0
+    """Followed and not true, though it was read or being read."""
+    approved: float = 0.0
+    approved_true: float = 0.0
+    """Hints of classes that are followed, let through or not; halved from time to time."""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether this layer is not worth following at this lead, whatever the class."""
+        return self.approved >= _LEAST_APPROVED and self.approved_true < MIN_PRECISION * self.approved
+
+    def approve(self, came_true: bool) -> None:
+        self.approved += 1
+        self.approved_true += came_true
+        if self.approved > _MEMORY:
+            self.approved, self.approved_true = self.approved / 2, self.approved_true / 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """A hint on an absent expert, until its layer has routed."""
+
+    kind: _Class
+    lead: int
+    approved: bool
+    followed: bool
+
+
 class Governor:
     """A `Lookahead` around a predicting one, which names a use again at every layer for as long as it believes in it.
 
@@ -59,7 +101,11 @@ class Governor:
         num_layers: int,
         num_experts: int,
         lookups_per_token: int,
+        on_its_way: Callable[[ExpertId], bool] = lambda _: False,
     ) -> None:
+        """`on_its_way`: whether a load of the expert has not ended, for accounts alone."""
+        self.tracks: dict[tuple[int, int], Track] = {}
+        """By foreseen layer and lead; for status and metrics."""
         self.records: dict[_Class, Record] = {}
         """For status and metrics."""
         self._inner = inner
@@ -67,30 +113,43 @@ class Governor:
         self._num_layers = num_layers
         self._num_experts = num_experts
         self._lookups_per_token = lookups_per_token
+        self._on_its_way = on_its_way
         self._first_lead: dict[int, int] = {}
-        self._judged: dict[int, dict[int, set[_Class]]] = {}
-        """Classes in which a use was seen while its expert was absent: by layer's beginning, then position."""
+        self._judged: dict[int, dict[int, dict[_Class, _Judged]]] = {}
+        """Hints on experts that were absent then: by layer's beginning, then position, once for each class."""
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
         return self._let_through(step * self._num_layers - 1, self._inner.begin_step(step, token_ids))
 
     def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
         now = step * self._num_layers + layer
-        self._settle(now * self._num_experts, experts)
+        self._settle(now * self._num_experts, layer, experts)
         return self._let_through(now, self._inner.routed(step, layer, experts))
 
     def next_use(self, expert: ExpertId, after: int) -> int | None:
         return self._inner.next_use(expert, after)
 
-    def _settle(self, begin: int, experts: Sequence[int]) -> None:
+    def _settle(self, begin: int, layer: int, experts: Sequence[int]) -> None:
         """The layer that begins at position `begin` has routed: what was said of it came true or did not."""
         chosen = {begin + expert for expert in experts}
-        for position, classes in self._judged.pop(begin, {}).items():
-            for one in classes:
-                self.records.setdefault(one, Record()).add(position in chosen)
+        for position, judged in self._judged.pop(begin, {}).items():
+            for one in judged.values():
+                self.records.setdefault(one.kind, Record()).add(position in chosen)
+                self._account(one, ExpertId(layer, position - begin), position in chosen)
         for old in [first for first in self._judged if first < begin]:
             del self._judged[old]
         self._first_lead = {use: lead for use, lead in self._first_lead.items() if use >= begin + self._num_experts}
+
+    def _account(self, one: _Judged, expert: ExpertId, came_true: bool) -> None:
+        track = self.tracks.setdefault((expert.layer, one.lead), Track())
+        track.named += 1
+        track.true += came_true
+        if one.approved:
+            track.approve(came_true)
+        if one.followed:
+            track.followed += 1
+            track.late += came_true and self._on_its_way(expert)
+            track.in_vain += not came_true and self._absent_for(expert) is None
 
     def _let_through(self, now: int, hints: Iterable[Hint]) -> list[Hint]:
         return [hint for hint in hints if self._is_worth_it(now, hint)]
@@ -102,8 +161,13 @@ class Governor:
         age = self._absent_for(hint.expert)
         if age is None:
             return True
-        one = (first, lead, min(_AGE_CLASSES - 1, (age // self._lookups_per_token).bit_length()))
+        kind = (first, lead, min(_AGE_CLASSES - 1, (age // self._lookups_per_token).bit_length()))
+        if hint.trust >= 0:
+            kind = (-1 - hint.trust, lead, 0)
+        record, track = self.records.get(kind), self.tracks.get((hint.expert.layer, lead))
+        approved = record is not None and record.precision >= MIN_PRECISION
+        followed = approved and not (track is not None and track.is_off)
         begin = hint.needed_at - hint.needed_at % self._num_experts
-        self._judged.setdefault(begin, {}).setdefault(hint.needed_at, set()).add(one)
-        record = self.records.get(one)
-        return record is not None and record.precision >= MIN_PRECISION
+        judged = self._judged.setdefault(begin, {}).setdefault(hint.needed_at, {})
+        judged.setdefault(kind, _Judged(kind, lead, approved, followed))
+        return followed

@@ -54,7 +54,12 @@ class KVStorage:
     """
 
     def __init__(
-        self, shapes: Sequence[LayerShape], num_blocks: int, block_tokens: int, dtype: torch.dtype, spare_blocks: int = 0
+        self,
+        shapes: Sequence[LayerShape],
+        num_blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        spare_blocks: int = 0,
     ) -> None:
         """`spare_blocks` more lie behind the `num_blocks`: what is written there is read by the same call alone."""
         self.block_tokens = block_tokens

@@ -47,7 +47,7 @@ class TableExperts:
         """See `cuda_program.Experts`."""
         chosen = index if self._given is None else self._given.of(moe, len(index))
         resolve(self._table, moe, chosen, self._num_rows, self._scratch)
-        experts_decode(self._layouts[moe], x, weights, self._scratch, out)
+        experts_decode(self._layouts[moe], self._table, x, weights, self._scratch, out)
 
     def finish(self) -> None:
         """Publish what landed in the last layer."""

@@ -129,15 +129,13 @@ class Carrier:
         if norm.kind == NormKind.NONE:
             return None
         bias = None if norm.bias is None else self._vector(norm.bias, norm.length)
-        return DeviceNorm(NormKind(norm.kind), self._vector(norm.weight, norm.length), bias, norm.eps)
+        return DeviceNorm(NormKind(norm.kind), self._vector(norm.weight, norm.length), bias, norm.eps, norm.length)
 
     def _matrix(self, matrix: library.Matrix) -> DeviceMatrix:
         if matrix.data not in self._matrices:
             bias = None if matrix.bias is None else self._host[matrix.bias]
             data = self._host[matrix.data].detach()
-            made = DeviceMatrix.of(
-                _FORMAT_NAMES[matrix.format], data, matrix.rows, matrix.cols, bias, self._device
-            )
+            made = DeviceMatrix.of(_FORMAT_NAMES[matrix.format], data, matrix.rows, matrix.cols, bias, self._device)
             self._matrices[matrix.data] = made
         return self._matrices[matrix.data]
 

@@ -98,7 +98,7 @@ class DeviceModel:
         blocks = -(-limits.model_len // kv.block_tokens)
         self._limits, self._device, self._table = limits, device, table
         self._inputs = StepInputs(limits.rows, limits.sequences, blocks, device)
-        work = Workspace(sizes, layers, limits.rows, dtype, blocks * kv.block_tokens, device)
+        work = Workspace(sizes, layers, limits.rows, limits.buckets[-1], dtype, device)
         logits = torch.empty(limits.buckets[-1], sizes.vocabulary, device=device)
         self._program = Program(layers, ends, kv, self._inputs, work, logits)
         self._best = torch.zeros(limits.rows, dtype=torch.int64, device=device)
@@ -184,4 +184,3 @@ def query_tiles(spans: Sequence[Span]) -> list[tuple[int, int]]:
         for span in spans
         for row in range(span.row, span.row + span.length, QUERY_TILE)
     ]
-

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from expertd_engine.kernels.cuda.attention import AttentionScratch, attend
-from expertd_engine.kernels.cuda.block import activate, add_norm, argmax, norm, store_qkv
+from expertd_engine.kernels.cuda.block import activate, argmax, store_qkv
 from expertd_engine.kernels.cuda.dense import embed, matmul
+from expertd_engine.kernels.cuda.norms import add_norm, norm_rows
 from expertd_engine.kernels.cuda.router import route
 from expertd_engine.model.attention import LayerShape
 from expertd_engine.model.cuda_inputs import StepInputs
@@ -86,10 +87,10 @@ class Workspace:
     """Activations of steps of up to `rows` rows. The same memory serves all layers."""
 
     def __init__(
-        self, sizes: Sizes, layers: Sequence[DeviceLayer], rows: int, dtype: torch.dtype, positions: int,
+        self, sizes: Sizes, layers: Sequence[DeviceLayer], rows: int, alone: int, dtype: torch.dtype,
         device: torch.device,
     ) -> None:  # fmt: skip
-        """`dtype`: of rows that experts and FFNs read. `positions`: of the longest sequence."""
+        """`alone`: rows of the largest step that attends row by row. `dtype`: of rows that experts and FFNs read."""
 
         def floats(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
@@ -106,9 +107,11 @@ class Workspace:
         self.index = torch.zeros(rows * sizes.top_k, dtype=torch.int32, device=device)
         self.weights = floats(rows * sizes.top_k)
         self.counter = torch.zeros(rows, dtype=torch.int32, device=device)
-        heads = max(layer.heads.heads for layer in layers)
-        width = max(layer.heads.value_dim for layer in layers)
-        self.attention = AttentionScratch(rows, heads, width, positions, device)
+        heads = [layer.heads for layer in layers]
+        self.attention = AttentionScratch.of(
+            alone, max(one.heads for one in heads), max(one.kv_heads for one in heads),
+            max(one.value_dim for one in heads), device,
+        )  # fmt: skip
 
 
 class Program:
@@ -150,7 +153,8 @@ class Program:
         keys, values = self.kv.keys[index], self.kv.values[index]
         places = inputs.positions[:rows], inputs.row_table[:rows], inputs.tables
         if layer.parallel:  # attention and FFN read the same rows, from before either has added to the stream
-            norm(hidden, layer.input_norm, work.routed_input[:rows])
+            assert layer.input_norm is not None
+            norm_rows(hidden, layer.input_norm, work.routed_input[:rows])
             matmul(work.routed_input[:rows], layer.projections, made)
         else:
             matmul(hidden, layer.projections, made, norm=layer.input_norm, normed=normed)
@@ -216,4 +220,4 @@ class Program:
         made, gate = work.queries.view(-1)[: out.numel()].view_as(out), work.gate[:rows]
         matmul(inner, ffn.down, made)
         matmul(y, layer.ffn_gate, gate)
-        add_norm(out, made, None, 1.0, gate=gate.view(-1))
+        add_norm(out, made, None, 1.0, gate=gate)

@@ -35,7 +35,8 @@ def build_native(
 ) -> NativeModel:
     """The native path for positions below `max_positions`. Raises NotMatched with the reason why there is none.
 
-    `shapes` are what the attention layers store, with a pre-gating router's behind them. It runs the model's modules once, on stand-ins for its experts.
+    `shapes` are what the attention layers store, a pre-gating router's last. It runs the model's modules once, on
+    stand-ins for its experts.
     """
     if loaded.pool is None:
         raise NotMatched("there are no native kernels")

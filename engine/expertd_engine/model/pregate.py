@@ -67,11 +67,9 @@ class Pregate:
         return KnownRoutes(index, chosen / chosen.sum(dim=-1, keepdim=True))
 
 
-def build_pregate(loaded: LoadedModel, max_positions: int) -> tuple[Pregate, str | None] | None:
-    """The router of a pre-gated model, and why it is not native (None if it is); None for any other model."""
-    module = loaded.pregating
-    if module is None:
-        return None
+def build_pregate(loaded: LoadedModel, max_positions: int) -> tuple[Pregate, str | None]:
+    """The router of a pre-gated model, and why it is not native (None if it is)."""
+    module: Any = loaded.pregating
     config = loaded.model.config
     path_shape = PathShape(int(config.router_heads), int(config.num_experts_per_tok))
     dim = module.attention.head_dim

@@ -22,7 +22,7 @@ from expertd_engine.model.loader import LoadedModel, attach_experts
 from expertd_engine.model.moe import MoELayer, StepRoutes
 from expertd_engine.model.native_build import build_native
 from expertd_engine.model.native_witness import NotMatched
-from expertd_engine.model.pregate import build_pregate
+from expertd_engine.model.pregate import Pregate, build_pregate
 from expertd_engine.model.runner import ModuleModel, StepModel, forward
 from expertd_engine.model.sampler import SampleRow, sample
 from expertd_engine.scheduler import SchedulerLimits
@@ -90,8 +90,12 @@ class Trial:
         self.peak_is_exact = True
         """Whether the largest step was measured alone; else its bytes count from the highest mark since start."""
         self.shapes = self._learn_shapes()
-        self.pregate, self.router_not_native = build_pregate(loaded, max_positions) or (None, None)
-        """What routes ahead of all layers, where the model has such a router, and why that is not native."""
+        self.pregate: Pregate | None = None
+        """What routes ahead of all layers, where the model has such a router."""
+        self.router_not_native: str | None = None
+        """Why that is not native; None if it is, or there is none."""
+        if loaded.pregating is not None:
+            self.pregate, self.router_not_native = build_pregate(loaded, max_positions)
         self.model: StepModel = ModuleModel(loaded)
         """What steps are computed by."""
         self.not_native: str | None = None
@@ -116,7 +120,7 @@ class Trial:
         """
         self.peak_is_exact = reset_peak_rss()
         before = rss_bytes()
-        self._full_step(limits.max_step_tokens, limits.max_running + limits.max_scored_tokens)
+        self._full_step(limits.max_step_tokens, limits.max_rows + limits.max_scored_tokens)
         step = peak_rss_bytes() - before
         if self.not_native is None:
             return max(0, step)

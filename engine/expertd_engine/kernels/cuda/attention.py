@@ -118,67 +118,6 @@ def _tile_rows(members: int) -> int:
 
 
 @triton.jit
-def _keys_of(
-    tables: tl.tensor, at: tl.tensor, end: tl.tensor, block_stride: tl.tensor, token_stride: tl.tensor,
-    BLOCK_TOKENS: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Where in a pool the keys of positions `at` begin; of those before `end`."""
-    block = tl.load(tables + at // BLOCK_TOKENS, at < end, 0).to(tl.int64)
-    return block * block_stride + (at % BLOCK_TOKENS) * token_stride
-
-
-@triton.jit
-def _over_keys(
-    q: tl.tensor, best: tl.tensor, total: tl.tensor, sums: tl.tensor, position: tl.tensor,
-    keys: tl.tensor, values: tl.tensor, tables: tl.tensor, begin: tl.tensor, end: tl.tensor,
-    key_block: tl.tensor, key_token: tl.tensor, value_block: tl.tensor, value_token: tl.tensor,
-    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """The softmax so far of queries `q` `[M, D]` at `position` `[M]`, and keys from `begin` to before `end`."""
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_V)
-    for first in range(begin, end, KEYS):
-        at = first + tl.arange(0, KEYS)
-        here = _keys_of(tables, at, end, key_block, key_token, BLOCK_TOKENS)
-        key = tl.load(keys + here[:, None] + d[None, :], (at < end)[:, None] & (d < KEY_DIM)[None, :], 0.0)
-        scores = tl.dot(q, tl.trans(key), input_precision="ieee")
-        seen = at[None, :] <= position[:, None]
-        if WINDOW > 0:
-            seen = seen & (at[None, :] > position[:, None] - WINDOW)
-        scores = tl.where(seen, scores, -1e30)
-        now = tl.maximum(best, tl.max(scores, 1))
-        shares = tl.where(seen, tl.exp(scores - now[:, None]), 0.0)
-        kept = tl.exp(best - now)
-        total = total * kept + tl.sum(shares, 1)
-        there = _keys_of(tables, at, end, value_block, value_token, BLOCK_TOKENS)
-        value = tl.load(values + there[:, None] + e[None, :], (at < end)[:, None] & (e < VALUE_DIM)[None, :], 0.0)
-        sums = tl.dot(shares.to(value.dtype), value, sums * kept[:, None], input_precision="ieee")
-        best = now
-    return best, total, sums
-
-
-@triton.jit
-def _leave(
-    out: tl.tensor, gate: tl.tensor, sinks: tl.tensor, best: tl.tensor, total: tl.tensor, sums: tl.tensor,
-    member: tl.tensor, lives: tl.tensor, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-) -> None:  # fmt: skip
-    """Write queries' results `[M, V]`, where they live, to `out` `[M]`; `member` `[M]` are their heads' places."""
-    if sinks is not None:
-        sink = tl.load(sinks + member, lives, 0.0)
-        now = tl.maximum(best, sink)
-        kept = tl.exp(best - now)
-        total = total * kept + tl.exp(sink - now)
-        sums = sums * kept[:, None]
-    e = tl.arange(0, BLOCK_V)[None, :]
-    mask = lives[:, None] & (e < VALUE_DIM)
-    result = sums / tl.where(total > 0.0, total, 1.0)[:, None]
-    if gate is not None:
-        result = result * tl.sigmoid(tl.load(gate[:, None] + e, mask, 0.0))
-    tl.store(out[:, None] + e, result, mask)
-
-
-@triton.jit
 def _rows_kernel(
     query: tl.tensor, keys: tl.tensor, values: tl.tensor, tables: tl.tensor, row_table: tl.tensor,
     positions: tl.tensor, sinks: tl.tensor, gate: tl.tensor, out: tl.tensor,
@@ -198,38 +137,174 @@ def _rows_kernel(
     size = KEYS
     while size * SPANS < known - begin:
         size *= 2
-    count = tl.cdiv(known - begin, size)
-    m = tl.arange(0, MEMBERS)
-    at_out = out + row * out_stride + (head * GROUP + m) * VALUE_DIM
-    if (known <= 0) & (span == 0):
-        e = tl.arange(0, BLOCK_V)[None, :]
-        tl.store(at_out[:, None] + e, tl.zeros([MEMBERS, BLOCK_V], tl.float32), (m < GROUP)[:, None] & (e < VALUE_DIM))
-    if (known > 0) & (span < count):
+    count = tl.maximum(tl.cdiv(known - begin, size), 1)  # a row of padding has one span, of no keys
+    if span < count:
+        m = head * GROUP + tl.arange(0, MEMBERS)
+        g = head * GROUP + tl.arange(0, GROUP_BLOCK)
+        end = (head + 1) * GROUP
         first = begin + span * size
-        d = tl.arange(0, BLOCK_D)[None, :]
-        q = tl.load(
-            query + row * query_stride + (head * GROUP + m)[:, None] * KEY_DIM + d,
-            (m < GROUP)[:, None] & (d < KEY_DIM), 0.0,
-        )  # fmt: skip
-        best = tl.full([MEMBERS], -1e30, tl.float32)
-        total = tl.zeros([MEMBERS], tl.float32)
-        sums = tl.zeros([MEMBERS, BLOCK_V], tl.float32)
+        table = tables + tl.load(row_table + row).to(tl.int64) * table_stride
+        q = _queries(query + row * query_stride + m * KEY_DIM, m < end, keys, KEY_DIM, BLOCK_D)
         best, total, sums = _over_keys(
-            *(q.to(keys.dtype.element_ty), best, total, sums, tl.zeros([MEMBERS], tl.int32) + known - 1),
-            *(keys + head * key_head, values + head * value_head),
-            *(tables + tl.load(row_table + row).to(tl.int64) * table_stride, first, tl.minimum(first + size, known)),
-            *(key_block, key_token, value_block, value_token),
-            *(KEY_DIM, VALUE_DIM, BLOCK_TOKENS, WINDOW, BLOCK_D, BLOCK_V, KEYS),
-        )
-        at_gate = gate
-        if gate is not None:
-            at_gate = gate + row * gate_stride + (head * GROUP + m) * VALUE_DIM
+            q, known - 1 + tl.zeros([MEMBERS], tl.int32), keys + head * key_head, values + head * value_head, table,
+            first, tl.minimum(first + size, known), key_block, key_token, value_block, value_token,
+            KEY_DIM, VALUE_DIM, BLOCK_TOKENS, WINDOW, BLOCK_V, KEYS,
+        )  # fmt: skip
+        to = row * out_stride
+        by = row * gate_stride
+        place = row * KV_HEADS + head
         if count == 1:
-            _leave(at_out, at_gate, sinks, best, total, sums, head * GROUP + m, m < GROUP, VALUE_DIM, BLOCK_V)
+            _leave(out, gate, sinks, best, total, sums, m, to, by, m < end, VALUE_DIM, BLOCK_V)
         else:
-            place = row * KV_HEADS + head
-            _keep_span(span_sums, span_best, span_total, best, total, sums, place * SPANS + span, GROUP, VALUE_DIM)
-            tl.debug_barrier()  # all threads' spans are written before one of them says so
+            at = (place * SPANS + span) * GROUP + m - head * GROUP
+            _keep_span(span_sums, span_best, span_total, best, total, sums, at, m < end, VALUE_DIM, BLOCK_V)
+            tl.debug_barrier()  # all threads have written before one says so
             if tl.atomic_add(done + place, 1, sem="acq_rel") == count - 1:
                 tl.store(done + place, 0)
-                g = tl.arange(0, GROUP_BLOCK)
+                best, total, sums = _merged(
+                    span_sums, span_best, span_total, place * SPANS * GROUP, count,
+                    GROUP, VALUE_DIM, BLOCK_V, GROUP_BLOCK, MERGED,
+                )  # fmt: skip
+                _leave(out, gate, sinks, best, total, sums, g, to, by, g < end, VALUE_DIM, BLOCK_V)
+
+
+@triton.jit
+def _tiles_kernel(
+    query: tl.tensor, keys: tl.tensor, values: tl.tensor, tables: tl.tensor, row_table: tl.tensor,
+    positions: tl.tensor, sinks: tl.tensor, gate: tl.tensor, out: tl.tensor, tiles: tl.tensor,
+    query_stride: tl.tensor, key_block: tl.tensor, key_token: tl.tensor, key_head: tl.tensor,
+    value_block: tl.tensor, value_token: tl.tensor, value_head: tl.tensor, table_stride: tl.tensor,
+    gate_stride: tl.tensor, out_stride: tl.tensor,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    MEMBERS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+) -> None:  # fmt: skip
+    tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = tl.load(tiles + 2 * tile).to(tl.int64) + part * QUERIES
+    count = tl.minimum(tl.load(tiles + 2 * tile + 1) - part * QUERIES, QUERIES)
+    if count > 0:
+        m = tl.arange(0, QUERIES * MEMBERS)
+        row, member = m // MEMBERS, m % MEMBERS
+        lives = (row < count) & (member < GROUP)
+        place = head * GROUP + member
+        start = tl.load(positions + first).to(tl.int32)
+        begin = 0
+        if WINDOW > 0:
+            begin = tl.maximum(start + 1 - WINDOW, 0) // KEYS * KEYS
+        table = tables + tl.load(row_table + first).to(tl.int64) * table_stride
+        q = _queries(query + (first + row) * query_stride + place * KEY_DIM, lives, keys, KEY_DIM, BLOCK_D)
+        best, total, sums = _over_keys(
+            q, start + row, keys + head * key_head, values + head * value_head, table,
+            begin, start + count, key_block, key_token, value_block, value_token,
+            KEY_DIM, VALUE_DIM, BLOCK_TOKENS, WINDOW, BLOCK_V, KEYS,
+        )  # fmt: skip
+        to = (first + row) * out_stride
+        by = (first + row) * gate_stride
+        _leave(out, gate, sinks, best, total, sums, place, to, by, lives, VALUE_DIM, BLOCK_V)
+
+
+@triton.jit
+def _queries(
+    begin: tl.tensor, lives: tl.tensor, keys: tl.tensor, KEY_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+) -> tl.tensor:
+    """Queries `[M, D]` that begin at `begin` `[M]`, as numbers of the keys' type."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(begin[:, None] + d, lives[:, None] & (d < KEY_DIM), 0.0).to(keys.dtype.element_ty)
+
+
+@triton.jit
+def _over_keys(
+    q: tl.tensor, position: tl.tensor, keys: tl.tensor, values: tl.tensor, table: tl.tensor, begin: tl.tensor,
+    end: tl.tensor, key_block: tl.tensor, key_token: tl.tensor, value_block: tl.tensor, value_token: tl.tensor,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_V: tl.constexpr, KEYS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Queries `q` `[M, D]` at `position` `[M]` over keys from `begin` to before `end`: each one's best score, the sum
+    of what its keys count relative to that, and the sum of so many values."""
+    d = tl.arange(0, q.shape[1])[None, :]
+    e = tl.arange(0, BLOCK_V)[None, :]
+    best = tl.full([q.shape[0]], -1e30, tl.float32)
+    total = tl.zeros([q.shape[0]], tl.float32)
+    sums = tl.zeros([q.shape[0], BLOCK_V], tl.float32)
+    for first in range(begin, end, KEYS):
+        at = first + tl.arange(0, KEYS)
+        block = tl.load(table + at // BLOCK_TOKENS, at < end, 0).to(tl.int64)
+        inside = at % BLOCK_TOKENS
+        here = keys + block * key_block + inside * key_token
+        key = tl.load(here[:, None] + d, (at < end)[:, None] & (d < KEY_DIM), 0.0)
+        scores = tl.dot(q, tl.trans(key), input_precision="ieee")
+        seen = at[None, :] <= position[:, None]
+        if WINDOW > 0:
+            seen = seen & (at[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen, scores, -1e30)
+        now = tl.maximum(best, tl.max(scores, 1))
+        shares = tl.where(seen, tl.exp(scores - now[:, None]), 0.0)
+        kept = tl.exp(best - now)
+        there = values + block * value_block + inside * value_token
+        value = tl.load(there[:, None] + e, (at < end)[:, None] & (e < VALUE_DIM), 0.0)
+        sums = tl.dot(shares.to(value.dtype), value, sums * kept[:, None], input_precision="ieee")
+        total = total * kept + tl.sum(shares, 1)
+        best = now
+    return best, total, sums
+
+
+@triton.jit
+def _keep_span(
+    span_sums: tl.tensor, span_best: tl.tensor, span_total: tl.tensor, best: tl.tensor, total: tl.tensor,
+    sums: tl.tensor, at: tl.tensor, lives: tl.tensor, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+) -> None:  # fmt: skip
+    e = tl.arange(0, BLOCK_V)[None, :]
+    tl.store(span_best + at, best, lives)
+    tl.store(span_total + at, total, lives)
+    tl.store(span_sums + at[:, None] * VALUE_DIM + e, sums, lives[:, None] & (e < VALUE_DIM))
+
+
+@triton.jit
+def _merged(
+    span_sums: tl.tensor, span_best: tl.tensor, span_total: tl.tensor, begin: tl.tensor, count: tl.tensor,
+    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    MERGED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """As `_over_keys`, from `count` spans that other programs kept."""
+    g = tl.arange(0, GROUP_BLOCK)[None, :]
+    e = tl.arange(0, BLOCK_V)[None, None, :]
+    best = tl.full([GROUP_BLOCK], -1e30, tl.float32)
+    total = tl.zeros([GROUP_BLOCK], tl.float32)
+    sums = tl.zeros([GROUP_BLOCK, BLOCK_V], tl.float32)
+    for first in range(0, count, MERGED):
+        span = first + tl.arange(0, MERGED)[:, None]
+        at = begin + span * GROUP + g
+        mask = (span < count) & (g < GROUP)
+        theirs = tl.load(span_best + at, mask, -1e30, cache_modifier=".cg")
+        now = tl.maximum(best, tl.max(theirs, 0))
+        share = tl.exp(theirs - now[None, :])
+        kept = tl.exp(best - now)
+        part = tl.load(
+            span_sums + at[:, :, None] * VALUE_DIM + e, mask[:, :, None] & (e < VALUE_DIM), 0.0, cache_modifier=".cg"
+        )
+        sums = sums * kept[:, None] + tl.sum(part * share[:, :, None], 0)
+        total = total * kept + tl.sum(tl.load(span_total + at, mask, 0.0, cache_modifier=".cg") * share, 0)
+        best = now
+    return best, total, sums
+
+
+@triton.jit
+def _leave(
+    out: tl.tensor, gate: tl.tensor, sinks: tl.tensor, best: tl.tensor, total: tl.tensor, sums: tl.tensor,
+    head: tl.tensor, row_out: tl.tensor, row_gate: tl.tensor, lives: tl.tensor, VALUE_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write results `[M, V]` of heads `head` `[M]`, where they live, to rows that begin at `row_out` (one or `[M]`)."""
+    if sinks is not None:
+        sink = tl.load(sinks + head, lives, 0.0)
+        now = tl.maximum(best, sink)
+        kept = tl.exp(best - now)
+        total = total * kept + tl.exp(sink - now)
+        sums = sums * kept[:, None]
+    to = (row_out + head * VALUE_DIM)[:, None] + tl.arange(0, BLOCK_V)[None, :]
+    mask = lives[:, None] & (tl.arange(0, BLOCK_V) < VALUE_DIM)[None, :]
+    result = sums / tl.where(total > 0.0, total, 1.0)[:, None]
+    if gate is not None:
+        by = (row_gate + head * VALUE_DIM)[:, None] + tl.arange(0, BLOCK_V)[None, :]
+        result = result * tl.sigmoid(tl.load(gate + by, mask, 0.0))
+    tl.store(out + to, result, mask)

@@ -46,69 +46,85 @@ def multiply(
 
 @triton.jit
 def multiply_groups(
-    acc: tl.tensor, record: tl.tensor, target: tl.tensor, rows: tl.tensor, scales: tl.tensor, minima: tl.tensor, x: tl.tensor, live: tl.tensor,
+    acc: tl.tensor, record: tl.tensor, target: tl.tensor, rows: tl.tensor, scales: tl.tensor, minima: tl.tensor,
+    x: tl.tensor, live: tl.tensor,
     FORMAT: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, LAND: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """As `multiply`, for a quantised matrix, whose rows of scales and minima begin at `scales` and `minima` (bytes).
 
     A segment is 32 bytes of a row: a group of int8 or fp8, or two groups of 4 bits, one in the low half of each byte.
     Whole numbers are multiplied, groups are scaled: so products are exact, and scaling costs one operation a group.
+    Scales are loaded a span ahead.
     """
     source = record.to(tl.pointer_type(tl.uint8))
-    tl.multiple_of(source, 16)
-    halves = record.to(tl.pointer_type(tl.float16))
     landed = target.to(tl.pointer_type(tl.uint8))
-    landed_halves = target.to(tl.pointer_type(tl.float16))
+    tl.multiple_of(source, 16)
     tl.multiple_of(landed, 16)
     PAIRED: tl.constexpr = FORMAT == "int4" or FORMAT == "int4s"
-    WIDTH: tl.constexpr = 64 if PAIRED else 32
-    SEGMENTS: tl.constexpr = (COLS + WIDTH - 1) // WIDTH
+    PER_SEGMENT: tl.constexpr = 2 if PAIRED else 1
+    SEGMENTS: tl.constexpr = (COLS + 32 * PER_SEGMENT - 1) // (32 * PER_SEGMENT)
+    GROUPS: tl.constexpr = SEGMENTS * PER_SEGMENT
+    SPAN: tl.constexpr = UNROLL * PER_SEGMENT
     byte = tl.arange(0, 32)
+    scale = load_halves(record, target, scales, 0, GROUPS, SPAN, LAND)
+    minimum = load_halves(record, target, minima, 0, GROUPS, SPAN, LAND) if FORMAT == "int4" else scale
     for first in tl.range(0, SEGMENTS, UNROLL, num_stages=STAGES):
+        following = (first + UNROLL) * PER_SEGMENT
+        next_scale = load_halves(record, target, scales, following, GROUPS, SPAN, LAND)
+        if FORMAT == "int4":
+            next_minimum = load_halves(record, target, minima, following, GROUPS, SPAN, LAND)
+        else:
+            next_minimum = next_scale
         for step in tl.static_range(UNROLL):
-            segment = first + step
-            at = rows[:, None] + segment * 32 + byte[None, :]
-            stored = (segment * 32 + byte)[None, :] < SEGMENTS * 32
+            at = rows[:, None] + (first + step) * 32 + byte[None, :]
+            stored = ((first + step) * 32 + byte)[None, :] < SEGMENTS * 32
             if SEGMENTS % UNROLL == 0:
                 w = tl.load(source + at)
             else:
                 w = tl.load(source + at, mask=stored, other=0)
             if LAND:
                 tl.store(landed + at, w, mask=stored)
-            if PAIRED:
-                for half in tl.static_range(2):
-                    q = nibbles(w, half, FORMAT)
-                    group = segment * 2 + half
-                    acc = add_group(acc, q, halves, landed_halves, scales, minima, group, x, live, FORMAT, COLS, LAND)
-            else:
-                if FORMAT == "int8":
-                    q = w.to(tl.int8, bitcast=True).to(tl.bfloat16)
-                else:
-                    q = w.to(tl.float8e4nv, bitcast=True).to(tl.bfloat16)
-                acc = add_group(acc, q, halves, landed_halves, scales, minima, segment, x, live, FORMAT, COLS, LAND)
+            for half in tl.static_range(PER_SEGMENT):
+                q = nibbles(w, half, FORMAT) if PAIRED else whole_bytes(w, FORMAT)
+                col = ((first + step) * PER_SEGMENT + half) * 32 + byte
+                a = tl.load(x[:, None] + col[None, :], mask=live[:, None] & (col[None, :] < COLS), other=0.0)
+                acc += dot(a, q, tl.zeros_like(acc)) * scale[step * PER_SEGMENT + half][None, :]
+                if FORMAT == "int4":
+                    # Sums of rows by the tensor cores too: each column of this product is one, laid out as `acc` is.
+                    ones = dot(a, tl.full(q.shape, 1.0, q.dtype), tl.zeros_like(acc))
+                    acc += ones * minimum[step * PER_SEGMENT + half][None, :]
+        scale, minimum = next_scale, next_minimum
     return acc
 
 
 @triton.jit
-def add_group(
-    acc: tl.tensor, q: tl.tensor, halves: tl.tensor, landed: tl.tensor, scales: tl.tensor, minima: tl.tensor, group: tl.tensor, x: tl.tensor, live: tl.tensor,
-    FORMAT: tl.constexpr, COLS: tl.constexpr, LAND: tl.constexpr,
+def load_halves(
+    record: tl.tensor, target: tl.tensor, begin: tl.tensor, first: tl.tensor,
+    GROUPS: tl.constexpr, SPAN: tl.constexpr, LAND: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """`acc` plus the product with one group of 32 columns, `q` `[BN, 32]`."""
-    GROUPS: tl.constexpr = (COLS + 31) // 32
-    col = group * 32 + tl.arange(0, 32)
-    a = tl.load(x[:, None] + col[None, :], mask=live[:, None] & (col[None, :] < COLS), other=0.0)
-    here = scales * 0 + group < GROUPS
-    scale = tl.load(halves + scales // 2 + group, mask=here, other=0.0)
-    acc += dot(a, q, tl.zeros_like(acc)) * scale.to(tl.float32)[None, :]
-    if FORMAT == "int4":
-        minimum = tl.load(halves + minima // 2 + group, mask=here, other=0.0)
-        acc += tl.sum(a.to(tl.float32), 1)[:, None] * minimum.to(tl.float32)[None, :]
+    """Scales or minima of SPAN groups of each row, from group `first` on: a tuple of float32 `[BN]`."""
+    source = record.to(tl.pointer_type(tl.float16))
+    landed = target.to(tl.pointer_type(tl.float16))
+    found = ()
+    for group in tl.static_range(SPAN):
+        at = begin // 2 + first + group
+        here = begin * 0 + first + group < GROUPS
+        half = tl.load(source + at, mask=here, other=0.0)
         if LAND:
-            tl.store(landed + minima // 2 + group, minimum, mask=here)
-    if LAND:
-        tl.store(landed + scales // 2 + group, scale, mask=here)
-    return acc
+            tl.store(landed + at, half, mask=here)
+        found = found + (half.to(tl.float32),)
+    return found
+
+
+@triton.jit
+def whole_bytes(w: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
+    """Bytes of int8 or fp8 as bfloat16, which holds either exactly."""
+    if FORMAT == "fp8":
+        return w.to(tl.float8e4nv, bitcast=True).to(tl.float32).to(tl.bfloat16)
+    elif INTERPRETED:
+        return w.to(tl.int8, bitcast=True).to(tl.float32).to(tl.bfloat16)
+    else:
+        return w.to(tl.int8, bitcast=True).to(tl.bfloat16)
 
 
 @triton.jit

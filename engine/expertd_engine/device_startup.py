@@ -1,0 +1,270 @@
+"""From a store and a configuration to an engine whose steps run on a device: load, match, try, measure, plan, allot."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+
+from expertd_engine.config import Config, Size
+from expertd_engine.core import Constrain, EngineCore, Forward
+from expertd_engine.device_memory import DeviceMeter
+from expertd_engine.errors import ModelError
+from expertd_engine.experts.device_cache import DeviceCache
+from expertd_engine.experts.device_streams import CudaDevice, Device, HostDevice
+from expertd_engine.experts.lookahead import Lookahead
+from expertd_engine.experts.policy import make_policy
+from expertd_engine.experts.store import ExpertStore, RecordFile
+from expertd_engine.experts.sweep import Sweep
+from expertd_engine.kernels.cuda.resolve import TablePointers
+from expertd_engine.kv_pool import KVPool
+from expertd_engine.memory import MemoryMeter
+from expertd_engine.messages import PROTOCOL_VERSION, EngineInfo
+from expertd_engine.model.attention import Span
+from expertd_engine.model.cuda_build import DeviceParts, build_parts
+from expertd_engine.model.cuda_graph import buckets
+from expertd_engine.model.cuda_model import DeviceModel, Limits, StepTokens
+from expertd_engine.model.cuda_program import DeviceKV
+from expertd_engine.model.cuda_runner import DeviceRunner
+from expertd_engine.model.loader import LoadedModel, load_model
+from expertd_engine.model.moe import RouteSource
+from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
+from expertd_engine.prefix_cache import PrefixCache
+from expertd_engine.scheduler import Scheduler, SchedulerLimits
+from expertd_engine.startup import (
+    BLOCK_TOKENS,
+    Engine,
+    Report,
+    asked_of,
+    lookahead_for,
+    make_constrain,
+    model_len_of,
+    open_pool,
+    policy_name,
+    verify_store,
+)
+
+logger = logging.getLogger(__name__)
+
+NO_VIRTUAL_MODE = "virtual mode is not there on a device"
+
+
+def refuse_virtual() -> str:
+    """Why no sequence may ask for virtual mode."""
+    return NO_VIRTUAL_MODE
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    config: Config
+    store: ExpertStore
+    loaded: LoadedModel
+    parts: DeviceParts
+    limits: Limits
+    constrain: Constrain
+    fallbacks: list[str]
+    lookahead: Lookahead | None
+    routes: RouteSource | None
+    device: Device
+    meter: Any
+    """`DeviceMeter`, or the processes' own where the processor stands in for a device."""
+
+
+def start_on_device(
+    store: ExpertStore,
+    config: Config,
+    server_pid: int,
+    report: Report,
+    wrap: Callable[[Any], Forward],
+    device: torch.device,
+    *,
+    lookahead: Lookahead | None = None,
+    routes: RouteSource | None = None,
+) -> Engine:
+    """As `startup.start_engine`. `device` may be the processor, for Triton's interpreter."""
+    if {layout.order for layout in store.index.layouts} != {"rows"}:
+        raise ModelError(f"store {store.path} is made for CPUs: make one with `expertd prepare --for gpu`")
+    meter = DeviceMeter(device) if device.type == "cuda" else MemoryMeter(server_pid)
+    verify_store(store, report)
+    report("load", 0.0)
+    seam = _open_device(device)
+    fallbacks: list[str] = []
+    if isinstance(meter, DeviceMeter) and not meter.knows_others:
+        fallbacks.append("what other programs use of the card counts as ours: nvidia-smi is not there to tell")
+    threads = config.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    loaded = load_model(store, open_pool(threads, fallbacks))
+    model_len = model_len_of(config, loaded)
+    constrain = make_constrain(store, loaded, fallbacks)
+    report("trial", 0.0)
+    parts = build_parts(loaded, store.index, BLOCK_TOKENS, max(model_len, config.max_step_tokens), device)
+    limits = Limits(buckets(config.max_sequences), config.max_step_tokens, config.max_sequences, model_len)
+    context = _Context(
+        config, store, loaded, parts, limits, constrain, fallbacks, lookahead, routes, seam, meter
+    )  # fmt: skip
+    measured = _measured(context)
+    asked = asked_of(config, model_len)
+    plan = plan_memory(measured, asked)
+    report("allot", 0.0)
+    return _assemble(context, (measured, asked), plan, wrap, report)
+
+
+def _open_device(device: torch.device) -> Device:
+    """Steps run on a stream of ours: the default one waits for every other."""
+    if device.type == "cpu":
+        return HostDevice()
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream(device))
+    return CudaDevice(device)
+
+
+class _EmptyTable:
+    """A table of no expert, for trial steps whose rows are all padding."""
+
+    def __init__(self, layers: int, experts: int, device: torch.device) -> None:
+        def words(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.pointers = TablePointers(
+            entries=words(layers, experts, 2, dtype=torch.int64), slot_address=words(1, dtype=torch.int64),
+            ready=words(1), landing=words(2), head=words(1), tail=words(1),
+            seen=words(layers, experts, 4), seen_count=words(layers), progress=words(1),
+        )  # fmt: skip
+
+    def apply(self) -> None:
+        """Nothing changes."""
+
+
+def _model(context: _Context, kv: DeviceKV, table: Any) -> DeviceModel:
+    parts = context.parts
+    return DeviceModel(
+        parts.layers, parts.ends, parts.layouts, kv, table, context.limits, parts.dtype,
+        given_routes=context.routes is not None,
+    )  # fmt: skip
+
+
+def _measured(context: _Context) -> Measured:
+    """With everything on the device but experts and keys and values: a model over one block, graphs captured."""
+    index, parts, where = context.store.index, context.parts, context.device.torch_device
+    kv = DeviceKV(parts.shapes, 2, BLOCK_TOKENS, parts.dtype, where)
+    if where.type == "cuda":
+        _model(context, kv, _EmptyTable(len(index.layers), _most_experts(context), where))
+    records = [index.record_bytes(layer) for layer in range(len(index.layers))]
+    total = index.expert_bytes_total()
+    used = context.meter.measure().used_bytes
+    free = context.meter.free_bytes() if isinstance(context.meter, DeviceMeter) else total * 4
+    return Measured(
+        base=used,
+        step=_largest_step_bytes(context),
+        experts_minimum=min(2 * max(records), total),
+        experts_total=total,
+        kv_block=kv.block_bytes,
+        block_tokens=BLOCK_TOKENS,
+        available=free,
+    )
+
+
+def _most_experts(context: _Context) -> int:
+    return max(layer.num_experts for layer in context.store.index.layers)
+
+
+def _largest_step_bytes(context: _Context) -> int:
+    """What a step of many rows allots besides its buffers, for a moment: sorted pairs and the like, a few times over."""
+    pairs = context.limits.rows * context.store.index.top_k
+    return 64 * pairs
+
+
+def _assemble(
+    context: _Context,
+    planned_from: tuple[Measured, Asked],
+    plan: StartupPlan,
+    wrap: Callable[[Any], Forward],
+    report: Report,
+) -> Engine:
+    config, store, loaded, parts = context.config, context.store, context.loaded, context.parts
+    where = context.device.torch_device
+    kv = DeviceKV(parts.shapes, plan.kv_blocks + 1, BLOCK_TOKENS, parts.dtype, where)
+    records = store.open_records(verify_always=config.verify_reads == "always")
+    if records.fallback_reason:
+        context.fallbacks.append(f"experts are read through the page cache: {records.fallback_reason}")
+    cache = _expert_cache(context, plan, records, report)
+    model = _model(context, kv, cache.table)
+    runner = DeviceRunner(model, cache, context.routes)
+    pool = KVPool(plan.kv_blocks + 1, BLOCK_TOKENS)
+    prefixes = PrefixCache(pool, store.index.store_id) if config.prefix_cache else None
+    limits = SchedulerLimits(config.max_sequences, config.max_step_tokens, context.limits.model_len)
+    core = EngineCore(
+        Scheduler(limits, pool, prefixes), wrap(runner), loaded.eos_token_ids, context.constrain, refuse_virtual
+    )
+    numerics = _warm(context, model, cache, kv)
+    for fallback in context.fallbacks:
+        logger.warning("fallback: %s", fallback)
+    info = _describe(context, plan, cache, pool, kv, records, numerics)
+    sweep = Sweep(store, records, busy=lambda: cache.transfers.depth() > 0)
+    measured, asked = planned_from
+    asked = replace(asked, kv_budget=Size(bytes=plan.kv_blocks * kv.block_bytes))  # it stays as it was allotted
+    return Engine(
+        core, runner, cache, sweep, pool, kv, context.meter, loaded.dense_bytes, measured, asked, info
+    )  # fmt: skip
+
+
+def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile, report: Report) -> DeviceCache:
+    raise NotImplementedError
+
+
+def _warm(context: _Context, model: DeviceModel, cache: DeviceCache, kv: DeviceKV) -> str:
+    """One prompt as long as a step, then its last token alone and beside others: what compiles at first use is there
+    when the first request comes. Returns what the numbers turned out to be: `invariant` or `per-batch`."""
+    raise NotImplementedError
+
+
+def _describe(
+    context: _Context, plan: StartupPlan, cache: DeviceCache, pool: KVPool, kv: DeviceKV, records: RecordFile,
+    numerics: str,
+) -> EngineInfo:  # fmt: skip
+    config, index, loaded = context.config, context.store.index, context.loaded
+    where = context.device.torch_device
+    card = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu (interpreted)"
+    return EngineInfo(
+        protocol=PROTOCOL_VERSION,
+        pid=os.getpid(),
+        model_type=index.model_type,
+        store_path=str(context.store.path),
+        store_id=index.store_id,
+        dtype=index.experts_format,
+        vocab_size=loaded.vocab_size,
+        max_model_len=context.limits.model_len,
+        max_sequences=config.max_sequences,
+        max_step_tokens=config.max_step_tokens,
+        eos_token_ids=list(loaded.eos_token_ids),
+        num_moe_layers=len(index.layers),
+        num_experts=_most_experts(context),
+        top_k=index.top_k,
+        expert_record_bytes=max(layout.bytes for layout in index.layouts),
+        expert_bytes_total=index.expert_bytes_total(),
+        expert_budget_bytes=plan.expert_budget_bytes,
+        minimum_expert_budget_bytes=cache.ledger.minimum_bytes,
+        maximum_expert_budget_bytes=index.expert_bytes_total()
+        if plan.memory_budget_bytes is None
+        else plan.expert_budget_bytes,
+        memory_budget_bytes=plan.memory_budget_bytes,
+        kv_block_tokens=BLOCK_TOKENS,
+        kv_blocks=pool.capacity,
+        kv_bytes=pool.capacity * kv.block_bytes,
+        policy=policy_name(config),
+        lookahead=cache.lookahead.exactness,
+        prefetch=config.prefetch,
+        numerics=numerics,
+        kernels="triton",
+        step_path="graph" if where.type == "cuda" else "interpreted",
+        direct_io=records.direct,
+        fallbacks=context.fallbacks,
+        torch_version=str(torch.__version__),
+        transformers_version=transformers.__version__,
+        device=card,
+    )

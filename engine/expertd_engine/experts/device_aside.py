@@ -1,0 +1,39 @@
+"""How many slots to keep set aside on a device: enough for what lands and what is prefetched in a step. Pure.
+
+A slot set aside holds no expert that could be hit; one that is missing makes a step read an expert over the link again
+the next time. What a step lands is known when the next one runs, so steps draw on two steps' worth of slots.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from expertd_engine.experts.device_events import Provide
+
+_WEIGHT = 0.1
+"""Of the last step in the moving averages."""
+MOST_SHARE = 8
+"""At most an eighth of the slots for each of the two uses, where experts would have to give way for it."""
+
+
+@dataclass(slots=True)
+class Aside:
+    """Moving averages of a step's misses and prefetches."""
+
+    misses: float = 0.0
+    prefetches: float = 0.0
+
+    def step(self, misses: int, prefetches: int) -> None:
+        """A step has ended."""
+        self.misses += _WEIGHT * (misses - self.misses)
+        self.prefetches += _WEIGHT * (prefetches - self.prefetches)
+
+    def wanted(self, *, slots: int, unused: int, absent: int, room: int, foresees: bool) -> Provide:
+        """What to set aside of `slots`, of which `unused` hold nothing. `absent` experts are not resident; steps can be
+        handed `room` slots at most; prefetches are made if somebody `foresees`.
+        """
+        share = slots // MOST_SHARE
+        reserve = min(math.ceil(1.5 * self.prefetches) + 4, max(1, share), absent) if foresees else 0
+        landing = min(max(math.ceil(2 * self.misses), 1), max(1, share, unused - reserve), absent, room)
+        return Provide(landing, reserve)

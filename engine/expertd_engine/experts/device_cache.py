@@ -1,0 +1,348 @@
+"""The thin shell around a device's residency ledger: what the engine thread does around each launch.
+
+A step is one launch that nobody interrupts. Before it the boundary's changes are sent; while it runs the ledger learns
+what the step before it met, chooses who gives way, and prefetches; what that changes waits for the next boundary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from expertd_engine.errors import ResourceError
+from expertd_engine.experts.accounting import Stalls
+from expertd_engine.experts.device_aside import Aside
+from expertd_engine.experts.device_copies import DeviceCopies, measure_link
+from expertd_engine.experts.device_events import (
+    HIT,
+    LANDED,
+    READ,
+    WAITED,
+    Confine,
+    Cooled,
+    Fill,
+    Hand,
+    Landed,
+    Move,
+    Recall,
+    Retire,
+    Seen,
+)
+from expertd_engine.experts.device_host import HostTier
+from expertd_engine.experts.device_layout import TableLayout
+from expertd_engine.experts.device_ledger import DeviceEvent, DeviceInstruction, DeviceLedger
+from expertd_engine.experts.device_pool import Use
+from expertd_engine.experts.device_publication import Boundary, Publication
+from expertd_engine.experts.device_slab import DeviceSlab
+from expertd_engine.experts.device_streams import Device, Mark
+from expertd_engine.experts.device_table import DeviceTable, Report
+from expertd_engine.experts.events import Cancel, ExpertId, Load, Predict, SetBudget, Tick
+from expertd_engine.experts.lookahead import Lookahead
+from expertd_engine.experts.store_format import StoreIndex
+from expertd_engine.request import ExpertCounts
+
+logger = logging.getLogger(__name__)
+
+_LANDING_MOST = 4096
+
+
+@dataclass(slots=True)
+class LinkBytes:
+    """Bytes that crossed the link, by what for. Cumulative."""
+
+    landed: int = 0
+    """Read by kernels, and kept."""
+    read: int = 0
+    """Read by kernels alone."""
+    prefetched: int = 0
+    filled: int = 0
+    """To fill empty slots."""
+    staged: int = 0
+    """Streamed through for prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiers:
+    """Where bytes are, for status and metrics."""
+
+    device_bytes: int
+    """Memory allotted for slots."""
+    device_slots: int
+    resident: int
+    set_aside: int
+    host_bytes: int
+    host_pinned: bool
+    link: LinkBytes
+    link_bytes_per_s: float
+    """As measured at start."""
+    duplicates: int
+    """Records that a step landed while they were being copied: their bytes crossed twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """A launch whose report has not been taken in."""
+
+    step: int
+    turn: int
+    scan: bool
+    ended: Mark
+
+
+class DeviceCache:
+    """The experts of a store in a device's slots over `host`. `report_rows`: distinct experts of a layer in a step.
+
+    Raises ResourceError when the device has no room for the budget's slots.
+    """
+
+    def __init__(
+        self,
+        index: StoreIndex,
+        device: Device,
+        host: HostTier,
+        ledger: DeviceLedger,
+        lookahead: Lookahead,
+        report_rows: int,
+    ) -> None:
+        self.device, self.host, self.ledger, self.lookahead = device, host, ledger, lookahead
+        self.stalls = Stalls(("link_estimated",))
+        self.link = LinkBytes()
+        self.resized: Callable[[], None] = _nobody
+        """Called when the budget has changed."""
+        self.routes: Callable[[int], Sequence[int]] = _unknown
+        """What a layer of the running step routes to, where that is known to the host before it has ended."""
+        self.record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
+        experts = max(ledger.experts_per_layer)
+        landing = 1 << min(ledger.num_slots, _LANDING_MOST).bit_length()
+        layout = TableLayout(len(self.record_bytes), experts, ledger.num_slots, landing)
+        self.table = DeviceTable(layout, report_rows, device)
+        self.slab = DeviceSlab(ledger.plan, device)
+        self.publication = Publication(layout, host.home)
+        self.copies = DeviceCopies(device, self.table, max(self.record_bytes))
+        self._period, self._experts = layout.layers * experts, experts
+        self._step = self._layers_known = self._prefetches_before = 0
+        self._scan = False
+        self._aside = Aside()
+        self._boundary = Boundary({}, ())
+        self._before: Mark = device.compute.mark()
+        self._unread: _Launch | None = None
+        for layer, count in enumerate(ledger.experts_per_layer):
+            for expert in range(count):
+                self.publication.send_home(ExpertId(layer, expert))
+        if not device.shares_memory:
+            self._resize_slab(ledger.slots_within(ledger.budget_bytes))
+        self.settle()
+        self.link_bytes_per_s = math.inf if device.shares_memory else self._measure_link()
+
+    # ------------------------------------------------------------ a step
+
+    def begin_step(self, token_ids: Sequence[int], scan: bool = False) -> None:
+        """A new step over these tokens begins. `scan`: of prompt tokens alone (law 5)."""
+        self._step += 1
+        self._scan, self._layers_known = scan, 0
+        hints = tuple(self.lookahead.begin_step(self._step, token_ids))
+        if hints:
+            self._handle([Predict(hints)])
+
+    def before_launch(self) -> None:
+        """Send what the launch applies first. The launch before the last has ended."""
+        self._boundary = self.publication.boundary()
+        self.table.stage(self._boundary.words)
+        self._before = self.device.compute.mark()
+
+    def after_launch(self) -> None:
+        """The launch is under way: have its report sent, and take in what the one before met."""
+        self.table.copy_out()
+        launch = _Launch(self._step, self.table.turn, self._scan, self.device.compute.mark())
+        self.copies.after(self._before)
+        self._take_in([Cooled(self._boundary.retired)])
+        self._unread = launch
+
+    def poll(self) -> None:
+        """While a launch runs: take in complete copies, and what is foreseen as layer after layer routes."""
+        events: list[DeviceEvent] = []
+        known = self.table.layers_known
+        if known > self._layers_known:
+            self.ledger.foreseen_until(self._step * self._period + known * self._experts)
+            for layer in range(self._layers_known, known):
+                hints = tuple(self.lookahead.routed(self._step, layer, self.routes(layer)))
+                events += [Predict(hints)] if hints else []
+            self._layers_known = known
+        self._pump(events)
+
+    def end_step(self) -> ExpertCounts:
+        """The launch has ended: what it met. The ledger learns of it while the next one runs."""
+        if self._unread is None:
+            return ExpertCounts()
+        self._unread.ended.wait()
+        counts = self._count(self.table.report(self._unread.turn))
+        self.stalls.add("link_estimated", counts.stall_s)
+        self.stalls.end_step()
+        return counts
+
+    def abandon_step(self) -> None:
+        """The step failed, before its launch was complete or after. What was to be applied is applied all the same."""
+        self.table.apply()
+        self.device.compute.mark().wait()
+        self._pump([Cooled(self._boundary.retired), Tick((self._step + 1) * self._period)])
+        self._boundary = Boundary({}, ())
+
+    def pump(self) -> None:
+        """No step is running: take in all there is to know, without waiting."""
+        if self._unread is not None and self._unread.ended.done():
+            self._take_in([])
+        self._pump([])
+
+    # ------------------------------------------------------------ between steps
+
+    def settle(self) -> None:
+        """No step is running: take in all there is to know, and have all that was collected applied, now."""
+        if self._unread is not None:
+            self._unread.ended.wait()
+            self._take_in([])
+        self.flush()
+        self.device.compute.mark().wait()
+
+    def flush(self) -> None:
+        """Have all that was collected applied before whatever is given to the compute lane from now on."""
+        boundary = self.publication.boundary()
+        self.table.stage(boundary.words)
+        self.table.apply()
+        self.copies.after(self.device.compute.mark())
+        self._handle([Cooled(boundary.retired)])
+
+    def fill(self, experts: Iterable[ExpertId] = ()) -> None:
+        """Bring these into empty slots, then all others in turns of one a layer, until slots or experts are used up.
+
+        Waits until all are there.
+        """
+        counts = self.ledger.experts_per_layer
+        others = [ExpertId(layer, e) for e in range(self._experts) for layer, count in enumerate(counts) if e < count]
+        self._handle([Fill([*experts, *others])])
+        self._drain()
+        self.settle()
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """Change the budget for slots; no step is running. Raises BudgetError outside what is allowed, and nothing
+        changes; ResourceError when the device has no room, and the budget is then what it has room for.
+        """
+        if self.device.shares_memory:
+            raise ResourceError("this device shares the host's memory: it has no expert slots of its own to budget")
+        self.ledger.check_budget(budget_bytes)
+        self._drain()
+        self.settle()
+        slots = self.ledger.slots_within(budget_bytes)
+        self._handle([Confine(self.slab.kept(slots))])
+        self.settle()
+        try:
+            self._resize_slab(slots)
+        except ResourceError:
+            self._handle([SetBudget(self.slab.bytes)])
+            logger.warning("the expert budget is %d bytes now: the device has no room for more", self.slab.bytes)
+            raise
+        self._handle([SetBudget(budget_bytes)])
+        self.settle()
+        self.resized()
+
+    def tiers(self) -> Tiers:
+        """Where bytes are now."""
+        return Tiers(
+            self.slab.bytes,
+            self.slab.slots,
+            sum(self.ledger.residents_by_layer()),
+            self.ledger.pool.number(Use.COLD, Use.COOLING, Use.HANDED, Use.LENT),
+            self.host.bytes,
+            self.host.pinned,
+            self.link,
+            self.link_bytes_per_s,
+            self.ledger.duplicates,
+        )
+
+    def close(self) -> None:
+        """Wait for the device and unpin the host's memory."""
+        self._drain()
+        self.device.compute.mark().wait()
+        self.host.close()
+
+    # ------------------------------------------------------------ what the ledger is told
+
+    def _take_in(self, events: list[DeviceEvent]) -> None:
+        """Tell of the launch whose report is due, and set aside what the next ones will need."""
+        launch, self._unread = self._unread, None
+        landed: list[Landed] = []
+        if launch is not None:
+            launch.ended.wait()
+            seen, landed = self._read(self.table.report(launch.turn), launch)
+            events += [*seen, *landed, Tick((launch.step + 1) * self._period)]
+            self._tell_aside(sum(map(_misses, seen)))
+        self._pump([*events, self._wanted()], landed)
+
+    def _read(self, report: Report, launch: _Launch) -> tuple[list[Seen], list[Landed]]:
+        seen, landed = [], []
+        for layer, (experts, sources, slots, pairs) in report.layers():
+            position = launch.step * self._period + layer * self._experts
+            seen.append(Seen(layer, experts, sources, pairs, position, launch.scan))
+            for expert, source, slot in zip(experts, sources, slots, strict=True):
+                if source == LANDED:
+                    landed.append(Landed(ExpertId(layer, expert), slot, launch.scan))
+                    self.link.landed += self.record_bytes[layer]
+                elif source == READ:
+                    self.link.read += self.record_bytes[layer]
+        return seen, landed
+
+    def _tell_aside(self, misses: int) -> None:
+        issued = self.ledger.counters.prefetch_issued
+        self._aside.step(misses, issued - self._prefetches_before)
+        self._prefetches_before = issued
+
+    def _wanted(self) -> DeviceEvent:
+        pool = self.ledger.pool
+        unused = self.slab.slots - pool.number(Use.OWNED, Use.LENT)
+        absent = sum(self.ledger.experts_per_layer) - pool.number(Use.OWNED)
+        room = self.table.layout.landing
+        foresees = self.lookahead.exactness != "none"
+        return self._aside.wanted(slots=pool.limit, unused=unused, absent=absent, room=room, foresees=foresees)
+
+    def _pump(self, events: list[DeviceEvent], landed: Sequence[Landed] = ()) -> None:
+        for load, loaded in self.copies.pump():
+            self.publication.copied(load.expert, load.slot)
+            events.append(loaded)
+        if events:
+            self._handle(events, landed)
+
+    def _handle(self, events: Sequence[DeviceEvent], landed: Sequence[Landed] = ()) -> None:
+        """Tell the ledger, and do as it says."""
+        cancelled: list[DeviceEvent] = []
+        instructions = self.ledger.handle_all(events)
+        for one in landed:
+            lies_in = self.ledger.resident_slots(one.expert.layer)[one.expert.expert]
+            self.publication.landed(one.expert, one.slot, lies_in)
+        for instruction in instructions:
+            self._execute(instruction, cancelled)
+        if cancelled:
+            self._handle(cancelled)
+
+    def _execute(self, instruction: DeviceInstruction, cancelled: list[DeviceEvent]) -> None:
+        match instruction:
+            case Retire(slot, expert):
+                lies_in = self.ledger.resident_slots(expert.layer)[expert.expert]
+                self.publication.retire(slot, expert, lies_in)
+            case Hand(slot):
+                self.publication.hand(slot)
+            case Load(_, expert, slot, _):
+                record = self.host.record(expert)
+                self.copies.submit(instruction, self.slab.view(slot, record.numel()), record)
+                self._count_copy(instruction, record.numel())
+            case Cancel(load_id):
+                taken_back = self.copies.cancel(load_id)
+                cancelled += [] if taken_back is None else [taken_back]
+            case Recall(slots):
+                self.publication.recall(slots)
+            case Move(expert, origin, slot):
+                nbytes = self.record_bytes[expert.layer]
+                self.device.compute.copy([(self.slab.view(slot, nbytes), self.slab.view(origin, nbytes))])
+                self.publication.moved(expert, slot)

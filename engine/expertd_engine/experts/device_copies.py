@@ -1,0 +1,98 @@
+"""Carries records from the host's memory into a device's slots, a few at a time, on the lane for copies.
+
+Owner: the engine thread, which submits and asks; there are no threads here. What has not begun can be taken back; what
+has begun ends. Only so much is begun ahead that the lane does not run dry until somebody asks again: what a kernel
+reads over the same link comes between records.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import deque
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from expertd_engine.experts.device_streams import Device, Mark
+from expertd_engine.experts.device_table import DeviceTable
+from expertd_engine.experts.events import Cancelled, Load, Loaded, Priority
+from expertd_engine.experts.transfer import LATENCY_BOUNDS_S, TransferStats
+
+_AHEAD_BYTES = 24 * 2**20
+_AHEAD = (2, 32)
+"""Begun at once: about so many bytes, but at least and at most so many records."""
+
+
+@dataclass(slots=True)
+class _Copy:
+    load: Load
+    target: Tensor
+    source: Tensor
+    began: float = 0.0
+
+
+class DeviceCopies:
+    """Copies of records of about `record_bytes`, announced in `table`."""
+
+    def __init__(self, device: Device, table: DeviceTable, record_bytes: int) -> None:
+        self.stats = TransferStats()
+        self.read_bytes = 0
+        """Of the copies that are complete and told of."""
+        self._lane = device.copies
+        self._table = table
+        self._ahead = min(max(_AHEAD[0], _AHEAD_BYTES // record_bytes), _AHEAD[1])
+        self._waiting: dict[Priority, deque[_Copy]] = {Priority.DEMAND: deque(), Priority.PREFETCH: deque()}
+        self._begun: deque[tuple[_Copy, Mark]] = deque()
+
+    def submit(self, load: Load, target: Tensor, source: Tensor) -> None:
+        """Copy a record from pinned memory into a slot that may be written, when its turn comes."""
+        self._waiting[load.priority].append(_Copy(load, target, source))
+
+    def cancel(self, load_id: int) -> Cancelled | None:
+        """Take back what has not begun; None for what has, which ends as usual."""
+        for queue in self._waiting.values():
+            for copy in queue:
+                if copy.load.load_id == load_id:
+                    queue.remove(copy)
+                    return Cancelled(load_id)
+        return None
+
+    def after(self, mark: Mark) -> None:
+        """What begins from now on waits for the mark."""
+        self._lane.after(mark)
+
+    def pump(self) -> list[tuple[Load, Loaded]]:
+        """What is complete; and begin what comes next."""
+        done = []
+        while self._begun and self._begun[0][1].done():
+            copy, _ = self._begun.popleft()
+            self._count(copy)
+            done.append((copy.load, Loaded(copy.load.load_id)))
+        while len(self._begun) < self._ahead and (copy := self._next()) is not None:
+            self._begin(copy)
+        return done
+
+    def wait(self) -> None:
+        """Until the first that has begun is complete; there may be none."""
+        if self._begun:
+            self._begun[0][1].wait()
+
+    def depth(self) -> int:
+        """Copies that wait or are under way."""
+        return len(self._begun) + sum(map(len, self._waiting.values()))
+
+    def _next(self) -> _Copy | None:
+        return next((queue.popleft() for queue in self._waiting.values() if queue), None)
+
+    def _begin(self, copy: _Copy) -> None:
+        copy.began = time.perf_counter()
+        announce = self._table.announce(copy.load.expert, copy.load.slot)
+        self._lane.copy([*announce, (copy.target, copy.source), self._table.complete(copy.load.slot)])
+        self._begun.append((copy, self._lane.mark()))
+
+    def _count(self, copy: _Copy) -> None:
+        seconds = time.perf_counter() - copy.began
+        self.read_bytes += copy.source.numel()
+        self.stats.busy_s += seconds
+        self.stats.latency_counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
