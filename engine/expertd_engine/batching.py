@@ -1,10 +1,10 @@
 """Who of the running sequences computes in a step whose tokens do not suffice for all. Pure.
 
-`expert-aware` is Read-ME's Algorithm 1, repaired: tokens that wait for the same experts stand in one queue, and the step
-is filled from the queues that bring most tokens for each expert not yet in the step, as long as there is room and any
-queue is left. As printed, the algorithm does not end when all queues are empty, and tokens of a rare expert may wait for
-ever. Here whoever was passed over `patience` steps in a row goes before all queues, the longest waiting first; each step
-serves at least one of these, so nobody is passed over more than `patience` + (number of sequences - 1) times in a row.
+`expert-aware` is Read-ME's Algorithm 1, repaired: tokens that wait for the same experts stand in one queue, and a step
+is filled from the queues that bring most tokens for each expert not yet in it, as long as there is room and a queue is
+left. As printed, the algorithm does not end when all queues are empty, and tokens of a rare expert may wait for ever.
+Here whoever was passed over `patience` steps in a row goes before all queues, the longest waiting first; each step
+serves one of these at least, so nobody is passed over more than `patience` + (number of sequences - 1) times in a row.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Candidate:
 
 
 class Share(NamedTuple):
-    """What a candidate, by its place among all, gets of the step."""
+    """What the candidate at `place` among all gets of the step."""
 
-    index: int
+    place: int
     tokens: int
 
 
@@ -51,7 +51,7 @@ def expert_aware(candidates: Sequence[Candidate], max_tokens: int, patience: int
         key=lambda i: (-candidates[i].waited, candidates[i].prefills, i),
     )
     shares = _overdue_shares(candidates, overdue, max_tokens)
-    used = frozenset().union(*(candidates[share.index].experts for share in shares))
+    used = frozenset().union(*(candidates[share.place].experts for share in shares))
     left = max_tokens - sum(share.tokens for share in shares)
     queues = _queues(candidates, set(range(len(candidates))).difference(overdue))
     while left and queues:
@@ -123,7 +123,7 @@ class Chooser:
             shares = prefill_first(candidates, self._max_tokens)
         else:
             shares = expert_aware(candidates, self._max_tokens, self._patience)
-        return {rows[share.index].sequence_id: share.tokens for share in shares}
+        return {rows[share.place].sequence_id: share.tokens for share in shares}
 
     def stepped(self, rows: Iterable[Running], chosen: Collection[int]) -> None:
         """Of `rows`, those with the ids `chosen` are in the step, the others are passed over once more."""

@@ -121,22 +121,27 @@ def with_slots(
     *,
     priors: Sequence[Sequence[float]] | None = None,
     score: Score | None = None,
+    foresees: bool = True,
+    shared_by: int | None = None,
 ) -> VirtualRouting:
     """The model's virtual mode with so many slots in each layer, and sets of its own: `close` them before the next.
 
-    `limits`, `priors` and `score` are the model's where they are not given.
+    `limits`, `priors`, `score` and `shared_by` are the model's where they are not given; so is foresight, unless told
+    otherwise.
     """
     sets = model.held.sets
     fresh = VirtualExperts(priors or sets.priors, sets.top_k, limits or sets.limits)
     room = replace(model.held.room, wanted=slots, share=1.0, divide=None)
-    return VirtualRouting(model.routers, HeldExperts(model.held.cache, fresh, room), score or model.score)
+    held = HeldExperts(model.held.cache, fresh, room)
+    foresight = model.foresight if foresees else None
+    return VirtualRouting(model.routers, held, score or model.score, foresight, shared_by or model.shared_by)
 
 
 class SomeLayers(VirtualRouting):
     """Virtual mode in some layers alone; the others are computed exactly."""
 
     def __init__(self, model: VirtualRouting, layers: Collection[int]) -> None:
-        super().__init__(model.routers, model.held, model.score)
+        super().__init__(model.routers, model.held, model.score, model.foresight, model.shared_by)
         self._chosen = frozenset(layers)
 
     def route(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,13 +181,16 @@ class TextEngine:
     def tell(self, windows: Sequence[Window], routing: VirtualRouting | None = None, *, settle: bool = True) -> Told:
         """What the engine says of the windows: exact, or as `routing` has it.
 
-        With `settle`, loads of held experts end between steps, so that results depend on nothing but the text.
+        With `settle`, loads of held experts end between steps, and those foreseen before the layer that they are for,
+        so that results depend on nothing but the text.
         """
         mode: ExpertMode = "exact" if routing is None else "virtual"
         runner, scheduler = self.engine.runner, self.engine.core.scheduler
         own, model = runner.virtual, runner.model
         tap = runner.model = _Tap(model)
         runner.virtual = own if routing is None else routing
+        if routing is not None:
+            routing.settles = settle
         scheduler.limits = replace(self._limits, max_step_tokens=1)
         told = Told([], [], [])
         self._reading = True

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 import yaml
 
+from expertd_engine.batching import Batching
 from expertd_engine.errors import ConfigError
 
 ENV_PREFIX = "EXPERTD_"
@@ -74,7 +75,8 @@ def _option(
     return field(default=default, metadata=metadata)
 
 
-Policy = Literal["auto", "lru", "lfu", "next-use"]
+Policy = Literal["auto", "lru", "lfu", "next-use", "predicted"]
+Predictor = Literal["auto", "none", "next-gate", "learned"]
 ToolParser = Literal["auto", "none", "hermes", "mistral", "json"]
 Mode = Literal["exact", "virtual"]
 Dtype = Literal["auto", "float32", "bf16", "int8", "int4", "int4s"]
@@ -105,7 +107,19 @@ class Config:
         group="budget",
     )
     kv_budget: Size | None = _option(None, "bytes for keys and values; default: planned", group="budget")
-    expert_policy: Policy = _option("auto", "which resident expert gives way", group="budget")
+    expert_policy: Policy = _option(
+        "auto", "which resident expert gives way; auto: what `expertd replay` has recommended, else next-use",
+        group="budget",
+    )  # fmt: skip
+    predictor: Predictor = _option(
+        "auto", "who foresees routes; auto: who is recommended, else the learned one where the store has it",
+        group="budget",
+    )  # fmt: skip
+    trace_dir: Path | None = _option(
+        None, "record which experts tokens choose into this folder, for `expertd replay`", group="lab"
+    )
+    trace_share: float = _option(0.05, "of all steps, recorded in windows of 256", group="lab", low=0.0001, high=1)
+    trace_limit: Size = _option(Size(bytes=64 * 2**20), "recorded parts kept; the oldest go", group="lab")
     expert_mode: Mode = _option(
         "exact", "exact: a token is computed by its own experts; virtual: by those that are there", group="budget"
     )
@@ -129,6 +143,12 @@ class Config:
     max_model_len: int | None = _option(None, "tokens of prompt and answer; default: the model's", group="batch", low=1)
     max_sequences: int = _option(32, "sequences computed at once", group="batch", low=1, high=4096)
     max_step_tokens: int = _option(512, "tokens in one step, prompt and answer alike", group="batch", low=1, high=65536)
+    batching: Batching = _option(
+        "decode-first",
+        "who computes where a step's tokens do not suffice for all; expert-aware: those who share experts, which takes "
+        "a pre-gated model",
+        group="batch",
+    )
     max_waiting: int = _option(256, "sequences that may wait; more are refused", group="batch", low=0)
 
     device: Device = _option(

@@ -8,14 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 from expertd_engine.config import Config, Size
 from expertd_engine.core import Constrain, EngineCore, Forward
 from expertd_engine.device_memory import DeviceMeter
-from expertd_engine.errors import ModelError
+from expertd_engine.errors import ModelError, ResourceError
 from expertd_engine.experts.device_cache import DeviceCache
+from expertd_engine.experts.device_host import HostTier
+from expertd_engine.experts.device_ledger import DeviceLedger
+from expertd_engine.experts.device_pool import ChunkPlan
+from expertd_engine.experts.device_slab import plan_chunks
 from expertd_engine.experts.device_streams import CudaDevice, Device, HostDevice
 from expertd_engine.experts.lookahead import Lookahead
 from expertd_engine.experts.policy import make_policy
@@ -23,7 +28,7 @@ from expertd_engine.experts.store import ExpertStore, RecordFile
 from expertd_engine.experts.sweep import Sweep
 from expertd_engine.kernels.cuda.resolve import TablePointers
 from expertd_engine.kv_pool import KVPool
-from expertd_engine.memory import MemoryMeter
+from expertd_engine.memory import MemoryMeter, available_bytes
 from expertd_engine.messages import PROTOCOL_VERSION, EngineInfo
 from expertd_engine.model.attention import Span
 from expertd_engine.model.cuda_build import DeviceParts, build_parts
@@ -51,6 +56,8 @@ from expertd_engine.startup import (
 
 logger = logging.getLogger(__name__)
 
+_PREFETCH_DEPTH = 64
+"""Prefetches that may wait or be under way: what a step's hints name at once."""
 NO_VIRTUAL_MODE = "virtual mode is not there on a device"
 
 
@@ -154,15 +161,13 @@ def _measured(context: _Context) -> Measured:
     kv = DeviceKV(parts.shapes, 2, BLOCK_TOKENS, parts.dtype, where)
     if where.type == "cuda":
         _model(context, kv, _EmptyTable(len(index.layers), _most_experts(context), where))
-    records = [index.record_bytes(layer) for layer in range(len(index.layers))]
-    total = index.expert_bytes_total()
     used = context.meter.measure().used_bytes
-    free = context.meter.free_bytes() if isinstance(context.meter, DeviceMeter) else total * 4
+    free = context.meter.free_bytes() if isinstance(context.meter, DeviceMeter) else available_bytes()
     return Measured(
         base=used,
         step=_largest_step_bytes(context),
-        experts_minimum=min(2 * max(records), total),
-        experts_total=total,
+        experts_minimum=_chunks(context).bytes_of(2),
+        experts_total=_all_slots_bytes(context),
         kv_block=kv.block_bytes,
         block_tokens=BLOCK_TOKENS,
         available=free,
@@ -201,10 +206,11 @@ def _assemble(
     core = EngineCore(
         Scheduler(limits, pool, prefixes), wrap(runner), loaded.eos_token_ids, context.constrain, refuse_virtual
     )
-    numerics = _warm(context, model, cache, kv)
+    _warm(context, model, cache, report)
+    context.meter.measure()
     for fallback in context.fallbacks:
         logger.warning("fallback: %s", fallback)
-    info = _describe(context, plan, cache, pool, kv, records, numerics)
+    info = _describe(context, plan, cache, pool, kv, records)
     sweep = Sweep(store, records, busy=lambda: cache.transfers.depth() > 0)
     measured, asked = planned_from
     asked = replace(asked, kv_budget=Size(bytes=plan.kv_blocks * kv.block_bytes))  # it stays as it was allotted
@@ -214,19 +220,66 @@ def _assemble(
 
 
 def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile, report: Report) -> DeviceCache:
-    raise NotImplementedError
+    config, index = context.config, context.store.index
+    host = HostTier(index, context.device, available_bytes())
+    host.fill(records, len(os.sched_getaffinity(0)), lambda fraction: report("allot", 0.9 * fraction))
+    if host.fallback is not None:
+        raise ResourceError(f"{host.fallback}: raise the limit of locked memory (ulimit -l), or give --device cpu")
+    record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
+    ledger = DeviceLedger(
+        record_bytes,
+        [layer.num_experts for layer in index.layers],
+        _chunks(context),
+        plan.expert_budget_bytes,
+        make_policy(policy_name(config), len(index.layers) * index.top_k),
+        max_budget_bytes=_all_slots_bytes(context),
+        prefetch=config.prefetch,
+        prefetch_depth=_PREFETCH_DEPTH,
+    )
+    lookahead = lookahead_for(index, 0, context.lookahead, ledger)
+    rows = min(_most_experts(context), context.limits.buckets[-1] * index.top_k)
+    return DeviceCache(index, context.device, host, ledger, lookahead, rows)
 
 
-def _warm(context: _Context, model: DeviceModel, cache: DeviceCache, kv: DeviceKV) -> str:
-    """One prompt as long as a step, then its last token alone and beside others: what compiles at first use is there
-    when the first request comes. Returns what the numbers turned out to be: `invariant` or `per-batch`."""
-    raise NotImplementedError
+def _chunks(context: _Context) -> ChunkPlan:
+    index = context.store.index
+    experts = sum(layer.num_experts for layer in index.layers)
+    return plan_chunks(max(layout.bytes for layout in index.layouts), experts)
+
+
+def _all_slots_bytes(context: _Context) -> int:
+    """Memory of as many slots as there are experts, in chunks."""
+    chunks = _chunks(context)
+    whole, rest = divmod(sum(layer.num_experts for layer in context.store.index.layers), chunks.chunk_slots)
+    return whole * chunks.bytes_of(chunks.chunk_slots) + chunks.bytes_of(rest)
+
+
+def _warm(context: _Context, model: DeviceModel, cache: DeviceCache, report: Report) -> None:
+    """A prompt as long as a step, then one token: what is compiled at first use is there when a request comes, and
+    what the largest step allots for a moment is allotted. Then slots are filled.
+    """
+    count = min(context.limits.step_tokens, context.limits.model_len)
+    blocks = [1] * -(-count // BLOCK_TOKENS)  # its keys and values are no one's, and overwrite each other
+    for first, length in ((0, count), (count - 1, 1)):
+        cache.begin_step((), scan=True)
+        model.step(_probe(context, first, length, blocks), cache)
+        cache.end_step()
+    cache.fill()
+    report("allot", 1.0)
+
+
+def _probe(context: _Context, first: int, length: int, blocks: list[int]) -> StepTokens:
+    index = context.store.index
+    routes = np.tile(np.arange(index.top_k), (length, len(index.layers), 1))
+    return StepTokens(
+        [0] * length, range(first, first + length), [Span(0, first, length, blocks)], [length - 1],
+        routes=None if context.routes is None else routes,
+    )  # fmt: skip
 
 
 def _describe(
-    context: _Context, plan: StartupPlan, cache: DeviceCache, pool: KVPool, kv: DeviceKV, records: RecordFile,
-    numerics: str,
-) -> EngineInfo:  # fmt: skip
+    context: _Context, plan: StartupPlan, cache: DeviceCache, pool: KVPool, kv: DeviceKV, records: RecordFile
+) -> EngineInfo:
     config, index, loaded = context.config, context.store.index, context.loaded
     where = context.device.torch_device
     card = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu (interpreted)"
@@ -259,7 +312,7 @@ def _describe(
         policy=policy_name(config),
         lookahead=cache.lookahead.exactness,
         prefetch=config.prefetch,
-        numerics=numerics,
+        numerics="per-batch",
         kernels="triton",
         step_path="graph" if where.type == "cuda" else "interpreted",
         direct_io=records.direct,

@@ -47,25 +47,17 @@ class SchedulerLimits:
     """Prompt tokens whose log-probabilities one step computes: each needs a row of logits, a vocabulary long."""
     max_mode_steps: int = 8
     """Steps in a row of one mode while sequences of the other wait."""
-    batching: Batching = "decode-first"
-    """Who computes in a step whose tokens do not suffice for all running sequences."""
     patience_steps: int = 8
     """Steps in a row that `expert-aware` passes a running sequence over before it goes first."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if name != "batching" and getattr(self, name) < 1:
+            if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
     @property
-    def max_running(self) -> int:
-        """Sequences that hold blocks: no more than rows where all step, so that decodes leave a token for every row that
-        prefills; the more there are, the more has a batching that passes some over to choose from."""
-        return self.max_rows if self.batching == "decode-first" else self.max_sequences
-
-    @property
     def max_rows(self) -> int:
-        """Sequences in one step."""
+        """Sequences in one step: no more than tokens."""
         return min(self.max_sequences, self.max_step_tokens)
 
 
@@ -117,8 +109,12 @@ class StepPlan:
 class Scheduler:
     """`schedule()` gives a plan; exactly one of `update_from_output`, `step_failed` and `step_gave_up` answers it."""
 
-    def __init__(self, limits: SchedulerLimits, pool: KVPool, prefixes: PrefixCache | None = None) -> None:
-        """`prefixes`: None computes every token of every sequence."""
+    def __init__(
+        self, limits: SchedulerLimits, pool: KVPool, prefixes: PrefixCache | None = None,
+        batching: Batching = "decode-first",
+    ) -> None:  # fmt: skip
+        """`prefixes`: None computes every token of every sequence. `batching` says who computes in a step whose tokens
+        do not suffice for all."""
         self.limits = limits
         self.pool = pool
         self.prefixes = prefixes
@@ -139,7 +135,10 @@ class Scheduler:
         self._step = 0
         self._mode: ExpertMode = "exact"
         self._mode_steps = 0
-        self.chooser = Chooser(limits.batching, limits.max_step_tokens, limits.patience_steps)
+        self.chooser = Chooser(batching, limits.max_step_tokens, limits.patience_steps)
+        self._passes_over = batching != "decode-first"
+        # Where all step, decodes leave a token for every row that prefills; else the more run, the more is to choose.
+        self._max_running = limits.max_sequences if self._passes_over else limits.max_rows
 
     # ------------------------------------------------------------ sequences come and go
 
@@ -294,7 +293,7 @@ class Scheduler:
         return chunks
 
     def _fill_step(self, mode: ExpertMode, preempted: list[Sequence]) -> list[Chunk]:
-        if self.limits.batching != "decode-first":
+        if self._passes_over:
             return self._choose_running(mode, preempted)
         chunks = self._continue_running(mode, preempted)
         if not preempted:
@@ -304,8 +303,8 @@ class Scheduler:
     def _choose_running(self, mode: ExpertMode, preempted: list[Sequence]) -> list[Chunk]:
         """Admit whoever fits, then let the batching say who of all running ones computes.
 
-        Whoever is chosen may have to give way to others of the choice, last in rank first: if that leaves nobody, others
-        are chosen. The first by rank never gives way, so there is an end.
+        Whoever is chosen may have to give way to others of the choice, last in rank first: if that leaves nobody,
+        others are chosen. The first by rank never gives way, so there is an end.
         """
         self._admit_ahead()
         chunks: list[Chunk] = []
@@ -323,7 +322,7 @@ class Scheduler:
 
     def _admit_ahead(self) -> None:
         """Admit by rank while there are rows, and blocks beside one for each running sequence to go on with."""
-        while self._waiting and len(self._running) < self.limits.max_running:
+        while self._waiting and len(self._running) < self._max_running:
             if self._running and self.pool.free_blocks <= len(self._running):
                 break
             if not self._admit(self._waiting[0]):
@@ -377,7 +376,7 @@ class Scheduler:
         """
         tokens = self.limits.max_step_tokens - sum(chunk.num_tokens for chunk in running)
         chunks: list[Chunk] = []
-        while self._waiting and tokens and len(self._running) < self.limits.max_running:
+        while self._waiting and tokens and len(self._running) < self._max_running:
             sequence = self._waiting[0]
             if not self._admit(sequence):
                 break

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import torch
 import transformers
 
+from expertd_engine.batching import Batching
 from expertd_engine.config import Config
 from expertd_engine.core import Constrain, EngineCore, Forward, foresee_nothing, no_constraints
 from expertd_engine.errors import ConfigError, ModelError
 from expertd_engine.experts.cache import ExpertCache
+from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.governor import Governor
-from expertd_engine.experts.ledger import Ledger
+from expertd_engine.experts.ledger import Ledger, State
 from expertd_engine.experts.lookahead import EveryExpert, LayerScan, Lookahead, NoLookahead
-from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.pregated import PregatedLookahead
 from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.store import ExpertStore, RecordFile
@@ -28,6 +29,8 @@ from expertd_engine.grammar import Grammars
 from expertd_engine.kernels.library import KernelsMissing, Pool
 from expertd_engine.kernels.library import load as load_kernels
 from expertd_engine.kv_pool import KVPool
+from expertd_engine.lab.recorder import TraceRecorder
+from expertd_engine.lab.trace import header_of
 from expertd_engine.memory import MemoryMeter, available_bytes, release_free_memory
 from expertd_engine.messages import PROTOCOL_VERSION, EngineInfo
 from expertd_engine.model.attention import KVStorage, LayerShape, block_bytes
@@ -36,8 +39,17 @@ from expertd_engine.model.loader import LoadedModel, attach_experts, load_model
 from expertd_engine.model.moe import MoELayer, RouteSource
 from expertd_engine.model.native_model import NativeModel
 from expertd_engine.model.pathfinder import Pathfinder
+from expertd_engine.model.predictor import Source
+from expertd_engine.model.predictor_build import (
+    Choice,
+    choose,
+    is_trivial,
+    policy_and_victims,
+    predicted_routes,
+    predictor_source,
+)
 from expertd_engine.model.pregate import Pregate
-from expertd_engine.model.runner import Runner, StepModel
+from expertd_engine.model.runner import Onlooker, Runner, StepModel
 from expertd_engine.model.trial import Trial
 from expertd_engine.model.virtual_build import NoVirtualMode, build_virtual, lacks_norms
 from expertd_engine.model.virtual_routing import VirtualRouting
@@ -72,6 +84,8 @@ class Engine:
     asked: Asked
     """What the memory plan was made from."""
     info: EngineInfo
+    recorder: TraceRecorder | None = None
+    """Of routes, where they are recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +102,9 @@ class _Context:
     routes: RouteSource | None
     model: StepModel
     pregate: Pregate | None
+    choice: Choice
+    source: Source | None
+    """Of predictions; None where nothing predicts."""
 
 
 def start_engine(
@@ -105,12 +122,19 @@ def start_engine(
     `wrap` puts the caller's own measuring around the runner. `lookahead` and `routes` stand in for what the model has
     of its own, for measurements.
     """
+    if (device := device_of(config, store.index)) is not None:
+        from expertd_engine.device_startup import start_on_device  # its kernels need what a box without a card lacks
+
+        return start_on_device(store, config, server_pid, report, wrap, device, lookahead=lookahead, routes=routes)
     threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     verify_store(store, report)
     report("load", 0.0)
     fallbacks: list[str] = []
     loaded = load_model(store, open_pool(threads, fallbacks))
+    foreseen = lookahead is not None or routes is not None or loaded.pregating is not None
+    choice = choose(config, store, may_predict=not foreseen and not is_trivial(store.index))
+    source = predictor_source(choice, store, loaded)
     max_model_len = model_len_of(config, loaded)
     meter = MemoryMeter(server_pid)
     report("trial", 0.0)
@@ -134,12 +158,23 @@ def start_engine(
     numerics = "invariant" if invariant else "per-batch"
     context = _Context(
         config, store, loaded, trial.shapes, limits, constrain, fallbacks, numerics, lookahead, routes, trial.model,
-        trial.pregate,
+        trial.pregate, choice, source,
     )  # fmt: skip
     measured, asked = _measured(context, base, step), asked_of(config, max_model_len)
     plan = plan_memory(measured, asked)
     report("allot", 0.0)
     return _assemble(context, (measured, asked), plan, meter, wrap)
+
+
+def device_of(config: Config, index: StoreIndex) -> torch.device | None:
+    """The card that computes; None: the processor does. Raises ConfigError for one that is asked for and not there."""
+    if config.device == "cpu" or (config.device == "auto" and {layout.order for layout in index.layouts} != {"rows"}):
+        return None
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if config.device == "cuda":
+        raise ConfigError("device: 'cuda' is not allowed: PyTorch finds no CUDA device here")
+    return None
 
 
 def open_pool(threads: int, fallbacks: list[str]) -> Pool | None:
@@ -206,16 +241,18 @@ def _assemble(
     records = store.open_records(verify_always=config.verify_reads == "always")
     if records.fallback_reason:
         context.fallbacks.append(f"experts are read through the page cache: {records.fallback_reason}")
-    cache, layers = _expert_cache(context, plan, records)
+    cache, layers, onlookers = _expert_cache(context, plan, records)
     profile = read_profile(store) if has_profile(store) else None
-    virtual = build_virtual(loaded, store.index, config, cache, profile)
+    virtual = build_virtual(loaded, store.index, config, cache, context.fallbacks, profile)
     if config.expert_mode == "virtual" and lacks_norms(store.index):
         context.fallbacks.append("virtual mode weighs all experts alike: this store has no norms; prepare it again")
     routing = virtual if isinstance(virtual, VirtualRouting) else None
     pathfinder = _pathfinder(context, storage)
     runner = Runner(context.model, layers, storage, cache, context.routes, routing, pathfinder)
+    recorder = _recorder(context)
+    runner.onlookers = [*onlookers, *([] if recorder is None else [recorder])]
     prefixes = PrefixCache(pool, store.index.store_id) if config.prefix_cache else None
-    scheduler = Scheduler(context.limits, pool, prefixes)
+    scheduler = Scheduler(context.limits, pool, prefixes, _batching(context))
     refusal = (lambda: virtual.reason) if isinstance(virtual, NoVirtualMode) else virtual.held.refusal
     foresee = foresee_nothing if pathfinder is None else pathfinder.foresee
     core = EngineCore(scheduler, wrap(runner), loaded.eos_token_ids, context.constrain, refusal, foresee)
@@ -223,7 +260,17 @@ def _assemble(
         logger.warning("fallback: %s", fallback)
     info = _describe(context, plan, cache, pool, storage, records)
     sweep = Sweep(store, records, busy=lambda: cache.transfers.depth() > 0)
-    return Engine(core, runner, cache, sweep, pool, storage, meter, loaded.dense_bytes, *planned_from, info)
+    return Engine(core, runner, cache, sweep, pool, storage, meter, loaded.dense_bytes, *planned_from, info, recorder)
+
+
+def _batching(context: _Context) -> Batching:
+    config = context.config
+    if config.batching == "expert-aware" and context.pregate is None:
+        raise ConfigError(
+            "batching: expert-aware is not allowed for this model, whose experts are known only inside a step: give "
+            "decode-first or prefill-first"
+        )
+    return config.batching
 
 
 def _pathfinder(context: _Context, storage: KVStorage) -> Pathfinder | None:
@@ -232,27 +279,43 @@ def _pathfinder(context: _Context, storage: KVStorage) -> Pathfinder | None:
     return Pathfinder(context.pregate, storage, context.limits.max_step_tokens)
 
 
-def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile) -> tuple[ExpertCache, list[MoELayer]]:
+def _recorder(context: _Context) -> TraceRecorder | None:
+    config = context.config
+    if config.trace_dir is None:
+        return None
+    header = header_of(context.store.index, config.trace_share)
+    return TraceRecorder(config.trace_dir, header, limit_bytes=config.trace_limit.resolve(0))
+
+
+def _expert_cache(
+    context: _Context, plan: StartupPlan, records: RecordFile
+) -> tuple[ExpertCache, list[MoELayer], list[Onlooker]]:
     config, index = context.config, context.store.index
     record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
+    policy, victims = policy_and_victims(context.choice, index)
     ledger = Ledger(
         record_bytes,
         [layer.num_experts for layer in index.layers],
         plan.expert_budget_bytes,
-        make_policy(policy_name(config), len(index.layers) * index.top_k),
+        policy,
         max_budget_bytes=index.expert_bytes_total(),
         prefetch=config.prefetch,
         prefetch_depth=2 * config.io_threads,
+        victims=victims,
     )
+    given, onlookers = context.lookahead, list[Onlooker]()
+    if context.source is not None:
+        given, watch = predicted_routes(context.source, index, ledger)
+        onlookers.append(watch)
     lookahead: Lookahead
     if context.pregate is not None and context.lookahead is None and context.routes is None:
         lookahead = PregatedLookahead(len(index.layers), max(ledger.experts_per_layer), ledger.resident_slots)
     else:
-        lookahead = lookahead_for(index, 2 * config.io_threads, context.lookahead, ledger)
+        lookahead = lookahead_for(index, 2 * config.io_threads, given, ledger)
     slab = Slab(ledger.num_slots, max(record_bytes), whole_bytes=min(record_bytes))
     views = SlotViews(slab.whole, slab.stride, index.layouts)
     cache = ExpertCache(ledger, slab, Transfers(records, config.io_threads), lookahead, record_bytes)
-    return cache, attach_experts(context.loaded, context.store, views)
+    return cache, attach_experts(context.loaded, context.store, views), onlookers
 
 
 def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None, ledger: Ledger) -> Lookahead:
@@ -264,12 +327,17 @@ def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None, ledge
     if counts == {index.top_k}:
         return EveryExpert(num_layers, index.top_k, window)
     if given is not None and given.exactness == "predicted":
-        given = Governor(given, ledger.absent_for, num_layers, max(counts), num_layers * index.top_k)
+        lookups = num_layers * index.top_k
+        given = Governor(given, ledger.absent_for, num_layers, max(counts), lookups, _on_its_way(ledger))
     return LayerScan(given or NoLookahead(), num_layers, max(counts), index.top_k)
 
 
+def _on_its_way(ledger: Ledger) -> Callable[[ExpertId], bool]:
+    return lambda expert: ledger.state(expert) is State.LOADING
+
+
 def policy_name(config: Config) -> str:
-    """`auto`: what is known of the future first, then frequency."""
+    """Where no replay has recommended another, `auto` is what is known of the future first, then frequency."""
     return "next-use" if config.expert_policy == "auto" else config.expert_policy
 
 
@@ -303,7 +371,7 @@ def _describe(
         kv_block_tokens=BLOCK_TOKENS,
         kv_blocks=pool.capacity,
         kv_bytes=pool.capacity * storage.block_bytes,
-        policy=policy_name(config),
+        policy=context.choice.policy,
         lookahead=cache.lookahead.exactness,
         prefetch=config.prefetch,
         numerics=context.numerics,

@@ -93,3 +93,9 @@ NATIVE_FLOAT32_LOGITS = Tolerance(4.8e-6, 1.9e-5)
 """Native layers against transformers' eager ones with the same stand-in experts: log-probabilities, 17 families."""
 NATIVE_BF16_LOGITS = Tolerance(0.025, 0.1)
 """The same with weights, keys and values in bfloat16, against float32: median over positions of the largest error."""
+
+DEVICE_FLOAT32_LOGITS = Tolerance(5e-6, 2e-5)
+"""Log-probabilities of the device's program, interpreted, against transformers' eager ones, over all tiny families."""
+
+PREGATED_LOGPROBS = Tolerance(9.6e-7, 3.8e-6)
+"""Log-probabilities of answers of tiny pre-gated models in float32 against the same classes in plain transformers."""

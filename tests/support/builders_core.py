@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from expertd_engine.batching import Batching
 from expertd_engine.core import EngineCore, Forward, SampledToken, StepFailed, StepResult
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import ExpertMode, Finished, Sampling, Steps, Submit, TextInput, TokenLogprob
@@ -54,11 +55,11 @@ def make_sequence(
 
 def make_scheduler(
     *, num_blocks: int = 100, block_tokens: int = 4, max_sequences: int = 8, max_step_tokens: int = 64,
-    max_model_len: int = 1000, prefix_cache: bool = False, **limits: int,
+    max_model_len: int = 1000, prefix_cache: bool = False, batching: Batching = "decode-first", **limits: int,
 ) -> Scheduler:  # fmt: skip
     pool = KVPool(num_blocks, block_tokens)
     prefixes = PrefixCache(pool, "store") if prefix_cache else None
-    return Scheduler(SchedulerLimits(max_sequences, max_step_tokens, max_model_len, **limits), pool, prefixes)
+    return Scheduler(SchedulerLimits(max_sequences, max_step_tokens, max_model_len, **limits), pool, prefixes, batching)
 
 
 @dataclass

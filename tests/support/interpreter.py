@@ -1,6 +1,7 @@
-"""Triton's interpreter, which runs the CUDA kernels on the CPU. Import this before any module of kernels.
+"""Where the CUDA kernels are tested: on a GPU where there is one, else on the CPU by Triton's interpreter.
 
-The interpreter multiplies bfloat16 matrices by their bits; here their products are of what the bits stand for.
+Import this before any module of kernels. The interpreter multiplies bfloat16 matrices by their bits; here their products
+are of what the bits stand for.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-os.environ["TRITON_INTERPRET"] = "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="triton is not installed (Linux on x86-64 alone has it)")
 
 import triton.language as tl

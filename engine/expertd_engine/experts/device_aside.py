@@ -23,17 +23,20 @@ class Aside:
 
     misses: float = 0.0
     prefetches: float = 0.0
+    steps: int = 0
 
     def step(self, misses: int, prefetches: int) -> None:
         """A step has ended."""
-        self.misses += _WEIGHT * (misses - self.misses)
-        self.prefetches += _WEIGHT * (prefetches - self.prefetches)
+        self.steps += 1
+        weight = max(_WEIGHT, 1 / self.steps)
+        self.misses += weight * (misses - self.misses)
+        self.prefetches += weight * (prefetches - self.prefetches)
 
     def wanted(self, *, slots: int, unused: int, absent: int, room: int, foresees: bool) -> Provide:
-        """What to set aside of `slots`, of which `unused` hold nothing. `absent` experts are not resident; steps can be
-        handed `room` slots at most; prefetches are made if somebody `foresees`.
+        """What to set aside of `slots`, of which `unused` hold nothing: these cost nothing. `absent` experts are not
+        resident; steps can be handed `room` slots at most; prefetches are made if somebody `foresees`.
         """
-        share = slots // MOST_SHARE
-        reserve = min(math.ceil(1.5 * self.prefetches) + 4, max(1, share), absent) if foresees else 0
-        landing = min(max(math.ceil(2 * self.misses), 1), max(1, share, unused - reserve), absent, room)
-        return Provide(landing, reserve)
+        share = max(1, slots // MOST_SHARE)
+        reserve = min(math.ceil(1.5 * self.prefetches) + 4, share, absent) if foresees else 0
+        landing = max(min(math.ceil(2 * self.misses), share), unused - reserve)
+        return Provide(min(landing, absent, room), reserve)

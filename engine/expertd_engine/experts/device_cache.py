@@ -28,6 +28,7 @@ from expertd_engine.experts.device_events import (
     Hand,
     Landed,
     Move,
+    Provide,
     Recall,
     Retire,
     Seen,
@@ -38,9 +39,10 @@ from expertd_engine.experts.device_ledger import DeviceEvent, DeviceInstruction,
 from expertd_engine.experts.device_pool import Use
 from expertd_engine.experts.device_publication import Boundary, Publication
 from expertd_engine.experts.device_slab import DeviceSlab
+from expertd_engine.experts.device_staging import Staging, plan_ring
 from expertd_engine.experts.device_streams import Device, Mark
 from expertd_engine.experts.device_table import DeviceTable, Report
-from expertd_engine.experts.events import Cancel, ExpertId, Load, Predict, SetBudget, Tick
+from expertd_engine.experts.events import Cancel, ExpertId, Load, Predict, Priority, SetBudget, Tick
 from expertd_engine.experts.lookahead import Lookahead
 from expertd_engine.experts.store_format import StoreIndex
 from expertd_engine.request import ExpertCounts
@@ -90,6 +92,7 @@ class _Launch:
     step: int
     turn: int
     scan: bool
+    whole: bool
     ended: Mark
 
 
@@ -125,7 +128,10 @@ class DeviceCache:
         self.copies = DeviceCopies(device, self.table, max(self.record_bytes))
         self._period, self._experts = layout.layers * experts, experts
         self._step = self._layers_known = self._prefetches_before = 0
-        self._scan = False
+        self._scan = self._staged_words = False
+        self._scanned = ExpertCounts()
+        self.pulse: Callable[[], None] = _nobody
+        """Called at the end of each step."""
         self._aside = Aside()
         self._boundary = Boundary({}, ())
         self._before: Mark = device.compute.mark()
@@ -133,7 +139,9 @@ class DeviceCache:
         for layer, count in enumerate(ledger.experts_per_layer):
             for expert in range(count):
                 self.publication.send_home(ExpertId(layer, expert))
-        if not device.shares_memory:
+        if device.shares_memory:
+            self._handle([Confine(0)])
+        else:
             self._resize_slab(ledger.slots_within(ledger.budget_bytes))
         self.settle()
         self.link_bytes_per_s = math.inf if device.shares_memory else self._measure_link()
@@ -143,21 +151,24 @@ class DeviceCache:
     def begin_step(self, token_ids: Sequence[int], scan: bool = False) -> None:
         """A new step over these tokens begins. `scan`: of prompt tokens alone (law 5)."""
         self._step += 1
-        self._scan, self._layers_known = scan, 0
+        self._scan, self._layers_known, self._scanned = scan, 0, ExpertCounts()
         hints = tuple(self.lookahead.begin_step(self._step, token_ids))
-        if hints:
-            self._handle([Predict(hints)])
+        self._pump([Predict(hints)] if hints else [])
 
     def before_launch(self) -> None:
         """Send what the launch applies first. The launch before the last has ended."""
+        if self._step == 1:
+            self._handle([self._wanted()])
         self._boundary = self.publication.boundary()
         self.table.stage(self._boundary.words)
         self._before = self.device.compute.mark()
+        self._staged_words = True
 
-    def after_launch(self) -> None:
+    def after_launch(self, whole: bool = True) -> None:
         """The launch is under way: have its report sent, and take in what the one before met."""
         self.table.copy_out()
-        launch = _Launch(self._step, self.table.turn, self._scan, self.device.compute.mark())
+        self._staged_words = False
+        launch = _Launch(self._step, self.table.turn, self._scan, whole, self.device.compute.mark())
         self.copies.after(self._before)
         self._take_in([Cooled(self._boundary.retired)])
         self._unread = launch
@@ -166,7 +177,7 @@ class DeviceCache:
         """While a launch runs: take in complete copies, and what is foreseen as layer after layer routes."""
         events: list[DeviceEvent] = []
         known = self.table.layers_known
-        if known > self._layers_known:
+        if self.routes is not _unknown and known > self._layers_known:
             self.ledger.foreseen_until(self._step * self._period + known * self._experts)
             for layer in range(self._layers_known, known):
                 hints = tuple(self.lookahead.routed(self._step, layer, self.routes(layer)))
@@ -176,8 +187,9 @@ class DeviceCache:
 
     def end_step(self) -> ExpertCounts:
         """The launch has ended: what it met. The ledger learns of it while the next one runs."""
-        if self._unread is None:
-            return ExpertCounts()
+        self.pulse()
+        if self._unread is None or self._unread.step != self._step:
+            return self._scanned
         self._unread.ended.wait()
         counts = self._count(self.table.report(self._unread.turn))
         self.stalls.add("link_estimated", counts.stall_s)
@@ -185,11 +197,23 @@ class DeviceCache:
         return counts
 
     def abandon_step(self) -> None:
-        """The step failed, before its launch was complete or after. What was to be applied is applied all the same."""
-        self.table.apply()
-        self.device.compute.mark().wait()
-        self._pump([Cooled(self._boundary.retired), Tick((self._step + 1) * self._period)])
-        self._boundary = Boundary({}, ())
+        """The step failed, wherever it was. What was sent for it is applied, nothing that it landed is trusted."""
+        if self._staged_words:
+            self.device.compute.mark().wait()
+            if self.table.layers_known == 0:  # then nothing has landed, and nobody knows whether it was applied
+                self.device.compute.run(self.table.apply)
+            self.after_launch(whole=False)
+        self._handle([Tick((self._step + 1) * self._period)])
+
+    @property
+    def transfers(self) -> DeviceCopies:
+        """Statistics of copies."""
+        return self.copies
+
+    def count_staged(self, nbytes: int) -> None:
+        """So many bytes are being streamed through."""
+        self.link.staged += nbytes
+        self.copies.read_bytes += nbytes
 
     def pump(self) -> None:
         """No step is running: take in all there is to know, without waiting."""
@@ -211,9 +235,34 @@ class DeviceCache:
         """Have all that was collected applied before whatever is given to the compute lane from now on."""
         boundary = self.publication.boundary()
         self.table.stage(boundary.words)
-        self.table.apply()
+        self.device.compute.run(self.table.apply)
         self.copies.after(self.device.compute.mark())
         self._handle([Cooled(boundary.retired)])
+
+    def stage(self) -> Staging:
+        """For a step of many rows, launched layer by layer: its experts, streamed through a few slots. Call it between
+        `begin_step` and the first of its launches, for a `with` block around them; then `scanned`.
+        """
+        if self._unread is not None:
+            self._unread.ended.wait()
+            self._take_in([])
+        wanted = self._wanted()
+        ring = plan_ring(self.ledger.pool.limit, max(self.record_bytes))
+        reserve = max(wanted.reserve, ring.slots)
+        landing = max(0, min(wanted.landing, self.ledger.pool.limit - reserve))
+        self._handle([Provide(landing, reserve, still=True)])
+        self.flush()
+        lent = [] if self.device.shares_memory else self.ledger.lend(ring.slots)
+        return Staging(self, lent, ring)
+
+    def scanned(self, pairs: Sequence[Sequence[int]]) -> None:
+        """A staged step's launches have ended; `pairs[l][e]` pairs chose expert e of layer l."""
+        seen = [self._staged(layer, chosen) for layer, chosen in enumerate(pairs)]
+        misses = [_misses(one) for one in seen]
+        self._pump([*seen, Tick((self._step + 1) * self._period), self._wanted()])
+        nbytes = sum(count * size for count, size in zip(misses, self.record_bytes, strict=True))
+        lookups = sum(len(one.experts) for one in seen)
+        self._scanned = ExpertCounts(lookups - sum(misses), 0, sum(misses), nbytes, 0.0)
 
     def fill(self, experts: Iterable[ExpertId] = ()) -> None:
         """Bring these into empty slots, then all others in turns of one a layer, until slots or experts are used up.
@@ -233,8 +282,8 @@ class DeviceCache:
         if self.device.shares_memory:
             raise ResourceError("this device shares the host's memory: it has no expert slots of its own to budget")
         self.ledger.check_budget(budget_bytes)
-        self._drain()
         self.settle()
+        self._drain()
         slots = self.ledger.slots_within(budget_bytes)
         self._handle([Confine(self.slab.kept(slots))])
         self.settle()
@@ -277,7 +326,7 @@ class DeviceCache:
         if launch is not None:
             launch.ended.wait()
             seen, landed = self._read(self.table.report(launch.turn), launch)
-            events += [*seen, *landed, Tick((launch.step + 1) * self._period)]
+            events += [*seen, *landed, *self._foreseen_late(seen, launch), Tick((launch.step + 1) * self._period)]
             self._tell_aside(sum(map(_misses, seen)))
         self._pump([*events, self._wanted()], landed)
 
@@ -288,18 +337,32 @@ class DeviceCache:
             seen.append(Seen(layer, experts, sources, pairs, position, launch.scan))
             for expert, source, slot in zip(experts, sources, slots, strict=True):
                 if source == LANDED:
-                    landed.append(Landed(ExpertId(layer, expert), slot, launch.scan))
-                    self.link.landed += self.record_bytes[layer]
-                elif source == READ:
-                    self.link.read += self.record_bytes[layer]
+                    landed.append(Landed(ExpertId(layer, expert), slot, launch.scan, launch.whole))
+            self.link.read += sources.count(READ) * self.record_bytes[layer]
+            self.link.landed += sources.count(LANDED) * self.record_bytes[layer]
+            self.copies.read_bytes += _misses(seen[-1]) * self.record_bytes[layer]
         return seen, landed
+
+    def _foreseen_late(self, seen: Sequence[Seen], launch: _Launch) -> list[DeviceEvent]:
+        """Where nobody knows routes while a step runs, a lookahead hears of them when it has ended."""
+        if self.routes is not _unknown:
+            return []
+        told = [tuple(self.lookahead.routed(launch.step, one.layer, one.experts)) for one in seen]
+        return [Predict(hints) for hints in told if hints]
+
+    def _staged(self, layer: int, chosen: Sequence[int]) -> Seen:
+        experts = [expert for expert, pairs in enumerate(chosen) if pairs]
+        slots, homes_are_good = self.ledger.resident_slots(layer), self.device.shares_memory
+        sources = [HIT if homes_are_good or slots[expert] >= 0 else READ for expert in experts]
+        position = self._step * self._period + layer * self._experts
+        return Seen(layer, experts, sources, [chosen[expert] for expert in experts], position, self._scan)
 
     def _tell_aside(self, misses: int) -> None:
         issued = self.ledger.counters.prefetch_issued
         self._aside.step(misses, issued - self._prefetches_before)
         self._prefetches_before = issued
 
-    def _wanted(self) -> DeviceEvent:
+    def _wanted(self) -> Provide:
         pool = self.ledger.pool
         unused = self.slab.slots - pool.number(Use.OWNED, Use.LENT)
         absent = sum(self.ledger.experts_per_layer) - pool.number(Use.OWNED)
@@ -311,6 +374,10 @@ class DeviceCache:
         for load, loaded in self.copies.pump():
             self.publication.copied(load.expert, load.slot)
             events.append(loaded)
+            if load.priority is Priority.PREFETCH:
+                self.link.prefetched += self.record_bytes[load.expert.layer]
+            else:
+                self.link.filled += self.record_bytes[load.expert.layer]
         if events:
             self._handle(events, landed)
 
@@ -336,7 +403,6 @@ class DeviceCache:
             case Load(_, expert, slot, _):
                 record = self.host.record(expert)
                 self.copies.submit(instruction, self.slab.view(slot, record.numel()), record)
-                self._count_copy(instruction, record.numel())
             case Cancel(load_id):
                 taken_back = self.copies.cancel(load_id)
                 cancelled += [] if taken_back is None else [taken_back]
@@ -346,3 +412,44 @@ class DeviceCache:
                 nbytes = self.record_bytes[expert.layer]
                 self.device.compute.copy([(self.slab.view(slot, nbytes), self.slab.view(origin, nbytes))])
                 self.publication.moved(expert, slot)
+
+    # ------------------------------------------------------------ the device
+
+    def _drain(self) -> None:
+        """Until no copy is under way."""
+        self._pump([])
+        while not self.ledger.is_idle():
+            self.copies.wait()
+            self._pump([])
+
+    def _resize_slab(self, slots: int) -> None:
+        first = self.slab.kept(slots)
+        self.slab.resize(slots)
+        for slot in range(first, slots):
+            self.publication.place_slot(slot, self.slab.address(slot))
+
+    def _measure_link(self) -> float:
+        record = self.host.record(ExpertId(0, 0))
+        return measure_link(self.device, self.slab.view(0, record.numel()), record)
+
+    def _count(self, report: Report) -> ExpertCounts:
+        valid = np.arange(report.seen.shape[1]) < report.counts[:, None]
+        sources = np.where(valid, report.seen[:, :, 1], -1)
+        over_link = ((sources == READ) | (sources == LANDED)).sum(axis=1)
+        late = int((sources == WAITED).sum())
+        nbytes = int(over_link @ np.array(self.record_bytes))
+        # Of a copy that was waited for, half was under way already: nobody knows better.
+        stall_s = (nbytes + late * max(self.record_bytes) / 2) / self.link_bytes_per_s
+        return ExpertCounts(int((sources == HIT).sum()), late, int(over_link.sum()), nbytes, stall_s)
+
+
+def _misses(seen: Seen) -> int:
+    return seen.sources.count(READ) + seen.sources.count(LANDED)
+
+
+def _nobody() -> None:
+    return None
+
+
+def _unknown(layer: int) -> Sequence[int]:
+    return ()

@@ -20,6 +20,7 @@ from expertd_engine.experts.events import Cancelled, Load, Loaded, Priority
 from expertd_engine.experts.transfer import LATENCY_BOUNDS_S, TransferStats
 
 _AHEAD_BYTES = 24 * 2**20
+_MEASURED_BYTES = 64 * 2**20
 _AHEAD = (2, 32)
 """Begun at once: about so many bytes, but at least and at most so many records."""
 
@@ -30,6 +31,18 @@ class _Copy:
     target: Tensor
     source: Tensor
     began: float = 0.0
+
+
+def measure_link(device: Device, target: Tensor, source: Tensor) -> float:
+    """Bytes per second that copies between these two reach; takes a few milliseconds."""
+    times = max(1, _MEASURED_BYTES // source.numel())
+    best = float("inf")
+    for _ in range(2):
+        began = time.perf_counter()
+        device.copies.copy([(target, source)] * times)
+        device.copies.mark().wait()
+        best = min(best, time.perf_counter() - began)
+    return times * source.numel() / best
 
 
 class DeviceCopies:
@@ -69,8 +82,8 @@ class DeviceCopies:
             copy, _ = self._begun.popleft()
             self._count(copy)
             done.append((copy.load, Loaded(copy.load.load_id)))
-        while len(self._begun) < self._ahead and (copy := self._next()) is not None:
-            self._begin(copy)
+        while len(self._begun) < self._ahead and (following := self._next()) is not None:
+            self._begin(following)
         return done
 
     def wait(self) -> None:

@@ -34,11 +34,15 @@ class Seen(msgspec.Struct, frozen=True, gc=False):
 
 
 class Landed(msgspec.Struct, frozen=True, gc=False):
-    """A step that has ended wrote the expert's record into a slot it had been handed, and steps now read it there."""
+    """A step that has ended wrote the expert's record into a slot it had been handed, and steps now read it there.
+
+    Not `whole`: the step failed, and what is in the slot may be anything.
+    """
 
     expert: ExpertId
     slot: int
     scan: bool = False
+    whole: bool = True
 
 
 class Cooled(msgspec.Struct, frozen=True, gc=False):
@@ -48,10 +52,14 @@ class Cooled(msgspec.Struct, frozen=True, gc=False):
 
 
 class Provide(msgspec.Struct, frozen=True, gc=False):
-    """Have so many slots set aside ahead of need: `landing` handed to steps, `reserve` for copies."""
+    """Have so many slots set aside ahead of need: `landing` handed to steps, `reserve` for copies.
+
+    `still`: no step is running, so that what was handed can be taken back.
+    """
 
     landing: int
     reserve: int
+    still: bool = False
 
 
 class Confine(msgspec.Struct, frozen=True, gc=False):

@@ -1,7 +1,7 @@
 """Every expert's record in the host's memory, where the device reads it in place: the tier below its slots.
 
-Owner: the engine thread, at start. The mapping is ours and pinned piece by piece, because torch's pinned allocator rounds
-sizes up to powers of two. Nothing is written after `fill`.
+Owner: the engine thread, at start. The mapping is ours and pinned piece by piece, because torch's pinned allocator
+rounds sizes up to powers of two. Nothing is written after `fill`.
 """
 
 from __future__ import annotations

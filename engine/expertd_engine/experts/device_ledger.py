@@ -24,6 +24,7 @@ from expertd_engine.experts.accounting import Counters, StallCause
 from expertd_engine.experts.device_events import (
     HIT,
     LANDED,
+    READ,
     WAITED,
     Confine,
     Cooled,
@@ -60,6 +61,7 @@ DeviceInstruction = Instruction | Retire | Hand | Recall | Move
 
 _RESULTS: tuple[LookupResult, ...] = ("hit", "miss", "late", "miss")
 """By source."""
+_OVER_LINK = (READ, LANDED)
 
 
 class DeviceLedger:
@@ -199,6 +201,7 @@ class DeviceLedger:
         """The hottest loop of a token: 384 uses of it for 48 layers of 8."""
         records, foresight, counters = self._by_layer[event.layer], self._foresight, self._residency.counters
         victims, policy, scan = self._residency.victims, self._policy, event.scan
+        misses = 0
         self.foreseen_until(event.position)
         for index, source, pairs in zip(event.experts, event.sources, event.pairs, strict=True):
             record = records[index]
@@ -211,6 +214,7 @@ class DeviceLedger:
                 self._residency.settle_prefetch(record, "used" if source == HIT else "late")
             foresight.lookups += 1
             counters.count_lookup(event.layer, _RESULTS[source], pairs, foreseen)
+            misses += source in _OVER_LINK
             if scan and record.place is State.RESIDENT and not facts.probation:
                 continue  # the working set's recency is decoding's own
             facts.probation = scan
@@ -219,18 +223,20 @@ class DeviceLedger:
                 policy.used(facts)
             if facts.ticket:
                 victims.offer(facts)
+        counters.demand_loads += misses
+        counters.demand_bytes += misses * records[0].nbytes
 
     def _landed(self, event: Landed) -> None:
         record = self._residency.record(event.expert)
         if self.pool.use(event.slot) is not Use.HANDED:
             problem = f"law 2: a step wrote into slot {event.slot}, which is {self.pool.use(event.slot).value}"
             raise self._residency.story.error(problem, event.expert)
-        self.landings += 1
-        if record.place is not State.ABSENT:
-            self.duplicates += 1
+        if not event.whole or record.place is not State.ABSENT:
+            self.duplicates += event.whole
             self.pool.put(event.slot, Use.COOLING)
             self._out.append(Retire(event.slot, event.expert))
             return
+        self.landings += 1
         self._residency.story.tell(record.expert, "landed in slot", event.slot)
         self.pool.own(event.slot, record.nbytes)
         record.slot = event.slot
@@ -281,6 +287,16 @@ class DeviceLedger:
 
     # ------------------------------------------------------------ slots
 
+    def adopt(self, expert: ExpertId, slot: int) -> bool:
+        """The record was streamed into a lent slot, and may stay there if the expert is absent: then it is resident."""
+        record = self._residency.record(expert)
+        if record.place is not State.ABSENT:
+            return False
+        self.pool.own(slot, record.nbytes)
+        record.slot = slot
+        self._residency.arrive(record)
+        return True
+
     def lend(self, most: int) -> list[int]:
         """Up to so many of the slots that are set aside for copies, to stream experts through until `take_back`."""
         lent = [*self.pool.slots(Use.COLD), *self.pool.slots(Use.FREE)][:most]
@@ -295,6 +311,8 @@ class DeviceLedger:
 
     def _provide(self, event: Provide) -> None:
         self._landing, self._reserve = event.landing, event.reserve
+        if event.still and self.pool.number(Use.HANDED) > event.landing:
+            self._recall()
 
     def _cooled(self, event: Cooled) -> None:
         self._still = False
@@ -369,6 +387,10 @@ class DeviceLedger:
             self.pool.own(slot, record.nbytes)
             self._residency.relocate(record, slot)
             self._out.append(Move(record.expert, origin, slot))
+
+    def check_budget(self, budget_bytes: int) -> None:
+        """Raises as `SetBudget` would."""
+        self._checked_budget(budget_bytes)
 
     def _checked_budget(self, budget_bytes: int) -> int:
         if budget_bytes < self.minimum_bytes:

@@ -49,6 +49,10 @@ class Publication:
         self.slot_address[slot] = address
         self._words |= self._layout.slot_words(slot, address)
 
+    def send_home(self, expert: ExpertId) -> None:
+        """The expert is in no slot."""
+        self._words |= self._layout.address_words(expert, self._home(expert))
+
     def retire(self, slot: int, expert: ExpertId, lies_in: int) -> None:
         """The expert is not to be read in the slot: it lies in slot `lies_in`, or at home if that is negative."""
         address = self.slot_address[lies_in] if lies_in >= 0 else self._home(expert)

@@ -16,9 +16,9 @@ GRANULE = 2 * 2**20
 """What torch's allocator rounds large blocks to."""
 
 
-def plan_chunks(slot_bytes: int, most_slots: int) -> ChunkPlan:
+def plan_chunks(slot_bytes: int, most_slots: int, granule: int = GRANULE) -> ChunkPlan:
     """Chunks of about `CHUNK_BYTES`, but not more slots than there will ever be."""
-    return ChunkPlan(slot_bytes, max(1, min(most_slots, CHUNK_BYTES // slot_bytes)), GRANULE)
+    return ChunkPlan(slot_bytes, max(1, min(most_slots, CHUNK_BYTES // slot_bytes)), granule)
 
 
 class DeviceSlab:
@@ -38,7 +38,7 @@ class DeviceSlab:
         return sum(memory.numel() for _, memory in self._chunks)
 
     def kept(self, slots: int) -> int:
-        """How many of the first slots stay where they are when there are to be `slots`: a short chunk is not added to."""
+        """How many of the first slots stay where they are when there are to be `slots`. A short chunk is replaced."""
         first = 0
         for count, _ in self._chunks:
             whole = count == self._plan.chunk_slots or first + count == slots
@@ -48,7 +48,7 @@ class DeviceSlab:
         return first
 
     def resize(self, slots: int) -> None:
-        """Free what is not `kept` and allot the rest. Raises ResourceError; then there are as many slots as are kept."""
+        """Free what is not `kept` and allot the rest. Raises ResourceError, and then what is kept is all there is."""
         kept = self.kept(slots)
         self._free_from(kept)
         try:

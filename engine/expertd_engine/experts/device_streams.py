@@ -5,7 +5,7 @@ What is given to one lane runs in the order in which it was given; between lanes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -34,6 +34,10 @@ class Lane(Protocol):
 
         Host tensors must be pinned, or this waits for the lane.
         """
+        ...
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Give the lane what `work` launches."""
         ...
 
     def mark(self) -> Mark:
@@ -90,6 +94,9 @@ class _AtOnce:
         for target, source in pairs:
             target.copy_(source)
 
+    def run(self, work: Callable[[], None]) -> None:
+        work()
+
     def mark(self) -> Mark:
         return _Past()
 
@@ -132,6 +139,10 @@ class _Stream:
         with torch.cuda.stream(self._own):
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
+
+    def run(self, work: Callable[[], None]) -> None:
+        with torch.cuda.stream(self._own):
+            work()
 
     def mark(self) -> Mark:
         return _Event(self._stream())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from expertd_engine.experts.device_layout import TableLayout, Words
 from expertd_engine.experts.device_streams import Device
 from expertd_engine.experts.events import ExpertId
+
+if TYPE_CHECKING:
+    from expertd_engine.kernels.cuda.resolve import TablePointers
 
 _UPDATE_WORDS = 8192
 """Words that one `apply` changes; a boundary of more is applied in several, outside of any graph."""
@@ -36,7 +40,7 @@ class Report:
 
 
 class DeviceTable:
-    """A table on a device, and its twins in pinned memory. `report_rows`: distinct experts a layer may meet in a step."""
+    """A table on a device and its twins in pinned memory. `report_rows`: distinct experts of a layer in one step."""
 
     def __init__(self, layout: TableLayout, report_rows: int, device: Device) -> None:
         self.layout = layout
@@ -76,6 +80,23 @@ class DeviceTable:
         self._bits = device.pinned(2, torch.int32)
         self._bits[1] = 1
 
+    @property
+    def pointers(self) -> TablePointers:
+        """What kernels take."""
+        from expertd_engine.kernels.cuda.resolve import TablePointers
+
+        return TablePointers(
+            entries=self.entries,
+            slot_address=self.slot_address,
+            ready=self.ready,
+            landing=self.landing,
+            head=self.head,
+            tail=self.tail,
+            seen=self.seen,
+            seen_count=self.seen_count,
+            progress=self.progress,
+        )
+
     # ------------------------------------------------------------ boundaries
 
     def stage(self, words: Words) -> None:
@@ -83,7 +104,7 @@ class DeviceTable:
         index, value = list(words), list(words.values())
         while len(index) > _UPDATE_WORDS:
             self._send(index[:_UPDATE_WORDS], value[:_UPDATE_WORDS])
-            self.apply()
+            self._device.compute.run(self.apply)
             self._device.compute.mark().wait()
             index, value = index[_UPDATE_WORDS:], value[_UPDATE_WORDS:]
         self._send(index, value)

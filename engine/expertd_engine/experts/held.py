@@ -6,7 +6,7 @@ evict it, and whatever else wants experts has the rest of the budget.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from expertd_engine.errors import BudgetError
 from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError, Lease
@@ -53,6 +53,12 @@ class HeldExperts:
             self.cache.wait()
             self._take_in()
         return self.sets.is_open
+
+    def foresee(self, layer: int, expected: Mapping[int, float]) -> None:
+        """As `VirtualExperts.foresee`."""
+        if self.sets.is_open:
+            self._carry_out(self.sets.foresee(layer, expected))
+            self._take_in()
 
     def end_step(self, tokens: float) -> None:
         """The virtual step has ended; `tokens` as for `VirtualExperts.end_step`."""

@@ -52,7 +52,7 @@ from expertd_engine.experts.events import (
     Used,
 )
 from expertd_engine.experts.foresight import Foresight
-from expertd_engine.experts.policy import Facts, Policy
+from expertd_engine.experts.policy import Facts, Policy, Victims
 from expertd_engine.experts.residency import Record, Residency, State
 
 __all__ = ["ATTEMPTS", "Ledger", "LedgerError", "State"]
@@ -67,7 +67,8 @@ class Ledger:
     `record_bytes[l]` is the length in bytes of a record of MoE layer l, which has `experts_per_layer[l]` experts.
     `budget_bytes` may later be set anywhere from `minimum_bytes` to `max_budget_bytes` (default: `budget_bytes`), for
     which `num_slots` slots are enough. At most `prefetch_depth` prefetches are in flight; without `prefetch`, hints
-    only tell the policy about next uses. Raises BudgetError for a budget below the minimum.
+    only tell the policy about next uses. `victims`: who orders those that may give way, where that is not a heap of the
+    policy's ranks. Raises BudgetError for a budget below the minimum.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Ledger:
         max_budget_bytes: int | None = None,
         prefetch: bool = True,
         prefetch_depth: int = 4,
+        victims: Victims | None = None,
     ) -> None:
         layers = list(zip(record_bytes, experts_per_layer, strict=True))
         if not layers or min(record_bytes) < 1 or min(experts_per_layer) < 1 or prefetch_depth < 1:
@@ -87,7 +89,7 @@ class Ledger:
         self.minimum_bytes = min(2 * max(record_bytes), sum(nbytes * count for nbytes, count in layers))
         self.max_budget_bytes = budget_bytes if max_budget_bytes is None else max_budget_bytes
         self.budget_bytes = self._checked_budget(budget_bytes)
-        self._residency = Residency(record_bytes, experts_per_layer, self.max_budget_bytes, policy)
+        self._residency = Residency(record_bytes, experts_per_layer, self.max_budget_bytes, policy, victims)
         self._slots = self._residency.slots
         self._foresight = Foresight(self._residency, policy, prefetch)
         self._prefetch_depth = prefetch_depth
@@ -135,6 +137,11 @@ class Ledger:
     @property
     def counters(self) -> Counters:
         return self._residency.counters
+
+    @property
+    def victims(self) -> Victims:
+        """The experts that may give way, in their order."""
+        return self._residency.victims
 
     @property
     def limit_bytes(self) -> int:

@@ -101,14 +101,14 @@ HALF_LIFE_TOKENS = 5.5
 _POLICIES: dict[str, Callable[[int], Policy]] = {"lru": lambda _: LRU(), "lfu": LFU, "next-use": NextUse}
 
 
-def make_policy(name: str, lookups_per_token: int = 128) -> Policy:
+def make_policy(name: str, lookups_per_token: int = 128, half_life_tokens: float = HALF_LIFE_TOKENS) -> Policy:
     """A fresh policy by its name. Raises ConfigError for an unknown one.
 
-    `lookups_per_token`: MoE layers × top-k.
+    `lookups_per_token`: MoE layers × top-k; `half_life_tokens` of a use, for policies that count them.
     """
     if name not in _POLICIES:
         raise ConfigError(f"expert policy {name!r} is not known: choose from {', '.join(_POLICIES)}")
-    return _POLICIES[name](max(1, round(HALF_LIFE_TOKENS * lookups_per_token)))
+    return _POLICIES[name](max(1, round(half_life_tokens * lookups_per_token)))
 
 
 class Victims:

@@ -68,7 +68,12 @@ class Residency:
     """
 
     def __init__(
-        self, record_bytes: Sequence[int], experts_per_layer: Sequence[int], max_budget_bytes: int, policy: Policy
+        self,
+        record_bytes: Sequence[int],
+        experts_per_layer: Sequence[int],
+        max_budget_bytes: int,
+        policy: Policy,
+        victims: Victims | None = None,
     ) -> None:
         self.records = {
             (expert := ExpertId(layer, index)): Record(expert, nbytes, Facts(expert))
@@ -79,7 +84,7 @@ class Residency:
         """Slot of each resident expert, leased or not; -1 for the others."""
         self.num_slots = slots_needed([record.nbytes for record in self.records.values()], max_budget_bytes)
         self.slots = Slots(self.num_slots)
-        self.victims = Victims(policy)
+        self.victims = Victims(policy) if victims is None else victims
         """Facts of the idle experts: resident, not leased."""
         self.loads: dict[int, Record] = {}
         """In flight, by load id; doomed ones included."""

@@ -2,9 +2,10 @@
 
 Owner: the engine thread. Tokens of virtual steps are routed among the *held* experts of each layer. What the unmasked
 router would have sent to every expert is summed into a score over a sliding window, so an expert that is not held can
-come back; a swap brings in the best of those for the worst of the held. It is asynchronous: the victim serves until the
-newcomer's bytes are there. Three brakes keep it from thrashing: hysteresis, swaps a layer may begin in one step, and
-loads under way at once, which is the share of the reading threads that virtual mode may take.
+come back; a swap brings in the best of those for the worst of the held. Where a layer can be foreseen, what the step
+will ask of it is brought in on the way there. Either is asynchronous: the victim serves until the newcomer's bytes are
+there. Three brakes keep it from thrashing: hysteresis, swaps a layer may begin in one step, and loads under way at
+once, which is the share of the reading threads that virtual mode may take.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ class SwapLimits:
     """A newcomer's score must be above the victim's by this share. Against none it saves half the swaps and substitutes
     2 % more."""
     per_step: int = 1
-    """Swaps that one layer may begin in one step; 0: the first sets stay for ever."""
+    """Swaps that one layer may begin after a step; 0: none."""
+    ahead: int = 2
+    """Swaps that one layer may begin in a step, before the step comes to it, where that is foreseen."""
     in_flight: int = 1
     """Loads under way at once in all layers, but for those without which no token could be computed."""
 
     def __post_init__(self) -> None:
-        if not (self.half_life > 0 and self.hysteresis >= 0 and self.per_step >= 0 and self.in_flight >= 1):
-            raise ValueError(f"{self} is not allowed: half_life > 0, hysteresis and per_step ≥ 0, in_flight ≥ 1")
+        counts_are_sound = min(self.per_step, self.ahead) >= 0 and self.in_flight >= 1
+        if not (self.half_life > 0 and self.hysteresis >= 0 and counts_are_sound):
+            raise ValueError(f"{self} is not allowed: half_life > 0, hysteresis, per_step, ahead ≥ 0, in_flight ≥ 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +182,10 @@ class VirtualExperts:
     def held(self, layer: int) -> frozenset[int]:
         return frozenset(self._layers[layer].held)
 
+    def holds_all(self, layer: int) -> bool:
+        """Whether nobody can be missed there."""
+        return len(self._layers[layer].held) == len(self._layers[layer].prior)
+
     def score(self, layer: int, expert: int) -> float:
         """Its windowed score, an observation made now counting in full."""
         at = self._layers[layer]
@@ -219,6 +227,24 @@ class VirtualExperts:
         at.observed = True
         for expert, value in sums.items():
             at.add(expert, value)
+
+    def foresee(self, layer: int, expected: Mapping[int, float]) -> list[Action]:
+        """The step under way will probably ask `layer` for these experts, for so much each: bring in those that are not
+        held, the most expected first, for held ones of which less is expected, the lowest score first."""
+        at = self._layers[layer]
+        if at.free > 0:  # it is being filled
+            return []
+        lacking = sorted(expected.keys() - at.held - at.coming.keys() - at.barred, key=lambda e: (-expected[e], e))
+        if not lacking:
+            return []
+        spare = sorted(at.victims(), key=lambda e: (expected.get(e, 0.0), at.rank(e)))
+        actions: list[Action] = []
+        for newcomer, victim in zip(lacking[: self.limits.ahead], spare, strict=False):
+            enough = expected[newcomer] > expected.get(victim, 0.0) * (1 + self.limits.hysteresis)
+            if self._loading >= self.limits.in_flight or not enough:
+                break
+            actions.append(self._hold(layer, newcomer, victim))
+        return actions
 
     def end_step(self, tokens: float) -> list[Action]:
         """The step's observations are in: choose swaps, then age all scores by `tokens`, those of one sequence."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from expertd_engine.experts.device_staging import Chunk, Staging
-from expertd_engine.kernels.cuda.experts import ExpertLayout, PairGroups, combine, experts_decode, experts_prefill
+from expertd_engine.kernels.cuda.experts import ExpertLayout, experts_decode
+from expertd_engine.kernels.cuda.experts_prefill import PairGroups, combine, experts_prefill
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers, publish, resolve
 
 
@@ -36,22 +37,24 @@ class TableExperts:
     """Experts of steps of few rows, each read where its entry says: from the card, or over the link."""
 
     def __init__(
-        self, layouts: Sequence[ExpertLayout], table: TablePointers, scratch: ExpertScratch, num_rows: Tensor,
-        given: GivenRoutes | None,
+        self, layouts: Sequence[ExpertLayout], table: TablePointers, scratches: Mapping[int, ExpertScratch],
+        num_rows: Tensor, given: GivenRoutes | None,
     ) -> None:  # fmt: skip
-        """`layouts[m]` is that of MoE layer m. `num_rows` int32 `[1]`: real rows of the step."""
-        self._layouts, self._table, self._scratch = layouts, table, scratch
+        """`layouts[m]` is that of MoE layer m; `scratches` are by number of rows, since kernels launch a program for
+        every expert that may be met. `num_rows` int32 `[1]`: real rows of the step."""
+        self._layouts, self._table, self._scratches = layouts, table, scratches
         self._num_rows, self._given = num_rows, given
 
     def add(self, moe: int, x: Tensor, index: Tensor, weights: Tensor, out: Tensor) -> None:
         """See `cuda_program.Experts`."""
+        scratch = self._scratches[len(index)]
         chosen = index if self._given is None else self._given.of(moe, len(index))
-        resolve(self._table, moe, chosen, self._num_rows, self._scratch)
-        experts_decode(self._layouts[moe], self._table, x, weights, self._scratch, out)
+        resolve(self._table, moe, chosen, self._num_rows, scratch)
+        experts_decode(self._layouts[moe], self._table, x, weights, scratch, out)
 
-    def finish(self) -> None:
-        """Publish what landed in the last layer."""
-        publish(self._table, len(self._layouts) - 1)
+    def finish(self, rows: int) -> None:
+        """Publish what landed in the last layer of a step of `rows` rows."""
+        publish(self._table, len(self._layouts) - 1, self._scratches[rows])
 
 
 class StagedExperts:

@@ -64,9 +64,9 @@ class GraphLauncher:
 
     def launch(self, rows: int) -> None:
         self._graphs[rows].replay()
+        self._ended.record()
 
     def wait(self, meanwhile: Callable[[], None]) -> None:
-        self._ended.record()
         meanwhile()
         while not self._ended.query():
             meanwhile()

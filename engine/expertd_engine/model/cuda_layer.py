@@ -39,6 +39,19 @@ class DeviceFeedForward:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class DeviceRouter:
+    """Who chooses a layer's experts."""
+
+    matrix: DeviceMatrix
+    """`[experts, hidden]`."""
+    top_k: int
+    rule: RouterLayout | None
+    """How a kernel selects; None where no kernel knows the rule."""
+    select: Select | None
+    """That rule as torch operations on the logits; None where `rule` is there."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class DeviceLayer:
     """One decoder layer; `native_abi.Block` says what each part does."""
 
@@ -56,9 +69,7 @@ class DeviceLayer:
     heads: HeadLayout
     sinks: Tensor | None
     window: int
-    router: RouterLayout | None
-    select: Select | None
-    """Who routes, by a rule that no kernel has: torch operations on the logits."""
+    router: DeviceRouter | None
     ffn: DeviceFeedForward | None
     """A dense layer's own, or what is shared by all tokens."""
     ffn_gate: DeviceMatrix | None
@@ -107,8 +118,7 @@ class Carrier:
             heads=self._heads(block),
             sinks=sinks,
             window=int(block.window),
-            router=None if layer.moe is None else self._router(block.router),
-            select=layer.select,
+            router=None if layer.moe is None else self._router(block.router, layer.select),
             ffn=self._feed_forward(block.ffn) if block.ffn.up.data else None,
             ffn_gate=self._matrix(block.ffn_gate) if block.ffn_gate.data else None,
             parallel=bool(block.parallel),
@@ -176,11 +186,13 @@ class Carrier:
     def _angles(self, address: int, positions: int, half: int) -> Tensor:
         return self._vector(address, positions * half).view(positions, half)
 
-    def _router(self, router: Router) -> RouterLayout:
-        return RouterLayout(
-            matrix=self._matrix(router.matrix),
+    def _router(self, router: Router, select: Select | None) -> DeviceRouter:
+        matrix = self._matrix(router.matrix)
+        if select is not None:
+            return DeviceRouter(matrix, router.top_k, None, select)
+        rule = RouterLayout(
+            matrix=matrix,
             bias=None if router.bias is None else self._vector(router.bias, router.experts),
-            experts=router.experts,
             top_k=router.top_k,
             scores=Scores(router.scores),
             groups=router.groups,
@@ -190,6 +202,7 @@ class Carrier:
             epsilon=router.epsilon,
             scale=router.scale,
         )
+        return DeviceRouter(matrix, router.top_k, rule, None)
 
     def _feed_forward(self, ffn: FeedForward) -> DeviceFeedForward:
         gated = bool(ffn.gate.data)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from expertd_engine.experts.device_staging import Staging
-from expertd_engine.kernels.cuda.attention import QUERY_TILE
 from expertd_engine.kernels.cuda.experts import ExpertLayout
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers
 from expertd_engine.model.attention import Span
@@ -25,7 +24,7 @@ from expertd_engine.model.cuda_experts import GivenRoutes, StagedExperts, TableE
 from expertd_engine.model.cuda_graph import EagerLauncher, GraphLauncher, Launcher, bucket_of
 from expertd_engine.model.cuda_inputs import StepInputs
 from expertd_engine.model.cuda_layer import DeviceEnds, DeviceLayer
-from expertd_engine.model.cuda_program import DeviceKV, Program, Sizes, Workspace
+from expertd_engine.model.cuda_program import DeviceKV, Program, Sizes, Workspace, query_tiles
 
 
 class Table(Protocol):
@@ -45,7 +44,7 @@ class ExpertSource(Protocol):
     def before_launch(self) -> None: ...
     def after_launch(self) -> None: ...
     def poll(self) -> None: ...
-    def stage(self, layers: int) -> AbstractContextManager[Staging]: ...
+    def stage(self) -> AbstractContextManager[Staging]: ...
     def scanned(self, pairs: Sequence[Sequence[int]]) -> None: ...
 
 
@@ -106,11 +105,14 @@ class DeviceModel:
         rows = (limits.buckets[-1], limits.rows)
         self._given = [GivenRoutes(len(layouts), n, sizes.top_k, device) if given_routes else None for n in rows]
         inner = max(layout.inner for layout in layouts)
-        scratch = ExpertScratch.of(
-            hidden=sizes.hidden, inner=inner, max_rows=rows[0], top_k=sizes.top_k, num_experts=sizes.experts,
-            dtype=dtype, device=device,
-        )  # fmt: skip
-        self._few = TableExperts(layouts, table.pointers, scratch, self._inputs.num_rows, self._given[0])
+        scratches = {
+            bucket: ExpertScratch.of(
+                hidden=sizes.hidden, inner=inner, max_rows=bucket, top_k=sizes.top_k, num_experts=sizes.experts,
+                dtype=dtype, device=device,
+            )
+            for bucket in limits.buckets
+        }  # fmt: skip
+        self._few = TableExperts(layouts, table.pointers, scratches, self._inputs.num_rows, self._given[0])
         pairs = limits.rows * sizes.top_k
         self._many = StagedExperts(
             layouts, sizes.experts, torch.empty(pairs, inner, dtype=dtype, device=device),
@@ -137,7 +139,7 @@ class DeviceModel:
         """What a graph is captured of."""
         self._table.apply()
         self._program.run_layers(rows, self._few)
-        self._few.finish()
+        self._few.finish(rows)
         self._program.run_head(self._program.workspace.hidden[:rows], self._best)
         self._best_host[:rows].copy_(self._best[:rows], non_blocking=True)
 
@@ -157,14 +159,14 @@ class DeviceModel:
         if self._given[1] is not None and tokens.routes is not None:
             self._given[1].fill(tokens.routes)
         tiles = torch.tensor(query_tiles(tokens.spans), dtype=torch.int32).to(self._device, non_blocking=True)
-        with experts.stage(len(self._many.counts)) as staging:
+        with experts.stage() as staging:
             self._many.begin(staging)
             program.run_layers(rows, self._many, tiles)
-            outcome = self._large_head(tokens)
+            best, logits = self._large_head(tokens)
         experts.scanned(self._many.counts.tolist())
-        return outcome
+        return StepOutcome(best, logits)
 
-    def _large_head(self, tokens: StepTokens) -> StepOutcome:
+    def _large_head(self, tokens: StepTokens) -> tuple[list[int], dict[int, Tensor]]:
         """The head over the rows that are asked about, as many at a time as there is room for. Waits for its tokens."""
         best: list[int] = []
         logits: dict[int, Tensor] = {}
@@ -174,13 +176,4 @@ class DeviceModel:
             made = self._program.run_head(self._program.workspace.hidden[wanted], self._best)
             best += self._best[: len(wanted)].tolist()
             logits |= {first + i: made[i].cpu() for i in range(len(wanted)) if first + i in tokens.read}
-        return StepOutcome(best, logits)
-
-
-def query_tiles(spans: Sequence[Span]) -> list[tuple[int, int]]:
-    """`(first row, rows)` of runs of at most `QUERY_TILE` rows of one sequence."""
-    return [
-        (row, min(QUERY_TILE, span.row + span.length - row))
-        for span in spans
-        for row in range(span.row, span.row + span.length, QUERY_TILE)
-    ]
+        return best, logits

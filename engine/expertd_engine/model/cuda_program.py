@@ -13,12 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from expertd_engine.kernels.cuda.attention import AttentionScratch, attend
-from expertd_engine.kernels.cuda.block import activate, argmax, store_qkv
+from expertd_engine.kernels.cuda.attention import QUERY_TILE, AttentionScratch, attend
+from expertd_engine.kernels.cuda.block import Argmax, activate, store_qkv
 from expertd_engine.kernels.cuda.dense import embed, matmul
-from expertd_engine.kernels.cuda.norms import add_norm, norm_rows
+from expertd_engine.kernels.cuda.norms import DeviceNorm, add_norm, norm_rows
 from expertd_engine.kernels.cuda.router import route
-from expertd_engine.model.attention import LayerShape
+from expertd_engine.model.attention import LayerShape, Span
 from expertd_engine.model.cuda_inputs import StepInputs
 from expertd_engine.model.cuda_layer import DeviceEnds, DeviceFeedForward, DeviceLayer
 from expertd_engine.model.numerics import InvariantSigmoids
@@ -77,7 +77,7 @@ class Sizes:
             attended=max(layer.output.cols for layer in layers),
             gate_up=max((ffn.gate_up.rows for ffn in ffns), default=1),
             inner=max((ffn.down.cols for ffn in ffns), default=1),
-            experts=max((router.experts for router in routers), default=1),
+            experts=max((router.matrix.rows for router in routers), default=1),
             top_k=max((router.top_k for router in routers), default=1),
             vocabulary=ends.head.rows,
         )
@@ -102,7 +102,8 @@ class Workspace:
         self.attended = floats(rows, sizes.attended)
         self.gate_up = floats(rows * sizes.gate_up)
         self.inner = torch.empty(rows * sizes.inner, dtype=dtype, device=device)
-        self.gate = floats(rows, 1)
+        gates = any(layer.ffn_gate is not None for layer in layers)
+        self.shared, self.share = floats(rows if gates else 0, sizes.hidden), floats(rows, 1)
         self.router_logits = floats(rows * sizes.experts)
         self.index = torch.zeros(rows * sizes.top_k, dtype=torch.int32, device=device)
         self.weights = floats(rows * sizes.top_k)
@@ -124,6 +125,7 @@ class Program:
         """`logits` `[N, V]`: room for the logits of N rows at a time."""
         self.layers, self.ends = layers, ends
         self.kv, self.inputs, self.workspace, self.logits = kv, inputs, workspace, logits
+        self._argmax = Argmax(*logits.shape, logits.device)
 
     def run_layers(self, rows: int, experts: Experts, tiles: Tensor | None = None) -> None:
         """From the step's inputs to the residual stream behind the last layer, for the first `rows` rows.
@@ -143,7 +145,7 @@ class Program:
             hidden, ends.head, logits,
             norm=ends.norm, scale=ends.logit_scale, normed=self.workspace.normed[: len(hidden)],
         )  # fmt: skip
-        argmax(logits, tokens[: len(hidden)])
+        self._argmax(logits, tokens[: len(hidden)])
         return logits
 
     def _attention(self, index: int, layer: DeviceLayer, hidden: Tensor, tiles: Tensor | None) -> None:
@@ -182,7 +184,7 @@ class Program:
             assert layer.moe is not None
             experts.add(layer.moe, y, index, weights, out)
         elif not layer.parallel:
-            norm(hidden, layer.ffn_norm, y)
+            self._normed(hidden, layer.ffn_norm, y)
         if layer.ffn is not None:
             self._shared(layer.ffn, layer, y, out)
         if not straight:
@@ -192,32 +194,50 @@ class Program:
         """Experts and weights `[R, K]`; and `y`, the rows that experts read."""
         work, router, rows = self.workspace, layer.router, len(hidden)
         assert router is not None
-        logits = work.router_logits[: rows * router.experts].view(rows, -1)
+        logits = work.router_logits[: rows * router.matrix.rows].view(rows, -1)
         index = work.index[: rows * router.top_k].view(rows, -1)
         weights = work.weights[: rows * router.top_k].view(rows, -1)
         x, before = (y, None) if layer.parallel else (hidden, layer.ffn_norm)
-        if layer.select is None:
-            route(x, before, router, logits, index, weights, y, work.counter[:rows])
+        if router.rule is not None:
+            route(x, before, router.rule, logits, index, weights, y, work.counter[:rows])
             return index, weights
-        if not layer.parallel:
-            norm(x, before, y)
+        assert router.select is not None
+        self._normed(x, before, y)
         matmul(x, router.matrix, logits, norm=before, normed=work.normed[:rows])
         with InvariantSigmoids():
-            chosen, shares = layer.select(logits)
+            chosen, shares = router.select(logits)
         index.copy_(chosen)
         weights.copy_(shares)
         return index, weights
+
+    def _normed(self, x: Tensor, norm: DeviceNorm | None, y: Tensor) -> None:
+        """y = norm(x), unless they are the same already."""
+        if norm is not None:
+            norm_rows(x, norm, y)
+        elif x.data_ptr() != y.data_ptr():
+            y.copy_(x)
 
     def _shared(self, ffn: DeviceFeedForward, layer: DeviceLayer, y: Tensor, out: Tensor) -> None:
         work, rows = self.workspace, len(y)
         gate_up = work.gate_up[: rows * ffn.gate_up.rows].view(rows, -1)
         inner = work.inner[: rows * ffn.down.cols].view(rows, -1)
         matmul(y, ffn.gate_up, gate_up)
-        activate(gate_up, ffn.activation, inner, ffn.alpha, ffn.limit, gated=ffn.gated)
+        middle = ffn.down.cols if ffn.gated else 0
+        gate = gate_up[:, :middle] if ffn.gated else None
+        activate(gate, gate_up[:, middle:], inner, ffn.activation, ffn.alpha, ffn.limit)
         if layer.ffn_gate is None:
             matmul(inner, ffn.down, out, add=True)
             return
-        made, gate = work.queries.view(-1)[: out.numel()].view_as(out), work.gate[:rows]
+        made, share = work.shared[:rows], work.share[:rows]
         matmul(inner, ffn.down, made)
-        matmul(y, layer.ffn_gate, gate)
-        add_norm(out, made, None, 1.0, gate=gate)
+        matmul(y, layer.ffn_gate, share)
+        add_norm(out, made, None, 1.0, gate=share)
+
+
+def query_tiles(spans: Sequence[Span]) -> list[tuple[int, int]]:
+    """`(first row, rows)` of runs of at most `QUERY_TILE` rows of one sequence."""
+    return [
+        (row, min(QUERY_TILE, span.row + span.length - row))
+        for span in spans
+        for row in range(span.row, span.row + span.length, QUERY_TILE)
+    ]

@@ -61,11 +61,16 @@ def _gate(model: Model, name: str) -> Gate:
     router = adapt_router(model, name)
     if not isinstance(router, ModuleRouterAdapter):
         raise NotLinear(f"the router of {name} is of no known kind")
-    weight, bias = _linear(router, name)
+    return Gate(*_linear(router, name), *norm_before(model, name, router))
+
+
+@torch.inference_mode()
+def norm_before(model: Model, name: str, router: ModuleRouterAdapter) -> tuple[Floats, Floats]:
+    """Scale and shift `[H]` of the norm whose output this router sees; 1 and 0 where none is found. Raises NotLinear."""
     norm = _norm_before(model, name)
     if norm is None:
-        return Gate(weight, bias, np.ones(router.hidden_size, np.float32), np.zeros(router.hidden_size, np.float32))
-    return Gate(weight, bias, *_affine(norm, router.hidden_size, router.hidden_dtype, name))
+        return np.ones(router.hidden_size, np.float32), np.zeros(router.hidden_size, np.float32)
+    return _affine(norm, router.hidden_size, router.hidden_dtype, name)
 
 
 def _linear(router: ModuleRouterAdapter, name: str) -> tuple[Floats, Floats]:

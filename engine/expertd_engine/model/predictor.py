@@ -83,7 +83,7 @@ class NextGate:
         """How far above the last one chosen, in quarters of the row's deviation."""
         real = np.maximum(logits, -1e4)
         above = (real - kth) / np.maximum(real.std(axis=-1, keepdims=True), 1e-6)
-        return np.clip(4 * above + 4, 0, 15).astype(np.int64)
+        return np.asarray(np.clip(4 * above + 4, 0, 15), np.int64)
 
     def again(self, layer: int, x: Floats) -> Floats | None:
         return None
@@ -115,11 +115,11 @@ class Learned:
         targets = np.arange(layer + 1, layer + 1 + self.leads) % len(numbers.keep)
         known = np.einsum("dje,dj->de", self._recent.features[targets], numbers.recent[layer, : self.leads])
         logits = (x @ numbers.down[layer] @ self._up[layer]).reshape(len(x), self.leads, self._experts)
-        return (logits + (known + numbers.bias[layer, : self.leads])).swapaxes(0, 1)
+        return np.asarray(logits + (known + numbers.bias[layer, : self.leads])).swapaxes(0, 1)
 
     def trust(self, logits: Floats, kth: Floats) -> NDArray[np.int64]:
         """The probability that it learned to give, in twentieths."""
-        return (20 / (1 + np.exp(-np.clip(logits, -30, 30)))).astype(np.int64)
+        return np.asarray(20 / (1 + np.exp(-np.clip(logits, -30, 30))), np.int64)
 
     def again(self, layer: int, x: Floats) -> Floats:
         numbers = self._numbers
@@ -127,53 +127,92 @@ class Learned:
         return np.asarray(own + self._recent.features[layer].T @ numbers.keep_recent[layer] + numbers.keep_bias[layer])
 
 
-class HiddenPredictor:
-    """The lookahead. `slots_of(layer)` is the live table of resident experts; `rescore` is told what comes again."""
+class PredictorWatch:
+    """Looks on at every layer and asks the source. `slots_of(layer)` is the live table of resident experts.
 
-    exactness: Exactness = "predicted"
+    `rescore(layer, logits [E])` is told what comes again soon, where the source knows.
+    """
+
     sees_hidden = True
 
     def __init__(
         self,
         source: Source,
-        layers: int,
-        experts: int,
+        experts: Sequence[int],
         top_k: int,
         slots_of: Callable[[int], array[int]],
         rescore: Callable[[int, Floats], None] | None = None,
     ) -> None:
+        """`experts` of each layer."""
         self.source = source
-        self._layers, self._experts, self._top_k = layers, experts, top_k
-        self._slots = [np.frombuffer(slots_of(layer), np.int64) for layer in range(layers)]
+        self.named: list[tuple[int, int, int]] = []
+        """Lead, expert and trust, of the layer routed last: absent experts alone, soonest first."""
+        self._experts, self._width, self._top_k = experts, max(experts), top_k
+        self._slots = [np.frombuffer(slots_of(layer), np.int64) for layer in range(len(experts))]
         self._rescore = rescore
-        self._rows: slice | NDArray[np.int64] | None = None
-        self._named: list[tuple[int, int, int]] = []
-        """Lead, expert and trust, of the layer that has just been routed."""
+        self._rows: slice | NDArray[np.int64] = slice(None)
 
-    # ------------------------------------------------------------ as an onlooker
-
-    def begin_step(self, step: int | Sequence[int], tokens: Sequence[int] | Sequence[bool]) -> Iterable[Hint]:
-        """As a lookahead: nothing is known before a layer has routed."""
-        self._named = []
-        return ()
-
-    def begin_rows(self, decode: Sequence[bool]) -> bool:
-        """Rows of a step; of a prompt's the last alone matters to what comes after."""
+    def begin_step(self, streams: Sequence[int], decode: Sequence[bool]) -> bool:
+        """Of a prompt's rows the last alone matters to what comes after; a step that scans is not foreseen."""
         rows = np.flatnonzero(decode)
         self._rows = slice(None) if len(rows) == len(decode) else rows if len(rows) else slice(-1, None)
-        return len(decode) <= FEW_ROWS or len(rows) <= FEW_ROWS
+        self.named = []
+        return len(rows) <= FEW_ROWS
 
-    def routed_rows(self, layer: int, chosen: NDArray[np.int64], hidden: torch.Tensor | None) -> None:
-        """MoE layer `layer` sends rows `[T, H]` to `chosen` `[T, K]`."""
-        assert hidden is not None and self._rows is not None, "a predictor looks on at every layer"
+    def routed(self, layer: int, chosen: NDArray[np.int64], hidden: torch.Tensor | None) -> None:
+        assert hidden is not None, "layers ran on without their predictor"
         x = hidden.float().numpy()[self._rows]
         self.source.use(layer, chosen[self._rows].ravel())
-        self._named = self._name(layer, x)
+        self.named = self._name(layer, x)
         if self._rescore is not None and (scores := self.source.again(layer, x)) is not None:
-            self._rescore(layer, scores)
+            self._rescore(layer, scores[: self._experts[layer]])
+
+    def end_step(self, *, well: bool) -> None:
+        self.named = []
 
     def _name(self, layer: int, x: Floats) -> list[tuple[int, int, int]]:
+        targets = [(layer + lead) % len(self._slots) for lead in range(1, self.source.leads + 1)]
+        absent = np.zeros((len(targets), self._width), bool)
+        for row, target in zip(absent, targets, strict=True):
+            np.less(self._slots[target], 0, out=row[: len(self._slots[target])])
+        if not absent.any():
+            return []
         logits = self.source.ahead(layer, x)
-        most = min(self._top_k + _MORE, logits.shape[-1])
-        best = np.argpartition(-logits, most - 1, axis=-1)[..., :most]
-        raise NotImplementedError
+        ordered = np.partition(logits, (self._width - self._more, self._width - self._top_k), axis=-1)
+        kth = ordered[..., self._width - self._top_k, None]
+        likely = (logits >= ordered[..., self._width - self._more, None]) & absent[:, None, :]
+        leads, experts = np.nonzero(likely.any(axis=1))
+        if not len(leads):
+            return []
+        trust = self.source.trust(logits, kth)
+        sure = np.where(likely, trust, -1).max(axis=1)[leads, experts]
+        return list(zip((leads + 1).tolist(), experts.tolist(), sure.tolist(), strict=True))
+
+    @property
+    def _more(self) -> int:
+        return min(self._top_k + _MORE, self._width)
+
+
+class PredictedRoutes:
+    """The `Lookahead` that a `PredictorWatch` sees for: what it names, as hints."""
+
+    exactness: Exactness = "predicted"
+
+    def __init__(self, watch: PredictorWatch, layers: int, experts: int) -> None:
+        """`experts`: of the widest layer."""
+        self._watch = watch
+        self._layers, self._experts = layers, experts
+
+    def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
+        return ()
+
+    def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
+        now = step * self._layers + layer
+        named, self._watch.named = self._watch.named, []
+        return [
+            Hint(ExpertId((layer + lead) % self._layers, expert), (now + lead) * self._experts + expert, trust)
+            for lead, expert, trust in named
+        ]
+
+    def next_use(self, expert: ExpertId, after: int) -> int | None:
+        return None

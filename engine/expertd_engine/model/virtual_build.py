@@ -13,8 +13,10 @@ from expertd_engine.experts.held import HeldExperts
 from expertd_engine.experts.store_format import StoreIndex
 from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
 from expertd_engine.experts.virtual_room import VirtualRoom
+from expertd_engine.model.gates import NotLinear
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.router_kinds import ModuleRouterAdapter, adapt_router
+from expertd_engine.model.virtual_foresight import NextLayers, next_layers
 from expertd_engine.model.virtual_routing import VirtualRouting, importance
 from expertd_engine.planning.profile import Profile
 from expertd_engine.planning.split import split_slots
@@ -28,9 +30,15 @@ class NoVirtualMode:
 
 
 def build_virtual(
-    loaded: LoadedModel, index: StoreIndex, config: Config, cache: ExpertCache, profile: Profile | None = None
+    loaded: LoadedModel,
+    index: StoreIndex,
+    config: Config,
+    cache: ExpertCache,
+    fallbacks: list[str],
+    profile: Profile | None = None,
 ) -> VirtualRouting | NoVirtualMode:
-    """`profile` says which layers are worth their slots; without, all get as many.
+    """`profile` says which layers are worth their slots; without, all get as many. What is weaker than designed goes
+    to `fallbacks`.
 
     Raises ConfigError for more or fewer virtual slots than a layer can have.
     """
@@ -48,7 +56,18 @@ def build_virtual(
     norms = [np.array(layer.norms or [1.0] * layer.num_experts, np.float32) for layer in index.layers]
     limits = SwapLimits(in_flight=max(1, config.io_threads // 2))
     sets = VirtualExperts([norm.tolist() for norm in norms], index.top_k, limits)
-    return VirtualRouting(known, HeldExperts(cache, sets, room), importance(norms))
+    foresight = _foresight(loaded, index, known, fallbacks)
+    return VirtualRouting(known, HeldExperts(cache, sets, room), importance(norms), foresight)
+
+
+def _foresight(
+    loaded: LoadedModel, index: StoreIndex, routers: list[ModuleRouterAdapter], fallbacks: list[str]
+) -> NextLayers | None:
+    try:
+        return next_layers(loaded.model, [layer.module for layer in index.layers], routers)
+    except NotLinear as reason:
+        fallbacks.append(f"virtual mode swaps experts after steps alone: {reason}")
+        return None
 
 
 def lacks_norms(index: StoreIndex) -> bool:

@@ -2,27 +2,24 @@
 
 What a token loses is its *substituted mass*: the share of the gate weight of its own choices that lies on experts that
 are not held. A row may lose up to its limit in every layer: of the choices that it lacks, the lightest are substituted
-as long as their mass stays within it, the others are waited for. Arithmetic is in numpy: at a few rows a torch call
-costs more than what it computes.
+as long as their mass stays within it, the others are waited for. Choices that stay keep their weight; held experts that
+the router's own rule likes next share what the others weighed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from expertd_engine.experts.held import HeldExperts
+from expertd_engine.model.moe import FEW_ROWS
+from expertd_engine.model.substitution import SHARED_BY, Bools, Floats, Ids, replaced_choices, widened, with_substitutes
 from expertd_engine.request import Substitutions
-
-Ids: TypeAlias = NDArray[np.int64]
-Floats: TypeAlias = NDArray[np.float32]
-Bools: TypeAlias = NDArray[np.bool_]
 
 
 class LayerRouter(Protocol):
@@ -33,7 +30,13 @@ class LayerRouter(Protocol):
     def select(self, logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
 
-Score = Callable[[int, NDArray[np.float32], Ids, Floats], Floats]
+class Foresight(Protocol):
+    """What rows will ask of the experts of the layer after this one; `virtual_foresight.NextLayers` says more."""
+
+    def expected(self, layer: int, hidden: Tensor) -> dict[int, float]: ...
+
+
+Score = Callable[[int, Floats, Ids, Floats], Floats]
 """What each choice counts for: of layer, rows' norms `[T]`, experts and weights `[T, K]`, to `[T, K]`."""
 
 
@@ -69,34 +72,37 @@ class VirtualCounts:
 class VirtualRouting:
     """Routes virtual steps. Used by `MoELayer` in the place of what the model's router chose."""
 
-    def __init__(self, routers: Sequence[LayerRouter], held: HeldExperts, score: Score) -> None:
+    def __init__(
+        self,
+        routers: Sequence[LayerRouter],
+        held: HeldExperts,
+        score: Score,
+        foresight: Foresight | None = None,
+        shared_by: int = SHARED_BY,
+    ) -> None:
+        """Without `foresight`, sets follow what has been asked for alone. `shared_by`: as `with_substitutes`."""
         self.held = held
         self.counts = VirtualCounts.of(len(routers))
         self.logits: Tensor | None = None
         """Router logits `[T, E]` of the layer about to be routed, where the step's path has them."""
         self.routers = routers
         self.score = score
+        self.foresight = foresight
+        self.shared_by = shared_by
+        self.settles = False
+        """Layers wait for the loads under way: for measurements whose result may depend on nothing but the text."""
         self._masks: list[Bools] = [np.zeros(count, bool) for count in held.room.experts]
-        self._made_at = -1
+        self._made_at = [-1] * len(routers)
         self._limits: Floats = np.zeros(0, np.float32)
         self._substituted = np.zeros(0, np.int64)
         self._mass: Floats = np.zeros(0, np.float32)
-        self._never_wait = True
-        """No row has a limit."""
         self._choices = 0
         """Of each row, in the layers so far."""
 
     def begin_step(self, limits: Sequence[float]) -> bool:
         """A step of rows with these limits of substituted mass begins; as `HeldExperts.begin_step`."""
         is_open = self.held.begin_step()
-        sets = self.held.sets
-        if self._made_at != sets.changes:
-            for layer, mask in enumerate(self._masks):
-                mask[:] = False
-                mask[list(sets.held(layer))] = True
-            self._made_at = sets.changes
         self._limits = np.array(limits, np.float32)
-        self._never_wait = min(limits, default=1.0) >= 1
         self._substituted = np.zeros(len(limits), np.int64)
         self._mass = np.zeros(len(limits), np.float32)
         self._choices = 0
@@ -118,38 +124,68 @@ class VirtualRouting:
         )
 
     def route(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts and weights `[T, K]` for `hidden` `[T, H]`, where the router chose `top_k_index`, `top_k_weights`."""
+        """Experts and weights `[T, W]` for `hidden` `[T, H]`, where the router chose `top_k_index`, `top_k_weights`
+        `[T, K]`; W ≥ K."""
         chosen, weights = top_k_index.numpy(), top_k_weights.float().numpy()
+        mask = self.mask(layer)
         self.observe(layer, hidden, chosen, weights)
-        lacking = ~self._masks[layer][chosen]
+        self._foresee(layer, hidden)
+        lacking = ~mask[chosen]
         if not lacking.any():
             return top_k_index, top_k_weights
-        replaced, mass = _substituted(weights, lacking, self._limits)
+        replaced, mass = replaced_choices(weights, lacking, self._limits)
         self.count(layer, replaced, mass)
         self.counts.fetched += int(lacking.sum() - replaced.sum())
         rows = np.flatnonzero(replaced.any(axis=1))
-        if len(rows) == len(chosen) and self._never_wait:
-            index, shares = self._select(layer, hidden, slice(None), self._masks[layer])
-            return index, shares.to(top_k_weights.dtype)
         if not len(rows):
             return top_k_index, top_k_weights
-        mask = np.repeat(self._masks[layer][None], len(rows), axis=0)
-        np.put_along_axis(mask, chosen[rows], ~replaced[rows], axis=1)
-        at = torch.from_numpy(rows)
-        index, shares = self._select(layer, hidden, at, mask)
-        new_index, new_weights = top_k_index.clone(), top_k_weights.clone()
-        new_index[at], new_weights[at] = index, shares.to(new_weights.dtype)
-        return new_index, new_weights
+        index, shares = self._substitute(layer, hidden, rows, chosen[rows], weights[rows], replaced[rows])
+        if len(rows) < len(chosen):
+            some, parts = index, shares
+            index, shares = widened(chosen, weights, some.shape[1])
+            index[rows], shares[rows] = some, parts
+        return torch.from_numpy(index), torch.from_numpy(shares).to(top_k_weights.dtype)
 
-    def _select(self, layer: int, hidden: Tensor, at: Tensor | slice, mask: Bools) -> tuple[Tensor, Tensor]:
-        """Experts and weights of rows `at`, among those that `mask` allows."""
-        router = self.routers[layer]
+    def _substitute(
+        self, layer: int, hidden: Tensor, rows: Ids, chosen: Ids, weights: Floats, replaced: Bools
+    ) -> tuple[Ids, Floats]:
+        """Experts and weights of `rows`, which have something replaced; `chosen`, `weights` and `replaced` are theirs.
+
+        What stays is ranked last by the router's own rule, so that it fills up where the held are few and hides nobody.
+        """
+        router, at = self.routers[layer], torch.from_numpy(rows)
         logits = router.logits(hidden[at]) if self.logits is None else self.logits[at]
-        return router.select(logits, torch.from_numpy(mask))
+        stays = np.zeros(logits.shape, bool)
+        np.put_along_axis(stays, chosen, ~replaced, axis=1)
+        last = logits.amin(dim=1, keepdim=True) - 1
+        lowered = torch.where(torch.from_numpy(stays), last, logits)
+        index, scores = router.select(lowered, torch.from_numpy(self._masks[layer] | stays))
+        others = index.numpy()
+        useful = np.where(np.take_along_axis(stays, others, axis=1), 0, scores.float().numpy())
+        few = len(self._limits) <= FEW_ROWS  # memory was measured for K choices a row of larger steps
+        return with_substitutes(chosen, weights, replaced, others, useful, self.shared_by if few else 1)
+
+    def _foresee(self, layer: int, hidden: Tensor) -> None:
+        """Let the next layer's set begin to follow what the step will ask of it."""
+        following = layer + 1
+        sets = self.held.sets
+        if self.foresight is None or following == len(self.routers) or sets.holds_all(following):
+            return
+        self.held.foresee(following, self.foresight.expected(layer, hidden))
 
     def mask(self, layer: int) -> Bools:
-        """`[E]`: who is held in the step."""
-        return self._masks[layer]
+        """`[E]`: who is held now. Takes in what has arrived on the way here."""
+        sets = self.held.sets
+        if not sets.is_settled and self.settles:
+            self.held.settle()
+        elif not sets.is_settled:
+            self.held.pump()
+        mask = self._masks[layer]
+        if self._made_at[layer] != sets.changes:
+            mask[:] = False
+            mask[list(sets.held(layer))] = True
+            self._made_at[layer] = sets.changes
+        return mask
 
     def observe(self, layer: int, hidden: Tensor, chosen: Ids, weights: Floats) -> None:
         """Where the router would have sent the step's rows."""
@@ -171,22 +207,3 @@ class VirtualRouting:
         self._mass += mass
         self.counts.substituted[layer] += int(replaced.sum())
         self.counts.mass[layer] += float(mass.sum())
-
-
-def _substituted(weights: Floats, lacking: Bools, limits: Floats) -> tuple[Bools, Floats]:
-    """Which choices `[T, K]` are replaced and each row's substituted mass `[T]`: the lightest of those lacking whose
-    mass together stays within the row's limit."""
-    lost: Floats = np.where(lacking, weights, 0) / np.maximum(weights.sum(axis=1, keepdims=True), _TINY)
-    if limits.min(initial=1) >= 1:
-        return lacking, lost.sum(axis=1)
-    order = lost.argsort(axis=1, kind="stable")
-    ascending = np.take_along_axis(lost, order, axis=1).cumsum(axis=1)
-    within = np.empty_like(lacking)
-    np.put_along_axis(within, order, (ascending <= limits[:, None] + _ROUNDING) | (limits >= 1)[:, None], axis=1)
-    replaced = lacking & within
-    mass: Floats = np.where(replaced, lost, 0).sum(axis=1)
-    return replaced, mass
-
-
-_TINY = np.finfo(np.float32).tiny
-_ROUNDING = np.float32(1e-6)

@@ -139,7 +139,7 @@ class Trainer:
             self._temper()
 
     def _step(self, stage: str, batch: Any) -> Tensor:
-        tokens, labels = (torch.from_numpy(part).to(self.device) for part in batch)
+        tokens, labels = (_moved(torch.from_numpy(part), self.device) for part in batch)
         parameters = self._optimisers[stage].param_groups[0]["params"]
         total = torch.zeros((), device=self.device)
         parts = list(zip(tokens.split(self.recipe.micro_rows), labels.split(self.recipe.micro_rows), strict=True))
@@ -251,6 +251,11 @@ class Trainer:
         self.student.load_trained(state["trained"])
         for name, one in self._optimisers.items():
             one.load_state_dict(state["optimisers"][name])
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for what it computes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _adam(parameters: list[torch.nn.Parameter], rate: float, device: torch.device) -> torch.optim.AdamW:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 SPANS = 32
 """Spans of keys that a row is cut into at most."""
-MERGED_AT_ONCE = 8
+MERGED_AT_ONCE = 4
+_ROW_KEYS = 64
 QUERY_TILE = 16
 """Rows of a tile at most."""
 
@@ -92,7 +93,7 @@ def attend(
             **shapes,
             GROUP_BLOCK=triton.next_power_of_2(group),
             MEMBERS=max(16, triton.next_power_of_2(group)),
-            KEYS=64,
+            KEYS=_ROW_KEYS,
             SPANS=SPANS,
             MERGED=MERGED_AT_ONCE,
             num_warps=4,
@@ -100,21 +101,22 @@ def attend(
         )
     else:
         members = triton.next_power_of_2(group)
-        _tiles_kernel[(len(tiles), kv_heads, triton.cdiv(QUERY_TILE, _tile_rows(members)))](
+        queries = _queries_together(members, keys.dtype)
+        _tiles_kernel[(len(tiles), kv_heads, triton.cdiv(QUERY_TILE, queries))](
             *(*given, tiles),
             *strides,
             **shapes,
             MEMBERS=members,
-            QUERIES=_tile_rows(members),
-            KEYS=64 if keys.dtype == torch.bfloat16 else 32,
-            num_warps=4,
+            QUERIES=queries,
+            KEYS=64 if keys.dtype == torch.bfloat16 else 16,
+            num_warps=8 if members * queries > 64 else 4,
             num_stages=2,
         )
 
 
-def _tile_rows(members: int) -> int:
-    """Rows of one program: a part of the tile, so that it has 16 to 128 queries."""
-    return max(1, min(QUERY_TILE, 128 // members))
+def _queries_together(members: int, dtype: torch.dtype) -> int:
+    """Rows of a tile that one program takes, so that it has 16 to 128 queries; float32 needs more registers."""
+    return max(1, 16 // members, min(QUERY_TILE, (128 if dtype == torch.bfloat16 else 32) // members))
 
 
 @triton.jit
@@ -156,16 +158,22 @@ def _rows_kernel(
         if count == 1:
             _leave(out, gate, sinks, best, total, sums, m, to, by, m < end, VALUE_DIM, BLOCK_V)
         else:
-            at = (place * SPANS + span) * GROUP + m - head * GROUP
-            _keep_span(span_sums, span_best, span_total, best, total, sums, at, m < end, VALUE_DIM, BLOCK_V)
+            mine = place * SPANS * GROUP
+            at = span * GROUP + tl.arange(0, MEMBERS)
+            _keep_span(
+                span_sums + mine * VALUE_DIM, span_best + mine, span_total + mine, best, total, sums, at, m < end,
+                VALUE_DIM, BLOCK_V,
+            )  # fmt: skip
             tl.debug_barrier()  # all threads have written before one says so
             if tl.atomic_add(done + place, 1, sem="acq_rel") == count - 1:
                 tl.store(done + place, 0)
-                best, total, sums = _merged(
-                    span_sums, span_best, span_total, place * SPANS * GROUP, count,
+                whole_best, whole_total, whole_sums = _merged(
+                    span_sums + mine * VALUE_DIM, span_best + mine, span_total + mine, count,
                     GROUP, VALUE_DIM, BLOCK_V, GROUP_BLOCK, MERGED,
                 )  # fmt: skip
-                _leave(out, gate, sinks, best, total, sums, g, to, by, g < end, VALUE_DIM, BLOCK_V)
+                _leave(
+                    out, gate, sinks, whole_best, whole_total, whole_sums, g, to, by, g < end, VALUE_DIM, BLOCK_V
+                )
 
 
 @triton.jit
@@ -261,7 +269,7 @@ def _keep_span(
 
 @triton.jit
 def _merged(
-    span_sums: tl.tensor, span_best: tl.tensor, span_total: tl.tensor, begin: tl.tensor, count: tl.tensor,
+    span_sums: tl.tensor, span_best: tl.tensor, span_total: tl.tensor, count: tl.tensor,
     GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     MERGED: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
@@ -273,7 +281,7 @@ def _merged(
     sums = tl.zeros([GROUP_BLOCK, BLOCK_V], tl.float32)
     for first in range(0, count, MERGED):
         span = first + tl.arange(0, MERGED)[:, None]
-        at = begin + span * GROUP + g
+        at = span * GROUP + g
         mask = (span < count) & (g < GROUP)
         theirs = tl.load(span_best + at, mask, -1e30, cache_modifier=".cg")
         now = tl.maximum(best, tl.max(theirs, 0))

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertd_engine.kernels.cuda.norms import DeviceNorm, row_warps
+from expertd_engine.kernels.cuda.expert_blocks import activated, gated
+from expertd_engine.kernels.cuda.norms import DeviceNorm
 from expertd_engine.model.native_abi import NormKind, Rope
 
 _ARGMAX_BLOCK = 4096
@@ -84,18 +85,18 @@ def store_qkv(
     )
 
 
-def activate(
-    gate: Tensor | None, up: Tensor, out: Tensor, kind: str, alpha: float = 0.0, limit: float = 0.0
-) -> None:
-    """out = act(gate) * up, or act(up) without a gate. All `[R, I]`, out of any float type; may be parts of one tensor.
+def activate(gate: Tensor | None, up: Tensor, out: Tensor, kind: str, alpha: float = 0.0, limit: float = 0.0) -> None:
+    """out = act(gate) * up, or act(up) without a gate: all `[R, I]` of any float type, or parts of such rows.
 
-    `kind` is one of `kernels.library.ACTIVATIONS`.
+    `kind` is one of `experts.ACTIVATIONS`.
     """
     width = up.shape[1]
     block = min(1024, triton.next_power_of_2(width))
     _activate_kernel[(len(up), triton.cdiv(width, block))](
-        *(gate, up, out, 0 if gate is None else gate.stride(0), up.stride(0), out.stride(0), width, alpha, limit),
+        *(gate, up, out, 0 if gate is None else gate.stride(0), up.stride(0), out.stride(0), width),
         KIND=kind,
+        ALPHA=alpha,
+        LIMIT=limit,
         BLOCK=block,
         num_warps=4,
     )
@@ -235,16 +236,17 @@ def _scaled(
 @triton.jit
 def _activate_kernel(
     gate: tl.tensor, up: tl.tensor, out: tl.tensor, gate_stride: tl.tensor, up_stride: tl.tensor,
-    out_stride: tl.tensor, width: tl.tensor, alpha: tl.tensor, limit: tl.tensor,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
+    out_stride: tl.tensor, width: tl.tensor, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(up + row * up_stride + i, i < width, 0.0).to(tl.float32)
-    g = u
-    if gate is not None:
+    if gate is None:
+        made = activated(u, KIND)
+    else:
         g = tl.load(gate + row * gate_stride + i, i < width, 0.0).to(tl.float32)
-    made = activated(g, u, alpha, limit, KIND, gate is not None)
+        made = gated(g, u, KIND, ALPHA, LIMIT)
     tl.store(out + row * out_stride + i, made.to(out.dtype.element_ty), i < width)
 
 

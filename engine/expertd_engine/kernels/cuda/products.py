@@ -53,8 +53,8 @@ def multiply_groups(
     """As `multiply`, for a quantised matrix, whose rows of scales and minima begin at `scales` and `minima` (bytes).
 
     A segment is 32 bytes of a row: a group of int8 or fp8, or two groups of 4 bits, one in the low half of each byte.
-    Whole numbers are multiplied, groups are scaled: so products are exact, and scaling costs one operation a group.
-    Scales are loaded a span ahead.
+    Whole numbers are multiplied and groups scaled, so that products are exact and scaling costs one operation a group;
+    where a minimum is added too, weights are rounded to the type of `x`. Scales are loaded a span ahead.
     """
     source = record.to(tl.pointer_type(tl.uint8))
     landed = target.to(tl.pointer_type(tl.uint8))
@@ -88,11 +88,12 @@ def multiply_groups(
                 q = nibbles(w, half, FORMAT) if PAIRED else whole_bytes(w, FORMAT)
                 col = ((first + step) * PER_SEGMENT + half) * 32 + byte
                 a = tl.load(x[:, None] + col[None, :], mask=live[:, None] & (col[None, :] < COLS), other=0.0)
-                acc += dot(a, q, tl.zeros_like(acc)) * scale[step * PER_SEGMENT + half][None, :]
+                factor = scale[step * PER_SEGMENT + half]
                 if FORMAT == "int4":
-                    # Sums of rows by the tensor cores too: each column of this product is one, laid out as `acc` is.
-                    ones = dot(a, tl.full(q.shape, 1.0, q.dtype), tl.zeros_like(acc))
-                    acc += ones * minimum[step * PER_SEGMENT + half][None, :]
+                    value = q.to(tl.float32) * factor[:, None] + minimum[step * PER_SEGMENT + half][:, None]
+                    acc = dot(a, value.to(a.dtype), acc)
+                else:
+                    acc += dot(a, q, tl.zeros_like(acc)) * factor[None, :]
         scale, minimum = next_scale, next_minimum
     return acc
 

@@ -56,6 +56,10 @@ class ExpertScratch:
     max_rows: int
     totals: Tensor
     """int32 `[2]`: distinct experts, real rows."""
+    experts: Tensor
+    """int32 `[U]`: the distinct experts, ascending."""
+    target: Tensor
+    """int32 `[U]`: slot in which each lands; -1: none."""
     begin: Tensor
     """int32 `[U + 1]`: first pair of each distinct expert, ascending."""
     address: Tensor
@@ -93,6 +97,8 @@ class ExpertScratch:
             num_experts=num_experts,
             max_rows=max_rows,
             totals=ints(2),
+            experts=ints(distinct),
+            target=ints(distinct),
             begin=ints(distinct + 1),
             address=torch.zeros(distinct, dtype=torch.int64, device=device),
             land=torch.zeros(distinct, dtype=torch.int64, device=device),
@@ -118,11 +124,12 @@ def resolve(table: TablePointers, layer: int, top_k_index: Tensor, num_rows: Ten
     _resolve_kernel[(1,)](
         *(table.entries, table.slot_address, table.ready, table.landing, table.head, table.tail),
         *(table.seen, table.seen_count, table.progress, top_k_index, num_rows),
-        *(scratch.totals, scratch.begin, scratch.address, scratch.land, scratch.wait, scratch.pairs, scratch.row_pairs),
+        *(scratch.totals, scratch.experts, scratch.target, scratch.begin, scratch.address, scratch.land, scratch.wait),
+        *(scratch.pairs, scratch.row_pairs),
         *(layer, table.entries.shape[1], table.seen.shape[1], table.landing.shape[0]),
         NUM_EXPERTS=scratch.num_experts,
         EXPERTS=triton.next_power_of_2(scratch.num_experts),
-        WIDTH=triton.next_power_of_2(table.seen.shape[1]),
+        WIDTH=triton.next_power_of_2(len(scratch.experts)),
         TOP_K=top_k,
         ROWS=rows,
         PAIRS=pairs,
@@ -131,48 +138,48 @@ def resolve(table: TablePointers, layer: int, top_k_index: Tensor, num_rows: Ten
     )
 
 
-def publish(table: TablePointers, layer: int) -> None:
+def publish(table: TablePointers, layer: int, scratch: ExpertScratch) -> None:
     """Point the entries of what landed in `layer` at its slots: for the last layer, which no `resolve` follows."""
     _publish_kernel[(1,)](
-        *(table.entries, table.slot_address, table.seen, table.seen_count),
-        *(layer, table.entries.shape[1], table.seen.shape[1]),
-        WIDTH=triton.next_power_of_2(table.seen.shape[1]),
+        *(table.entries, table.slot_address, scratch.totals, scratch.experts, scratch.target),
+        *(layer, table.entries.shape[1]),
+        WIDTH=triton.next_power_of_2(len(scratch.experts)),
         num_warps=4,
     )
 
 
 @triton.jit
 def _publish_kernel(
-    entries: tl.tensor, slot_address: tl.tensor, seen: tl.tensor, seen_count: tl.tensor, layer: tl.tensor, experts: tl.tensor, width: tl.tensor, WIDTH: tl.constexpr
-) -> None:
-    _publish(entries, slot_address, seen, seen_count, layer, experts, width, WIDTH)
+    entries: tl.tensor, slot_address: tl.tensor, totals: tl.tensor, distinct: tl.tensor, targets: tl.tensor,
+    layer: tl.tensor, experts: tl.tensor, WIDTH: tl.constexpr,
+) -> None:  # fmt: skip
+    _publish(entries, slot_address, totals, distinct, targets, layer, experts, WIDTH)
 
 
 @triton.jit
 def _publish(
-    entries: tl.tensor, slot_address: tl.tensor, seen: tl.tensor, seen_count: tl.tensor, layer: tl.tensor, experts: tl.tensor, width: tl.tensor, WIDTH: tl.constexpr
-) -> None:
+    entries: tl.tensor, slot_address: tl.tensor, totals: tl.tensor, distinct: tl.tensor, targets: tl.tensor,
+    layer: tl.tensor, experts: tl.tensor, WIDTH: tl.constexpr,
+) -> None:  # fmt: skip
     nth = tl.arange(0, WIDTH)
-    known = nth < tl.load(seen_count + layer)
-    record = seen + (layer * width + nth) * 4
-    landed = known & (tl.load(record + 1, mask=known, other=0) == 3)
-    expert = tl.load(record, mask=landed, other=0)
-    slot = tl.load(record + 2, mask=landed, other=0)
-    address = tl.load(slot_address + slot, mask=landed, other=0)
-    tl.store(entries + (layer * experts + expert) * 2, address, mask=landed)
+    slot = tl.load(targets + nth, mask=nth < tl.load(totals), other=-1)
+    expert = tl.load(distinct + nth, mask=slot >= 0, other=0)
+    address = tl.load(slot_address + slot, mask=slot >= 0, other=0)
+    tl.store(entries + (layer * experts + expert) * 2, address, mask=slot >= 0)
 
 
 @triton.jit
 def _resolve_kernel(
     entries: tl.tensor, slot_address: tl.tensor, ready: tl.tensor, landing: tl.tensor, head: tl.tensor, tail: tl.tensor,
     seen: tl.tensor, seen_count: tl.tensor, progress: tl.tensor, index: tl.tensor, num_rows: tl.tensor,
-    totals: tl.tensor, begin: tl.tensor, address: tl.tensor, land: tl.tensor, wait: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor,
+    totals: tl.tensor, distinct_experts: tl.tensor, targets: tl.tensor, begin: tl.tensor, address: tl.tensor, land: tl.tensor, wait: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor,
     layer: tl.tensor, experts: tl.tensor, width: tl.tensor, ring: tl.tensor,
     NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
     PAIRS: tl.constexpr, COMPARED: tl.constexpr,
 ) -> None:  # fmt: skip
     if layer > 0:
-        _publish(entries, slot_address, seen, seen_count, layer - 1, experts, width, WIDTH)
+        _publish(entries, slot_address, totals, distinct_experts, targets, layer - 1, experts, WIDTH)
+        tl.debug_barrier()  # the layer before is read before this one is written
     rows = tl.minimum(tl.load(num_rows), ROWS)
     count = _sort_pairs(index, rows, pairs, row_pairs, NUM_EXPERTS, EXPERTS, TOP_K, PAIRS, COMPARED)
     expert = tl.arange(0, EXPERTS)
@@ -203,6 +210,8 @@ def _resolve_kernel(
     tl.store(land + nth, tl.load(slot_address + target, mask=lands, other=0), mask=chosen)
     tl.store(wait + nth, tl.where(awaited, slot, -1), mask=chosen)
 
+    tl.store(distinct_experts + nth, expert, mask=chosen)
+    tl.store(targets + nth, target, mask=chosen)
     source = tl.where(lands, 3, tl.where(far, 1, tl.where(awaited, 2, 0)))
     record = seen + (layer * width + nth) * 4
     tl.store(record, expert, mask=chosen)

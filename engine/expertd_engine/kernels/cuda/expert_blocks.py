@@ -1,0 +1,157 @@
+"""What a program does with one expert: a block of its outputs for a few rows. Triton functions alone.
+
+Decode and prefill are made of the same functions; they differ in which program takes what.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from expertd_engine.kernels.cuda.products import multiply, multiply_groups
+
+
+@triton.jit
+def gate_up_block(
+    record: tl.tensor, target: tl.tensor, block: tl.tensor, start: tl.tensor, last: tl.tensor,
+    pairs: tl.tensor, x: tl.tensor, inner: tl.tensor,
+    FORMAT: tl.constexpr, OUTPUTS: tl.constexpr, COLS: tl.constexpr, ROW: tl.constexpr, SCALE_ROW: tl.constexpr,
+    BN: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, TOP_K: tl.constexpr,
+    GATE: tl.constexpr, UP: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, MT: tl.constexpr,
+) -> None:  # fmt: skip
+    """`inner` of pairs `[start, start + MT)`, as far as `last`, at outputs `[block·BN, + BN)`."""
+    pair = start + tl.arange(0, MT)
+    live = pair < last
+    row = tl.load(pairs + pair, mask=live, other=0) // TOP_K
+    rows_of_x = x + row.to(tl.int64) * COLS
+    output = block * BN + tl.arange(0, BN)
+    if GATE[0] >= 0:
+        # Rows of gate and up take turns, so that one product gives both, beside each other.
+        both = block * 2 * BN + tl.arange(0, 2 * BN)
+        is_up, place = both % 2 != 0, tl.minimum(both // 2, OUTPUTS - 1)
+        acc = product(
+            record, target,
+            place * ROW + tl.where(is_up, UP[0], GATE[0]),
+            place * SCALE_ROW + tl.where(is_up, UP[1], GATE[1]),
+            place * SCALE_ROW + tl.where(is_up, UP[2], GATE[2]),
+            rows_of_x, live, FORMAT, COLS, 2 * BN, SPAN, STAGES, MT,
+        )  # fmt: skip
+        gate, up = tl.split(tl.reshape(acc, [MT, BN, 2]))
+        gate = with_bias(gate, record, target, output, GATE_BIAS, OUTPUTS)
+        result = gated(gate, with_bias(up, record, target, output, UP_BIAS, OUTPUTS), ACTIVATION, ALPHA, LIMIT)
+    else:
+        place = tl.minimum(output, OUTPUTS - 1)
+        up = product(
+            record, target, place * ROW + UP[0], place * SCALE_ROW + UP[1], place * SCALE_ROW + UP[2],
+            rows_of_x, live, FORMAT, COLS, BN, SPAN, STAGES, MT,
+        )  # fmt: skip
+        result = activated(with_bias(up, record, target, output, UP_BIAS, OUTPUTS), ACTIVATION)
+    at = inner + pair.to(tl.int64)[:, None] * OUTPUTS + output[None, :]
+    tl.store(at, result.to(inner.dtype.element_ty), mask=live[:, None] & (output[None, :] < OUTPUTS))
+
+
+@triton.jit
+def down_block(
+    record: tl.tensor, target: tl.tensor, block: tl.tensor, start: tl.tensor, last: tl.tensor,
+    pairs: tl.tensor, inner: tl.tensor, weights: tl.tensor, partials: tl.tensor,
+    FORMAT: tl.constexpr, OUTPUTS: tl.constexpr, COLS: tl.constexpr, ROW: tl.constexpr, SCALE_ROW: tl.constexpr,
+    BN: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
+    DOWN: tl.constexpr, BIAS: tl.constexpr, MT: tl.constexpr,
+) -> None:  # fmt: skip
+    """Weighted `partials` of pairs `[start, start + MT)`, as far as `last`, at outputs `[block·BN, + BN)`."""
+    pair = start + tl.arange(0, MT)
+    live = pair < last
+    output = block * BN + tl.arange(0, BN)
+    place = tl.minimum(output, OUTPUTS - 1)
+    acc = product(
+        record, target, place * ROW + DOWN[0], place * SCALE_ROW + DOWN[1], place * SCALE_ROW + DOWN[2],
+        inner + pair.to(tl.int64) * COLS, live, FORMAT, COLS, BN, SPAN, STAGES, MT,
+    )  # fmt: skip
+    acc = with_bias(acc, record, target, output, BIAS, OUTPUTS)
+    weight = tl.load(weights + tl.load(pairs + pair, mask=live, other=0), mask=live, other=0.0)
+    at = partials + pair.to(tl.int64)[:, None] * OUTPUTS + output[None, :]
+    tl.store(at, acc * weight[:, None], mask=live[:, None] & (output[None, :] < OUTPUTS))
+
+
+@triton.jit
+def add_partials(
+    row_pairs: tl.tensor, partials: tl.tensor, out: tl.tensor, rows: tl.tensor, output: tl.tensor,
+    OUTPUTS: tl.constexpr, TOP_K: tl.constexpr, BN: tl.constexpr,
+) -> None:  # fmt: skip
+    """Add the partials of each of `rows` rows, ascending, to a block of outputs."""
+    for start in range(0, rows, 8):
+        row = start + tl.arange(0, 8)
+        mask = (row < rows)[:, None] & (output < OUTPUTS)[None, :]
+        at = out + row[:, None] * OUTPUTS + output[None, :]
+        total = tl.load(at, mask=mask, other=0.0)
+        for choice in tl.static_range(TOP_K):
+            pair = tl.load(row_pairs + row * TOP_K + choice, mask=row < rows, other=0).to(tl.int64)
+            partial = partials + pair[:, None] * OUTPUTS + output[None, :]
+            total += tl.load(partial, mask=mask, other=0.0, cache_modifier=".cg")
+        tl.store(at, total, mask=mask)
+
+
+@triton.jit
+def product(
+    record: tl.tensor, target: tl.tensor, rows: tl.tensor, scales: tl.tensor, minima: tl.tensor, x: tl.tensor, live: tl.tensor,
+    FORMAT: tl.constexpr, COLS: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
+    MT: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """x W^T for a block of rows of W: float32 `[MT, BN]`. Writes what it reads to `target` unless that is 0."""
+    acc = tl.zeros([MT, BN], tl.float32)
+    if FORMAT == "float32" or FORMAT == "bfloat16":
+        WEIGHT: tl.constexpr = tl.float32 if FORMAT == "float32" else tl.bfloat16
+        BK: tl.constexpr = SPAN // (WEIGHT.primitive_bitwidth // 8)
+        if target != 0:
+            acc = multiply(acc, record, target, rows, x, live, WEIGHT, COLS, BK, STAGES, True)
+        else:
+            acc = multiply(acc, record, target, rows, x, live, WEIGHT, COLS, BK, STAGES, False)
+    else:
+        if target != 0:
+            acc = multiply_groups(
+                acc, record, target, rows, scales, minima, x, live, FORMAT, COLS, SPAN // 32, STAGES, True
+            )
+        else:
+            acc = multiply_groups(
+                acc, record, target, rows, scales, minima, x, live, FORMAT, COLS, SPAN // 32, STAGES, False
+            )
+    return acc
+
+
+@triton.jit
+def with_bias(
+    acc: tl.tensor, record: tl.tensor, target: tl.tensor, output: tl.tensor, OFFSET: tl.constexpr, OUTPUTS: tl.constexpr
+) -> tl.tensor:
+    if OFFSET >= 0:
+        source = (record + OFFSET).to(tl.pointer_type(tl.float32))
+        bias = tl.load(source + output, mask=output < OUTPUTS, other=0.0)
+        acc += bias[None, :]
+        if target != 0:
+            tl.store((target + OFFSET).to(tl.pointer_type(tl.float32)) + output, bias, mask=output < OUTPUTS)
+    return acc
+
+
+@triton.jit
+def gated(gate: tl.tensor, up: tl.tensor, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr) -> tl.tensor:
+    if KIND == "swiglu_clamped":
+        held = tl.minimum(gate, LIMIT)
+        return (tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0) * held * sigmoid(ALPHA * held)
+    return activated(gate, KIND) * up
+
+
+@triton.jit
+def activated(x: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    if KIND == "silu":
+        return x * sigmoid(x)
+    if KIND == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    if KIND == "gelu_tanh":
+        return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    positive = tl.maximum(x, 0.0)
+    return positive * positive if KIND == "relu2" else positive
+
+
+@triton.jit
+def sigmoid(x: tl.tensor) -> tl.tensor:
+    return 1.0 / (1.0 + tl.exp(-x))

@@ -1,0 +1,190 @@
+"""Which experts a row goes to, on the device: one launch norms the row, scores all experts and selects.
+
+The programs of a row each score some experts; the last of them to end selects. Chosen are the same experts as on the
+CPU: of equals the one with the lower id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertd_engine.kernels.cuda.matrices import DeviceMatrix
+from expertd_engine.kernels.cuda.norms import DeviceNorm, normalised
+from expertd_engine.model.native_abi import NormKind, Scores
+
+_EXPERTS_AT_ONCE = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RouterLayout:
+    """A layer's router: `expertd_router` of the CPU kernels, whose words these are."""
+
+    matrix: DeviceMatrix
+    """`[experts, hidden]`, float32 or bfloat16."""
+    bias: Tensor | None
+    """float32 `[experts]`: added to scores where experts are chosen."""
+    top_k: int
+    scores: Scores
+    groups: int
+    groups_kept: int
+    group_best: int
+    shares: bool
+    epsilon: float
+    scale: float
+
+    def __post_init__(self) -> None:
+        if self.matrix.format not in ("float32", "bfloat16"):
+            raise ValueError(f"a router of {self.matrix.format} is not supported; allowed are float32 and bfloat16")
+        if self.scores not in (Scores.SOFTMAX, Scores.SIGMOID, Scores.CHOSEN):
+            raise ValueError(f"scores of kind {self.scores!r} are not selected here")
+        if self.groups > 1 and self.matrix.rows % self.groups:
+            raise ValueError(f"{self.matrix.rows} experts are not {self.groups} equal groups")
+
+
+def route(
+    x: Tensor,
+    norm: DeviceNorm | None,
+    router: RouterLayout,
+    logits: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    y: Tensor | None,
+    done: Tensor,
+) -> None:
+    """The experts of rows x `[R, hidden]` float32 and their weights, in order of score.
+
+    y (any float type, `[R, hidden]`) is norm(x), what experts read; None where they read x. logits float32 `[R,
+    experts]`; index int32 or int64 `[R, top_k]`; weights float32 `[R, top_k]`; done int32 `[R]`, zeros between launches.
+    """
+    matrix, groups = router.matrix, max(1, router.groups)
+    weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    block = triton.next_power_of_2(matrix.cols)
+    _route_kernel[(len(x), triton.cdiv(matrix.rows, _EXPERTS_AT_ONCE))](
+        *(x, weight, bias, matrix.data, matrix.bias, router.bias, logits, index, weights, y, done),
+        *(x.stride(0), logits.stride(0), index.stride(0), weights.stride(0), 0 if y is None else y.stride(0)),
+        *(eps, router.epsilon, router.scale),
+        COLS=matrix.cols,
+        PADDED=matrix.padded,
+        EXPERTS=matrix.rows,
+        BLOCK=block,
+        BLOCK_E=_EXPERTS_AT_ONCE,
+        LAYER=norm is not None and norm.kind == NormKind.LAYER,
+        TOP_K=router.top_k,
+        BLOCK_TOP=triton.next_power_of_2(router.top_k),
+        SCORES=int(router.scores),
+        GROUPS=groups,
+        KEPT=router.groups_kept,
+        BEST=router.group_best,
+        SHARES=router.shares or router.scores == Scores.CHOSEN,
+        BLOCK_G=triton.next_power_of_2(groups),
+        BLOCK_S=triton.next_power_of_2(matrix.rows // groups),
+        num_warps=max(1, min(8, block // 512)),
+    )
+
+
+@triton.jit
+def _route_kernel(
+    x: tl.tensor, weight: tl.tensor, norm_bias: tl.tensor, data: tl.tensor, bias: tl.tensor, favour: tl.tensor,
+    logits: tl.tensor, index: tl.tensor, weights: tl.tensor, y: tl.tensor, done: tl.tensor,
+    x_stride: tl.tensor, logits_stride: tl.tensor, index_stride: tl.tensor, weights_stride: tl.tensor,
+    y_stride: tl.tensor, eps: tl.tensor, epsilon: tl.tensor, scale: tl.tensor,
+    COLS: tl.constexpr, PADDED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+    LAYER: tl.constexpr, TOP_K: tl.constexpr, BLOCK_TOP: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr,
+    KEPT: tl.constexpr, BEST: tl.constexpr, SHARES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+) -> None:  # fmt: skip
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = tl.arange(0, BLOCK)
+    e = part * BLOCK_E + tl.arange(0, BLOCK_E)
+    rows = tl.load(
+        data + e[:, None] * PADDED + i[None, :], (e < EXPERTS)[:, None] & (i < COLS)[None, :], 0.0
+    ).to(tl.float32)  # fmt: skip
+    given = tl.load(x + row * x_stride + i, i < COLS, 0.0)
+    if weight is not None:
+        given = normalised(given, weight, norm_bias, i, COLS, eps, LAYER)
+    if y is not None and part == 0:
+        tl.store(y + row * y_stride + i, given.to(y.dtype.element_ty), i < COLS)
+    found = tl.sum(rows * given[None, :], 1)
+    if bias is not None:
+        found = found + tl.load(bias + e, e < EXPERTS, 0.0)
+    tl.store(logits + row * logits_stride + e, found, e < EXPERTS)
+    tl.debug_barrier()  # all threads have written before one says so
+    if tl.atomic_add(done + row, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+        tl.store(done + row, 0)
+        g, s = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_S)[None, :]
+        lives = (g < GROUPS) & (s < EXPERTS // GROUPS)
+        expert = tl.where(lives, g * (EXPERTS // GROUPS) + s, 2147483647)
+        scores = tl.load(logits + row * logits_stride + expert, lives, float("-inf"), cache_modifier=".cg")
+        scores = _scored(scores, lives, SCORES)
+        eligible = scores
+        if favour is not None:
+            eligible = scores + tl.load(favour + expert, lives, 0.0)
+        eligible = tl.where(eligible == eligible, eligible, float("-inf"))  # NaN is chosen last
+        if GROUPS > 1:
+            eligible = _in_best_groups(eligible, lives, expert, g, GROUPS, KEPT, BEST)
+        chosen, shares = _taken(eligible, scores, lives, expert, TOP_K, BLOCK_TOP)
+        k = tl.arange(0, BLOCK_TOP)
+        if SCORES == 4:  # of what is chosen alone, the best first
+            shares = tl.where(k < TOP_K, tl.exp(shares - tl.max(tl.where(k == 0, shares, float("-inf")), 0)), 0.0)
+        if SHARES:
+            shares = shares / (tl.sum(shares, 0) + epsilon)
+        tl.store(index + row * index_stride + k, chosen.to(index.dtype.element_ty), k < TOP_K)
+        tl.store(weights + row * weights_stride + k, shares * scale, k < TOP_K)
+
+
+@triton.jit
+def _scored(logits: tl.tensor, lives: tl.tensor, SCORES: tl.constexpr) -> tl.tensor:
+    """Scores of a row's logits `[G, S]`."""
+    if SCORES == 3:
+        return tl.where(lives, 1.0 / (1.0 + tl.exp(-tl.where(lives, logits, 0.0))), 0.0)
+    elif SCORES == 4:
+        return logits
+    else:
+        best = tl.max(tl.max(logits, 1), 0)
+        scores = tl.where(lives, tl.exp(logits - best), 0.0)
+        return scores / tl.sum(tl.sum(scores, 1), 0)
+
+
+@triton.jit
+def _in_best_groups(
+    eligible: tl.tensor, lives: tl.tensor, expert: tl.tensor, g: tl.tensor, GROUPS: tl.constexpr, KEPT: tl.constexpr,
+    BEST: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """`eligible` but for the experts outside the best groups: a group is worth its BEST highest together."""
+    left = tl.where(lives, eligible, float("-inf"))
+    worth = tl.zeros([left.shape[0], 1], tl.float32)
+    for _ in tl.static_range(BEST):
+        best = tl.max(left, 1)[:, None]
+        first = tl.min(tl.where(left == best, expert, 2147483647), 1)[:, None]
+        worth += best
+        left = tl.where(expert == first, float("-inf"), left)
+    worth = tl.where(g < GROUPS, worth, float("-inf"))
+    kept = g < 0
+    for _ in tl.static_range(KEPT):
+        best = tl.max(tl.where(kept, float("-inf"), worth), 0)[None, :]
+        first = tl.min(tl.where((worth == best) & (kept == 0), g, 2147483647), 0)[None, :]
+        kept = kept | (g == first)
+    return tl.where(kept, eligible, float("-inf"))
+
+
+@triton.jit
+def _taken(
+    eligible: tl.tensor, scores: tl.tensor, lives: tl.tensor, expert: tl.tensor, TOP_K: tl.constexpr,
+    BLOCK_TOP: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The TOP_K highest, of equals the lower id first, and their scores, both `[BLOCK_TOP]`."""
+    k = tl.arange(0, BLOCK_TOP)
+    chosen = tl.zeros([BLOCK_TOP], tl.int32)
+    shares = tl.zeros([BLOCK_TOP], tl.float32)
+    free = lives
+    for place in tl.static_range(TOP_K):
+        best = tl.max(tl.max(tl.where(free, eligible, float("-inf")), 1), 0)
+        first = tl.min(tl.min(tl.where(free & (eligible == best), expert, 2147483647), 1), 0)
+        score = tl.sum(tl.sum(tl.where(expert == first, scores, 0.0), 1), 0)
+        chosen = tl.where(k == place, first, chosen)
+        shares = tl.where(k == place, score, shares)
+        free = free & (expert != first)
+    return chosen, shares

@@ -1,0 +1,72 @@
+"""Which of a row's choices others answer for, and with what weight. Arithmetic alone; numpy, because at a few rows a
+torch call costs more than what it computes.
+
+One expert in another's place adds the lost one's size and a direction of its own; two that share its weight add a
+direction nearer to what most experts agree on. On a fine-grained model that halves the rise of perplexity at a fifth of
+the choices substituted, and more than two add little.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float32]
+Bools: TypeAlias = NDArray[np.bool_]
+
+SHARED_BY = 2
+"""Held experts that answer for one lost choice, as far as there are so many."""
+
+_TINY = np.finfo(np.float32).tiny
+_ROUNDING = np.float32(1e-6)
+
+
+def replaced_choices(weights: Floats, lacking: Bools, limits: Floats) -> tuple[Bools, Floats]:
+    """Which choices `[T, K]` are replaced and each row's substituted mass `[T]`: the lightest of those `lacking` whose
+    mass together stays within the row's limit `[T]`."""
+    lost: Floats = np.where(lacking, weights, 0) / np.maximum(weights.sum(axis=1, keepdims=True), _TINY)
+    if limits.min(initial=1) >= 1:
+        return lacking, lost.sum(axis=1)
+    order = lost.argsort(axis=1, kind="stable")
+    ascending = np.take_along_axis(lost, order, axis=1).cumsum(axis=1)
+    within = np.empty_like(lacking)
+    np.put_along_axis(within, order, (ascending <= limits[:, None] + _ROUNDING) | (limits >= 1)[:, None], axis=1)
+    replaced = lacking & within
+    mass: Floats = np.where(replaced, lost, 0).sum(axis=1)
+    return replaced, mass
+
+
+def with_substitutes(
+    chosen: Ids, weights: Floats, replaced: Bools, others: Ids, scores: Floats, shared_by: int
+) -> tuple[Ids, Floats]:
+    """Experts and weights `[T, W]`, W ≥ K: the choices `[T, K]` that are not `replaced`, with the weight they had, and
+    the best of `others` `[T, K]`, who share in proportion to `scores` what the replaced ones weighed.
+
+    `shared_by` of them for each replaced choice, as far as they score above 0; at least as many must as are replaced.
+    A row with fewer experts than W names its first once more, with weight 0.
+    """
+    order = (-scores).argsort(axis=1, kind="stable")
+    others, scores = np.take_along_axis(others, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    count = np.minimum(replaced.sum(axis=1) * shared_by, (scores > 0).sum(axis=1))
+    serves = np.arange(scores.shape[1]) < count[:, None]
+    shares = np.where(serves, scores, 0)
+    lost = np.where(replaced, weights, 0).sum(axis=1, keepdims=True)
+    shares = shares * (lost / np.maximum(shares.sum(axis=1, keepdims=True), _TINY))
+    real = np.concatenate([~replaced, serves], axis=1)
+    width = int(real.sum(axis=1).max(initial=0))
+    at = (~real).argsort(axis=1, kind="stable")[:, :width]
+    real = np.take_along_axis(real, at, axis=1)
+    index = np.take_along_axis(np.concatenate([chosen, others], axis=1), at, axis=1)
+    gates = np.take_along_axis(np.concatenate([weights, shares], axis=1), at, axis=1)
+    return np.where(real, index, index[:, :1]), np.where(real, gates, 0).astype(np.float32)
+
+
+def widened(chosen: Ids, weights: Floats, width: int) -> tuple[Ids, Floats]:
+    """`[T, K]` as `[T, W]`: each row names its first expert again, with weight 0."""
+    more = width - chosen.shape[1]
+    return np.concatenate([chosen, np.repeat(chosen[:, :1], more, axis=1)], axis=1), np.pad(
+        weights, ((0, 0), (0, more))
+    )

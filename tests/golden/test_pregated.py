@@ -1,0 +1,220 @@
+"""Models whose routes are known ahead, in the real engine: the router incremental and whole, and answers unchanged."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from expertd_engine.errors import ConfigError
+from expertd_engine.experts.store import ExpertStore
+from expertd_engine.kernels.library import Pool, load, why_missing
+from expertd_engine.messages import Sampling
+from expertd_engine.model.attention import KVStorage, Span
+from expertd_engine.model.loader import load_model
+from expertd_engine.model.pregate import Pregate, build_pregate
+from expertd_engine.prepare import prepare
+from expertd_engine.refactor.export import export
+from expertd_engine.refactor.selection import select
+from expertd_engine.refactor.student import Student
+from expertd_engine.scheduler import StepPlan
+from expertd_engine.startup import Engine
+from golden.tolerances import PREGATED_LOGPROBS
+from refactor.tiny import HEADS, INDEX, dense, statistics
+from support.engine import Generated, generate, running_engine
+from support.tiny_mixtral import make_mixtral
+
+CONTEXT = 128
+BLOCK = 16
+PREFIXES = {True: 1000, False: 200}
+"""With native kernels, and without, where each takes milliseconds."""
+SHAPES = {"index": INDEX, "heads": HEADS}
+ANSWERS = Sampling(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoint and store of each kind, as `KIND` and `KIND-store`."""
+    folder = tmp_path_factory.mktemp("pregated")
+    for kind, shape in SHAPES.items():
+        student = Student(dense(), shape, select(statistics(), shape))
+        generator = torch.Generator().manual_seed(1)
+        for tensor in student.trained().values():
+            tensor += torch.randn(tensor.shape, generator=generator) * 0.05
+        export(student.eval(), dense(), folder / kind, torch.float32)
+        prepare(folder / kind, folder / f"{kind}-store", "float32")
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[Pool | None]:
+    if request.param == "torch":
+        yield None
+        return
+    if reason := why_missing():
+        pytest.skip(reason)
+    with Pool(load(), 2) as pool:
+        yield pool
+
+
+def prompts_of(count: int, longest: int, seed: int) -> list[list[int]]:
+    chance = random.Random(seed)
+    return [[chance.randrange(256) for _ in range(chance.randint(1, longest))] for _ in range(count)]
+
+
+# ---------------------------------------------------------------- the router alone
+
+
+def route(pregate: Pregate, tokens: list[int], cuts: list[int], storage: KVStorage, first: int) -> torch.Tensor:
+    """Experts `[heads, T, K]` of tokens that come in pieces."""
+    blocks = list(range(first, first + CONTEXT // BLOCK))
+    pieces = [
+        pregate.route(tokens[a:b], range(a, b), [Span(0, a, b - a, blocks)], storage).index for a, b in pairwise(cuts)
+    ]
+    return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_pieces_are_routed_as_the_whole_for_a_thousand_prefixes(
+    kind: str, stores: dict[str, Path], kernels: Pool | None
+) -> None:
+    loaded = load_model(ExpertStore.open(stores[f"{kind}-store"]), kernels)
+    pregate, reason = build_pregate(loaded, CONTEXT)
+    assert reason == (None if kernels else "there are no native kernels")
+    model: Any = AutoModelForCausalLM.from_pretrained(stores[kind], dtype=torch.float32).eval()
+    storage = KVStorage([pregate.kv_shape], 1 + 2 * CONTEXT // BLOCK, BLOCK, torch.float32)
+    chance = random.Random(7)
+    for tokens in prompts_of(PREFIXES[kernels is not None] // 20, CONTEXT, 3):
+        whole = route(pregate, tokens, [0, len(tokens)], storage, 1)
+        with torch.inference_mode():
+            model(torch.tensor([tokens]))
+        assert torch.equal(whole, model.routes.index)
+        for _ in range(20):
+            length = chance.randint(1, len(tokens))
+            cuts = sorted({0, length, *(chance.randint(0, length) for _ in range(3))})
+            pieces = route(pregate, tokens[:length], cuts, storage, 1 + CONTEXT // BLOCK)
+            assert torch.equal(pieces, whole[:, :length])
+
+
+# ---------------------------------------------------------------- in the engine
+
+
+class Watch:
+    """Notes what every step was told of its rows' experts, and what sequences knew before."""
+
+    def __init__(self, engine: Engine) -> None:
+        assert engine.runner.pathfinder is not None
+        self.routes: dict[int, dict[int, list[list[int]]]] = {}
+        """By sequence and position: experts, head by head."""
+        self.known_ahead = self.preempted = self.cut = self.cached = 0
+        self._for_step = engine.runner.pathfinder.for_step
+        engine.runner.pathfinder.for_step = self.for_step  # type: ignore[method-assign]
+
+    def for_step(self, plan: StepPlan) -> Any:
+        self.preempted += len(plan.preempted)
+        for chunk in plan.chunks:
+            paths = chunk.sequence.paths
+            assert paths is not None and len(paths) >= chunk.stop
+            self.known_ahead += chunk.num_tokens
+            self.cut += chunk.is_prefill and chunk.stop < chunk.sequence.prefill_end
+            self.cached += chunk.sequence.stats.cached_tokens > 0
+        known = self._for_step(plan)
+        row = 0
+        for chunk in plan.chunks:
+            of = self.routes.setdefault(chunk.sequence.sequence_id, {})
+            for position in range(chunk.start, chunk.stop):
+                experts = known.index[:, row].tolist()
+                assert of.setdefault(position, experts) == experts
+                row += 1
+        return known
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_every_route_in_the_engine_is_the_whole_models(kind: str, stores: dict[str, Path]) -> None:
+    """With prompts in pieces of seven, blocks for a few sequences only, and prompts that begin alike."""
+    model: Any = AutoModelForCausalLM.from_pretrained(stores[kind], dtype=torch.float32).eval()
+    beginning = prompts_of(1, 1, 9)[0] * 40
+    prompts = [*prompts_of(8, 60, 5), *([*beginning, i] for i in range(4))]
+    with running_engine(
+        stores[f"{kind}-store"], max_step_tokens=7, max_sequences=6, max_model_len=CONTEXT, kv_budget="256KiB"
+    ) as engine:
+        watch = Watch(engine)
+        answers = generate(engine, prompts, ANSWERS)
+        again = generate(engine, prompts[:3] + prompts[-2:], ANSWERS, first_id=100)
+    assert watch.preempted and watch.cut and watch.cached and watch.known_ahead
+    assert [a.token_ids for a in again] == [answers[i].token_ids for i in (0, 1, 2, 10, 11)]
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
+        with torch.inference_mode():
+            model(torch.tensor([prompt + answer.token_ids]))
+        for position, experts in watch.routes[number].items():
+            assert model.routes.index[:, position].tolist() == experts, (number, position)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_answers_are_plain_transformers_own(kind: str, stores: dict[str, Path]) -> None:
+    prompts = prompts_of(6, 50, 11)
+    model: Any = AutoModelForCausalLM.from_pretrained(stores[kind], dtype=torch.float32).eval()
+    with running_engine(stores[f"{kind}-store"], max_model_len=CONTEXT) as engine:
+        assert engine.info.lookahead == "exact"
+        answers = generate(engine, prompts, ANSWERS)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt + answer.token_ids])
+        with torch.inference_mode():
+            scores = model(ids).logits[0].log_softmax(-1)
+        expected = scores[len(prompt) - 1 : -1]
+        assert expected.argmax(-1).tolist() == answer.token_ids
+        ours = torch.tensor([entry.logprob for output in answer.outputs for entry in output.logprobs or []])
+        theirs = expected.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        assert float((ours - theirs).abs().max()) <= PREGATED_LOGPROBS.allowed
+
+
+def bits_of(answers: list[Generated]) -> list[list[tuple[int, float]]]:
+    return [
+        [(entry.token_id, entry.logprob) for output in answer.outputs for entry in output.logprobs or []]
+        for answer in answers
+    ]
+
+
+def test_no_budget_policy_prefetch_or_batching_changes_a_bit(stores: dict[str, Path]) -> None:
+    prompts = prompts_of(7, 40, 13)
+    seen = []
+    for options in (
+        {"expert_budget": "100%"},
+        {"expert_budget": "40%", "prefetch": False, "expert_policy": "lru"},
+        {"expert_budget": "40%", "batching": "expert-aware", "max_step_tokens": 3},
+        {"expert_budget": "30%", "batching": "prefill-first", "max_step_tokens": 16},
+    ):
+        with running_engine(stores["index-store"], max_model_len=CONTEXT, **options) as engine:
+            seen.append(bits_of(generate(engine, prompts, ANSWERS)))
+    assert all(one == seen[0] for one in seen)
+
+
+def test_what_is_known_ahead_is_loaded_ahead(stores: dict[str, Path]) -> None:
+    """At a budget where layers push each other out, prefetch finds in time what demand alone would wait for."""
+    met = {}
+    for prefetch in (True, False):
+        with running_engine(
+            stores["index-store"], max_model_len=CONTEXT, expert_budget="40%", prefetch=prefetch
+        ) as engine:
+            generate(engine, prompts_of(4, 20, 17), ANSWERS)
+            met[prefetch] = engine.cache.ledger.counters
+            engine.cache.ledger.check()
+    assert sum(met[False].misses) > 0 and not sum(met[False].late)
+    assert sum(met[True].misses) < sum(met[False].misses) / 2
+    assert met[True].prefetch_bytes > 0
+
+
+def test_batching_by_experts_is_refused_where_they_are_not_known(tmp_path: Path) -> None:
+    make_mixtral(tmp_path / "model")
+    prepare(tmp_path / "model", tmp_path / "store", "float32")
+    with (
+        pytest.raises(ConfigError, match="expert-aware is not allowed for this model"),
+        running_engine(tmp_path / "store", max_model_len=CONTEXT, batching="expert-aware"),
+    ):
+        pass

@@ -1,0 +1,213 @@
+"""Random histories of a device's expert cache on a device that lets the test decide what is done when.
+
+Whatever the order, no step reads a slot in which anything else is, or is being written; and at rest the table says of
+every expert where it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import partial
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from expertd_engine.experts.device_cache import DeviceCache
+from expertd_engine.experts.device_events import HIT, WAITED
+from expertd_engine.experts.device_host import HostTier
+from expertd_engine.experts.device_layout import HOME
+from expertd_engine.experts.device_ledger import DeviceLedger
+from expertd_engine.experts.device_pool import ChunkPlan
+from expertd_engine.experts.device_staging import Chunk
+from expertd_engine.experts.events import ExpertId, Hint
+from expertd_engine.experts.lookahead import Exactness
+from expertd_engine.experts.policy import make_policy
+from support.fake_device import RECORD, FakeDevice, FakeStep, Records, content, index_of
+
+LAYERS, EXPERTS = 2, 5
+ALL = [ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+LIMITS = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+ROUTES = st.tuples(*[st.dictionaries(st.integers(0, EXPERTS - 1), st.integers(1, 3), min_size=1)] * LAYERS)
+
+
+class Told:
+    """Foresees what the test tells it."""
+
+    exactness: Exactness = "predicted"
+
+    def __init__(self) -> None:
+        self.next: list[tuple[int, ExpertId]] = []
+
+    def begin_step(self, step: int, token_ids: Sequence[int]) -> list[Hint]:
+        return self._hints(step)
+
+    def routed(self, step: int, layer: int, experts: Sequence[int]) -> list[Hint]:
+        return self._hints(step)
+
+    def next_use(self, expert: ExpertId, after: int) -> int | None:
+        return None
+
+    def _hints(self, step: int) -> list[Hint]:
+        told, self.next = self.next, []
+        first = step * LAYERS * EXPERTS
+        return [Hint(e, first + ahead * LAYERS * EXPERTS + e.layer * EXPERTS + e.expert) for ahead, e in told]
+
+
+class DeviceMachine(RuleBasedStateMachine):
+    """Steps of two layers of five experts over two to ten slots in chunks of three."""
+
+    @initialize(
+        slots=st.integers(2, 10),
+        policy=st.sampled_from(["lru", "next-use"]),
+        depth=st.integers(1, 4),
+        knows=st.booleans(),
+    )
+    def start(self, slots: int, policy: str, depth: int, knows: bool) -> None:
+        self.device = FakeDevice()
+        self.told = Told()
+        index = index_of(LAYERS, EXPERTS, top_k=2)
+        host = HostTier(index, self.device, available=2**30)
+        host.fill(Records(), threads=1, report=lambda fraction: None)
+        ledger = DeviceLedger(
+            [RECORD] * LAYERS, [EXPERTS] * LAYERS, ChunkPlan(RECORD, 3, RECORD), slots * RECORD, make_policy(policy),
+            max_budget_bytes=len(ALL) * RECORD, prefetch_depth=depth,
+        )  # fmt: skip
+        self.cache = DeviceCache(index, self.device, host, ledger, self.told, EXPERTS)
+        if knows:
+            self.cache.routes = lambda layer: ()
+        self.lookups = 0
+        self.running: FakeStep | None = None
+
+    # ------------------------------------------------------------ steps
+
+    @rule(routes=ROUTES, scan=st.booleans())
+    def launch(self, routes: Sequence[dict[int, int]], scan: bool) -> None:
+        """Also while the one before still runs: then the host is a step ahead."""
+        step = self._begin(routes, scan)
+        step.give(self.device.lanes[0])
+        self.cache.after_launch()
+        self.running = step
+
+    @rule(routes=ROUTES, after=st.integers(-1, LAYERS - 1))
+    def fail(self, routes: Sequence[dict[int, int]], after: int) -> None:
+        """After some layers, the last of which has not written what it landed; or before anything was launched."""
+        self.cache.settle()
+        self.running = None
+        step = self._begin(routes, False)
+        step.fails_after = after
+        if after >= 0:
+            step.give(self.device.lanes[0])
+            self.lookups += sum(len(chosen) for chosen in routes[: after + 1])
+        self.lookups -= sum(map(len, routes))
+        self.cache.abandon_step()
+
+    @precondition(lambda self: self.running is not None)
+    @rule()
+    def finish(self) -> None:
+        assert self.running is not None
+        counts = self.cache.end_step()
+        sources = [source for _, source in self.running.met]
+        expected = (sources.count(HIT), sources.count(WAITED))
+        assert (counts.hits, counts.late) == expected and counts.misses == len(sources) - sum(expected)
+        assert counts.loaded_bytes == RECORD * counts.misses
+        self.running = None
+
+    @rule(routes=ROUTES)
+    def prefill(self, routes: Sequence[dict[int, int]]) -> None:
+        """Every expert of every layer comes by, once, and is there while it is read."""
+        self.cache.begin_step((), scan=True)
+        compute = self.device.lanes[0]
+        with self.cache.stage() as staging:
+            for layer in range(LAYERS):
+                met: list[int] = []
+                for chunk in (staging.resident(layer), *staging.chunks(layer)):
+                    compute.run(partial(self._read, layer, chunk))
+                    met += chunk.indices
+                    for lane in self.device.lanes:
+                        lane.advance()
+                assert sorted(met) == list(range(EXPERTS))
+        compute.mark().wait()
+        self.cache.scanned([[chosen.get(expert, 0) for expert in range(EXPERTS)] for chosen in routes])
+        self.lookups += sum(map(len, routes))
+        assert self.cache.end_step().misses + self.cache.end_step().hits == sum(map(len, routes))
+        self.running = None
+
+    def _begin(self, routes: Sequence[dict[int, int]], scan: bool) -> FakeStep:
+        self.lookups += sum(map(len, routes))
+        self.cache.begin_step((), scan)
+        self.cache.before_launch()
+        return FakeStep(self.cache.table, routes)
+
+    def _read(self, layer: int, chunk: Chunk) -> None:
+        for expert, address in zip(chunk.experts.tolist(), chunk.addresses.tolist(), strict=True):
+            assert ctypes.string_at(address, RECORD) == content(ExpertId(layer, expert)), "two phases: a torn prefill"
+
+    # ------------------------------------------------------------ what happens meanwhile
+
+    @rule(foreseen=st.lists(st.tuples(st.integers(0, 2), st.sampled_from(ALL)), max_size=6))
+    def tell(self, foreseen: list[tuple[int, ExpertId]]) -> None:
+        self.told.next = sorted(foreseen)
+
+    @rule(lane=st.integers(0, 1), pieces=st.integers(1, 8))
+    def advance(self, lane: int, pieces: int) -> None:
+        for _ in range(pieces):
+            self.device.lanes[lane].advance()
+
+    @rule()
+    def poll(self) -> None:
+        self.cache.poll()
+
+    @rule()
+    def fill(self) -> None:
+        self.cache.settle()
+        self.cache.fill()
+
+    @rule(slots=st.integers(2, len(ALL)))
+    def set_budget(self, slots: int) -> None:
+        self.cache.set_budget(slots * RECORD)
+        assert self.device.bytes_allotted() == slots * RECORD, "law 1: seen from outside"
+
+    # ------------------------------------------------------------ what always holds
+
+    @invariant()
+    def laws_hold(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        self.cache.ledger.check()
+        assert self.device.bytes_allotted() <= self.cache.ledger.budget_bytes
+        for expert in ALL:
+            slot = self.cache.ledger.resident_slots(expert.layer)[expert.expert]
+            if slot >= 0:
+                held = bytes(self.cache.slab.view(slot, RECORD).numpy())
+                assert held == content(expert), f"law 2: {expert} is resident, but its slot holds something else"
+
+    def teardown(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        self.cache.settle()
+        self.cache.settle()
+        assert self.cache.ledger.counters.lookups() == self.lookups, "law 6: uses were lost"
+        self.told.next = []
+        while not self.cache.ledger.is_idle():
+            self.cache.copies.wait()
+            self.cache.poll()
+        self.cache.settle()
+        self._table_is_right()
+        self.cache.close()
+        assert not self.device.registered
+
+    def _table_is_right(self) -> None:
+        table = self.cache.table
+        for expert in ALL:
+            slot = self.cache.ledger.resident_slots(expert.layer)[expert.expert]
+            where = self.cache.slab.address(slot) if slot >= 0 else self.cache.host.home(expert)
+            assert table.entries[expert.layer, expert.expert].tolist() == [where, 0], expert
+            assert bool(where & HOME) is (slot < 0)
+        assert int(table.tail) - int(table.head) == self.cache.publication.handed
+
+
+TestDevice = DeviceMachine.TestCase
+TestDevice.settings = LIMITS
