@@ -91,7 +91,9 @@ class RouteRecorder(VirtualRouting):
     """Substitutes nothing, and keeps what every router chose."""
 
     def __init__(self, model: VirtualRouting) -> None:
-        super().__init__(model.routers, model.held, model.score)
+        super().__init__(model.routers, model.held, model.score, model.foresight)
+        self._foreseen: list[dict[int, float]] = []
+        """By row, for the layer about to be routed."""
         self.choices: list[list[Choice]] = [[] for _ in model.routers]
         """By MoE layer, then token."""
 
@@ -105,9 +107,16 @@ class RouteRecorder(VirtualRouting):
         chosen, weights = top_k_index.numpy(), top_k_weights.float().numpy()
         lengths: NDArray[np.float32] = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32).numpy()
         values = self.score(layer, lengths, chosen, weights)
-        rows = zip(chosen.tolist(), weights.tolist(), values.tolist(), strict=True)
+        rows = zip(chosen.tolist(), weights.tolist(), values.tolist(), self._expected(layer, hidden), strict=True)
         self.choices[layer] += [Choice(*row) for row in rows]
         return top_k_index, top_k_weights
+
+    def _expected(self, layer: int, hidden: Tensor) -> list[dict[int, float]]:
+        """By row, what the layer before foresaw for this one; asks about the next."""
+        foreseen = self._foreseen if layer and self._foreseen else [{} for _ in hidden]
+        if self.foresight is not None and layer + 1 < len(self.routers):
+            self._foreseen = [self.foresight.expected(layer, row[None]) for row in hidden]
+        return foreseen
 
     def routes(self) -> list[list[Sequence[int]]]:
         """Experts by token and layer."""

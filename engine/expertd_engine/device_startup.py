@@ -25,6 +25,7 @@ from expertd_engine.experts.device_streams import CudaDevice, Device, HostDevice
 from expertd_engine.experts.lookahead import Lookahead
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.store import ExpertStore, RecordFile
+from expertd_engine.experts.store_format import ALIGNMENT
 from expertd_engine.experts.sweep import Sweep
 from expertd_engine.kernels.cuda.resolve import TablePointers
 from expertd_engine.kv_pool import KVPool
@@ -244,7 +245,8 @@ def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile, rep
 def _chunks(context: _Context) -> ChunkPlan:
     index = context.store.index
     experts = sum(layer.num_experts for layer in index.layers)
-    return plan_chunks(max(layout.bytes for layout in index.layouts), experts)
+    chunks = plan_chunks(max(layout.bytes for layout in index.layouts), experts)
+    return chunks if context.device.torch_device.type == "cuda" else replace(chunks, granule=ALIGNMENT)
 
 
 def _all_slots_bytes(context: _Context) -> int:

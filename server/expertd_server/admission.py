@@ -205,6 +205,12 @@ class Admission:
         if sequences > self.capacity:
             raise self._no_room(sequences)
 
+    def require_room(self) -> None:
+        """Raises Unavailable where there is none for a single sequence, before a prompt is tokenized in vain: a server
+        that refuses much should spend little on it."""
+        if self.used >= self.capacity:
+            raise self._no_room(1)
+
     @contextmanager
     def permit(self, sequences: int, prompt_tokens: int = 0, key: str = "") -> Iterator[Permit]:
         """Room for `sequences`, whose prompts have `prompt_tokens` in all, while the block runs. Raises RateLimited

@@ -122,6 +122,7 @@ async def read_and_plan(
     with service.bodies.share() as share:
         request = await _read_request(service, http, record, parse, share)
         service.check_model(request.model, model)
+        service.admission.require_room()
         return request, await while_connected(http.receive, plan(model, request))
 
 

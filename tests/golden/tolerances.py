@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 REQUIRED_FLOAT32 = 1e-3
 """What we promise of any family in float32. The table is far stricter, so that a small mistake does not hide in it."""
 
@@ -96,6 +98,13 @@ NATIVE_BF16_LOGITS = Tolerance(0.025, 0.1)
 
 DEVICE_FLOAT32_LOGITS = Tolerance(5e-6, 2e-5)
 """Log-probabilities of the device's program, interpreted, against transformers' eager ones, over all tiny families."""
+
+DEVICE_PRODUCTS = Tolerance(1e-7, 4e-7)
+"""A dense product of the device's kernels against float64: the difference over the sum of the terms' magnitudes."""
+DEVICE_PRODUCTS_BF16 = Tolerance(1e-3, 4e-3)
+"""The same where weights and inputs are rounded to bfloat16."""
+DEVICE_ATTENTION = {torch.float32: Tolerance(2e-7, 8e-7), torch.bfloat16: Tolerance(5e-3, 2e-2)}
+"""Attention of the device's kernels against float64 with the same keys and values, by their type; results are near 1."""
 
 PREGATED_LOGPROBS = Tolerance(9.6e-7, 3.8e-6)
 """Log-probabilities of answers of tiny pre-gated models in float32 against the same classes in plain transformers."""

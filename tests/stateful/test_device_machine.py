@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -123,7 +124,7 @@ class DeviceMachine(RuleBasedStateMachine):
         with self.cache.stage() as staging:
             for layer in range(LAYERS):
                 met: list[int] = []
-                for chunk in (staging.resident(layer), *staging.chunks(layer)):
+                for chunk in chain((staging.resident(layer),), staging.chunks(layer)):
                     compute.run(partial(self._read, layer, chunk))
                     met += chunk.indices
                     for lane in self.device.lanes:

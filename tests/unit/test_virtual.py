@@ -69,6 +69,17 @@ class VirtualMachine(RuleBasedStateMachine):
         self.sets.observe(expert.layer, {expert.expert: value})
         self.scores[expert] = self.scores.get(expert, 0.0) + value
 
+    @rule(layer=st.integers(0, LAYERS - 1), expected=st.dictionaries(st.integers(0, EXPERTS - 1), st.floats(0.1, 9.0)))
+    def foresee(self, layer: int, expected: dict[int, float]) -> None:
+        before, loading = set(self.held[layer]), len(self.coming)
+        actions = self.sets.foresee(layer, expected)
+        self.carry_out(actions)
+        assert self.held[layer] == before, "victims serve until the newcomers are there"
+        assert len(actions) <= self.limits.ahead and len(self.coming) <= max(loading, self.limits.in_flight)
+        assert all(isinstance(a, Hold) and a.expert.layer == layer and a.expert.expert in expected for a in actions)
+        if len(before) == EXPERTS or before >= expected.keys():
+            assert not actions
+
     @rule(tokens=st.sampled_from([1.0, 2.0, 300.0, 1e9]))
     def end_step(self, tokens: float) -> None:
         actions = self.sets.end_step(tokens)
@@ -191,6 +202,38 @@ def test_the_sets_follow_a_new_topic_within_a_stated_number_of_tokens(
             settle(sets, sets.end_step(1))
         assert shares_held(sets, number) > 0.9
     assert sum(sets.swaps) > 0
+
+
+def foreseeing(ahead: int = 2, in_flight: int = 9) -> VirtualExperts:
+    """One layer of six experts that holds 0 to 3, of which 3 has the lowest score."""
+    sets = VirtualExperts([[0.0] * EXPERTS], TOP_K, SwapLimits(ahead=ahead, in_flight=in_flight))
+    sets.resize([4], [ExpertId(0, e) for e in range(4)])
+    for expert in range(4):
+        sets.arrived(ExpertId(0, expert))
+    sets.observe(0, {0: 9.0, 1: 8.0, 2: 7.0, 3: 1.0})
+    return sets
+
+
+def test_what_is_foreseen_comes_for_what_nobody_expects_the_lowest_score_first() -> None:
+    sets = foreseeing()
+    assert sets.foresee(0, {3: 0.5, 4: 0.2, 5: 0.3}) == [Hold(ExpertId(0, 5)), Hold(ExpertId(0, 4))]
+    assert sets.held(0) == {0, 1, 2, 3}, "until they are there"
+    assert sets.arrived(ExpertId(0, 5)) == [Release(ExpertId(0, 2))]
+    assert sets.arrived(ExpertId(0, 4)) == [Release(ExpertId(0, 1))]
+    assert sets.foresee(0, {3: 0.5, 4: 0.2, 5: 0.3}) == []
+
+
+def test_foresight_moves_no_more_than_it_may() -> None:
+    expected = {4: 0.2, 5: 0.3}
+    assert foreseeing(ahead=0).foresee(0, expected) == []
+    assert foreseeing(ahead=1).foresee(0, expected) == [Hold(ExpertId(0, 5))]
+    assert foreseeing(in_flight=1).foresee(0, expected) == [Hold(ExpertId(0, 5))]
+
+
+def test_who_is_expected_as_much_is_not_swapped_out() -> None:
+    everyone = dict.fromkeys(range(EXPERTS), 1.0)
+    assert foreseeing().foresee(0, everyone) == []
+    assert foreseeing().foresee(0, everyone | {5: 2.0}) == [Hold(ExpertId(0, 5))]
 
 
 def test_equal_experts_are_not_swapped_back_and_forth() -> None:

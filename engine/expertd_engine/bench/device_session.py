@@ -7,7 +7,8 @@ given changes. What a step's routes were is read off the generator, after the cl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,8 +19,10 @@ from expertd_engine.bench.replay import LRUReplay
 from expertd_engine.bench.routing import Ids
 from expertd_engine.bench.session import EngineSession, generated
 from expertd_engine.config import parse_size
+from expertd_engine.core import StepResult
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.lookahead import NoLookahead
+from expertd_engine.request import ExpertCounts
 from expertd_engine.startup import lookahead_for
 
 
@@ -45,6 +48,8 @@ class DeviceSession(EngineSession):
     def __init__(self, spec: EngineSpec) -> None:
         if spec.routing == "model":
             raise UsageError("on a device routes are generated: give --routing other than model")
+        self._moved = 0
+        """Bytes that had crossed the link after the last step."""
         super().__init__(spec)
 
     def retune(self, expert_budget: str, routing: str, hints: str) -> None:
@@ -59,10 +64,28 @@ class DeviceSession(EngineSession):
         self._recorder.become(foresight)
         cache, index = self._engine.cache, self._store.index
         cache.lookahead = lookahead_for(index, 0, self._recorder, cache.ledger)
-        cache.set_budget(parse_size(expert_budget, share_allowed=True).resolve(index.expert_bytes_total()))
+        cache.set_budget(parse_size(expert_budget, share_allowed=True).resolve(cache.ledger.max_budget_bytes))
+        cache.fill()
+        cache.routes = self._layer_routes
         slots = cache.ledger.budget_bytes // index.record_bytes(0)
         every = self._store.experts() if slots >= self._shape.layers * self._shape.experts else ()
         self._replay = LRUReplay(slots, every)
+
+    def _layer_routes(self, layer: int) -> Sequence[int]:
+        """What a layer of the running step routes to, in the place of the report that comes when it has ended."""
+        assert self._routes is not None
+        distinct: list[int] = np.unique(self._routes.current[:, layer]).tolist()
+        return distinct
+
+    def vram_bytes(self) -> int:
+        """What this process occupies of the card, at most so far."""
+        return self._engine.meter.measure().peak_bytes
+
+    def _met(self, result: StepResult) -> ExpertCounts:
+        link = self._engine.cache.link
+        total = link.landed + link.read + link.prefetched + link.staged
+        moved, self._moved = total - self._moved, total
+        return replace(result.experts, loaded_bytes=moved)
 
     def _step_experts(self) -> Sequence[Sequence[int]]:
         assert self._routes is not None
@@ -72,7 +95,7 @@ class DeviceSession(EngineSession):
         """Where the budget holds every expert, see that every one is on the card."""
         cache = self._engine.cache
         if cache.ledger.budget_bytes >= self._store.index.expert_bytes_total():
-            cache.load_all()
+            cache.fill()
 
     def describe(self) -> EngineFacts:
         facts, info = super().describe(), self._engine.info

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,6 +31,7 @@ from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.virtual import SwapLimits
 from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.planning.profile import Profile
+from expertd_engine.planning.replay import Choice
 from expertd_engine.planning.split import split_slots
 from expertd_engine.profile_file import has_profile, read_profile
 
@@ -38,7 +40,14 @@ FACTORS = (6.0, 4.0, 3.0, 2.0, 1.25)
 CACHE_PRIOR = 0.5
 """Share of a layer's range of logits by which cache-prior routing (arXiv 2412.00099) lifts what is held."""
 WINDOW = 256
-METHODS = ("importance", "planned", "gates", "counts", "norms", "gate-norms", "random", "cache-prior")
+CALIBRATION = 2
+"""Windows of other text, for static pruning; `expertd profile` takes its text from there, too."""
+METHODS = (
+    "planned", "importance", "no-foresight", "swapmoe", "counts", "norms", "gate-norms", "random", "cache-prior",
+)  # fmt: skip
+"""`planned` is what is served where there is a profile, `importance` where there is none; `no-foresight` swaps after
+steps alone, and in `swapmoe` one expert answers for one, too. Then SwapMoE by token counts, static pruning by ‖E‖ and
+by gate × norm on other text, random sets, all masked as the papers have it; cache-prior routing, which may fetch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +90,27 @@ class CachePrior(VirtualRouting):
 class QualityBench:
     """Holds exact mode's answers, and tries methods against them."""
 
-    def __init__(self, text: TextEngine, windows: Sequence[Window], profile: Profile | None = None) -> None:
-        """Raises UsageError for a model without virtual mode."""
+    def __init__(
+        self,
+        text: TextEngine,
+        windows: Sequence[Window],
+        calibration: Sequence[Window],
+        profile: Profile | None = None,
+    ) -> None:
+        """`calibration`: other text, for the methods that want some. Raises UsageError for a model without virtual
+        mode."""
         if text.virtual is None:
             raise UsageError("this model has no virtual mode: its routers are of no known kind")
         self._text = text
         self._windows = windows
+        self._calibration = calibration
+        self._calibrated: list[list[Choice]] = []
+        """What routers chose there."""
         self._profile = profile
         self._model: VirtualRouting = text.virtual
         self._experts = list(text.virtual.held.room.experts)
         self._top_k = text.virtual.held.sets.top_k
-        recorder = RouteRecorder(text.virtual)
-        self.exact: Told = text.tell(windows, recorder, settle=False)
-        self._recorder = recorder
+        self.exact: Told = text.tell(windows)
         self._losses = self.exact.losses(windows)
 
     @property
@@ -149,38 +166,39 @@ class QualityBench:
         return split_slots(self._profile.model.layers, [1] * len(even), sum(even))[0]
 
     def _routing(self, method: str, slots: Sequence[int]) -> VirtualRouting:
-        still = replace(self._model.held.sets.limits, per_step=0)
-        moving = SwapLimits(in_flight=len(self._experts))
+        still = replace(self._model.held.sets.limits, per_step=0, ahead=0)
+        moving = SwapLimits(in_flight=2 * len(self._experts))
         norms = self._model.held.sets.priors
+        published = partial(with_slots, self._model, slots, foresees=False, shared_by=1)
         made: dict[str, Callable[[], VirtualRouting]] = {
-            "importance": lambda: with_slots(self._model, slots, moving),
             "planned": lambda: with_slots(self._model, slots, moving),
-            "gates": lambda: with_slots(self._model, slots, moving, score=_gates),
-            "counts": lambda: with_slots(self._model, slots, moving, score=_counts),
-            "norms": lambda: with_slots(self._model, slots, still, priors=norms),
-            "gate-norms": lambda: with_slots(self._model, slots, still, priors=self._mean_importance()),
-            "random": lambda: with_slots(self._model, slots, still, priors=_random(self._experts)),
-            "cache-prior": lambda: _cache_prior(with_slots(self._model, slots, moving)),
+            "importance": lambda: with_slots(self._model, slots, moving),
+            "no-foresight": lambda: with_slots(self._model, slots, moving, foresees=False),
+            "swapmoe": lambda: published(moving),
+            "counts": lambda: published(moving, score=_counts),
+            "norms": lambda: published(still, priors=norms),
+            "gate-norms": lambda: published(still, priors=self._mean_importance()),
+            "random": lambda: published(still, priors=_random(self._experts)),
+            "cache-prior": lambda: _cache_prior(published(moving)),
         }
         if method not in made:
             raise UsageError(f"method {method!r} is not known: choose from {', '.join(METHODS)}")
         return made[method]()
 
     def _mean_importance(self) -> list[list[float]]:
-        """Gate × norm of each expert over the whole text, as static pruning after calibration has it: the very text
-        that is measured, which favours it."""
+        """Gate × norm of each expert over text that is not measured, as static pruning after calibration has it."""
         found = []
-        for choices, count in zip(self._recorder.choices, self._experts, strict=True):
+        if not self._calibrated:
+            recorder = RouteRecorder(self._model)
+            self._text.tell(self._calibration, recorder, settle=False)
+            self._calibrated = recorder.choices
+        for choices, count in zip(self._calibrated, self._experts, strict=True):
             sums = [0.0] * count
             for choice in choices:
                 for expert, value in zip(choice.experts, choice.importance, strict=True):
                     sums[expert] += value
             found.append(sums)
         return found
-
-
-def _gates(layer: int, lengths: Any, chosen: Any, weights: Any) -> Any:
-    return weights
 
 
 def _counts(layer: int, lengths: Any, chosen: Any, weights: Any) -> Any:
@@ -240,7 +258,9 @@ def quality(
     """Measure the store at `path` on `tokens` of text: the table, and one JSON object on the last line."""
     store = ExpertStore.open(path)
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-    windows = [window[:WINDOW] for window in held_out(tokenizer, -(-tokens // WINDOW))]
+    count = -(-tokens // WINDOW)
+    found = [window[:WINDOW] for window in held_out(tokenizer, count + CALIBRATION)]
+    calibration, windows = found[:CALIBRATION], found[CALIBRATION:]
     config = Config(
         model=str(path),
         threads=threads,
@@ -252,7 +272,7 @@ def quality(
     )
     text = TextEngine(store, config)
     try:
-        bench = QualityBench(text, windows, read_profile(store) if has_profile(store) else None)
+        bench = QualityBench(text, windows, calibration, read_profile(store) if has_profile(store) else None)
         points = bench.points(methods or METHODS, factors or FACTORS, progress)
     finally:
         text.close()

@@ -173,12 +173,16 @@ class EngineSession:
                 rows = [(self._stream_of[chunk.sequence.sequence_id], chunk.num_tokens) for chunk in plan.chunks]
                 self._routes.begin_step(rows)
             result = runner(plan)
-            self._counts += result.experts
+            self._counts += self._met(result)
             if plan.phase == "decode":
                 self._decoded.append(self._step_experts())
             return result
 
         return forward
+
+    def _met(self, result: StepResult) -> ExpertCounts:
+        """What a step met, `loaded_bytes` being all that was moved meanwhile."""
+        return result.experts
 
     def _step_experts(self) -> Sequence[Sequence[int]]:
         """The distinct experts that the step just run asked for, by layer."""

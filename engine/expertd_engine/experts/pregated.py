@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from expertd_engine.experts.events import ExpertId, Hint
 from expertd_engine.experts.lookahead import Exactness
-from expertd_engine.paths import Union
+from expertd_engine.paths import Union, join
+from expertd_engine.scheduler import StepPlan
+
+_STEPS_AHEAD = 4
+"""How far what waits is told, in full steps."""
 
 
 class PregatedLookahead:
@@ -63,3 +67,25 @@ class PregatedLookahead:
 
     def _position(self, step: int, expert: ExpertId) -> int:
         return (step * self._num_layers + expert.layer) * self._num_experts + expert.expert
+
+
+def step_union(plan: StepPlan) -> Union:
+    """What the plan's tokens use. Their paths are known."""
+    return join(chunk.sequence.paths.union(chunk.start, chunk.stop) for chunk in plan.chunks if chunk.sequence.paths)
+
+
+def later_unions(plan: StepPlan, step_tokens: int) -> list[tuple[int, Union]]:
+    """What known tokens that are not in the plan use, in the order of the queue, and in how many steps they may."""
+    stops = {chunk.sequence.sequence_id: chunk.stop for chunk in plan.chunks}
+    later: list[tuple[int, Union]] = []
+    tokens = 0
+    for sequence in plan.queue:
+        start = stops.get(sequence.sequence_id, sequence.num_computed_tokens)
+        stop = min(sequence.num_tokens, start + step_tokens)
+        if sequence.paths is None or start >= stop:
+            continue
+        later.append((1 + tokens // step_tokens, sequence.paths.union(start, stop)))
+        tokens += stop - start
+        if tokens >= _STEPS_AHEAD * step_tokens:
+            break
+    return later

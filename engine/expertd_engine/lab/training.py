@@ -26,7 +26,8 @@ SOON_TOKENS = 8.0
 """A next use d tokens ahead counts 1 ÷ (1 + (d - 1) ÷ this): what is evicted at small budgets comes again after some
 tokens, at large ones after many, and this tells both apart."""
 _BATCH = 512
-_RATE = 3e-3
+_MAP_RATE, _KEEP_RATE, _PLAIN_RATE = 2e-3, 6e-4, 5e-2
+"""Highest learning rates: of maps ahead, of maps to what comes again, and of the few numbers beside them."""
 _DECAY = 1e-2
 _LOGIT_SCALE = 2.5
 """Of a gate's logits, as odds of being chosen, to begin with."""
@@ -129,10 +130,10 @@ class _Layer:
         self._rows = torch.from_numpy(rows_that_lead(history))
         width, experts = states.shape[1], history.experts
         self._down, self._up, self._bias = self._begin(gates)
-        self._recent = torch.zeros(plan.leads, len(HALF_LIVES))
+        self._recent = torch.full((plan.leads, len(HALF_LIVES)), 0.1)
         self._keep = torch.zeros(width, experts)
-        self._keep_recent = torch.zeros(len(HALF_LIVES))
-        self._keep_bias = torch.full((experts,), -2.0)
+        self._keep_recent = torch.full((len(HALF_LIVES),), 0.1)
+        self._keep_bias = torch.full((experts,), 0.5)
 
     def _begin(self, gates: list[Gate] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Low-rank maps: of the gates ahead, what the states that were seen tell apart."""
@@ -157,14 +158,17 @@ class _Layer:
     def fit(self) -> tuple[NDArray[np.float32], ...]:
         """Learn; the arrays of `Predictor` for this layer, on states as they come."""
         loss = self._objective()
-        learned = [self._down, self._up, self._keep]
-        plain = [self._recent, self._bias, self._keep_recent, self._keep_bias]
-        for one in (*learned, *plain):
+        maps, plain = [self._down, self._up], [self._recent, self._bias, self._keep_recent, self._keep_bias]
+        groups = [
+            {"params": maps, "weight_decay": _DECAY},
+            {"params": [self._keep], "weight_decay": _DECAY},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        for one in (*maps, self._keep, *plain):
             one.requires_grad_(True)
-        rates = [_RATE, 5 * _RATE]
         steps = max(20, self._plan.epochs * len(self._rows) // _BATCH)
-        groups = [{"params": learned, "weight_decay": _DECAY}, {"params": plain, "weight_decay": 0.0}]
-        optimiser = torch.optim.AdamW(groups, lr=_RATE)
+        optimiser = torch.optim.AdamW(groups, lr=_KEEP_RATE)
+        rates = [_MAP_RATE, _KEEP_RATE, _PLAIN_RATE]
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, total_steps=steps)
         for _ in range(steps):
             optimiser.zero_grad()

@@ -14,12 +14,12 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from expertd_engine.experts.pregated import PregatedLookahead
+from expertd_engine.experts.pregated import PregatedLookahead, later_unions, step_union
 from expertd_engine.kernels.library import KernelError
 from expertd_engine.model.attention import KVStorage, Span
 from expertd_engine.model.moe import KnownRoutes
 from expertd_engine.model.pregate import Pregate
-from expertd_engine.paths import Paths, Union, join
+from expertd_engine.paths import Paths
 from expertd_engine.request import Sequence, SequenceState
 from expertd_engine.scheduler import Chunk, StepPlan
 
@@ -27,9 +27,6 @@ logger = logging.getLogger(__name__)
 
 _PIECE = 512
 """Prompt tokens routed at once: bounds the memory of their activations."""
-_STEPS_AHEAD = 4
-"""How far what waits is told to the lookahead, in full steps."""
-
 
 class Pathfinder:
     """One engine's. `storage` has a spare block for every sequence that may run."""
@@ -117,24 +114,7 @@ class Pathfinder:
 
     def tell(self, lookahead: PregatedLookahead, plan: StepPlan) -> None:
         """What the plan's step uses, and what waits behind it."""
-        now = join(paths_of(c.sequence, self._pregate).union(c.start, c.stop) for c in plan.chunks)
-        lookahead.plan(now, self._later(plan))
-
-    def _later(self, plan: StepPlan) -> list[tuple[int, Union]]:
-        """Known tokens that are not in the plan, in the order of the queue, at the step that they may come to."""
-        stops = {chunk.sequence.sequence_id: chunk.stop for chunk in plan.chunks}
-        later: list[tuple[int, Union]] = []
-        tokens = 0
-        for sequence in plan.queue:
-            start = stops.get(sequence.sequence_id, sequence.num_computed_tokens)
-            stop = min(sequence.num_tokens, start + self._step_tokens)
-            if sequence.paths is None or start >= stop:
-                continue
-            later.append((1 + tokens // self._step_tokens, sequence.paths.union(start, stop)))
-            tokens += stop - start
-            if tokens >= _STEPS_AHEAD * self._step_tokens:
-                break
-        return later
+        lookahead.plan(step_union(plan), later_unions(plan, self._step_tokens))
 
     def _route(self, token_ids: list[int], spans: list[Span], storage: KVStorage) -> KnownRoutes:
         self.tokens_routed += len(token_ids)

@@ -1,4 +1,4 @@
-"""Where a step's tokens will probably go in the next MoE layer: that layer's own norm and router, asked about now's state.
+"""Where a step's tokens will probably go in the next MoE layer: its own norm and router, asked about the present state.
 
 Between two layers the state changes by what attention and experts add, which is little beside what it is: four in five
 of the choices are foreseen on a fine-grained model.
@@ -7,6 +7,7 @@ of the choices are foreseen on a fine-grained model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,18 +19,18 @@ from expertd_engine.model.router_kinds import ModuleRouterAdapter
 
 
 class NextLayers:
-    """One for a model. `routers` and `norms` by MoE layer; a norm is what it scales and shifts channels by, `[H]` each."""
+    """One for a model. `routers` and `norms` are by MoE layer; of a norm, its scales and shifts `[H]`."""
 
     def __init__(self, routers: Sequence[ModuleRouterAdapter], norms: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._routers = routers
-        self._steps = [_between(*pair) for pair in zip(norms, norms[1:], strict=False)]
+        self._steps = [_between(*pair) for pair in pairwise(norms)]
 
     def expected(self, layer: int, hidden: Tensor) -> dict[int, float]:
         """What rows `[T, H]`, as the router of `layer` sees them, will ask of the experts of the layer after it: gate
         weight, summed over rows. There must be such a layer."""
         scale, shift = self._steps[layer]
         router = self._routers[layer + 1]
-        index, weights = router.select(router.logits(hidden * scale + shift))
+        index, weights = router.select(router.logits((hidden * scale + shift).to(router.hidden_dtype)))
         sums = np.bincount(index.flatten().numpy(), weights.flatten().float().numpy())
         return {expert: float(sums[expert]) for expert in np.flatnonzero(sums).tolist()}
 
@@ -49,5 +50,5 @@ def next_layers(model: Model, modules: Sequence[str], routers: Sequence[ModuleRo
     norms = []
     for name, router in zip(modules, routers, strict=True):
         scale, shift = norm_before(model, name, router)
-        norms.append((torch.from_numpy(scale).to(router.hidden_dtype), torch.from_numpy(shift).to(router.hidden_dtype)))
+        norms.append((torch.from_numpy(scale), torch.from_numpy(shift)))
     return NextLayers(routers, norms)

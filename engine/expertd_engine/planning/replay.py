@@ -6,7 +6,7 @@ Pure, and without time: a load ends as soon as it is asked for, so what is count
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from expertd_engine.experts.accounting import lease_window
@@ -125,6 +125,8 @@ class Choice:
     weights: Sequence[float]
     importance: Sequence[float]
     """‖x‖·g·‖E‖ of each."""
+    expected: Mapping[int, float] = field(default_factory=dict)
+    """What the layer before foresaw."""
 
 
 def replay_virtual(
@@ -135,6 +137,7 @@ def replay_virtual(
     _settle(sets, sets.resize([slots]))
     lost = 0.0
     for number, choice in enumerate(tokens):
+        _settle(sets, sets.foresee(0, choice.expected))
         held = sets.held(0)
         if number >= warm:
             missing = sum(w for e, w in zip(choice.experts, choice.weights, strict=True) if e not in held)

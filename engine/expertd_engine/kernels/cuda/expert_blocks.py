@@ -94,7 +94,8 @@ def add_partials(
 
 @triton.jit
 def product(
-    record: tl.tensor, target: tl.tensor, rows: tl.tensor, scales: tl.tensor, minima: tl.tensor, x: tl.tensor, live: tl.tensor,
+    record: tl.tensor, target: tl.tensor, rows: tl.tensor, scales: tl.tensor, minima: tl.tensor,
+    x: tl.tensor, live: tl.tensor,
     FORMAT: tl.constexpr, COLS: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
     MT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip

@@ -1,6 +1,7 @@
-"""Expert FFNs of many rows: the pairs of some experts at a time, as these come to hand. Launched by the host, unsynchronised.
+"""Expert FFNs of many rows: the pairs of some experts at a time, as these come to hand. The host never waits.
 
-Results are each pair's weighted partial; when all experts have been through, `combine` adds them in ascending expert id.
+Results are each pair's weighted partial; when all experts have been through, `combine` adds them in ascending expert
+id.
 """
 
 from __future__ import annotations

@@ -78,10 +78,7 @@ def multiply_groups(
         for step in tl.static_range(UNROLL):
             at = rows[:, None] + (first + step) * 32 + byte[None, :]
             stored = ((first + step) * 32 + byte)[None, :] < SEGMENTS * 32
-            if SEGMENTS % UNROLL == 0:
-                w = tl.load(source + at)
-            else:
-                w = tl.load(source + at, mask=stored, other=0)
+            w = tl.load(source + at) if SEGMENTS % UNROLL == 0 else tl.load(source + at, mask=stored, other=0)
             if LAND:
                 tl.store(landed + at, w, mask=stored)
             for half in tl.static_range(PER_SEGMENT):
@@ -113,7 +110,7 @@ def load_halves(
         half = tl.load(source + at, mask=here, other=0.0)
         if LAND:
             tl.store(landed + at, half, mask=here)
-        found = found + (half.to(tl.float32),)
+        found = found + (half.to(tl.float32),)  # noqa: RUF005  # Triton knows no other way to lengthen a tuple
     return found
 
 

@@ -8,6 +8,7 @@ read; bytes under it never change while a launched step may read them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +29,7 @@ class TablePointers:
     """The device's words on where experts lie, of L layers with at most E experts. All on the device that computes."""
 
     entries: Tensor
-    """int64 `[L, E, 2]`: the address to read (`FAR` set: in host memory); slot + 1 while a copy into it is under way."""
+    """int64 `[L, E, 2]`: the address to read (`FAR` set: host memory); slot + 1 while a copy into it is under way."""
     slot_address: Tensor
     """int64 `[S]`"""
     ready: Tensor
@@ -49,7 +50,7 @@ class TablePointers:
 
 @dataclass(frozen=True, slots=True)
 class ExpertScratch:
-    """Where `resolve` leaves its results and the expert kernels theirs: shared by all layers, for at most `max_rows`."""
+    """Where `resolve` leaves its results and the expert kernels theirs: for all layers, for at most `max_rows`."""
 
     top_k: int
     num_experts: int
@@ -81,12 +82,22 @@ class ExpertScratch:
 
     @classmethod
     def of(
-        cls, *, hidden: int, inner: int, max_rows: int, top_k: int, num_experts: int, dtype: torch.dtype, device: str | torch.device
+        cls,
+        *,
+        hidden: int,
+        inner: int,
+        max_rows: int,
+        top_k: int,
+        num_experts: int,
+        dtype: torch.dtype,
+        device: str | torch.device,
     ) -> ExpertScratch:
         """Room for steps of up to `max_rows` rows. Raises ValueError for more pairs than `resolve` sorts."""
         pairs = max_rows * top_k
         if pairs > LARGEST_PAIRS:
-            raise ValueError(f"{max_rows} rows of {top_k} experts are {pairs} pairs: at most {LARGEST_PAIRS} are resolved")
+            raise ValueError(
+                f"{max_rows} rows of {top_k} experts are {pairs} pairs: at most {LARGEST_PAIRS} are resolved"
+            )
         distinct = min(num_experts, pairs)
 
         def ints(*shape: int) -> Tensor:
@@ -172,7 +183,8 @@ def _publish(
 def _resolve_kernel(
     entries: tl.tensor, slot_address: tl.tensor, ready: tl.tensor, landing: tl.tensor, head: tl.tensor, tail: tl.tensor,
     seen: tl.tensor, seen_count: tl.tensor, progress: tl.tensor, index: tl.tensor, num_rows: tl.tensor,
-    totals: tl.tensor, distinct_experts: tl.tensor, targets: tl.tensor, begin: tl.tensor, address: tl.tensor, land: tl.tensor, wait: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor,
+    totals: tl.tensor, distinct_experts: tl.tensor, targets: tl.tensor, begin: tl.tensor, address: tl.tensor,
+    land: tl.tensor, wait: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor,
     layer: tl.tensor, experts: tl.tensor, width: tl.tensor, ring: tl.tensor,
     NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
     PAIRS: tl.constexpr, COMPARED: tl.constexpr,
