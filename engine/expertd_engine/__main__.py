@@ -15,6 +15,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch loads its thread pools: waiting compute threads park, because a box with few cores needs them for I/O.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -23,14 +24,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a store is complete; nothing is 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from expertd_engine.config import config_from_json
+from expertd_engine.core import Forward
 from expertd_engine.errors import EngineError, ExpertdError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.loop import Channel, EngineLoop
 from expertd_engine.messages import Fatal, Progress, Ready
-from expertd_engine.model.runner import Runner
 from expertd_engine.pressure import open_pressure
 from expertd_engine.snapshots import StepMeter
-from expertd_engine.startup import start_engine
+from expertd_engine.startup import Engine, device_of, start_engine
+
+if TYPE_CHECKING:
+    from expertd_engine.device_startup import DeviceEngine
 
 _PR_SET_PDEATHSIG = 1
 _M_ARENA_MAX = -8
@@ -64,13 +68,20 @@ def _serve(channel: Channel, options: argparse.Namespace) -> None:
     pressure = open_pressure(options.server_pid) if config.memory_pressure else None
     meters: list[StepMeter] = []
 
-    def wrap(runner: Runner) -> StepMeter:
+    def wrap(runner: Forward) -> StepMeter:
         meters.append(StepMeter(runner))
         return meters[0]
 
-    engine = start_engine(
-        store, config, options.server_pid, lambda stage, fraction: channel.send(Progress(stage, fraction)), wrap
-    )
+    def report(stage: str, fraction: float) -> None:
+        channel.send(Progress(stage, fraction))
+
+    engine: Engine | DeviceEngine
+    if (device := device_of(config, store.index)) is None:
+        engine = start_engine(store, config, options.server_pid, report, wrap)
+    else:
+        from expertd_engine.device_startup import start_on_device  # its kernels need what a box without a card lacks
+
+        engine = start_on_device(store, config, options.server_pid, report, wrap, device)
     channel.send(Ready(engine.info))
     EngineLoop(engine, meters[0], channel, pressure).run()
 

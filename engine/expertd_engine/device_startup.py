@@ -44,7 +44,6 @@ from expertd_engine.prefix_cache import PrefixCache
 from expertd_engine.scheduler import Scheduler, SchedulerLimits
 from expertd_engine.startup import (
     BLOCK_TOKENS,
-    Engine,
     Report,
     asked_of,
     lookahead_for,
@@ -68,6 +67,23 @@ def refuse_virtual() -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceEngine:
+    """All parts of a running engine whose steps run on a device; as `startup.Engine`."""
+
+    core: EngineCore
+    runner: DeviceRunner
+    cache: DeviceCache
+    sweep: Sweep
+    pool: KVPool
+    storage: DeviceKV
+    meter: DeviceMeter | MemoryMeter
+    dense_bytes: int
+    measured: Measured
+    asked: Asked
+    info: EngineInfo
+
+
+@dataclass(frozen=True, slots=True)
 class _Context:
     config: Config
     store: ExpertStore
@@ -79,8 +95,8 @@ class _Context:
     lookahead: Lookahead | None
     routes: RouteSource | None
     device: Device
-    meter: Any
-    """`DeviceMeter`, or the processes' own where the processor stands in for a device."""
+    meter: DeviceMeter | MemoryMeter
+    """The processes' own where the processor stands in for a device."""
 
 
 def start_on_device(
@@ -88,12 +104,12 @@ def start_on_device(
     config: Config,
     server_pid: int,
     report: Report,
-    wrap: Callable[[Any], Forward],
+    wrap: Callable[[DeviceRunner], Forward],
     device: torch.device,
     *,
     lookahead: Lookahead | None = None,
     routes: RouteSource | None = None,
-) -> Engine:
+) -> DeviceEngine:
     """As `startup.start_engine`. `device` may be the processor, for Triton's interpreter."""
     if {layout.order for layout in store.index.layouts} != {"rows"}:
         raise ModelError(f"store {store.path} is made for CPUs: make one with `expertd prepare --for gpu`")
@@ -180,7 +196,7 @@ def _most_experts(context: _Context) -> int:
 
 
 def _largest_step_bytes(context: _Context) -> int:
-    """What a step of many rows allots besides its buffers, for a moment: sorted pairs and the like, a few times over."""
+    """What a step of many rows allots besides its buffers, for a moment: sorted pairs and the like, several times."""
     pairs = context.limits.rows * context.store.index.top_k
     return 64 * pairs
 
@@ -189,9 +205,9 @@ def _assemble(
     context: _Context,
     planned_from: tuple[Measured, Asked],
     plan: StartupPlan,
-    wrap: Callable[[Any], Forward],
+    wrap: Callable[[DeviceRunner], Forward],
     report: Report,
-) -> Engine:
+) -> DeviceEngine:
     config, store, loaded, parts = context.config, context.store, context.loaded, context.parts
     where = context.device.torch_device
     kv = DeviceKV(parts.shapes, plan.kv_blocks + 1, BLOCK_TOKENS, parts.dtype, where)
@@ -215,14 +231,17 @@ def _assemble(
     sweep = Sweep(store, records, busy=lambda: cache.transfers.depth() > 0)
     measured, asked = planned_from
     asked = replace(asked, kv_budget=Size(bytes=plan.kv_blocks * kv.block_bytes))  # it stays as it was allotted
-    return Engine(
+    return DeviceEngine(
         core, runner, cache, sweep, pool, kv, context.meter, loaded.dense_bytes, measured, asked, info
     )  # fmt: skip
 
 
 def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile, report: Report) -> DeviceCache:
     config, index = context.config, context.store.index
-    host = HostTier(index, context.device, available_bytes())
+    room = available_bytes()
+    if config.host_budget is not None:
+        room = min(room, config.host_budget.resolve(index.expert_bytes_total()))
+    host = HostTier(index, context.device, room)
     host.fill(records, len(os.sched_getaffinity(0)), lambda fraction: report("allot", 0.9 * fraction))
     if host.fallback is not None:
         raise ResourceError(f"{host.fallback}: raise the limit of locked memory (ulimit -l), or give --device cpu")
@@ -257,16 +276,16 @@ def _all_slots_bytes(context: _Context) -> int:
 
 
 def _warm(context: _Context, model: DeviceModel, cache: DeviceCache, report: Report) -> None:
-    """A prompt as long as a step, then one token: what is compiled at first use is there when a request comes, and
-    what the largest step allots for a moment is allotted. Then slots are filled.
+    """Fill slots; then a prompt as long as a step, then one token: what is compiled at first use is there when a
+    request comes, and what the largest step allots for a moment is allotted.
     """
+    cache.fill()
     count = min(context.limits.step_tokens, context.limits.model_len)
     blocks = [1] * -(-count // BLOCK_TOKENS)  # its keys and values are no one's, and overwrite each other
     for first, length in ((0, count), (count - 1, 1)):
         cache.begin_step((), scan=True)
         model.step(_probe(context, first, length, blocks), cache)
         cache.end_step()
-    cache.fill()
     report("allot", 1.0)
 
 

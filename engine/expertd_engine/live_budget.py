@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from expertd_engine.config import Size
 from expertd_engine.errors import ResourceError
@@ -15,13 +16,16 @@ from expertd_engine.planning.pressure import PressureControl
 from expertd_engine.pressure import PressureReader
 from expertd_engine.startup import Engine
 
+if TYPE_CHECKING:
+    from expertd_engine.device_startup import DeviceEngine
+
 logger = logging.getLogger(__name__)
 
 
 class LiveBudget:
     """Called between steps."""
 
-    def __init__(self, engine: Engine, pressure: PressureReader | None = None) -> None:
+    def __init__(self, engine: Engine | DeviceEngine, pressure: PressureReader | None = None) -> None:
         """With `pressure`, experts give way to a box that is short of memory."""
         self.memory_budget_bytes = engine.info.memory_budget_bytes
         """None: there is none."""

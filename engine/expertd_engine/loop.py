@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
@@ -13,6 +14,9 @@ from expertd_engine.messages import Abort, SetBudget, Shutdown, Submit, ToEngine
 from expertd_engine.pressure import PressureReader
 from expertd_engine.snapshots import StepMeter, take_expert_map, take_snapshot
 from expertd_engine.startup import Engine
+
+if TYPE_CHECKING:
+    from expertd_engine.device_startup import DeviceEngine
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +57,7 @@ class EngineLoop:
     """Runs until `Shutdown`."""
 
     def __init__(
-        self, engine: Engine, meter: StepMeter, channel: Channel, pressure: PressureReader | None = None
+        self, engine: Engine | DeviceEngine, meter: StepMeter, channel: Channel, pressure: PressureReader | None = None
     ) -> None:
         """`pressure` as for `LiveBudget`."""
         self._engine = engine

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from expertd_engine.core import Forward, StepResult
+from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.ledger import Ledger, State
 from expertd_engine.experts.transfer import LATENCY_BOUNDS_S
@@ -15,6 +17,9 @@ from expertd_engine.messages import ExpertMap, HistogramData, LayerLookups, Snap
 from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.scheduler import StepPlan
 from expertd_engine.startup import Engine
+
+if TYPE_CHECKING:
+    from expertd_engine.device_startup import DeviceEngine
 
 PHASES = ("prefill", "decode")
 STEP_BOUNDS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0)
@@ -40,14 +45,16 @@ class StepMeter:
         return result
 
 
-def take_expert_map(engine: Engine) -> ExpertMap:
+def take_expert_map(engine: Engine | DeviceEngine) -> ExpertMap:
     """Where every expert is now, in O(experts)."""
     ledger = engine.cache.ledger
     counts = enumerate(ledger.experts_per_layer)
     return ExpertMap(["".join(LETTERS[ledger.state(ExpertId(layer, i))] for i in range(n)) for layer, n in counts])
 
 
-def take_snapshot(engine: Engine, meter: StepMeter, memory: MemoryUse, budget: LiveBudget, now: float) -> Snapshot:
+def take_snapshot(
+    engine: Engine | DeviceEngine, meter: StepMeter, memory: MemoryUse, budget: LiveBudget, now: float
+) -> Snapshot:
     """All counters and gauges as they are between two steps or, in a long one, between two layers."""
     ledger, transfers, scheduler = engine.cache.ledger, engine.cache.transfers, engine.core.scheduler
     counters, reads = ledger.counters, transfers.stats
@@ -58,7 +65,7 @@ def take_snapshot(engine: Engine, meter: StepMeter, memory: MemoryUse, budget: L
         demand_bytes=counters.demand_bytes,
         prefetch_loads=counters.prefetch_loads,
         prefetch_bytes=counters.prefetch_bytes,
-        read_bytes=transfers.completions.read_bytes,
+        read_bytes=transfers.read_bytes,
         prefetch_issued=counters.prefetch_issued,
         prefetch_used=counters.prefetch_used,
         prefetch_late=counters.prefetch_late,
@@ -116,7 +123,7 @@ def virtual_by_layer(virtual: VirtualRouting | None) -> list[VirtualLayer]:
     return [VirtualLayer(*column) for column in columns]
 
 
-def lookups_by_layer(ledger: Ledger) -> list[LayerLookups]:
+def lookups_by_layer(ledger: Ledger | DeviceLedger) -> list[LayerLookups]:
     counters = ledger.counters
     activations = (counters.activations[result] for result in ("hit", "late", "miss"))
     columns = zip(counters.hits, counters.late, counters.misses, counters.covered, *activations, strict=True)

@@ -15,6 +15,7 @@ from expertd_engine.config import Config
 from expertd_engine.core import Constrain, EngineCore, Forward, foresee_nothing, no_constraints
 from expertd_engine.errors import ConfigError, ModelError
 from expertd_engine.experts.cache import ExpertCache
+from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.governor import Governor
 from expertd_engine.experts.ledger import Ledger, State
@@ -122,10 +123,6 @@ def start_engine(
     `wrap` puts the caller's own measuring around the runner. `lookahead` and `routes` stand in for what the model has
     of its own, for measurements.
     """
-    if (device := device_of(config, store.index)) is not None:
-        from expertd_engine.device_startup import start_on_device  # its kernels need what a box without a card lacks
-
-        return start_on_device(store, config, server_pid, report, wrap, device, lookahead=lookahead, routes=routes)
     threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     verify_store(store, report)
@@ -318,7 +315,7 @@ def _expert_cache(
     return cache, attach_experts(context.loaded, context.store, views), onlookers
 
 
-def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None, ledger: Ledger) -> Lookahead:
+def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None, ledger: Ledger | DeviceLedger) -> Lookahead:
     """Exact where every token chooses every expert; else what is given or nothing, but for steps of many rows.
 
     What a given one predicts is governed.
@@ -332,7 +329,7 @@ def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None, ledge
     return LayerScan(given or NoLookahead(), num_layers, max(counts), index.top_k)
 
 
-def _on_its_way(ledger: Ledger) -> Callable[[ExpertId], bool]:
+def _on_its_way(ledger: Ledger | DeviceLedger) -> Callable[[ExpertId], bool]:
     return lambda expert: ledger.state(expert) is State.LOADING
 
 

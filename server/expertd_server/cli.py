@@ -27,6 +27,9 @@ _TOOLS = {
     "profile": ("expertd_engine.profiling", "measure this box and a model on it, for plans"),
     "plan": ("expertd_engine.plan_command", "say what a budget gives, before it is spent"),
     "bench": ("expertd_engine.bench.cli", "measure speed, beside limits and peers"),
+    "trace": ("expertd_engine.lab.trace_command", "record which experts a model's tokens choose"),
+    "replay": ("expertd_engine.lab.replay_command", "compare policies and budgets on traces, and recommend"),
+    "train-predictor": ("expertd_engine.lab.train_command", "learn to foresee a model's routes"),
 }
 """Commands with a parser of their own, imported when called: they import torch."""
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from expertd_engine.kernels.cuda import attention, block, dense, router
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
@@ -77,7 +76,11 @@ def tiles_configs(count: int) -> Iterator[dense.TilesConfig]:
         for block_n, block_k, warps, stages in ((32, 128, 4, 4), (64, 64, 4, 5), (64, 128, 4, 4), (16, 256, 4, 3)):
             yield dense.TilesConfig(block_n, 16, block_k, warps, stages)
     else:
-        for block_n, block_m, block_k, warps, stages in ((128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (128, 256, 64, 8, 3)):
+        for block_n, block_m, block_k, warps, stages in (
+            (128, 128, 64, 8, 3),
+            (64, 128, 64, 4, 4),
+            (128, 256, 64, 8, 3),
+        ):
             yield dense.TilesConfig(block_n, block_m, block_k, warps, stages)
 
 
@@ -87,10 +90,14 @@ def dense_cases() -> Iterator[Case]:
             for count in (1, 16, 512) if what != "head" else (1, 16):
                 if count <= 16:
                     for config in rows_configs(format, count, shape[1]):
-                        yield Case(f"{what} {format} x{count} rows {tuple(config)}", _rows(format, shape, count, config))
+                        yield Case(
+                            f"{what} {format} x{count} rows {tuple(config)}", _rows(format, shape, count, config)
+                        )
                 if count >= 16 or what == "qkv":
                     for tiles in tiles_configs(count):
-                        yield Case(f"{what} {format} x{count} tiles {tuple(tiles)}", _tiles(format, shape, count, tiles))
+                        yield Case(
+                            f"{what} {format} x{count} tiles {tuple(tiles)}", _tiles(format, shape, count, tiles)
+                        )
 
 
 def _rows(format: str, shape: tuple[int, int], count: int, config: dense.RowsConfig) -> Callable[..., object]:
@@ -192,7 +199,10 @@ class Layer:
 def attention_cases() -> Iterator[Case]:
     for count in BATCHES:
         for context in CONTEXTS:
-            yield Case(f"attend x{count} of {context}", _part("attend", count, context))
+            for keys, spans in ((32, 32), (64, 32), (32, 64), (32, 16)):
+                yield Case(
+                    f"attend x{count} of {context} by {keys}, {spans}", _part("attend", count, context, keys, spans)
+                )
     for part in ("store", "route"):
         for count in BATCHES:
             yield Case(f"{part} x{count}", _part(part, count, 64))
@@ -201,8 +211,9 @@ def attention_cases() -> Iterator[Case]:
         yield Case(f"argmax x{count}", _argmax(count))
 
 
-def _part(part: str, count: int, context: int) -> Callable[..., object]:
+def _part(part: str, count: int, context: int, keys: int = 32, spans: int = 32) -> Callable[..., object]:
     def make() -> tuple[Launch, int, float]:
+        attention._ROW_KEYS, attention.SPANS = keys, spans
         layer = Layer("int8", count, context, 16)
         read = {"attend": count * context * KV_HEADS * DIM * 4, "route": EXPERTS * HIDDEN * 2}.get(part, 0)
         return getattr(layer, part), 16, read
@@ -220,9 +231,7 @@ def _prompt() -> Callable[..., object]:
         keys, values = layer.pools[0]
 
         def launch(i: int) -> None:
-            attention.attend(
-                query, keys, values, layer.tables, table, positions, out, layer.scratch, tiles=tiles
-            )
+            attention.attend(query, keys, values, layer.tables, table, positions, out, layer.scratch, tiles=tiles)
 
         return launch, 4, 0
 
@@ -247,6 +256,7 @@ def layer_cases() -> Iterator[Case]:
 
 def _layer(format: str, count: int, context: int) -> Callable[..., object]:
     def make() -> tuple[Launch, int, float]:
+        attention._ROW_KEYS, attention.SPANS = 32, 32
         layer = Layer(format, count, context, min(LAYERS, MOST_COPIES + 1))
         return layer.all, len(layer.qkv), layer.qkv[0].nbytes + layer.output[0].nbytes
 

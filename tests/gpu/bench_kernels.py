@@ -43,10 +43,12 @@ DECODE = {
 }  # fmt: skip
 """Cuts to try: outputs, span, warps, stages."""
 PREFILL = {
-    "bfloat16": "64,128,4,4 64,128,8,4 128,128,8,3 32,128,4,4",
-    "int8": "64,128,4,3 32,128,4,3 64,64,4,4 64,128,8,3",
-    "int4": "64,64,4,3 32,64,4,3 64,64,8,3",
+    "bfloat16": "64,128,4,4 64,128,8,4 128,128,8,3",
+    "int8": "64,128,4,3 32,128,4,3 64,128,8,3",
+    "int4": "64,64,4,3 32,64,4,3",
 }
+AT_ONCE = (32, 64, 128)
+"""Pairs of an expert that a program of prefill takes."""
 
 
 @dataclass(frozen=True)
@@ -245,33 +247,63 @@ def _far_routes(far: int, half: int) -> Tensor:
 
 def prefill(bench: Bench) -> None:
     """All experts resident, many rows."""
-    experts = torch.arange(bench.records.shape[0], dtype=torch.int32, device="cuda")
-    addresses = bench.table.entries[0, :, 0].contiguous()
     for rows in PREFILL_ROWS:
-        groups = PairGroups.of(torch.rand(rows, len(experts), device="cuda").topk(TOP_K).indices, len(experts))
-        x = torch.randn(rows, HIDDEN, device="cuda").bfloat16()
-        weights = torch.rand(rows, TOP_K, device="cuda")
-        inner = torch.zeros(rows * TOP_K, INNER, device="cuda", dtype=torch.bfloat16)
-        partials = torch.zeros(rows * TOP_K, HIDDEN, device="cuda")
-        given = (bench.layout, x, weights, groups, experts, addresses, inner, partials)
+        given = Prompt.of(bench, rows)
         work = 6 * rows * TOP_K * HIDDEN * INNER
         for text, tiles in cuts(PREFILL, bench.layout.format):
-            for at_once in (16, 32, 64, 128):
-                us = attempt(partial(experts_prefill, *given, tiles=(tiles, tiles), rows=at_once), 1)
+            for at_once in AT_ONCE:
+                us = attempt(partial(given.run, bench, tiles, at_once), 1)
                 rate = f"{work / us / 1e6:6.1f} TFLOP/s"
                 say(bench, f"prefill {rows} rows {text:12} {at_once:3} at once {us:8.1f} us {rate}")
-        us = attempt(partial(combine, groups, partials, torch.zeros(rows, HIDDEN, device="cuda")), 1)
+        us = attempt(partial(combine, given.groups, given.partials, torch.zeros(rows, HIDDEN, device="cuda")), 1)
         say(bench, f"combine {rows} rows {us:8.1f} us")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Rows of a prompt and their routes over all experts."""
+
+    x: Tensor
+    weights: Tensor
+    groups: PairGroups
+    inner: Tensor
+    partials: Tensor
+
+    @classmethod
+    def of(cls, bench: Bench, rows: int) -> Prompt:
+        experts = bench.records.shape[0]
+        return cls(
+            torch.randn(rows, HIDDEN, device="cuda").bfloat16(),
+            torch.rand(rows, TOP_K, device="cuda"),
+            PairGroups.of(torch.rand(rows, experts, device="cuda").topk(TOP_K).indices, experts),
+            torch.zeros(rows * TOP_K, INNER, device="cuda", dtype=torch.bfloat16),
+            torch.zeros(rows * TOP_K, HIDDEN, device="cuda"),
+        )
+
+    def run(self, bench: Bench, tiles: Tiles, at_once: int) -> None:
+        experts = torch.arange(bench.records.shape[0], dtype=torch.int32, device="cuda")
+        experts_prefill(
+            bench.layout, self.x, self.weights, self.groups, experts, bench.table.entries[0, :, 0].contiguous(),
+            self.inner, self.partials, tiles=(tiles, tiles), rows=at_once,
+        )  # fmt: skip
 
 
 def compile_part(formats: list[str], part: int, parts: int) -> None:
     """Launch every part-th cut once, so that it lies in Triton's cache."""
     for format in formats:
-        bench = Bench.of(format, 16)
-        step = Step.of(bench, 1)
-        for _, tiles in cuts(DECODE, format)[part::parts]:
-            for run in (run_gate_up, run_down):
-                attempt(partial(run, bench, step, tiles))
+        bench = Bench.of(format)
+        step, prompt = Step.of(bench, 1), Prompt.of(bench, 128)
+        launches = [
+            partial(run, bench, step, tiles) for _, tiles in cuts(DECODE, format) for run in (run_gate_up, run_down)
+        ]
+        if format in PREFILL:
+            launches += [
+                partial(prompt.run, bench, tiles, rows) for _, tiles in cuts(PREFILL, format) for rows in AT_ONCE
+            ]
+        for launch in launches[part::parts]:
+            attempt(launch, 1)
+        del bench, step, prompt, launches
+        torch.cuda.empty_cache()
 
 
 def main() -> None:

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from expertd_engine.kernels.cuda.attention import QUERY_TILE, AttentionScratch, attend
 from golden.tolerances import DEVICE_ATTENTION
 from support.interpreter import DEVICE
-
-from expertd_engine.kernels.cuda.attention import QUERY_TILE, AttentionScratch, attend
 
 BLOCK_TOKENS, BLOCKS, SEQUENCES, TABLE = 16, 40, 3, 180
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from support.interpreter import DEVICE
-
 from expertd_engine.kernels.cuda.block import Argmax, HeadLayout, activate, store_qkv
 from expertd_engine.kernels.cuda.norms import DeviceNorm
 from expertd_engine.model.native_abi import NormKind, Rope
+from support.interpreter import DEVICE
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_TOKENS, POSITIONS = 4, 2, 24, 16, 16, 64
 

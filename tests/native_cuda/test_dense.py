@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from golden.tolerances import DEVICE_PRODUCTS, DEVICE_PRODUCTS_BF16
-from support.interpreter import DEVICE
-from support.kernels import Packed, every_format, normal, pack
-
 from expertd_engine.kernels.cuda import dense
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm, add_norm
 from expertd_engine.model.native_abi import NormKind
+from golden.tolerances import DEVICE_PRODUCTS, DEVICE_PRODUCTS_BF16
+from support.interpreter import DEVICE
+from support.kernels import Packed, every_format, normal, pack
 
 SHAPES = [(37, 70), (16, 64), (5, 300)]
 """Rows and columns: of no whole groups, of whole ones, and more columns than rows."""

@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.interpreter import DEVICE
-from support.kernels import needs_kernels, pool_on
-
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm
 from expertd_engine.kernels.cuda.router import RouterLayout, route
 from expertd_engine.kernels.library import FORMATS, Matrix
 from expertd_engine.model.native_abi import Block, BlockCalls, Norm, NormKind, Router, Scores, Step
+from support.interpreter import DEVICE
+from support.kernels import needs_kernels, pool_on
 
 HIDDEN, ROWS, BLOCK_TOKENS, DIM = 40, 6, 16, 16
 
@@ -98,7 +97,11 @@ class World:
         block.ffn_norm = Norm(at(self.gain), None, NormKind.RMS, HIDDEN, 1e-6)
         block.value_offset, block.positions, block.attention_residual = BLOCK_TOKENS * DIM * 4, BLOCK_TOKENS, 1.0
         step = Step(ROWS, at(range(ROWS), np.int64), 1, at([0, ROWS], np.int64), at([0], np.int64), at([1], np.int32))
-        step.blocks, step.block_stride, step.block_tokens = at(np.zeros(4 * BLOCK_TOKENS * DIM)), 2 * block.value_offset, 16
+        step.blocks, step.block_stride, step.block_tokens = (
+            at(np.zeros(4 * BLOCK_TOKENS * DIM)),
+            2 * block.value_offset,
+            16,
+        )
         step.hidden, step.normed, step.added = at(self.x.copy()), at(np.zeros_like(self.x)), at(np.zeros_like(self.x))
         normed = keep[-2]
         step.logits = at(np.zeros((ROWS, rule.experts)))

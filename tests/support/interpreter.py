@@ -1,12 +1,10 @@
-"""Where the CUDA kernels are tested: on a GPU where there is one, else on the CPU by Triton's interpreter.
+"""Where the device's kernels are tested: on a GPU where there is one, else on the CPU by Triton's interpreter.
 
-Import this before any module of kernels. The interpreter multiplies bfloat16 matrices by their bits; here their products
-are of what the bits stand for.
+That multiplies bfloat16 matrices by their bits; once this is imported, products are of what the bits stand for.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -14,12 +12,9 @@ import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton", reason="triton is not installed (Linux on x86-64 alone has it)")
 
-import triton.language as tl
-from triton.runtime import interpreter
+tl = pytest.importorskip("triton.language", reason="triton is not installed (Linux on x86-64 alone has it)")
+interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 
 def _values(operand: Any) -> Any:

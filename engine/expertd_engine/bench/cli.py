@@ -10,8 +10,8 @@ from typing import get_args
 from expertd_engine.config import Config, Policy
 from expertd_engine.console import progress_bar, run_command
 
-DEVICES = ("cpu",)
-PEERS = ("llamacpp",)
+DEVICES = ("cpu", "cuda")
+PEERS = ("llamacpp", "transformers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(io)
     io.add_argument("--runs", type=_positive, default=5, metavar="N", help="runs of a second each (default: 5)")
     _add_quality(commands.add_parser("quality", help="what virtual mode costs in quality, beside its baselines"))
+    _add_virtual(commands.add_parser("virtual", help="a token of virtual mode beside one of a smaller model"))
     _add_perplexity(commands.add_parser("perplexity", help="what store formats cost, on held-out text"))
     _add_make_model(commands.add_parser("make-model", help="write a store of random weights in a known shape"))
     _add_routing(commands.add_parser("routing", help="the generated routes: how well they fit what was published"))
@@ -100,6 +101,14 @@ def _add_quality(command: argparse.ArgumentParser) -> None:
     command.add_argument("--png", type=Path, metavar="FILE", help="draw slots against perplexity")
 
 
+def _add_virtual(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_virtual)
+    _add_model(command)
+    command.add_argument("--slots", type=_positive, required=True, metavar="N", help="experts held in each layer")
+    command.add_argument("--pairs", type=_positive, default=15, metavar="N", help="interleaved rounds (default: 15)")
+    command.add_argument("--tokens", type=_positive, default=48, metavar="N", help="timed in a round (default: 48)")
+
+
 def _add_perplexity(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_perplexity)
     command.add_argument("model", metavar="MODEL", help="checkpoint, GGUF file, hub id or demo")
@@ -134,14 +143,27 @@ def _positive(text: str) -> int:
 
 
 def _decode(options: argparse.Namespace) -> str:
-    from expertd_engine.bench.decode import decode
     from expertd_engine.bench.options import read_options
+
+    if options.device == "cuda":
+        from expertd_engine.bench.device_decode import cells_of, device_decode
+
+        cells = cells_of(options)
+        return device_decode(read_options(options, _store(options)), cells)
+    from expertd_engine.bench.decode import decode
 
     return decode(read_options(options, _store(options)))
 
 
 def _prefill(options: argparse.Namespace) -> str:
     from expertd_engine.bench.options import read_options
+
+    if options.device == "cuda":
+        from expertd_engine.bench.device_decode import cells_of
+        from expertd_engine.bench.device_prefill import device_prefill
+
+        cells = cells_of(options)
+        return device_prefill(read_options(options, _store(options)), cells)
     from expertd_engine.bench.prefill import prefill
 
     return prefill(read_options(options, _store(options)))
@@ -183,6 +205,19 @@ def _quality(options: argparse.Namespace) -> str:
             png=options.png,
             progress=progress,
         )
+
+
+def _virtual(options: argparse.Namespace) -> str:
+    from expertd_engine.bench.virtual_speed import virtual_speed
+
+    return virtual_speed(
+        _store(options),
+        options.slots,
+        pairs=options.pairs,
+        tokens=options.tokens,
+        threads=options.threads,
+        io_threads=options.io_threads,
+    )
 
 
 def _make_model(options: argparse.Namespace) -> str:

@@ -6,20 +6,24 @@ given changes. What a step's routes were is read off the generator, after the cl
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 
-from expertd_engine.bench.generated import ChannelLookahead, GeneratedRoutes
+from expertd_engine.bench.generated import ChannelLookahead
 from expertd_engine.bench.protocol import EngineFacts, EngineSpec
 from expertd_engine.bench.replay import LRUReplay
 from expertd_engine.bench.routing import Ids
-from expertd_engine.bench.session import EngineSession, generated
+from expertd_engine.bench.session import EngineSession, config_of, generated
 from expertd_engine.config import parse_size
+from expertd_engine.console import silent
 from expertd_engine.core import StepResult
+from expertd_engine.device_startup import start_on_device
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.lookahead import NoLookahead
 from expertd_engine.request import ExpertCounts
@@ -33,7 +37,7 @@ class _StepExperts(Sequence[Sequence[int]]):
         self._routes = routes
 
     def __len__(self) -> int:
-        return self._routes.shape[1]
+        return int(self._routes.shape[1])
 
     def __getitem__(self, layer: Any) -> Any:
         return np.unique(self._routes[:, layer]).tolist()
@@ -51,6 +55,14 @@ class DeviceSession(EngineSession):
         self._moved = 0
         """Bytes that had crossed the link after the last step."""
         super().__init__(spec)
+        self._reported_routes = self._engine.cache.routes
+
+    def _started(self) -> Any:
+        device = torch.device("cuda", torch.cuda.current_device())
+        return start_on_device(
+            self._store, config_of(self._spec), os.getpid(), silent, self._watch, device,
+            lookahead=self._recorder, routes=self._routes,
+        )  # fmt: skip
 
     def retune(self, expert_budget: str, routing: str, hints: str) -> None:
         """Go on with this budget and these routes. What is resident stays where the budget lets it."""
@@ -66,20 +78,20 @@ class DeviceSession(EngineSession):
         cache.lookahead = lookahead_for(index, 0, self._recorder, cache.ledger)
         cache.set_budget(parse_size(expert_budget, share_allowed=True).resolve(cache.ledger.max_budget_bytes))
         cache.fill()
-        cache.routes = self._layer_routes
+        cache.routes = self._layer_routes if channel else self._reported_routes
         slots = cache.ledger.budget_bytes // index.record_bytes(0)
         every = self._store.experts() if slots >= self._shape.layers * self._shape.experts else ()
         self._replay = LRUReplay(slots, every)
 
     def _layer_routes(self, layer: int) -> Sequence[int]:
-        """What a layer of the running step routes to, in the place of the report that comes when it has ended."""
+        """What a layer of the running step routes to: foresight is told of it when the layer has routed."""
         assert self._routes is not None
         distinct: list[int] = np.unique(self._routes.current[:, layer]).tolist()
         return distinct
 
     def vram_bytes(self) -> int:
         """What this process occupies of the card, at most so far."""
-        return self._engine.meter.measure().peak_bytes
+        return int(self._engine.meter.measure().peak_bytes)
 
     def _met(self, result: StepResult) -> ExpertCounts:
         link = self._engine.cache.link

@@ -83,6 +83,8 @@ class Options:
         """llama.cpp on the store's GGUF twin, which is written first where it is not there; limited alike."""
         if self.peer is None:
             return None
+        if self.peer != "llamacpp":
+            raise UsageError(f"--peer {self.peer} is not allowed on cpu: give llamacpp, or --device cuda")
         path = peer_file(self.store)
         if not path.is_file():
             write_gguf(self.store, path)
@@ -142,6 +144,7 @@ def read_options(arguments: argparse.Namespace, store: Path) -> Options:
         max_step_tokens=arguments.max_step_tokens,
         max_model_len=_context(arguments),
         seed=arguments.seed,
+        device=arguments.device,
     )
     versus = _changed(engine, arguments.versus)
     for one in (engine, versus or engine):

@@ -29,7 +29,6 @@ class EngineSpec(msgspec.Struct, frozen=True, tag="engine", forbid_unknown_field
     max_model_len: int = 512
     seed: int = 0
     device: str = "cpu"
-    host_budget: str | None = None
 
 
 class PeerSpec(msgspec.Struct, frozen=True, tag="peer", forbid_unknown_fields=True):

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from expertd_engine.bench.protocol import (
 from expertd_engine.bench.replay import LRUReplay
 from expertd_engine.bench.routing import RoutingShape, make_routing, shape_of
 from expertd_engine.config import Config, Device, Policy, parse_size
+from expertd_engine.console import silent
 from expertd_engine.core import Forward, StepResult
 from expertd_engine.errors import EngineError
 from expertd_engine.experts.lookahead import NoLookahead
@@ -62,15 +63,7 @@ class EngineSession:
         self._counts = ExpertCounts()
         self._decoded: list[Sequence[Sequence[int]]] = []
         """What each decode step asked for, by layer, that the replay has not seen."""
-        self._engine = start_engine(
-            self._store,
-            _config(spec),
-            os.getpid(),
-            lambda stage, fraction: None,
-            self._watch,
-            lookahead=self._recorder,
-            routes=self._routes,
-        )
+        self._engine = self._started()
         slots = self._engine.cache.ledger.budget_bytes // self._store.index.record_bytes(0)
         self._replay = LRUReplay(
             slots, self._store.experts() if slots >= self._shape.layers * self._shape.experts else ()
@@ -78,6 +71,13 @@ class EngineSession:
 
     def close(self) -> None:
         self._engine.cache.close()
+
+    def _started(self) -> Any:
+        """The engine: its parts are what this class and its kin know of them."""
+        return start_engine(
+            self._store, config_of(self._spec), os.getpid(), silent, self._watch,
+            lookahead=self._recorder, routes=self._routes,
+        )  # fmt: skip
 
     # ------------------------------------------------------------ what can be asked
 
@@ -269,7 +269,8 @@ def generated(spec: EngineSpec, shape: RoutingShape) -> tuple[GeneratedRoutes | 
     return GeneratedRoutes(routing, channel, spec.streams + 1), channel
 
 
-def _config(spec: EngineSpec) -> Config:
+def config_of(spec: EngineSpec) -> Config:
+    """What the engine is started with."""
     return Config(
         model=spec.store,
         expert_budget=parse_size(spec.expert_budget, share_allowed=True) if spec.expert_budget else None,
@@ -283,5 +284,4 @@ def _config(spec: EngineSpec) -> Config:
         threads=spec.threads,
         io_threads=spec.io_threads,
         device=cast(Device, spec.device),
-        host_budget=parse_size(spec.host_budget, share_allowed=True) if spec.host_budget else None,
     )

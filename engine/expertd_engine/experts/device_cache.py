@@ -27,6 +27,8 @@ from expertd_engine.experts.device_events import (
     Fill,
     Hand,
     Landed,
+    Lend,
+    Lent,
     Move,
     Provide,
     Recall,
@@ -130,12 +132,14 @@ class DeviceCache:
         self._step = self._layers_known = self._prefetches_before = 0
         self._scan = self._staged_words = False
         self._scanned = ExpertCounts()
+        self._lent: list[int] = []
         self.pulse: Callable[[], None] = _nobody
         """Called at the end of each step."""
         self._aside = Aside()
         self._boundary = Boundary({}, ())
         self._before: Mark = device.compute.mark()
         self._unread: _Launch | None = None
+        self._last: _Launch | None = None
         for layer, count in enumerate(ledger.experts_per_layer):
             for expert in range(count):
                 self.publication.send_home(ExpertId(layer, expert))
@@ -171,7 +175,7 @@ class DeviceCache:
         launch = _Launch(self._step, self.table.turn, self._scan, whole, self.device.compute.mark())
         self.copies.after(self._before)
         self._take_in([Cooled(self._boundary.retired)])
-        self._unread = launch
+        self._unread = self._last = launch
 
     def poll(self) -> None:
         """While a launch runs: take in complete copies, and what is foreseen as layer after layer routes."""
@@ -188,10 +192,10 @@ class DeviceCache:
     def end_step(self) -> ExpertCounts:
         """The launch has ended: what it met. The ledger learns of it while the next one runs."""
         self.pulse()
-        if self._unread is None or self._unread.step != self._step:
+        if self._last is None or self._last.step != self._step:
             return self._scanned
-        self._unread.ended.wait()
-        counts = self._count(self.table.report(self._unread.turn))
+        self._last.ended.wait()
+        counts = self._count(self.table.report(self._last.turn))
         self.stalls.add("link_estimated", counts.stall_s)
         self.stalls.end_step()
         return counts
@@ -231,13 +235,15 @@ class DeviceCache:
         self.flush()
         self.device.compute.mark().wait()
 
-    def flush(self) -> None:
-        """Have all that was collected applied before whatever is given to the compute lane from now on."""
+    def flush(self, *events: DeviceEvent) -> None:
+        """Have all that was collected applied before whatever is given to the compute lane from now on, then tell of
+        these events.
+        """
         boundary = self.publication.boundary()
         self.table.stage(boundary.words)
         self.device.compute.run(self.table.apply)
         self.copies.after(self.device.compute.mark())
-        self._handle([Cooled(boundary.retired)])
+        self._handle([Cooled(boundary.retired), *events])
 
     def stage(self) -> Staging:
         """For a step of many rows, launched layer by layer: its experts, streamed through a few slots. Call it between
@@ -246,13 +252,10 @@ class DeviceCache:
         if self._unread is not None:
             self._unread.ended.wait()
             self._take_in([])
-        wanted = self._wanted()
         ring = plan_ring(self.ledger.pool.limit, max(self.record_bytes))
-        reserve = max(wanted.reserve, ring.slots)
-        landing = max(0, min(wanted.landing, self.ledger.pool.limit - reserve))
-        self._handle([Provide(landing, reserve, still=True)])
-        self.flush()
-        lent = [] if self.device.shares_memory else self.ledger.lend(ring.slots)
+        while not self.device.shares_memory and not self._borrow(ring.slots):
+            self._drain()  # every slot is being copied into
+        lent, self._lent = self._lent, []
         return Staging(self, lent, ring)
 
     def scanned(self, pairs: Sequence[Sequence[int]]) -> None:
@@ -343,6 +346,15 @@ class DeviceCache:
             self.copies.read_bytes += _misses(seen[-1]) * self.record_bytes[layer]
         return seen, landed
 
+    def _borrow(self, slots: int) -> bool:
+        """Whether there are any to stream through, `slots` at most; no step is running."""
+        wanted = self._wanted()
+        reserve = max(wanted.reserve, slots)
+        landing = max(0, min(wanted.landing, self.ledger.pool.limit - reserve))
+        self._handle([Provide(landing, reserve, still=True)])
+        self.flush(Lend(slots))
+        return bool(self._lent)
+
     def _foreseen_late(self, seen: Sequence[Seen], launch: _Launch) -> list[DeviceEvent]:
         """Where nobody knows routes while a step runs, a lookahead hears of them when it has ended."""
         if self.routes is not _unknown:
@@ -408,6 +420,8 @@ class DeviceCache:
                 cancelled += [] if taken_back is None else [taken_back]
             case Recall(slots):
                 self.publication.recall(slots)
+            case Lent(slots):
+                self._lent = list(slots)
             case Move(expert, origin, slot):
                 nbytes = self.record_bytes[expert.layer]
                 self.device.compute.copy([(self.slab.view(slot, nbytes), self.slab.view(origin, nbytes))])

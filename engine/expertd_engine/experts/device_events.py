@@ -71,6 +71,12 @@ class Confine(msgspec.Struct, frozen=True, gc=False):
     slots: int
 
 
+class Lend(msgspec.Struct, frozen=True, gc=False):
+    """Give up to so many of the slots that are set aside for copies to a prefill, until they are taken back."""
+
+    most: int
+
+
 class Fill(msgspec.Struct, frozen=True, gc=False):
     """Bring these in, in order, for as long as there are slots that nothing lies in. Evicts nothing."""
 
@@ -95,6 +101,12 @@ class Hand(msgspec.Struct, frozen=True, gc=False):
 
 class Recall(msgspec.Struct, frozen=True, gc=False):
     """From the next launch on, these slots are no step's to write into any more; then answer `Cooled`."""
+
+    slots: Sequence[int]
+
+
+class Lent(msgspec.Struct, frozen=True, gc=False):
+    """The slots lent."""
 
     slots: Sequence[int]
 

@@ -31,6 +31,8 @@ from expertd_engine.experts.device_events import (
     Fill,
     Hand,
     Landed,
+    Lend,
+    Lent,
     Move,
     Provide,
     Recall,
@@ -56,8 +58,8 @@ from expertd_engine.experts.residency import EvictionReason, Residency, State
 
 __all__ = ["DeviceLedger"]
 
-DeviceEvent = Event | Seen | Landed | Cooled | Provide | Confine | Fill
-DeviceInstruction = Instruction | Retire | Hand | Recall | Move
+DeviceEvent = Event | Seen | Landed | Cooled | Provide | Confine | Lend | Fill
+DeviceInstruction = Instruction | Retire | Hand | Recall | Lent | Move
 
 _RESULTS: tuple[LookupResult, ...] = ("hit", "miss", "late", "miss")
 """By source."""
@@ -109,7 +111,7 @@ class DeviceLedger:
         self._handlers: dict[type, Callable[[Any], None]] = {
             Seen: self._seen, Landed: self._landed, Predict: self._predict, Loaded: self._loaded, Tick: self._tick,
             Cancelled: self._cancelled, Cooled: self._cooled, Provide: self._provide, Fill: self._fill,
-            Confine: self._confine, SetBudget: self._set_budget,
+            Confine: self._confine, Lend: self._lend, SetBudget: self._set_budget,
         }  # fmt: skip
 
     def handle_all(self, events: Iterable[DeviceEvent]) -> list[DeviceInstruction]:
@@ -287,22 +289,11 @@ class DeviceLedger:
 
     # ------------------------------------------------------------ slots
 
-    def adopt(self, expert: ExpertId, slot: int) -> bool:
-        """The record was streamed into a lent slot, and may stay there if the expert is absent: then it is resident."""
-        record = self._residency.record(expert)
-        if record.place is not State.ABSENT:
-            return False
-        self.pool.own(slot, record.nbytes)
-        record.slot = slot
-        self._residency.arrive(record)
-        return True
-
-    def lend(self, most: int) -> list[int]:
-        """Up to so many of the slots that are set aside for copies, to stream experts through until `take_back`."""
-        lent = [*self.pool.slots(Use.COLD), *self.pool.slots(Use.FREE)][:most]
+    def _lend(self, event: Lend) -> None:
+        lent = [*self.pool.slots(Use.COLD), *self.pool.slots(Use.FREE)][: event.most]
         for slot in lent:
             self.pool.put(slot, Use.LENT)
-        return lent
+        self._out.append(Lent(lent))
 
     def take_back(self, lent: Iterable[int]) -> None:
         """Nothing that was launched before the next copy reads these slots any more."""

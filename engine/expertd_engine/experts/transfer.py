@@ -80,6 +80,11 @@ class Transfers:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def read_bytes(self) -> int:
+        """Of all loads that came to their end."""
+        return self.completions.read_bytes
+
     def submit(self, load: Load, buffer: memoryview) -> None:
         with self._condition:
             self._queues[load.priority].append(_Job(load, buffer))

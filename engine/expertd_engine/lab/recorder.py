@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ BUFFER_BYTES = 8 * 2**20
 class TraceRecorder:
     """A `Watch` on steps. Raises ConfigError for a folder that cannot be written to.
 
-    `share` of all steps is recorded, `limit_bytes` of parts are kept; with `hidden`, what the routers saw too.
+    The header's share of all steps is recorded, `limit_bytes` of parts are kept; with `hidden`, what the routers saw
+    too. `unroll`: each row of a step is recorded as a decoding step of its own, as text is when it is generated.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class TraceRecorder:
         *,
         limit_bytes: int,
         hidden: bool = False,
+        unroll: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         try:
@@ -56,6 +59,8 @@ class TraceRecorder:
         self._folder = folder
         self._header = header
         self._limit = limit_bytes
+        self._unroll = unroll
+        self._unrolled = 0
         self._cycle = max(WINDOW_STEPS, round(WINDOW_STEPS / header.share))
         self._clock = clock
         self._began = clock()
@@ -111,7 +116,12 @@ class TraceRecorder:
     def _write(self, path: Path, steps: Sequence[_Step]) -> None:
         """On the writer's thread."""
         try:
-            size = write_part(path, _joined(self._header, steps))
+            trace = _joined(self._header, steps)
+            if self._unroll:
+                numbers = np.arange(self._unrolled, self._unrolled + len(trace))
+                trace = replace(trace, steps=numbers, decode=np.ones(len(trace), bool))
+                self._unrolled += len(trace)
+            size = write_part(path, trace)
             self._parts.append((path, size))
             self._written += size
             while self._written > self._limit:

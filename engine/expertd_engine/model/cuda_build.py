@@ -1,4 +1,4 @@
-"""From a loaded model to its description on the device: matched and held to the modules on the CPU, then carried over."""
+"""From a loaded model to its description on the device: matched and proved on the CPU, then carried over."""
 
 from __future__ import annotations
 

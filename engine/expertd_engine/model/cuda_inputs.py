@@ -1,4 +1,4 @@
-"""What a step is told, in memory that never moves: tokens, positions, block tables. Owns the pinned twin it is sent from.
+"""What a step is told, in memory that never moves: tokens, positions, block tables. Owns their pinned twin.
 
 A captured step reads these very addresses, so that filling them anew and launching it again is a new step. All numbers
 lie in one int32 tensor and go to the device in one copy.

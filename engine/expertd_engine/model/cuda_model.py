@@ -78,7 +78,7 @@ class StepTokens:
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """`best[i]` is the token with the highest logit of `logit_rows[i]`; `logits[i]` float32 `[V]` where they are read."""
+    """`best[i]` is the token with the highest logit of `logit_rows[i]`; `logits[i]` float32 `[V]`, where read."""
 
     best: list[int]
     logits: dict[int, Tensor]

@@ -125,7 +125,7 @@ class Program:
         """`logits` `[N, V]`: room for the logits of N rows at a time."""
         self.layers, self.ends = layers, ends
         self.kv, self.inputs, self.workspace, self.logits = kv, inputs, workspace, logits
-        self._argmax = Argmax(*logits.shape, logits.device)
+        self._argmax = Argmax(len(logits), logits.shape[1], logits.device)
 
     def run_layers(self, rows: int, experts: Experts, tiles: Tensor | None = None) -> None:
         """From the step's inputs to the residual stream behind the last layer, for the first `rows` rows.

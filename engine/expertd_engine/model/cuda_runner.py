@@ -1,4 +1,4 @@
-"""The engine's `Forward` on a device: one planned step through the device model, and its tokens out. Decides nothing."""
+"""The engine's `Forward` on a device: one planned step through the device model, and its tokens. Decides nothing."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from torch import Tensor
 SPANS = 32
 """Spans of keys that a row is cut into at most."""
 MERGED_AT_ONCE = 4
-_ROW_KEYS = 64
+_ROW_KEYS = 32
+"""Keys that a row alone reads at once; float32 needs more registers."""
 QUERY_TILE = 16
 """Rows of a tile at most."""
 
@@ -33,9 +34,7 @@ class AttentionScratch:
     """int32 `[rows, kv_heads]`, zeros between launches."""
 
     @classmethod
-    def of(
-        cls, rows: int, heads: int, kv_heads: int, value_dim: int, device: torch.device | str
-    ) -> AttentionScratch:
+    def of(cls, rows: int, heads: int, kv_heads: int, value_dim: int, device: torch.device | str) -> AttentionScratch:
         """For steps of at most that many rows, and layers of at most that many heads and value dimensions."""
         return cls(
             torch.empty(rows * heads * SPANS * value_dim, device=device),
@@ -93,7 +92,7 @@ def attend(
             **shapes,
             GROUP_BLOCK=triton.next_power_of_2(group),
             MEMBERS=max(16, triton.next_power_of_2(group)),
-            KEYS=_ROW_KEYS,
+            KEYS=_ROW_KEYS if keys.dtype == torch.bfloat16 else 16,
             SPANS=SPANS,
             MERGED=MERGED_AT_ONCE,
             num_warps=4,
@@ -171,9 +170,7 @@ def _rows_kernel(
                     span_sums + mine * VALUE_DIM, span_best + mine, span_total + mine, count,
                     GROUP, VALUE_DIM, BLOCK_V, GROUP_BLOCK, MERGED,
                 )  # fmt: skip
-                _leave(
-                    out, gate, sinks, whole_best, whole_total, whole_sums, g, to, by, g < end, VALUE_DIM, BLOCK_V
-                )
+                _leave(out, gate, sinks, whole_best, whole_total, whole_sums, g, to, by, g < end, VALUE_DIM, BLOCK_V)
 
 
 @triton.jit

@@ -212,9 +212,7 @@ def _placed(
 
 
 @triton.jit
-def _moments(
-    x: tl.tensor, stored: tl.tensor, COUNT: tl.constexpr, eps: tl.tensor, LAYER: tl.constexpr
-) -> tl.tensor:
+def _moments(x: tl.tensor, stored: tl.tensor, COUNT: tl.constexpr, eps: tl.tensor, LAYER: tl.constexpr) -> tl.tensor:
     """What a norm of `x`, of which COUNT are stored, subtracts, and what it multiplies with."""
     mean = 0.0
     if LAYER:

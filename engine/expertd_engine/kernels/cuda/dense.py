@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,6 +24,8 @@ ROWS_MAX = 16
 
 _PIECE = {"float32": 4, "bfloat16": 8, "int8": 16, "int4": 16, "int4s": 16}
 """Elements of `data` in the 16 bytes that a thread loads at once."""
+_HELD = 64
+"""Numbers of W that a thread keeps in registers."""
 
 
 class RowsConfig(NamedTuple):
@@ -76,9 +77,9 @@ def matmul(
 
 def rows_config(matrix: DeviceMatrix, count: int) -> RowsConfig:
     """What was fastest on an H100 for a matrix and `count` inputs."""
-    pieces = triton.next_power_of_2(_pieces(matrix))
-    warps = max(1, min(8, pieces // 64))
-    block_n = max(1, min(4, 8 * 32 * warps // pieces))
+    cols = triton.next_power_of_2(matrix.padded)
+    warps = max(1, min(8, cols // 512))
+    block_n = max(1, min(4, _HELD * 32 * warps // cols))
     return RowsConfig(block_n, min(4, triton.next_power_of_2(count)), warps)
 
 
@@ -174,8 +175,8 @@ def zero_step(minima: tl.tensor, scale: tl.tensor, at: tl.tensor, mask: tl.tenso
 
 @triton.jit
 def _rows_kernel(
-    x: tl.tensor, data: tl.tensor, scales: tl.tensor, minima: tl.tensor, bias: tl.tensor, gain: tl.tensor, out: tl.tensor,
-    count: tl.tensor, rows: tl.tensor, x_stride: tl.tensor, out_stride: tl.tensor, eps: tl.tensor, scale: tl.tensor,
+    x: tl.tensor, data: tl.tensor, scales: tl.tensor, minima: tl.tensor, bias: tl.tensor, gain: tl.tensor,
+    out: tl.tensor, count: tl.tensor, rows: tl.tensor, x_stride: tl.tensor, out_stride: tl.tensor, eps: tl.tensor, scale: tl.tensor,
     COLS: tl.constexpr, PIECES: tl.constexpr, FORMAT: tl.constexpr, PIECE: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr, INPUTS: tl.constexpr, ADD: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -185,9 +186,7 @@ def _rows_kernel(
     e = tl.arange(0, PIECE)
     stored = (n[:, None] < rows - first) & (v < PIECES)[None, :]
     at = (n * PIECES)[:, None, None] + v[None, :, None]
-    kept = tl.load(
-        data + first.to(tl.int64) * (PIECES * PIECE) + at * PIECE + e[None, None, :], stored[:, :, None], 0
-    )
+    kept = tl.load(data + first.to(tl.int64) * (PIECES * PIECE) + at * PIECE + e[None, None, :], stored[:, :, None], 0)
     low = low_steps(kept, FORMAT)
     SPLIT: tl.constexpr = FORMAT == "int4" or FORMAT == "int4s"
     if FORMAT == "int8" or SPLIT:
@@ -224,7 +223,15 @@ def _rows_kernel(
 
 
 @triton.jit
-def finish(result: tl.tensor, bias: tl.tensor, out: tl.tensor, n: tl.tensor, end: tl.tensor, scale: tl.tensor, ADD: tl.constexpr) -> None:
+def finish(
+    result: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    n: tl.tensor,
+    end: tl.tensor,
+    scale: tl.tensor,
+    ADD: tl.constexpr,
+) -> None:
     """Leave sums of rows `n` of W, where below `end`, at `out` + n."""
     mask = n < end
     if bias is not None:
@@ -273,7 +280,9 @@ def _tiles_kernel(
 
 
 @triton.jit
-def _multiplied(sums: tl.tensor, weights: tl.tensor, inputs: tl.tensor, lives: tl.tensor, k: tl.tensor, COLS: tl.constexpr) -> tl.tensor:
+def _multiplied(
+    sums: tl.tensor, weights: tl.tensor, inputs: tl.tensor, lives: tl.tensor, k: tl.tensor, COLS: tl.constexpr
+) -> tl.tensor:
     """Sums `[N, M]` and the products of W's columns k with these of the inputs."""
     given = tl.load(inputs + k[None, :], lives[:, None] & (k < COLS)[None, :], 0.0)
     return tl.dot(weights, tl.trans(given.to(weights.dtype)), sums, input_precision="ieee")

@@ -35,7 +35,9 @@ def norm_rows(x: Tensor, norm: DeviceNorm, out: Tensor) -> None:
     )
 
 
-def add_norm(hidden: Tensor, x: Tensor, norm: DeviceNorm | None, scale: float = 1.0, gate: Tensor | None = None) -> None:
+def add_norm(
+    hidden: Tensor, x: Tensor, norm: DeviceNorm | None, scale: float = 1.0, gate: Tensor | None = None
+) -> None:
     """hidden += scale * norm(x * sigmoid(gate)): hidden and x `[R, H]` float32, gate float32 `[R, 1]`."""
     width = hidden.shape[1]
     block = triton.next_power_of_2(width)
@@ -55,7 +57,9 @@ def row_warps(block: int) -> int:
 
 
 @triton.jit
-def normalised(x: tl.tensor, weight: tl.tensor, bias: tl.tensor, i: tl.tensor, n: tl.tensor, eps: tl.tensor, LAYER: tl.constexpr) -> tl.tensor:
+def normalised(
+    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, i: tl.tensor, n: tl.tensor, eps: tl.tensor, LAYER: tl.constexpr
+) -> tl.tensor:
     """The norm of `n` numbers x, zeros elsewhere, of which x[j] is number i[j]. One axis."""
     if LAYER:
         centred = tl.where(i < n, x - tl.sum(x, 0) / n, 0.0)

@@ -159,7 +159,7 @@ def publish(table: TablePointers, layer: int, scratch: ExpertScratch) -> None:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _publish_kernel(
     entries: tl.tensor, slot_address: tl.tensor, totals: tl.tensor, distinct: tl.tensor, targets: tl.tensor,
     layer: tl.tensor, experts: tl.tensor, WIDTH: tl.constexpr,
@@ -179,7 +179,7 @@ def _publish(
     tl.store(entries + (layer * experts + expert) * 2, address, mask=slot >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _resolve_kernel(
     entries: tl.tensor, slot_address: tl.tensor, ready: tl.tensor, landing: tl.tensor, head: tl.tensor, tail: tl.tensor,
     seen: tl.tensor, seen_count: tl.tensor, progress: tl.tensor, index: tl.tensor, num_rows: tl.tensor,
