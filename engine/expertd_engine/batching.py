@@ -1,15 +1,19 @@
 """Who of the running sequences computes in a step whose tokens do not suffice for all. Pure.
 
 `expert-aware` is Read-ME's Algorithm 1, repaired: tokens that wait for the same experts stand in one queue, and a step
-is filled from the queues that bring most tokens for each expert not yet in it, as long as there is room and a queue is
-left. As printed, the algorithm does not end when all queues are empty, and tokens of a rare expert may wait for ever.
-Here whoever was passed over `patience` steps in a row goes before all queues, the longest waiting first; each step
-serves one of these at least, so nobody is passed over more than `patience` + (number of sequences - 1) times in a row.
+is filled from the queues that bring most tokens for each expert not yet in it. As printed, the algorithm does not end
+when all queues are empty; here it ends with them, with the step's tokens, or with the experts that the cache has room
+for. As printed, tokens of a rare expert may wait for ever; here whoever was passed over `patience` steps in a row goes
+before all queues, the longest waiting first. Each step serves one of these at least, so nobody is passed over more than
+`patience` + (number of sequences - 1) times in a row. Three things were added, for a cache that does not hold all:
+decodes come before prompts, the experts of the step before before others, so that a group of sequences goes on until
+others are overdue; and a step takes no more experts than there is room for, though it has tokens left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -44,23 +48,41 @@ def prefill_first(candidates: Sequence[Candidate], max_tokens: int) -> list[Shar
     return _fill(candidates, order, max_tokens)
 
 
-def expert_aware(candidates: Sequence[Candidate], max_tokens: int, patience: int) -> list[Share]:
-    """At most `max_tokens` tokens that use few experts together; see the head of the module for who cannot wait."""
-    overdue = sorted(
-        (i for i, one in enumerate(candidates) if one.waited >= patience),
-        key=lambda i: (-candidates[i].waited, candidates[i].prefills, i),
-    )
+def expert_aware(
+    candidates: Sequence[Candidate], max_tokens: int, patience: int, room: int, last: frozenset[int] = frozenset()
+) -> list[Share]:
+    """At most `max_tokens` tokens that use at most `room` experts together, if the first of them alone do not use more.
+
+    `last` are the experts of the step before, which are likely to be at hand. See the head of the module for who goes
+    first and who cannot wait.
+    """
+    overdue = _overdue(candidates, patience, room)
     shares = _overdue_shares(candidates, overdue, max_tokens)
-    used = frozenset().union(*(candidates[share.place].experts for share in shares))
+    used = _union(candidates, [share.place for share in shares])
     left = max_tokens - sum(share.tokens for share in shares)
-    queues = _queues(candidates, set(range(len(candidates))).difference(overdue))
-    while left and queues:
-        experts = max(queues, key=lambda key: _worth(candidates, queues[key], len(key - used), left))
-        taken = _fill(candidates, queues.pop(experts), left)
-        shares += taken
-        used |= experts
-        left -= sum(share.tokens for share in taken)
+    others = set(range(len(candidates))).difference(overdue)
+    for prefills in (False, True):
+        queues = _queues(candidates, [i for i in others if candidates[i].prefills == prefills])
+        while left and queues:
+            experts = max(queues, key=lambda key: _worth(candidates, queues[key], key - used, last, left))
+            queue = queues.pop(experts)
+            if used and len(used | experts) > room:
+                continue
+            taken = _fill(candidates, queue, left)
+            shares += taken
+            used |= experts
+            left -= sum(share.tokens for share in taken)
     return shares
+
+
+def _overdue(candidates: Sequence[Candidate], patience: int, room: int) -> list[int]:
+    """Those passed over `patience` times and more, the longest first, as far as there is room for their experts."""
+    late = [i for i, one in enumerate(candidates) if one.waited >= patience]
+    chosen: list[int] = []
+    for index in sorted(late, key=lambda i: (-candidates[i].waited, candidates[i].prefills, i)):
+        if not chosen or len(_union(candidates, [*chosen, index])) <= room:
+            chosen.append(index)
+    return chosen
 
 
 def _overdue_shares(candidates: Sequence[Candidate], order: Sequence[int], max_tokens: int) -> list[Share]:
@@ -78,19 +100,24 @@ def _overdue_shares(candidates: Sequence[Candidate], order: Sequence[int], max_t
     return shares
 
 
+def _union(candidates: Sequence[Candidate], places: Iterable[int]) -> frozenset[int]:
+    return frozenset().union(*(candidates[place].experts for place in places))
+
+
 def _queues(candidates: Sequence[Candidate], members: Iterable[int]) -> dict[frozenset[int], list[int]]:
-    """Decodes by the experts they wait for, in their order; every prompt is a queue, with decodes of just its experts
-    before it."""
+    """By the experts that they wait for, in their order."""
     queues: dict[frozenset[int], list[int]] = {}
-    for index in sorted(members, key=lambda i: (candidates[i].prefills, i)):
+    for index in sorted(members):
         queues.setdefault(candidates[index].experts, []).append(index)
     return queues
 
 
-def _worth(candidates: Sequence[Candidate], queue: Sequence[int], new_experts: int, left: int) -> tuple[float, int]:
-    """Tokens that fit for each expert that the step does not use yet; of equals the first in order."""
+def _worth(
+    candidates: Sequence[Candidate], queue: Sequence[int], new: frozenset[int], last: frozenset[int], left: int
+) -> tuple[bool, bool, float, int]:
+    """First whoever needs no further expert, then none but those of the step before, then most tokens an expert."""
     tokens = min(left, sum(candidates[index].tokens for index in queue))
-    return (tokens / new_experts if new_experts else float("inf")), -queue[0]
+    return not new, new <= last, tokens / max(1, len(new)), -queue[0]
 
 
 def _fill(candidates: Sequence[Candidate], order: Iterable[int], max_tokens: int) -> list[Share]:
@@ -104,16 +131,26 @@ def _fill(candidates: Sequence[Candidate], order: Iterable[int], max_tokens: int
     return shares
 
 
+Room = Callable[[], int]
+
+
+def unbounded() -> int:
+    """Room where nothing is ever evicted."""
+    return sys.maxsize
+
+
 class Chooser:
     """Applies a batching to running sequences, and keeps account of who was passed over. Owned by the scheduler."""
 
-    def __init__(self, batching: Batching, max_tokens: int, patience: int) -> None:
-        """`max_tokens` in a step."""
+    def __init__(self, batching: Batching, max_tokens: int, patience: int, room: Room = unbounded) -> None:
+        """`max_tokens` in a step; `room` is how many experts, as candidates number them, can be at hand."""
         self.most_passed_over = 0
         """Steps in a row, of all sequences since start."""
         self._batching = batching
         self._max_tokens = max_tokens
         self._patience = patience
+        self._room = room
+        self._last: frozenset[int] = frozenset()
         self._passed_over: dict[int, int] = {}
 
     def shares(self, rows: Sequence[Running]) -> dict[int, int]:
@@ -122,7 +159,8 @@ class Chooser:
         if self._batching == "prefill-first":
             shares = prefill_first(candidates, self._max_tokens)
         else:
-            shares = expert_aware(candidates, self._max_tokens, self._patience)
+            shares = expert_aware(candidates, self._max_tokens, self._patience, self._room(), self._last)
+            self._last = _union(candidates, [share.place for share in shares])
         return {rows[share.place].sequence_id: share.tokens for share in shares}
 
     def stepped(self, rows: Iterable[Running], chosen: Collection[int]) -> None:

@@ -82,6 +82,7 @@ Mode = Literal["exact", "virtual"]
 Dtype = Literal["auto", "float32", "bf16", "int8", "int4", "int4s"]
 Verify = Literal["first", "always"]
 Device = Literal["auto", "cpu", "cuda"]
+Numerics = Literal["auto", "invariant"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -138,6 +139,9 @@ class Config:
         group="budget",
     )  # fmt: skip
     prefetch: bool = _option(True, "load foreseen experts before they are needed", group="budget")
+    warm_restart: bool = _option(
+        True, "keep beside the store which experts were resident, and load them again after a restart", group="budget"
+    )
     prefix_cache: bool = _option(True, "keep KV of past sequences for prompts that begin alike", group="budget")
 
     max_model_len: int | None = _option(None, "tokens of prompt and answer; default: the model's", group="batch", low=1)
@@ -157,6 +161,10 @@ class Config:
     host_budget: Size | None = _option(
         None, "cuda: bytes of pinned memory for experts, or a share of all; default: all of them", group="budget",
         share=True,
+    )  # fmt: skip
+    numerics: Numerics = _option(
+        "auto", "invariant: a token's bits never depend on its batch, or there is no start; auto: where that is free",
+        group="compute",
     )  # fmt: skip
     threads: int | None = _option(None, "compute threads; default: cores this process may use", group="compute", low=1)
     io_threads: int = _option(2, "threads that read experts from disk", group="compute", low=1, high=64)

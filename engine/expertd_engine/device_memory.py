@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 
@@ -37,6 +38,8 @@ def _used_by_others(index: int) -> int | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    command = [tool, f"--id={index}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")  # the tool does not heed it
+    card = visible.split(",")[index] if visible else str(index)
+    command = [tool, f"--id={card}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     return int(answer.stdout) * 2**20 if answer.returncode == 0 and answer.stdout.strip().isdigit() else None

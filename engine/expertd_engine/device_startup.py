@@ -15,7 +15,7 @@ import transformers
 from expertd_engine.config import Config, Size
 from expertd_engine.core import Constrain, EngineCore, Forward
 from expertd_engine.device_memory import DeviceMeter
-from expertd_engine.errors import ModelError, ResourceError
+from expertd_engine.errors import ConfigError, ResourceError
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_ledger import DeviceLedger
@@ -37,6 +37,7 @@ from expertd_engine.model.cuda_graph import buckets
 from expertd_engine.model.cuda_model import DeviceModel, Limits, StepTokens
 from expertd_engine.model.cuda_program import DeviceKV
 from expertd_engine.model.cuda_runner import DeviceRunner
+from expertd_engine.model.cuda_trial import is_invariant
 from expertd_engine.model.loader import LoadedModel, load_model
 from expertd_engine.model.moe import RouteSource
 from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
@@ -81,6 +82,10 @@ class DeviceEngine:
     measured: Measured
     asked: Asked
     info: EngineInfo
+    recorder: None = None
+    """Routes of steps on a device are not recorded."""
+    warm: None = None
+    """Experts in host memory are loaded before it is ready: there is nothing to remember."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +116,7 @@ def start_on_device(
     routes: RouteSource | None = None,
 ) -> DeviceEngine:
     """As `startup.start_engine`. `device` may be the processor, for Triton's interpreter."""
-    if {layout.order for layout in store.index.layouts} != {"rows"}:
-        raise ModelError(f"store {store.path} is made for CPUs: make one with `expertd prepare --for gpu`")
+    store.require_order("rows")
     meter = DeviceMeter(device) if device.type == "cuda" else MemoryMeter(server_pid)
     verify_store(store, report)
     report("load", 0.0)
@@ -168,7 +172,7 @@ def _model(context: _Context, kv: DeviceKV, table: Any) -> DeviceModel:
     parts = context.parts
     return DeviceModel(
         parts.layers, parts.ends, parts.layouts, kv, table, context.limits, parts.dtype,
-        given_routes=context.routes is not None,
+        given_routes=context.routes is not None, invariant=context.config.numerics == "invariant",
     )  # fmt: skip
 
 
@@ -224,10 +228,11 @@ def _assemble(
         Scheduler(limits, pool, prefixes), wrap(runner), loaded.eos_token_ids, context.constrain, refuse_virtual
     )
     _warm(context, model, cache, report)
+    numerics = _numerics(context, model, cache)
     context.meter.measure()
     for fallback in context.fallbacks:
         logger.warning("fallback: %s", fallback)
-    info = _describe(context, plan, cache, pool, kv, records)
+    info = _describe(context, plan, cache, pool, kv, records, numerics)
     sweep = Sweep(store, records, busy=lambda: cache.transfers.depth() > 0)
     measured, asked = planned_from
     asked = replace(asked, kv_budget=Size(bytes=plan.kv_blocks * kv.block_bytes))  # it stays as it was allotted
@@ -280,6 +285,8 @@ def _warm(context: _Context, model: DeviceModel, cache: DeviceCache, report: Rep
     request comes, and what the largest step allots for a moment is allotted.
     """
     cache.fill()
+    if context.device.torch_device.type == "cpu":
+        return  # nothing is compiled
     count = min(context.limits.step_tokens, context.limits.model_len)
     blocks = [1] * -(-count // BLOCK_TOKENS)  # its keys and values are no one's, and overwrite each other
     for first, length in ((0, count), (count - 1, 1)):
@@ -298,9 +305,19 @@ def _probe(context: _Context, first: int, length: int, blocks: list[int]) -> Ste
     )  # fmt: skip
 
 
+def _numerics(context: _Context, model: DeviceModel, cache: DeviceCache) -> str:
+    """`invariant` where that is asked for and holds, by trial. Raises ConfigError where it does not."""
+    if context.config.numerics != "invariant":
+        return "per-batch"
+    if not is_invariant(model, cache, context.limits, BLOCK_TOKENS):
+        raise ConfigError("numerics: 'invariant' is not allowed: on this device a row's bits depend on its batch")
+    return "invariant"
+
+
 def _describe(
-    context: _Context, plan: StartupPlan, cache: DeviceCache, pool: KVPool, kv: DeviceKV, records: RecordFile
-) -> EngineInfo:
+    context: _Context, plan: StartupPlan, cache: DeviceCache, pool: KVPool, kv: DeviceKV, records: RecordFile,
+    numerics: str,
+) -> EngineInfo:  # fmt: skip
     config, index, loaded = context.config, context.store.index, context.loaded
     where = context.device.torch_device
     card = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu (interpreted)"
@@ -333,7 +350,7 @@ def _describe(
         policy=policy_name(config),
         lookahead=cache.lookahead.exactness,
         prefetch=config.prefetch,
-        numerics="per-batch",
+        numerics=numerics,
         kernels="triton",
         step_path="graph" if where.type == "cuda" else "interpreted",
         direct_io=records.direct,

@@ -24,6 +24,7 @@ SNAPSHOT_BUSY_S = 0.25
 SNAPSHOT_IDLE_S = 1.0
 MEMORY_EVERY_S = 1.0
 MAP_EVERY_S = 0.25
+REFILLING_S = 0.001
 
 
 class Channel:
@@ -71,13 +72,16 @@ class EngineLoop:
         self._measured_s = 0.0
         self._memory = engine.meter.measure()
         engine.cache.pulse = self._pulse
+        self._warm = engine.warm
 
     def run(self) -> None:
         core = self._engine.core
         self._engine.sweep.begin()
         self._snapshot(time.monotonic())
+        if self._warm is not None:
+            self._warm.recall()
         while True:
-            self._take_inbox(0.0 if core.has_work else SNAPSHOT_BUSY_S)
+            self._take_inbox(self._patience_s())
             if self._stopping:
                 break
             if core.has_work:
@@ -88,8 +92,18 @@ class EngineLoop:
                 self._engine.runner.idle()
             self._heartbeat()
         self._channel.send(core.end_all(time.monotonic()))
+        if self._warm is not None:
+            self._warm.keep()
+        if self._engine.recorder is not None:
+            self._engine.recorder.close()
         self._engine.sweep.close()
         self._engine.cache.close()
+
+    def _patience_s(self) -> float:
+        """How long to wait for a message: not at all while there is work, little while loads end without anyone."""
+        if self._engine.core.has_work:
+            return 0.0
+        return REFILLING_S if self._warm is not None and self._warm.is_recalling else SNAPSHOT_BUSY_S
 
     def _take_inbox(self, timeout_s: float) -> None:
         message = self._channel.receive(timeout_s)
@@ -116,6 +130,8 @@ class EngineLoop:
         interval = SNAPSHOT_BUSY_S if busy else SNAPSHOT_IDLE_S
         if now - self._last_snapshot_s >= interval:
             self._snapshot(now)
+            if self._warm is not None:
+                self._warm.tick(now)
         if not busy:  # while it is, maps are drawn inside steps: between them nothing is leased
             self._draw_map(now)
 

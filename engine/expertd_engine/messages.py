@@ -302,6 +302,36 @@ class VirtualLayer(_Message, frozen=True):
     """Experts that virtual mode may hold now; 0 while nobody asks for it."""
 
 
+class LeadOutcomes(_Message, frozen=True):
+    """What came of uses foreseen so many layers ahead while their experts were absent, over all layers, since start."""
+
+    lead: int
+    named: int
+    """Whose layer has come since."""
+    true: int
+    """Of these: used."""
+    followed: int
+    """Let through by the governor; of these the next three."""
+    followed_true: int
+    late: int
+    """True, and still on its way when it was needed."""
+    in_vain: int
+    """Not true, and read or being read."""
+    layers_off: int
+    """Layers that are not followed at this lead now."""
+
+
+class Foresight(_Message, frozen=True):
+    """What was foreseen, and what could have been hit by a cache that foresees everything."""
+
+    leads: list[LeadOutcomes] = []
+    """Ascending; empty where nothing is predicted."""
+    sampled_lookups: int = 0
+    """Of experts that the clairvoyant estimate follows, as the next two, since start."""
+    sampled_hits: int = 0
+    clairvoyant_hits: int = 0
+
+
 class HistogramData(_Message, frozen=True):
     """Cumulative since start. `counts[i]` counts values ≤ `bounds[i]` and > `bounds[i-1]`; the last is the overflow."""
 
@@ -393,6 +423,7 @@ class Snapshot(_Message, frozen=True):
     """By phase, as the next."""
     step_tokens: dict[str, HistogramData]
     load_latency_seconds: HistogramData
+    foresight: Foresight = Foresight()
 
 
 class ExpertMap(_Message, frozen=True):

@@ -31,6 +31,7 @@ from expertd_engine.experts.store_format import (
     FORMAT_VERSION,
     INDEX_NAME,
     RECORDS_NAME,
+    TARGETS,
     FileEntry,
     LayerEntry,
     QuantisedTensor,
@@ -45,16 +46,20 @@ from expertd_engine.families import (
     find_experts,
     load_config,
 )
-from expertd_engine.kernels.formats import QUANTISED, STRIP_ROWS, Bytes, packed_bytes, quantise
+from expertd_engine.kernels.formats import STRIP_ROWS, Bytes, packed_bytes, quantise
+from expertd_engine.kernels.row_order import ROW_FORMATS, quantise_rows
 from expertd_engine.model.router_kinds import adapt_router, check_adapter, router_kind_of
 from expertd_engine.publish import publish
 from expertd_engine.tensor_file import TensorFileWriter, TensorShape
 from expertd_engine.weights_plan import (
+    EXPERT_FORMATS,
     FORMATS,
     LayerPlan,
     canonical,
+    check_experts_format,
     check_format,
     compute_dtype,
+    dense_format_beside,
     plan_quantised,
     plan_records,
 )
@@ -70,6 +75,7 @@ def prepare(
     experts_format: str = DEFAULT_FORMAT,
     dense_format: str | None = None,
     *,
+    order: str = "strips",
     name: str | None = None,
     described_as: str | None = None,
     force: bool = False,
@@ -77,19 +83,20 @@ def prepare(
 ) -> ExpertStore:
     """Write the store of the checkpoint folder `source` to the new folder `destination`, and open it.
 
-    Formats: `weights_plan.FORMATS`; `dense_format` None means that of the experts. `name` is what clients call the
-    model (default: the source folder's), `described_as` what people read of its origin. `force` replaces an existing
-    store, never another folder. Raises ModelError for a family that cannot be served, an incomplete checkpoint or
-    weights that a format cannot hold, ResourceError for a full disk.
+    Formats: `weights_plan.EXPERT_FORMATS` and `FORMATS`; `dense_format` None means that of the experts (bf16 beside
+    fp8). `order` is that of the records, one of `store_format.ORDERS`. `name` is what clients call the model (default:
+    the source folder's), `described_as` what people read of its origin. `force` replaces an existing store, never
+    another folder. Raises UsageError for a format that does not fit, ModelError for a family that cannot be served, an
+    incomplete checkpoint or weights that a format cannot hold, ResourceError for a full disk.
     """
-    dense_format = dense_format or experts_format
-    check_format(experts_format, "experts")
+    dense_format = dense_format or dense_format_beside(experts_format)
+    check_experts_format(experts_format, order)
     check_format(dense_format, "dense")
     dtype = DTYPES[compute_dtype(dense_format)]
     config = load_config(source)
     model = build_servable_model(config, dtype)
     checkpoint = Checkpoint(source, model, dtype)
-    layers, layouts = plan_records(model, experts_format)
+    layers, layouts = plan_records(model, experts_format, order)
     quantised = plan_quantised(model, dense_format)
     dense = dense_shapes(model, dtype, quantised)
     needed = sum(layer.size for layer in layers) + sum(shape.num_bytes for shape in dense.values())
@@ -200,7 +207,7 @@ def _expert(checkpoint: Checkpoint, name: str, module: torch.nn.Module, expert: 
 def _fill(record: Bytes, layer: LayerPlan, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put one expert's tensors in their places; padding stays zero."""
     for spec in layer.layout.tensors:
-        stored = _stored(f"{layer.module}.{spec.name}", tensors[spec.name], spec.dtype)
+        stored = _stored(f"{layer.module}.{spec.name}", tensors[spec.name], spec.dtype, layer.layout.order)
         record[spec.offset : spec.offset + len(stored)] = stored
 
 
@@ -210,13 +217,14 @@ def _norm(tensors: Mapping[str, torch.Tensor]) -> float:
     return float(f"{math.sqrt(squares):.5g}")
 
 
-def _stored(name: str, tensor: torch.Tensor, dtype: str) -> Bytes:
+def _stored(name: str, tensor: torch.Tensor, dtype: str, order: str = "strips") -> Bytes:
     """The bytes of `tensor` as `dtype`, a plain type of torch or a quantised format. ModelError if it does not fit."""
-    if dtype not in QUANTISED:
+    if dtype not in ROW_FORMATS:
         plain: Bytes = tensor.to(getattr(torch, dtype)).contiguous().view(-1).view(torch.uint8).numpy()
         return plain
     try:
-        return quantise(tensor.float().contiguous().numpy(), dtype, threads=len(os.sched_getaffinity(0)))
+        to_bytes = quantise_rows if order == "rows" else quantise
+        return to_bytes(tensor.float().contiguous().numpy(), dtype, threads=len(os.sched_getaffinity(0)))
     except ValueError as error:
         raise ModelError(f"{name} cannot be stored as {dtype}: {error}") from error
 
@@ -268,9 +276,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="checkpoint folder; with --verify and no DST, a store")
     parser.add_argument("destination", type=Path, nargs="?", metavar="DST", help="folder of the new store")
     parser.add_argument(
-        "--experts", choices=FORMATS, default=DEFAULT_FORMAT, help=f"format of experts (default: {DEFAULT_FORMAT})"
+        "--experts",
+        choices=EXPERT_FORMATS,
+        default=DEFAULT_FORMAT,
+        help=f"format of experts (default: {DEFAULT_FORMAT}); fp8 goes with --for gpu",
     )
-    parser.add_argument("--dense", choices=FORMATS, help="format of all other matrices (default: as experts)")
+    parser.add_argument("--for", dest="target", choices=TARGETS, default="cpu", help="what computes (default: cpu)")
+    parser.add_argument(
+        "--dense", choices=FORMATS, help="format of all other matrices (default: as experts; bf16 with fp8)"
+    )
     parser.add_argument("--name", help="what clients call the model (default: the source folder's name)")
     parser.add_argument("--verify", action="store_true", help="read the store back and compare all checksums")
     parser.add_argument("--force", action="store_true", help="replace DST if it is a store already")
@@ -288,6 +302,7 @@ def _run(options: argparse.Namespace) -> None:
                 options.destination,
                 options.experts,
                 options.dense,
+                order=TARGETS[options.target],
                 name=options.name,
                 force=options.force,
                 progress=progress,

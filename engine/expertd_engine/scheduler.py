@@ -18,9 +18,10 @@ from bisect import insort
 from collections import Counter, deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
-from expertd_engine.batching import Batching, Chooser
+from expertd_engine.batching import Batching, Chooser, Room, unbounded
 from expertd_engine.errors import EngineError, ExpertdError
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import ExpertMode, FinishReason
@@ -47,7 +48,7 @@ class SchedulerLimits:
     """Prompt tokens whose log-probabilities one step computes: each needs a row of logits, a vocabulary long."""
     max_mode_steps: int = 8
     """Steps in a row of one mode while sequences of the other wait."""
-    patience_steps: int = 8
+    patience_steps: int = 32
     """Steps in a row that `expert-aware` passes a running sequence over before it goes first."""
 
     def __post_init__(self) -> None:
@@ -111,10 +112,10 @@ class Scheduler:
 
     def __init__(
         self, limits: SchedulerLimits, pool: KVPool, prefixes: PrefixCache | None = None,
-        batching: Batching = "decode-first",
+        batching: Batching = "decode-first", room: Room = unbounded,
     ) -> None:  # fmt: skip
         """`prefixes`: None computes every token of every sequence. `batching` says who computes in a step whose tokens
-        do not suffice for all."""
+        do not suffice for all, or whose experts find no `room`."""
         self.limits = limits
         self.pool = pool
         self.prefixes = prefixes
@@ -135,7 +136,7 @@ class Scheduler:
         self._step = 0
         self._mode: ExpertMode = "exact"
         self._mode_steps = 0
-        self.chooser = Chooser(batching, limits.max_step_tokens, limits.patience_steps)
+        self.chooser = Chooser(batching, limits.max_step_tokens, limits.patience_steps, room)
         self._passes_over = batching != "decode-first"
         # Where all step, decodes leave a token for every row that prefills; else the more run, the more is to choose.
         self._max_running = limits.max_sequences if self._passes_over else limits.max_rows
@@ -153,6 +154,11 @@ class Scheduler:
     @property
     def has_sequences(self) -> bool:
         return bool(self._sequences)
+
+    @property
+    def live(self) -> Mapping[int, Sequence]:
+        """All live sequences by id: a view."""
+        return MappingProxyType(self._sequences)
 
     @property
     def live_ids(self) -> list[int]:

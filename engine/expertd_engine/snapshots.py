@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from expertd_engine.core import Forward, StepResult
+from expertd_engine.experts.cache import ExpertCache
+from expertd_engine.experts.clairvoyant import Sampled
 from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.events import ExpertId
+from expertd_engine.experts.governor import Governor, Track
 from expertd_engine.experts.ledger import Ledger, State
+from expertd_engine.experts.lookahead import LayerScan, Lookahead
 from expertd_engine.experts.transfer import LATENCY_BOUNDS_S
 from expertd_engine.histogram import Histogram
 from expertd_engine.live_budget import LiveBudget
 from expertd_engine.memory import MemoryUse
-from expertd_engine.messages import ExpertMap, HistogramData, LayerLookups, Snapshot, VirtualLayer
+from expertd_engine.messages import (
+    ExpertMap,
+    Foresight,
+    HistogramData,
+    LayerLookups,
+    LeadOutcomes,
+    Snapshot,
+    VirtualLayer,
+)
 from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.scheduler import StepPlan
 from expertd_engine.startup import Engine
 
 if TYPE_CHECKING:
     from expertd_engine.device_startup import DeviceEngine
+
+    AnyEngine: TypeAlias = Engine | DeviceEngine
 
 PHASES = ("prefill", "decode")
 STEP_BOUNDS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0)
@@ -45,16 +59,14 @@ class StepMeter:
         return result
 
 
-def take_expert_map(engine: Engine | DeviceEngine) -> ExpertMap:
+def take_expert_map(engine: AnyEngine) -> ExpertMap:
     """Where every expert is now, in O(experts)."""
     ledger = engine.cache.ledger
     counts = enumerate(ledger.experts_per_layer)
     return ExpertMap(["".join(LETTERS[ledger.state(ExpertId(layer, i))] for i in range(n)) for layer, n in counts])
 
 
-def take_snapshot(
-    engine: Engine | DeviceEngine, meter: StepMeter, memory: MemoryUse, budget: LiveBudget, now: float
-) -> Snapshot:
+def take_snapshot(engine: AnyEngine, meter: StepMeter, memory: MemoryUse, budget: LiveBudget, now: float) -> Snapshot:
     """All counters and gauges as they are between two steps or, in a long one, between two layers."""
     ledger, transfers, scheduler = engine.cache.ledger, engine.cache.transfers, engine.core.scheduler
     counters, reads = ledger.counters, transfers.stats
@@ -112,7 +124,29 @@ def take_snapshot(
         step_seconds={phase: seconds.data() for phase, seconds in meter.seconds.items()},
         step_tokens={phase: tokens.data() for phase, tokens in meter.tokens.items()},
         load_latency_seconds=HistogramData(list(LATENCY_BOUNDS_S), list(reads.latency_counts), reads.busy_s),
+        foresight=foresight_of(engine),
     )
+
+
+def foresight_of(engine: AnyEngine) -> Foresight:
+    """What a governor has counted, by lead, and the clairvoyant estimate."""
+    met = engine.cache.clairvoyant.met if isinstance(engine.cache, ExpertCache) else Sampled()
+    return Foresight(leads_of(engine.cache.lookahead), met.lookups, met.hits, met.clairvoyant_hits)
+
+
+def leads_of(lookahead: Lookahead) -> list[LeadOutcomes]:
+    """Sums over layers; nothing where nobody predicts."""
+    governor = lookahead.inner if isinstance(lookahead, LayerScan) else lookahead
+    if not isinstance(governor, Governor):
+        return []
+    by_lead: dict[int, list[Track]] = {}
+    for (_, lead), track in governor.tracks.items():
+        by_lead.setdefault(lead, []).append(track)
+    names = ("named", "true", "followed", "followed_true", "late", "in_vain", "is_off")
+    return [
+        LeadOutcomes(lead, *(sum(getattr(track, name) for track in tracks) for name in names))
+        for lead, tracks in sorted(by_lead.items())
+    ]
 
 
 def virtual_by_layer(virtual: VirtualRouting | None) -> list[VirtualLayer]:

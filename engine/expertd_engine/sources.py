@@ -24,7 +24,7 @@ from expertd_engine.config import Config, Dtype
 from expertd_engine.console import Progress, both, json_lines, progress_bar, run_command, silent
 from expertd_engine.errors import ModelError
 from expertd_engine.experts.store import ExpertStore, is_store
-from expertd_engine.experts.store_format import FORMAT_VERSION
+from expertd_engine.experts.store_format import FORMAT_VERSION, TARGETS
 from expertd_engine.publish import exclusive
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -51,12 +51,13 @@ class Source:
 
 
 def resolve(
-    model: str, cache_dir: Path, dtype: str = "auto", dense_dtype: str = "auto", progress: Progress = silent
-) -> Path:
+    model: str, cache_dir: Path, dtype: str = "auto", dense_dtype: str = "auto", progress: Progress = silent,
+    *, target: str = "cpu",
+) -> Path:  # fmt: skip
     """The folder of a sound store for `model`: a store, checkpoint folder, GGUF file, hub id, or `demo`.
 
     When the store must be made first, `dtype` is the format of its experts (`auto`: bf16) and `dense_dtype` that of all
-    other matrices (`auto`: as the experts). Raises ModelError naming the model and what to do, ResourceError for a full
+    other matrices (`auto`: as the experts); `target` is what will compute, one of `store_format.TARGETS`. Raises ModelError naming the model and what to do, ResourceError for a full
     disk.
     """
     path = Path(model).expanduser()
@@ -64,7 +65,8 @@ def resolve(
         return ExpertStore.open(path).path
     source = find_source(model, progress)
     experts = "bf16" if dtype == "auto" else dtype
-    return _prepared(source, cache_dir, (experts, experts if dense_dtype == "auto" else dense_dtype), progress)
+    formats = (experts, experts if dense_dtype == "auto" else dense_dtype)
+    return _prepared(source, cache_dir, formats, TARGETS[target], progress)
 
 
 def find_source(model: str, progress: Progress = silent) -> Source:
@@ -131,8 +133,8 @@ def _from_hub(repository: str, progress: Progress) -> Source:
     return Source(path, repository, f"{repository} at {path.name}", f"{repository}@{path.name}")
 
 
-def _prepared(source: Source, cache_dir: Path, formats: Formats, progress: Progress) -> Path:
-    store = _store_path(source, cache_dir, formats)
+def _prepared(source: Source, cache_dir: Path, formats: Formats, order: str, progress: Progress) -> Path:
+    store = _store_path(source, cache_dir, formats, order)
     if is_store(store):
         return ExpertStore.open(store).path
     scratch = store.with_name(f"{store.name}.scratch")
@@ -140,13 +142,13 @@ def _prepared(source: Source, cache_dir: Path, formats: Formats, progress: Progr
         if not is_store(store):  # another process may have made it meanwhile
             shutil.rmtree(scratch, ignore_errors=True)
             try:
-                _make(source, store, scratch, formats, progress)
+                _make(source, store, scratch, formats, order, progress)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     return ExpertStore.open(store).path
 
 
-def _make(source: Source, store: Path, scratch: Path, formats: Formats, progress: Progress) -> None:
+def _make(source: Source, store: Path, scratch: Path, formats: Formats, order: str, progress: Progress) -> None:
     # torch and transformers take seconds to import: only where something must be made.
     from expertd_engine.convert import convert_blocks, is_dense
     from expertd_engine.prepare import prepare
@@ -157,11 +159,15 @@ def _make(source: Source, store: Path, scratch: Path, formats: Formats, progress
         # Quantised weights are made of the source's own, not of rounded ones.
         dtype = "bf16" if set(formats) == {"bf16"} else "float32"
         convert_blocks(source.path, checkpoint, None, dtype, progress=progress)
-    prepare(checkpoint, store, *formats, name=source.name, described_as=source.described_as, progress=progress)
+    prepare(
+        checkpoint, store, *formats,
+        order=order, name=source.name, described_as=source.described_as, progress=progress,
+    )  # fmt: skip
 
 
-def _store_path(source: Source, cache_dir: Path, formats: Formats) -> Path:
+def _store_path(source: Source, cache_dir: Path, formats: Formats, order: str) -> Path:
     parts = [source.identity, *formats, str(FORMAT_VERSION), version("expertd")]
+    parts += [] if order == TARGETS["cpu"] else [order]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return cache_dir.expanduser() / "stores" / f"{source.name.replace('/', '--')}-{digest}"
 
@@ -188,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache-dir", type=Path, default=Config().cache_dir)
     parser.add_argument("--dtype", choices=get_args(Dtype), default="auto")
     parser.add_argument("--dense-dtype", choices=get_args(Dtype), default="auto")
+    parser.add_argument("--for", dest="target", choices=TARGETS, default="cpu")
     options = parser.parse_args(argv)
     return run_command(lambda: _run(options))
 
@@ -195,7 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     with progress_bar() as bar:
         progress = both(json_lines(sys.stdout), bar)
-        store = resolve(options.model, options.cache_dir, options.dtype, options.dense_dtype, progress)
+        store = resolve(
+            options.model, options.cache_dir, options.dtype, options.dense_dtype, progress, target=options.target
+        )
     print(json.dumps({"store": str(store)}), flush=True)
 
 

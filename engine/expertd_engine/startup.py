@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 
-from expertd_engine.batching import Batching
+from expertd_engine.batching import Batching, Room, unbounded
 from expertd_engine.config import Config
 from expertd_engine.core import Constrain, EngineCore, Forward, foresee_nothing, no_constraints
 from expertd_engine.errors import ConfigError, ModelError
@@ -58,6 +58,7 @@ from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, p
 from expertd_engine.prefix_cache import PrefixCache
 from expertd_engine.profile_file import has_profile, read_profile
 from expertd_engine.scheduler import Scheduler, SchedulerLimits
+from expertd_engine.warm_restart import WarmRestart
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ class Engine:
     info: EngineInfo
     recorder: TraceRecorder | None = None
     """Of routes, where they are recorded."""
+    warm: WarmRestart | None = None
+    """Who remembers what an earlier engine knew; None where nobody shall."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,7 @@ def start_engine(
     """
     threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
+    store.require_order("strips")
     verify_store(store, report)
     report("load", 0.0)
     fallbacks: list[str] = []
@@ -143,6 +147,8 @@ def start_engine(
         fallbacks.append(f"the router is computed by PyTorch, slowly: {trial.router_not_native}")
     fallbacks += loaded.fallbacks
     invariant = trial.is_invariant()
+    if not invariant and config.numerics == "invariant":
+        raise ConfigError("numerics: 'invariant' is not allowed: this box's libraries give a row other bits in a batch")
     if not invariant:
         fallbacks.append("numerics are per batch: this box's libraries do not give a row the same bits in every batch")
     report("trial", 0.5)
@@ -168,7 +174,7 @@ def device_of(config: Config, index: StoreIndex) -> torch.device | None:
     if config.device == "cpu" or (config.device == "auto" and {layout.order for layout in index.layouts} != {"rows"}):
         return None
     if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cuda", 0)
     if config.device == "cuda":
         raise ConfigError("device: 'cuda' is not allowed: PyTorch finds no CUDA device here")
     return None
@@ -249,7 +255,7 @@ def _assemble(
     recorder = _recorder(context)
     runner.onlookers = [*onlookers, *([] if recorder is None else [recorder])]
     prefixes = PrefixCache(pool, store.index.store_id) if config.prefix_cache else None
-    scheduler = Scheduler(context.limits, pool, prefixes, _batching(context))
+    scheduler = Scheduler(context.limits, pool, prefixes, _batching(context), _room(context, cache.ledger))
     refusal = (lambda: virtual.reason) if isinstance(virtual, NoVirtualMode) else virtual.held.refusal
     foresee = foresee_nothing if pathfinder is None else pathfinder.foresee
     core = EngineCore(scheduler, wrap(runner), loaded.eos_token_ids, context.constrain, refusal, foresee)
@@ -257,7 +263,9 @@ def _assemble(
         logger.warning("fallback: %s", fallback)
     info = _describe(context, plan, cache, pool, storage, records)
     sweep = Sweep(store, records, busy=lambda: cache.transfers.depth() > 0)
-    return Engine(core, runner, cache, sweep, pool, storage, meter, loaded.dense_bytes, *planned_from, info, recorder)
+    warm = WarmRestart(store.path, store.index.store_id, info.policy, cache) if config.warm_restart else None
+    parts = (core, runner, cache, sweep, pool, storage, meter, loaded.dense_bytes)
+    return Engine(*parts, *planned_from, info, recorder, warm)
 
 
 def _batching(context: _Context) -> Batching:
@@ -268,6 +276,15 @@ def _batching(context: _Context) -> Batching:
             "decode-first or prefill-first"
         )
     return config.batching
+
+
+def _room(context: _Context, ledger: Ledger) -> Room:
+    """Distinct experts that slots hold, where a token's experts are numbered by the router's heads."""
+    if context.pregate is None:
+        return unbounded
+    heads, records = context.pregate.path_shape.heads, context.store.index
+    record, layers = max(layout.bytes for layout in records.layouts), len(records.layers)
+    return lambda: max(1, ledger.budget_bytes // record * heads // layers)
 
 
 def _pathfinder(context: _Context, storage: KVStorage) -> Pathfinder | None:

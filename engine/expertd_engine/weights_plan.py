@@ -16,12 +16,22 @@ import torch
 from torch import nn
 
 from expertd_engine.errors import ModelError, UsageError
-from expertd_engine.experts.store_format import ALIGNMENT, QuantisedTensor, RecordLayout, TensorSpec, tensor_bytes
+from expertd_engine.experts.store_format import (
+    ALIGNMENT,
+    TARGETS,
+    QuantisedTensor,
+    RecordLayout,
+    TensorSpec,
+    tensor_bytes,
+)
 from expertd_engine.families import DTYPES, Model, dense_dtype_plan, find_experts
 from expertd_engine.kernels.formats import QUANTISED
+from expertd_engine.kernels.row_order import FP8
 
 FORMATS = (*DTYPES, *QUANTISED)
 """Formats of weights, as the user names them."""
+EXPERT_FORMATS = (*FORMATS, FP8)
+"""Formats of experts; fp8 is read by GPUs alone."""
 
 _TENSOR_ALIGNMENT = 64
 _SMALLEST_SIDE = 32
@@ -44,10 +54,22 @@ class LayerPlan:
         return self.num_experts * self.layout.bytes
 
 
-def check_format(name: str, what: str) -> None:
+def check_format(name: str, what: str, allowed: Sequence[str] = FORMATS) -> None:
     """Raise UsageError unless `name` is a format of weights; `what` says whose."""
-    if name not in FORMATS:
-        raise UsageError(f"{what} format {name!r} is not known: allowed are {', '.join(FORMATS)}")
+    if name not in allowed:
+        raise UsageError(f"{what} format {name!r} is not known: allowed are {', '.join(allowed)}")
+
+
+def check_experts_format(name: str, order: str) -> None:
+    """Raise UsageError unless records of this order can be in format `name`."""
+    check_format(name, "experts", EXPERT_FORMATS)
+    if name == FP8 and order != TARGETS["gpu"]:
+        raise UsageError("experts format 'fp8' is read by GPUs alone: add `--for gpu`, or choose int8 for a CPU")
+
+
+def dense_format_beside(experts_format: str) -> str:
+    """The format of the other matrices where the user names none: that of the experts, bf16 beside fp8."""
+    return "bf16" if experts_format == FP8 else experts_format
 
 
 def compute_dtype(dense_format: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from expertd_engine.messages import HistogramData, LayerLookups, Snapshot, VirtualLayer
+from expertd_engine.messages import HistogramData, LayerLookups, LeadOutcomes, Snapshot, VirtualLayer
 
 Labels = tuple[str, ...]
 Samples = Iterable[tuple[Labels, float]]
@@ -75,6 +75,23 @@ def _by_key(read: Callable[[Snapshot], dict[str, int] | dict[str, float]]) -> Ca
     return lambda s: [((key,), value) for key, value in read(s).items()]
 
 
+LEADS = range(1, 9)
+"""Layers ahead that have series of their own; what is foreseen further ahead is counted with the last."""
+
+
+def _by_lead(read: Callable[[LeadOutcomes], dict[Labels, float]]) -> Callable[[Snapshot], Samples]:
+    """Zeros for leads at which nothing was foreseen."""
+
+    def samples(s: Snapshot) -> Iterator[tuple[Labels, float]]:
+        found = {(str(lead), *labels): 0.0 for lead in LEADS for labels in read(LeadOutcomes(lead, *[0] * 7))}
+        for one in s.foresight.leads:
+            for labels, count in read(one).items():
+                found[(str(min(one.lead, LEADS[-1])), *labels)] += count
+        return iter(found.items())
+
+    return samples
+
+
 def _outcomes(s: Snapshot) -> dict[str, int]:
     return dict(
         zip(
@@ -105,6 +122,19 @@ COUNTERS = (
     Family("expert_lookahead_experts", "Lookups by whether lookahead had named the use before it came.",
            ("layer", "outcome"),
            _by_layer(lambda x: {("covered",): x.covered, ("uncovered",): x.hit + x.late + x.miss - x.covered})),
+    Family("expert_hints", "Uses of absent experts that were predicted so many layers ahead, by what came of them.",
+           ("lead", "outcome"), _by_lead(lambda x: {("true",): x.true, ("false",): x.named - x.true})),
+    Family("expert_hints_followed", "Of expert_hints, those that the governor let through: in_time or late for a use "
+           "that came, in_vain read for one that did not, idle where nothing was read for one that did not.",
+           ("lead", "outcome"),
+           _by_lead(lambda x: {("in_time",): x.followed_true - x.late, ("late",): x.late, ("in_vain",): x.in_vain,
+                               ("idle",): x.followed - x.followed_true - x.in_vain})),
+    Family("expert_sampled_lookups", "Lookups of the experts that the clairvoyant estimate follows.", (),
+           _one(lambda s: s.foresight.sampled_lookups)),
+    Family("expert_sampled_hits", "Of expert_sampled_lookups, those that hit.", (),
+           _one(lambda s: s.foresight.sampled_hits)),
+    Family("expert_clairvoyant_hits", "Of expert_sampled_lookups, those that would hit in a cache that knew the "
+           "future.", (), _one(lambda s: s.foresight.clairvoyant_hits)),
     Family("expert_prefetch_issued", "Prefetches issued: the sum of all outcomes and of those pending.", (),
            _one(lambda s: s.prefetch_issued)),
     Family("expert_prefetch", "Prefetches by what became of them.", ("tier_from", "tier_to", "outcome"),
@@ -144,6 +174,8 @@ COUNTERS = (
 )  # fmt: skip
 
 GAUGES = (
+    Family("expert_hint_layers_off", "Layers for which the governor has switched this lead off: it did not pay.",
+           ("lead",), _by_lead(lambda x: {(): x.layers_off})),
     Family("expert_prefetch_pending", "Prefetches issued whose outcome is not known yet.", (),
            _one(lambda s: s.prefetch_pending)),
     Family("memory_budget_bytes", "The budget of a pool.", ("pool", "tier"),

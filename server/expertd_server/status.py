@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import msgspec
+
 from expertd_engine.messages import EngineInfo, Snapshot
 from expertd_server import __version__
 from expertd_server.engine_metrics import EngineCounters, memory_budget_of
@@ -31,6 +33,7 @@ def status(service: Service) -> dict[str, Any]:
         body["model"] = {**_model(service.model.name, service.model.info), "chat": service.model.chat.available}
         snapshot = service.metrics.engine.snapshot
         body["memory"] = memory(snapshot, service.model.info)
+        body["foresight"] = foresight(snapshot)
         body["store"] = {"swept": snapshot.records_swept, "bad": snapshot.records_bad}
     return body
 
@@ -84,6 +87,19 @@ def memory(snapshot: Snapshot, info: EngineInfo) -> dict[str, Any]:
         "pressure": {
             "stalled": snapshot.pressure_stalled, "lent": snapshot.pressure_lent_bytes,
             "shrinks": snapshot.pressure_shrinks,
+        },
+    }  # fmt: skip
+
+
+def foresight(snapshot: Snapshot) -> dict[str, Any]:
+    """What came of predictions, by layers ahead, since the engine started; and what knowing the future would hit of
+    the lookups that are sampled for that."""
+    found, sampled = snapshot.foresight, max(1, snapshot.foresight.sampled_lookups)
+    return {
+        "leads": [msgspec.structs.asdict(lead) for lead in found.leads],
+        "sampled": {
+            "lookups": found.sampled_lookups, "hit_ratio": found.sampled_hits / sampled,
+            "clairvoyant_ratio": found.clairvoyant_hits / sampled,
         },
     }  # fmt: skip
 

@@ -25,6 +25,7 @@ from expertd_engine.experts.store import ExpertStore, is_store
 from expertd_engine.experts.store_format import tensor_bytes
 from expertd_engine.families import build_servable_model, dense_dtype_plan, find_experts, tied_names
 from expertd_engine.kernels.formats import QUANTISED, dequantise
+from expertd_engine.kernels.row_order import ROW_FORMATS, dequantise_rows
 from expertd_engine.model.router_kinds import adapt_router
 from expertd_engine.prepare import main, prepare
 from expertd_engine.weights_plan import plan_quantised
@@ -42,11 +43,20 @@ def _records(store: ExpertStore) -> Iterator[tuple[str, int, Record]]:
             buffer = memoryview(mmap.mmap(-1, store.index.record_bytes(address.layer)))
             records.read_record(address, buffer)
             tensors = {}
+            order = store.index.layouts[layer.layout].order
             for spec in store.index.layouts[layer.layout].tensors:
                 assert spec.offset % 64 == 0
-                stored = buffer[spec.offset : spec.offset + tensor_bytes(spec.dtype, spec.shape)]
-                tensors[spec.name] = _values(torch.frombuffer(stored, dtype=torch.uint8), spec.dtype, spec.shape)
+                stored = buffer[spec.offset : spec.offset + tensor_bytes(spec.dtype, spec.shape, order)]
+                values = _values if order == "strips" else _row_values
+                tensors[spec.name] = values(torch.frombuffer(stored, dtype=torch.uint8), spec.dtype, spec.shape)
             yield layer.module, address.expert, tensors
+
+
+def _row_values(stored: torch.Tensor, dtype: str, shape: Sequence[int]) -> torch.Tensor:
+    """Likewise, of a store for GPUs."""
+    if dtype in ROW_FORMATS:
+        return torch.from_numpy(dequantise_rows(stored.numpy(), dtype, *shape))
+    return _values(stored, dtype, shape)
 
 
 def _values(stored: torch.Tensor, dtype: str, shape: Sequence[int]) -> torch.Tensor:
@@ -137,6 +147,7 @@ def _error(stored: torch.Tensor, weights: torch.Tensor) -> float:
 
 
 ROUNDING = {"int8": 0.008, "int4": 0.1, "int4s": 0.11}
+ROUNDING_FP8 = 0.04
 """Bounds of `_error`. Normal distributions have 0.0048, 0.071 and 0.082; narrow random matrices somewhat more."""
 
 
@@ -162,6 +173,31 @@ def test_every_family_is_stored_quantised(family: str, format: str, tmp_path: Pa
             assert _error(_values(tensor, form.format, form.shape), state[name]) <= ROUNDING[form.format]
         else:
             assert torch.equal(tensor, state[name])
+
+
+@pytest.mark.parametrize("format", ["bf16", *ROW_FORMATS])
+def test_a_store_for_gpus_holds_the_same_numbers(format: str, tmp_path: Path) -> None:
+    make_checkpoint("gpt_oss", tmp_path / "checkpoint", seed=1)
+    store = prepare(tmp_path / "checkpoint", tmp_path / "gpu", format, "float32", order="rows")
+    beside = prepare(tmp_path / "checkpoint", tmp_path / "cpu", "float32" if format == "fp8" else format, "float32")
+    store.verify()
+    assert {layout.order for layout in store.index.layouts} == {"rows"}
+    for (_, _, ours), (_, _, theirs) in zip(_records(store), _records(beside), strict=True):
+        for name, tensor in theirs.items():
+            if format == "fp8" and not name.endswith("_bias"):
+                assert _error(ours[name], tensor) <= ROUNDING_FP8
+            else:
+                assert torch.equal(ours[name], tensor)
+
+
+def test_fp8_goes_with_gpus_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_checkpoint("mixtral", tmp_path / "checkpoint", seed=1)
+    arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "store"), "--experts", "fp8"]
+    assert main(arguments) == 2
+    assert "'fp8' is read by GPUs alone: add `--for gpu`" in capfd.readouterr().err
+    assert main([*arguments, "--for", "gpu"]) == 0
+    index = ExpertStore.open(tmp_path / "store").index
+    assert (index.experts_format, index.dense_format) == ("fp8", "bf16")
 
 
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from expertd_engine.kernels.cuda import attention, block, dense, router
+from expertd_engine.kernels.cuda import attention, block, dense, router, words
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm
 from expertd_engine.model.native_abi import NormKind, Rope, Scores
@@ -26,11 +26,21 @@ BLOCK_TOKENS = 16
 COLD_BYTES = 200e6
 MOST_COPIES = 100
 BATCHES = (1, 4, 16)
-CONTEXTS = (64, 1024, 8192)
+CONTEXTS = (64, 500, 1024, 8192)
 SHAPES = {"qkv": ((HEADS + 2 * KV_HEADS) * DIM, HIDDEN), "output": (HIDDEN, HEADS * DIM), "head": (VOCABULARY, HIDDEN)}
-FORMATS = ("bfloat16", "int8", "int4")
+ROW_CONFIGS = [
+    attention.RowsConfig(*shape)
+    for shape in (
+        (64, 128, 16, 16, 8),
+        (32, 128, 16, 4, 4),
+        (64, 64, 16, 16, 8),
+        (64, 256, 32, 16, 8),
+        (32, 64, 32, 8, 8),
+    )
+]
 
 Launch = Callable[[int], None]
+Make = Callable[[], tuple[Launch, int, float]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Case:
     """`make()` gives a launch on the i-th copy of its data, how many copies there are, and bytes that a launch reads."""
 
     name: str
-    make: Callable[[], tuple[Launch, int, float]]
+    make: Make
 
 
 def random_matrix(format: str, rows: int, cols: int) -> DeviceMatrix:
@@ -62,65 +72,79 @@ def copies(format: str, shape: tuple[int, int]) -> list[DeviceMatrix]:
     return [first, *(random_matrix(format, *shape) for _ in range(min(MOST_COPIES, int(COLD_BYTES / first.nbytes))))]
 
 
-def rows_configs(format: str, count: int, cols: int) -> Iterator[dense.RowsConfig]:
+def rows_configs(cols: int) -> Iterator[dense.RowsConfig]:
+    for warps in (1, 2, 4):
+        for block_n in (1, 2):
+            if 32 <= block_n * cols // (32 * warps) <= 64:
+                yield dense.RowsConfig(block_n, 1, warps)
+
+
+def words_configs(count: int, cols: int) -> Iterator[words.WordsConfig]:
     for warps in (1, 2, 4, 8):
-        for block_n in (1, 2, 4, 8):
-            for inputs in sorted({min(count, 4), min(count, 16)}):
-                held = block_n * cols // (32 * warps)
-                if 32 <= held <= 128 and not (inputs > 4 and held > 64):
-                    yield dense.RowsConfig(block_n, inputs, warps)
+        for block_n in (4, 8, 16):
+            if 64 <= block_n * cols // (32 * warps) <= 256:
+                yield words.WordsConfig(block_n, min(count, 4), warps)
 
 
 def tiles_configs(count: int) -> Iterator[dense.TilesConfig]:
     if count <= 16:
-        for block_n, block_k, warps, stages in ((32, 128, 4, 4), (64, 64, 4, 5), (64, 128, 4, 4), (16, 256, 4, 3)):
-            yield dense.TilesConfig(block_n, 16, block_k, warps, stages)
+        for shape in ((64, 128, 4, 4), (32, 128, 4, 4), (16, 256, 4, 3), (16, 128, 2, 5), (32, 256, 4, 3)):
+            yield dense.TilesConfig(shape[0], 16, *shape[1:])
     else:
-        for block_n, block_m, block_k, warps, stages in (
-            (128, 128, 64, 8, 3),
-            (64, 128, 64, 4, 4),
-            (128, 256, 64, 8, 3),
-        ):
-            yield dense.TilesConfig(block_n, block_m, block_k, warps, stages)
+        for block_n, block_m, warps, stages in ((128, 128, 8, 3), (64, 128, 4, 4), (128, 64, 4, 4)):
+            yield dense.TilesConfig(block_n, block_m, 64, warps, stages)
 
 
 def dense_cases() -> Iterator[Case]:
     for what, shape in SHAPES.items():
-        for format in FORMATS:
-            for count in (1, 16, 512) if what != "head" else (1, 16):
-                if count <= 16:
-                    for config in rows_configs(format, count, shape[1]):
-                        yield Case(
-                            f"{what} {format} x{count} rows {tuple(config)}", _rows(format, shape, count, config)
-                        )
-                if count >= 16 or what == "qkv":
-                    for tiles in tiles_configs(count):
-                        yield Case(
-                            f"{what} {format} x{count} tiles {tuple(tiles)}", _tiles(format, shape, count, tiles)
-                        )
+        for count in (1, 16):
+            for config in words_configs(count, shape[1]):
+                for format in ("int8", "int4"):
+                    yield Case(f"{what} {format} x{count} words {tuple(config)}", _words(format, shape, count, config))
+        for rows in rows_configs(shape[1]):
+            yield Case(f"{what} bfloat16 x1 rows {tuple(rows)}", _rows(shape, rows))
+        for count in (16, 512) if what != "head" else (16,):
+            for tiles in tiles_configs(count):
+                yield Case(f"{what} bfloat16 x{count} tiles {tuple(tiles)}", _tiles("bfloat16", shape, count, tiles))
 
 
-def _rows(format: str, shape: tuple[int, int], count: int, config: dense.RowsConfig) -> Callable[..., object]:
+def _words(format: str, shape: tuple[int, int], count: int, config: words.WordsConfig) -> Make:
     def make() -> tuple[Launch, int, float]:
         matrices, x, norm = copies(format, shape), torch.randn(count, shape[1], device="cuda"), random_norm(shape[1])
         out = torch.empty(count, shape[0], device="cuda")
-        used = None if shape[1] != HIDDEN else norm
-
-        def launch(i: int) -> None:
-            dense.product_by_rows(x, matrices[i], out, used, False, 1.0, config)
-
-        return launch, len(matrices), matrices[0].nbytes
+        used = norm if shape[1] == HIDDEN else None
+        return (
+            lambda i: words.product_by_words(x, matrices[i], out, used, False, 1.0, config),
+            len(matrices),
+            matrices[0].nbytes,
+        )
 
     return make
 
 
-def _tiles(format: str, shape: tuple[int, int], count: int, config: dense.TilesConfig) -> Callable[..., object]:
+def _rows(shape: tuple[int, int], config: dense.RowsConfig) -> Make:
     def make() -> tuple[Launch, int, float]:
-        matrices = copies(format, shape)
-        x = torch.randn(count, shape[1], device="cuda").bfloat16()
-        out = torch.empty(count, shape[0], device="cuda")
+        matrices, x, norm = copies("bfloat16", shape), torch.randn(1, shape[1], device="cuda"), random_norm(shape[1])
+        out = torch.empty(1, shape[0], device="cuda")
+        used = norm if shape[1] == HIDDEN else None
         return (
-            lambda i: dense.product_by_tiles(x, matrices[i], out, False, 1.0, config),
+            lambda i: dense.product_by_rows(x, matrices[i], out, used, False, 1.0, config),
+            len(matrices),
+            matrices[0].nbytes,
+        )
+
+    return make
+
+
+def _tiles(format: str, shape: tuple[int, int], count: int, config: dense.TilesConfig) -> Make:
+    def make() -> tuple[Launch, int, float]:
+        matrices, norm = copies(format, shape), random_norm(shape[1])
+        x = torch.randn(count, shape[1], device="cuda")
+        x = x if count <= 16 else x.bfloat16()
+        out = torch.empty(count, shape[0], device="cuda")
+        used = norm if shape[1] == HIDDEN and count <= 16 else None
+        return (
+            lambda i: dense.product_by_tiles(x, matrices[i], out, used, False, 1.0, config),
             len(matrices),
             matrices[0].nbytes,
         )
@@ -176,10 +200,11 @@ class Layer:
             *(self.positions, self.row_table, self.tables),
         )
 
-    def attend(self, i: int) -> None:
+    def attend(self, i: int, config: attention.RowsConfig | None = None) -> None:
         keys, values = self.pools[i % len(self.pools)]
         attention.attend(
-            *(self.query, keys, values, self.tables, self.row_table, self.positions, self.attended, self.scratch)
+            *(self.query, keys, values, self.tables, self.row_table, self.positions, self.attended, self.scratch),
+            config=config,
         )
 
     def mix(self, i: int) -> None:
@@ -199,10 +224,8 @@ class Layer:
 def attention_cases() -> Iterator[Case]:
     for count in BATCHES:
         for context in CONTEXTS:
-            for keys, spans in ((32, 32), (64, 32), (32, 64), (32, 16)):
-                yield Case(
-                    f"attend x{count} of {context} by {keys}, {spans}", _part("attend", count, context, keys, spans)
-                )
+            for config in ROW_CONFIGS:
+                yield Case(f"attend x{count} of {context} {tuple(config)}", _attend(count, context, config))
     for part in ("store", "route"):
         for count in BATCHES:
             yield Case(f"{part} x{count}", _part(part, count, 64))
@@ -211,17 +234,23 @@ def attention_cases() -> Iterator[Case]:
         yield Case(f"argmax x{count}", _argmax(count))
 
 
-def _part(part: str, count: int, context: int, keys: int = 32, spans: int = 32) -> Callable[..., object]:
+def _attend(count: int, context: int, config: attention.RowsConfig) -> Make:
     def make() -> tuple[Launch, int, float]:
-        attention._ROW_KEYS, attention.SPANS = keys, spans
         layer = Layer("int8", count, context, 16)
-        read = {"attend": count * context * KV_HEADS * DIM * 4, "route": EXPERTS * HIDDEN * 2}.get(part, 0)
-        return getattr(layer, part), 16, read
+        return lambda i: layer.attend(i, config), 16, count * context * KV_HEADS * DIM * 4
 
     return make
 
 
-def _prompt() -> Callable[..., object]:
+def _part(part: str, count: int, context: int) -> Make:
+    def make() -> tuple[Launch, int, float]:
+        layer = Layer("int8", count, context, 16)
+        return getattr(layer, part), 16, EXPERTS * HIDDEN * 2 if part == "route" else 0
+
+    return make
+
+
+def _prompt() -> Make:
     def make() -> tuple[Launch, int, float]:
         layer, count = Layer("int8", 1, 2048, 1), 2048
         tiles = torch.tensor([[first, 16] for first in range(0, count, 16)], device="cuda", dtype=torch.int32)
@@ -238,7 +267,7 @@ def _prompt() -> Callable[..., object]:
     return make
 
 
-def _argmax(count: int) -> Callable[..., object]:
+def _argmax(count: int) -> Make:
     def make() -> tuple[Launch, int, float]:
         logits = torch.randn(count, VOCABULARY, device="cuda")
         out, best = torch.empty(count, dtype=torch.int64, device="cuda"), block.Argmax(count, VOCABULARY, "cuda")
@@ -254,9 +283,8 @@ def layer_cases() -> Iterator[Case]:
                 yield Case(f"layer {format} x{count} of {context}", _layer(format, count, context))
 
 
-def _layer(format: str, count: int, context: int) -> Callable[..., object]:
+def _layer(format: str, count: int, context: int) -> Make:
     def make() -> tuple[Launch, int, float]:
-        attention._ROW_KEYS, attention.SPANS = 32, 32
         layer = Layer(format, count, context, min(LAYERS, MOST_COPIES + 1))
         return layer.all, len(layer.qkv), layer.qkv[0].nbytes + layer.output[0].nbytes
 
@@ -296,7 +324,7 @@ def compile_all(only: str, compilers: int) -> None:
 
 def run_case(case: Case, share: bool) -> None:
     try:
-        launch, count, read = case.make()  # type: ignore[misc]
+        launch, count, read = case.make()
         if share:
             launch(0)
             torch.cuda.synchronize()

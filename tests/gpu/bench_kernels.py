@@ -149,7 +149,7 @@ def timed(launches: Callable[[], None], per: int = LAYERS) -> float:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             launches()
-        times = []
+        times: list[float] = []
         for _ in range(7):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record(stream)

@@ -1,4 +1,4 @@
-"""Engines on a card, against transformers' modules on the processor: tiny families, graphs and prompts, small budgets."""
+"""Engines on a card, against transformers' modules on the processor: tiny families, graphs and prompts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.messages import Sampling
-from expertd_engine.prepare import prepare
 from golden.tolerances import DEVICE_FLOAT32_LOGITS
-from support.engine import Generated, generate, make_config
-from support.tiny_families import TINY_FAMILIES, make_checkpoint, make_model
+from support.device_engine import SEED, device_engine, make_store
+from support.engine import Generated, generate
+from support.tiny_families import TINY_FAMILIES, make_model
 
 UNMATCHED = {"deepseek_v2", "deepseek_v3"}
 FAMILIES = sorted(TINY_FAMILIES - UNMATCHED)
@@ -22,42 +22,30 @@ GREEDY = Sampling(max_tokens=6, temperature=0.0, logprobs=5, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExpertStore | Path]:
     return {"": tmp_path_factory.mktemp("stores")}
 
 
-def store_of(stores: dict[str, Path], family: str) -> ExpertStore:
-    """The family's store in the order that a card reads; made on first use."""
+def store_of(stores: dict[str, Any], family: str) -> ExpertStore:
+    """The family's store; made on first use."""
     if family not in stores:
-        folder = stores[""] / family
-        make_checkpoint(family, folder / "checkpoint", 4)
-        prepare(folder / "checkpoint", folder / "store", "float32", order="rows")
-        stores[family] = folder / "store"
-    return ExpertStore.open(stores[family])
+        stores[family] = make_store(family, stores[""] / family)
+    store: ExpertStore = stores[family]
+    return store
 
 
 def run(store: ExpertStore, prompts: list[list[int]], **options: Any) -> list[Generated]:
-    import os
-
-    from expertd_engine.device_startup import start_on_device
-
-    config = make_config(**{"max_sequences": 4, "max_step_tokens": 48, "threads": 2, **options})
-    engine = start_on_device(
-        store, config, os.getpid(), lambda stage, fraction: None, lambda r: r, torch.device("cuda", 0)
-    )
-    try:
+    with device_engine(store, "cuda", **options) as engine:
         done = generate(engine, prompts, GREEDY)
         engine.cache.settle()
         engine.cache.ledger.check()
         return done
-    finally:
-        engine.cache.close()
 
 
 @torch.inference_mode()
 def largest_error(family: str, results: list[Generated]) -> float:
     """Of the tokens' log-probabilities, against the whole model's."""
-    model = make_model(family, 4)
+    model = make_model(family, SEED)
     errors = []
     for prompt, result in zip(PROMPTS, results, strict=True):
         logits = model(torch.tensor([[*prompt, *result.token_ids]]), use_cache=False).logits[0].float()
@@ -69,12 +57,14 @@ def largest_error(family: str, results: list[Generated]) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probabilities_are_those_of_transformers(family: str, stores: dict[str, Path]) -> None:
+def test_log_probabilities_are_those_of_transformers(family: str, stores: dict[str, Any]) -> None:
     results = run(store_of(stores, family), PROMPTS)
     assert largest_error(family, results) <= DEVICE_FLOAT32_LOGITS.allowed
 
 
-def test_tokens_do_not_depend_on_batch_mates(stores: dict[str, Path]) -> None:
+def test_tokens_do_not_depend_on_batch_mates(stores: dict[str, Any]) -> None:
     store = store_of(stores, "qwen3_moe")
     together = [result.token_ids for result in run(store, PROMPTS)]
-    assert [run(store, [prompt])[0].token_ids for prompt in PROMPTS] == together
+    with device_engine(store, "cuda") as engine:
+        alone = [generate(engine, [prompt], GREEDY, first_id=1 + i)[0].token_ids for i, prompt in enumerate(PROMPTS)]
+    assert alone == together

@@ -27,6 +27,7 @@ class Shape:
 
 
 SHAPES = [Shape(4, 2, 16, 16), Shape(6, 2, 24, 16, 70, True, True), Shape(2, 2, 8, 8, 0, True), Shape(3, 1, 16, 40, 5)]
+CASES = [(SHAPES[1], torch.bfloat16), *((shape, torch.float32) for shape in SHAPES)]
 
 
 class World:
@@ -84,18 +85,16 @@ def int32(values: list[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_rows_of_any_length(shape: Shape, dtype: torch.dtype) -> None:
     world = World(shape, dtype)
-    query, gate = world.queries(5)
-    positions, tables = torch.tensor([5, -1, 170, 2500, 63]), int32([0, 0, 1, 2, 1])
+    query, gate = world.queries(4)
+    positions, tables = torch.tensor([5, -1, 170, 2500]), int32([0, 0, 1, 2])
     error = world.attend(query, gate, positions, tables) - world.expected(query, gate, positions, tables)
     assert error.abs().max() <= DEVICE_ATTENTION[dtype].allowed
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_rows_of_a_prompt_in_tiles(shape: Shape, dtype: torch.dtype) -> None:
     world = World(shape, dtype)
     query, gate = world.queries(30)
@@ -106,11 +105,10 @@ def test_rows_of_a_prompt_in_tiles(shape: Shape, dtype: torch.dtype) -> None:
     assert error.abs().max() <= DEVICE_ATTENTION[dtype].allowed
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rows_bits_follow_from_its_own_sequence(dtype: torch.dtype) -> None:
-    world = World(SHAPES[1], dtype)
+def test_a_rows_bits_follow_from_its_own_sequence() -> None:
+    world = World(SHAPES[1], torch.bfloat16)
     query, gate = world.queries(4)
-    positions, tables = torch.tensor([5, 170, 2500, 63]), int32([0, 1, 2, 1])
+    positions, tables = torch.tensor([5, 170, 900, 63]), int32([0, 1, 2, 1])
     together = world.attend(query, gate, positions, tables)
     for row in range(4):
         own = slice(row, row + 1)

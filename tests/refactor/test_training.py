@@ -11,6 +11,7 @@ import torch
 from expertd_engine.errors import ModelError
 from expertd_engine.refactor.dense import activation, find_layers
 from expertd_engine.refactor.evaluation import evaluate
+from expertd_engine.refactor.feed_forward import imbalance
 from expertd_engine.refactor.selection import select
 from expertd_engine.refactor.shape import Routing, Shape
 from expertd_engine.refactor.statistics import probe
@@ -70,6 +71,23 @@ def test_training_helps(shape: Shape | None) -> None:
     after = evaluate(student, corpus(), windows=4, length=64).mean_perplexity
     assert after < before
     assert curve.tokens == 40 * 6 * 32 and [step for step, _ in curve.experts] == [20, 40]
+
+
+def test_imbalance_is_one_when_even_and_the_number_of_experts_when_one_gets_all() -> None:
+    even, greedy = torch.zeros(8, 4), torch.tensor([[50.0, 0, 0, 0]]).expand(8, 4)
+    torch.testing.assert_close(imbalance(even, torch.tensor([2, 4, 6, 8], dtype=torch.int32)), torch.tensor(1.0))
+    torch.testing.assert_close(imbalance(greedy, torch.tensor([8, 8, 8, 8], dtype=torch.int32)), torch.tensor(4.0))
+
+
+def test_the_loss_can_ask_for_balance() -> None:
+    spread = {}
+    for balance in (0.0, 1.0):
+        student = _student(LAYERS)
+        _train(student, dataclasses.replace(RECIPE, balance=balance))
+        with torch.inference_mode():
+            student.logits(torch.from_numpy(next(corpus().batches(12, 32, seed=9))[0]))
+            spread[balance] = float(student.imbalance())
+    assert spread[1.0] < spread[0.0] - 0.01
 
 
 def test_the_router_learns_the_domains() -> None:

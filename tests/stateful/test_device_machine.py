@@ -27,11 +27,14 @@ from expertd_engine.experts.lookahead import Exactness
 from expertd_engine.experts.policy import make_policy
 from support.fake_device import RECORD, FakeDevice, FakeStep, Records, content, index_of
 
-LAYERS, EXPERTS = 2, 5
+LAYERS, EXPERTS = 2, 6
 ALL = [ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
 LIMITS = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 ROUTES = st.tuples(*[st.dictionaries(st.integers(0, EXPERTS - 1), st.integers(1, 3), min_size=1)] * LAYERS)
+Foreseen = tuple[int, ExpertId]
+"""In how many steps, and who."""
+FORESEEN = st.lists(st.tuples(st.integers(0, 2), st.sampled_from(ALL)), max_size=6)
 
 
 class Told:
@@ -58,10 +61,10 @@ class Told:
 
 
 class DeviceMachine(RuleBasedStateMachine):
-    """Steps of two layers of five experts over two to ten slots in chunks of three."""
+    """Steps of two layers of six experts over a few slots in chunks of three."""
 
     @initialize(
-        slots=st.integers(2, 10),
+        slots=st.integers(2, len(ALL) - 2),
         policy=st.sampled_from(["lru", "next-use"]),
         depth=st.integers(1, 4),
         knows=st.booleans(),
@@ -84,13 +87,18 @@ class DeviceMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ steps
 
-    @rule(routes=ROUTES, scan=st.booleans())
-    def launch(self, routes: Sequence[dict[int, int]], scan: bool) -> None:
+    @rule(steps=st.lists(st.tuples(ROUTES, FORESEEN, st.integers(0, 12), st.integers(0, 6)), min_size=1, max_size=6))
+    def launch(self, steps: Sequence[tuple[Sequence[dict[int, int]], list[Foreseen], int, int]]) -> None:
         """Also while the one before still runs: then the host is a step ahead."""
-        step = self._begin(routes, scan)
-        step.give(self.device.lanes[0])
-        self.cache.after_launch()
-        self.running = step
+        for routes, foreseen, computed, copied in steps:
+            self.told.next = sorted(foreseen)
+            step = self._begin(routes, scan=copied == 1)
+            step.give(self.device.lanes[0])
+            self.cache.after_launch()
+            self.running = step
+            self.advance(1, copied)
+            self.advance(0, computed)
+            self.cache.poll()
 
     @rule(routes=ROUTES, after=st.integers(-1, LAYERS - 1))
     def fail(self, routes: Sequence[dict[int, int]], after: int) -> None:
@@ -148,8 +156,8 @@ class DeviceMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ what happens meanwhile
 
-    @rule(foreseen=st.lists(st.tuples(st.integers(0, 2), st.sampled_from(ALL)), max_size=6))
-    def tell(self, foreseen: list[tuple[int, ExpertId]]) -> None:
+    @rule(foreseen=FORESEEN)
+    def tell(self, foreseen: list[Foreseen]) -> None:
         self.told.next = sorted(foreseen)
 
     @rule(lane=st.integers(0, 1), pieces=st.integers(1, 8))

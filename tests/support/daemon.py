@@ -88,13 +88,15 @@ class RunningDaemon:
 def daemon(
     model: str | Path, *flags: str, cgroup: Path | None = None, environment: dict[str, str] | None = None
 ) -> Iterator[RunningDaemon]:
-    """Serve `model` on a free port, inside `cgroup` if one is given, and wait until it is ready."""
+    """Serve `model` on a free port, inside `cgroup` if one is given, and wait until it is ready.
+
+    It starts cold, unless `environment` says otherwise: stores are shared by tests.
+    """
+    variables = {**os.environ, "EXPERTD_WARM_RESTART": "off", **(environment or {})}
     command: Sequence[str] = [sys.executable, "-m", "expertd_server", "serve", str(model), "--port", "0", *flags]
     if cgroup is not None:
         command = ["/bin/sh", "-c", f'echo $$ > "{cgroup}/cgroup.procs" && exec "$@"', "sh", *command]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, **(environment or {})}
-    )
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=variables)
     running = None
     try:
         running = RunningDaemon(process)

@@ -1,4 +1,4 @@
-"""Tiny models on the device path, interpreted on the CPU: everything but the routed experts, which a function stands for."""
+"""Tiny models on the device path, interpreted on the CPU: everything but the routed experts."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def make_config(**options: Any) -> Config:
     for name in ("expert_budget", "memory_budget", "kv_budget"):
         if isinstance(options.get(name), str):
             options[name] = parse_size(options[name], share_allowed=name == "expert_budget")
-    return Config(**{"max_model_len": 256, **options})
+    return Config(**{"max_model_len": 256, "warm_restart": False, **options})
 
 
 @contextmanager

@@ -19,12 +19,17 @@ from torch import Tensor
 from expertd_engine.errors import ResourceError
 from expertd_engine.experts.device_events import HIT, LANDED, READ, WAITED
 from expertd_engine.experts.device_layout import HOME
-from expertd_engine.experts.device_streams import Lane, Mark
+from expertd_engine.experts.device_streams import Lane, Mark, Move
 from expertd_engine.experts.device_table import DeviceTable
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.store_format import LayerEntry, RecordLayout, StoreIndex
 
 RECORD = 4096
+
+
+def _done(work: Callable[[], object]) -> bool:
+    work()
+    return True
 
 
 def _move(target: Tensor, source: Tensor) -> None:
@@ -50,14 +55,21 @@ class FakeLane:
         self.device = device
         self.work: deque[Callable[[], bool]] = deque()
 
-    def give(self, work: Callable[[], None]) -> None:
-        self.work.append(lambda: work() is None)
+    def give(self, work: Callable[[], object]) -> None:
+        self.work.append(partial(_done, work))
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         for target, source in pairs:
             middle = len(target) // 2
             for part in (slice(0, middle), slice(middle, len(target))):
                 self.give(partial(_move, target[part], source[part]))
+
+    def move(self, moves: Sequence[Move]) -> None:
+        for target, source, count in moves:
+            half = count // 2 if count > 8 else count
+            self.give(partial(ctypes.memmove, target, source, half))
+            if half < count:
+                self.give(partial(ctypes.memmove, target + half, source + half, count - half))
 
     def run(self, work: Callable[[], None]) -> None:
         self.give(work)
@@ -123,12 +135,12 @@ class FakeDevice:
         del self.registered[address]
 
 
-def index_of(layers: int, experts: int, top_k: int) -> StoreIndex:
-    """Of a store whose records are a page long."""
-    entries = [LayerEntry(f"layers.{i}", experts, 0, i * experts * RECORD, [0] * experts) for i in range(layers)]
+def index_of(layers: int, experts: int, top_k: int, record: int = RECORD) -> StoreIndex:
+    """Of a store whose records are `record` bytes long."""
+    entries = [LayerEntry(f"layers.{i}", experts, 0, i * experts * record, [0] * experts) for i in range(layers)]
     return StoreIndex(
         format_version=2, store_id="", name="", source="", model_type="", architecture="", dense_dtype="float32",
-        dense_format="float32", experts_format="float32", top_k=top_k, layouts=[RecordLayout("float32", RECORD, [])],
+        dense_format="float32", experts_format="float32", top_k=top_k, layouts=[RecordLayout("float32", record, [])],
         layers=entries, router_kind=None, quantised={}, files={}, created_by="",
     )  # fmt: skip
 

@@ -45,21 +45,31 @@ candidates = st.lists(
 def test_a_step_is_filled_as_far_as_there_is_anything_and_never_beyond(
     those: list[Candidate], max_tokens: int, patience: int
 ) -> None:
-    for shares in (expert_aware(those, max_tokens, patience), prefill_first(those, max_tokens)):
+    for shares in (expert_aware(those, max_tokens, patience, EXPERTS), prefill_first(those, max_tokens)):
         assert len(set(indices(shares))) == len(shares)
         assert all(1 <= share.tokens <= those[share.place].tokens for share in shares)
         assert sum(share.tokens for share in shares) == min(max_tokens, sum(one.tokens for one in those))
 
 
-@given(candidates, st.integers(1, 6), st.integers(1, 6), st.data())
+@given(candidates, st.integers(1, 40), st.integers(1, 4))
+def test_a_step_takes_no_more_experts_than_there_is_room_for(
+    those: list[Candidate], max_tokens: int, room: int
+) -> None:
+    shares = expert_aware(those, max_tokens, 6, room)
+    assert 1 <= sum(share.tokens for share in shares) <= max_tokens
+    used = frozenset().union(*(those[share.place].experts for share in shares))
+    assert len(used) <= max(room, *(len(those[share.place].experts) for share in shares))
+
+
+@given(candidates, st.integers(1, 6), st.integers(1, 6), st.integers(1, EXPERTS), st.data())
 def test_nobody_is_passed_over_more_often_than_the_bound(
-    those: list[Candidate], max_tokens: int, patience: int, data: st.DataObject
+    those: list[Candidate], max_tokens: int, patience: int, room: int, data: st.DataObject
 ) -> None:
     """Whoever was served comes again at once, with whatever experts tempt the batching most."""
     those = [replace(one, waited=0) for one in those]
     tempting = data.draw(st.frozensets(st.integers(0, EXPERTS - 1), max_size=2))
     for _ in range(4 * (patience + len(those))):
-        served = set(indices(expert_aware(those, max_tokens, patience)))
+        served = set(indices(expert_aware(those, max_tokens, patience, room, tempting)))
         those = [
             replace(one, waited=0, experts=tempting) if i in served else replace(one, waited=one.waited + 1)
             for i, one in enumerate(those)
@@ -69,22 +79,30 @@ def test_nobody_is_passed_over_more_often_than_the_bound(
 
 def test_the_longest_queue_goes_first_and_whoever_needs_no_further_expert_with_it() -> None:
     those = [decode(1), decode(2), decode(3), decode(2), decode(2)]
-    assert indices(expert_aware(those, 3, 8)) == [1, 3, 4]
-    assert indices(expert_aware([prompt(4, 1, 2), decode(3), decode(1), decode(2)], 6, 8)) == [0, 2, 3]
+    assert indices(expert_aware(those, 3, 8, EXPERTS)) == [1, 3, 4]
+    assert indices(expert_aware([decode(1), decode(2, 3), decode(2, 3), decode(2)], 3, 8, EXPERTS)) == [0, 1, 2]
+    assert indices(expert_aware([prompt(4, 1, 2), decode(3), decode(1), decode(2)], 6, 8, EXPERTS)) == [1, 2, 3, 0]
 
 
 def test_of_queues_that_are_worth_the_same_the_first_in_order_goes() -> None:
-    assert indices(expert_aware([decode(4), decode(2)], 1, 8)) == [0]
+    assert indices(expert_aware([decode(4), decode(2)], 1, 8, EXPERTS)) == [0]
+
+
+def test_the_experts_of_the_step_before_go_on_and_others_wait_for_room() -> None:
+    those = [decode(1), decode(1), decode(2), decode(3), prompt(9, 2), prompt(9, 1, 4)]
+    assert indices(expert_aware(those, 20, 8, 1, frozenset({2}))) == [2, 4]
+    assert indices(expert_aware(those, 20, 8, 2, frozenset({2, 3}))) == [2, 3, 4]
 
 
 def test_whoever_waited_too_long_goes_before_the_longest_queue() -> None:
     those = [decode(1), decode(1), decode(1), decode(4, waited=8), decode(3, waited=9)]
-    assert indices(expert_aware(those, 2, 8)) == [4, 3]
+    assert indices(expert_aware(those, 2, 8, EXPERTS)) == [4, 3]
+    assert indices(expert_aware(those, 9, 8, 1)) == [4]
 
 
 def test_a_prompt_that_waited_leaves_tokens_for_decodes_that_did() -> None:
     those = [prompt(50, 1, waited=9), decode(2, waited=8), decode(3, waited=8), decode(1)]
-    assert expert_aware(those, 10, 8) == [Share(0, 8), Share(1, 1), Share(2, 1)]
+    assert expert_aware(those, 10, 8, EXPERTS) == [Share(0, 8), Share(1, 1), Share(2, 1)]
 
 
 def test_prompts_before_answers() -> None:

@@ -12,11 +12,12 @@ import pytest
 from expertd_engine.bench.gguf_model import peer_file, write_gguf
 from expertd_engine.bench.make_model import make_model
 from expertd_engine.bench.shapes import SHAPES, Cut, make_config
-from expertd_engine.bench.weights import SCALE, constant, random_matrix, stored_bytes
-from expertd_engine.errors import UsageError
+from expertd_engine.bench.weights import SCALE, constant, random_matrix, random_rows, stored_bytes
+from expertd_engine.errors import StoreError, UsageError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.families import build_servable_model, find_experts
 from expertd_engine.kernels.formats import QUANTISED, dequantise
+from expertd_engine.kernels.row_order import ROW_FORMATS, dequantise_rows, matrix_bytes
 
 import torch  # isort: skip
 
@@ -36,6 +37,15 @@ def test_random_quantised_weights_are_as_large_as_initial_ones(format: str) -> N
     assert values[:40].std() == pytest.approx(SCALE, rel=0.05)
     assert abs(values[:40].mean()) < SCALE / 5
     assert not values[40:].any(), "rows of padding weigh nothing"
+
+
+@pytest.mark.parametrize("format", ROW_FORMATS)
+def test_random_weights_in_rows_are_as_large(format: str) -> None:
+    stored = random_rows(format, 40, 160, rng())
+    assert len(stored) == matrix_bytes(format, 40, 160)
+    values = dequantise_rows(stored, format, 40, 160)
+    assert values.std() == pytest.approx(SCALE, rel=0.1)
+    assert abs(values.mean()) < SCALE / 5
 
 
 def test_random_plain_weights_are_as_large_as_initial_ones() -> None:
@@ -98,6 +108,18 @@ def test_equal_arguments_write_equal_stores(tmp_path: Path) -> None:
     assert one.layers == other.layers
     assert one.files == other.files
     assert one.layers != third.layers
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8", "int4"])
+def test_a_store_for_gpus_whose_layers_share_records(format: str, tmp_path: Path) -> None:
+    store = make_model("qwen3-30b-a3b", tmp_path / "store", format, cut=TINY, order="rows", one_layer=True)
+    store.verify()
+    first, second = store.index.layers
+    assert (first.offset, first.crc32) == (second.offset, second.crc32) and first.module != second.module
+    assert store.index.files["experts.bin"].bytes == store.index.expert_bytes_total() // 2
+    store.require_order("rows")
+    with pytest.raises(StoreError, match=r"made for a GPU, not for a CPU.*`expertd prepare --for cpu`"):
+        store.require_order("strips")
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd_engine.model.substitution import Bools, Floats, Ids, replaced_choices, widened, with_substitutes
+from expertd_engine.model.substitution import Bools, Floats, Ids, one_row, replaced_choices, widened, with_substitutes
 
 EXPERTS, K = 8, 3
 
@@ -76,3 +76,30 @@ def test_the_lightest_that_fit_the_limit_are_replaced() -> None:
     replaced, mass = replaced_choices(weights, lacking, np.array([0.5, 0.19, 0.6, 1.0], np.float32))
     assert replaced.tolist() == [[False, True, True], [False] * 3, [False, False, True], [True] * 3]
     np.testing.assert_allclose(mass, [0.5, 0, 0.2, 1], rtol=1e-6)
+
+
+@given(
+    st.permutations(range(EXPERTS)), st.lists(st.integers(-20, 20), min_size=EXPERTS, max_size=EXPERTS, unique=True),
+    st.integers(1, 2**K - 1), st.integers(K, EXPERTS), st.integers(1, 3),
+)  # fmt: skip
+def test_one_row_is_as_many_rows(order: list[int], tenths: list[int], lost: int, num_held: int, shared_by: int) -> None:
+    logits = (np.array(tenths) / 10).astype(np.float32)
+    replaced = np.array([bool(lost >> i & 1) for i in range(K)])
+    chosen, weights = np.array(order[:K], np.int64), np.array([0.5, 0.3, 0.2], np.float32)
+    held = np.zeros(EXPERTS, bool)
+    held[[e for e, is_lost in zip(order[:K], replaced, strict=True) if not is_lost]] = True
+    held[order[K:][:num_held]] = True
+    others = sorted((e for e in order[K:] if held[e]), key=lambda e: -logits[e])[:K]
+    filler = [order[0]] * (K - len(others))
+    scores = floats((*np.exp(logits[others]), *[0.0] * len(filler)))
+    many = with_substitutes(
+        chosen[None],
+        weights[None],
+        replaced[None],
+        ids((*others, *filler)),
+        scores,
+        min(shared_by, K // replaced.sum()),
+    )
+    one = one_row(chosen, weights, replaced, logits, held, min(shared_by, K // int(replaced.sum())))
+    assert many[0].tolist() == one[0].tolist()
+    np.testing.assert_allclose(many[1], one[1], rtol=1e-5)

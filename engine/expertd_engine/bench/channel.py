@@ -17,6 +17,8 @@ from expertd_engine.errors import UsageError
 
 DEFAULT_RECALLS = (0.90, 0.85, 0.80, 0.75)
 EXACT_LEADS = 4
+PREDICTORS = ("next-gate", "learned")
+"""The engine's own: these see hidden states, and so foresee the model's own routes alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,10 @@ class Channel:
 
 
 def make_channel(name: str) -> Channel | None:
-    """`none` (None), `exact`, `exact:LEADS`, `default`, or recalls by lead such as `0.9,0.8`. Raises UsageError."""
+    """`none` or an engine's own predictor (None), `exact`, `exact:LEADS`, `default`, or recalls by lead such as
+    `0.9,0.8`. Raises UsageError."""
     kind, _, detail = name.partition(":")
-    if name == "none":
+    if name == "none" or name in PREDICTORS:
         return None
     try:
         if kind == "exact":
@@ -55,8 +58,8 @@ def make_channel(name: str) -> Channel | None:
         return Channel(DEFAULT_RECALLS if name == "default" else tuple(float(part) for part in name.split(",")))
     except ValueError as error:
         raise UsageError(
-            f"hints {name!r} are not allowed: give none, exact, exact:LEADS, default, or recalls by lead such as "
-            f"0.9,0.8: {error}"
+            f"hints {name!r} are not allowed: give none, next-gate, learned, exact, exact:LEADS, default, or recalls "
+            f"by lead such as 0.9,0.8: {error}"
         ) from None
 
 

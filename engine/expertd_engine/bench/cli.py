@@ -9,6 +9,7 @@ from typing import get_args
 
 from expertd_engine.config import Config, Policy
 from expertd_engine.console import progress_bar, run_command
+from expertd_engine.experts.store_format import TARGETS
 
 DEVICES = ("cpu", "cuda")
 PEERS = ("llamacpp", "transformers")
@@ -42,8 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     io.add_argument("--runs", type=_positive, default=5, metavar="N", help="runs of a second each (default: 5)")
     _add_quality(commands.add_parser("quality", help="what virtual mode costs in quality, beside its baselines"))
     _add_virtual(commands.add_parser("virtual", help="a token of virtual mode beside one of a smaller model"))
+    _add_planner(commands.add_parser("planner", help="what plans foretell beside what is measured"))
     _add_perplexity(commands.add_parser("perplexity", help="what store formats cost, on held-out text"))
     _add_make_model(commands.add_parser("make-model", help="write a store of random weights in a known shape"))
+    _add_readme(commands.add_parser("readme", help="what routes known ahead buy, on traces of conversations"))
     _add_routing(commands.add_parser("routing", help="the generated routes: how well they fit what was published"))
     return parser
 
@@ -109,6 +112,16 @@ def _add_virtual(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tokens", type=_positive, default=48, metavar="N", help="timed in a round (default: 48)")
 
 
+def _add_planner(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_planner)
+    command.add_argument("stores", nargs="+", type=Path, metavar="STORE", help="stores that were profiled")
+    command.add_argument(
+        "--routing", default="model,calibrated:fine", metavar="R,…", help="(default: model,calibrated:fine)"
+    )
+    command.add_argument("--rounds", type=_positive, default=3, metavar="N", help="of all budgets (default: 3)")
+    command.add_argument("--tokens", type=_positive, default=64, metavar="N", help="timed in each (default: 64)")
+
+
 def _add_perplexity(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_perplexity)
     command.add_argument("model", metavar="MODEL", help="checkpoint, GGUF file, hub id or demo")
@@ -125,9 +138,27 @@ def _add_make_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dense", metavar="FORMAT", help="format of all other matrices (default: as experts)")
     command.add_argument("--layers", type=_positive, metavar="N", help="cut to so many layers")
     command.add_argument("--vocabulary", type=_positive, metavar="N", help="cut to so many tokens")
+    command.add_argument("--for", dest="order", choices=TARGETS, default="cpu", help="what computes (default: cpu)")
+    command.add_argument("--one-layer", action="store_true", help="let all layers share the records of the first")
     command.add_argument("--narrow", type=_positive, default=1, metavar="N", help="divide widths and heads by N")
     command.add_argument("--seed", type=int, default=0, metavar="N")
     command.add_argument("--force", action="store_true", help="replace DST if it is a store already")
+
+
+def _add_readme(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_readme)
+    _add_model(command)
+    command.add_argument("--texts", type=Path, required=True, metavar="DIR", help="one folder of plain text a domain")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="recorded answers, figures, plots")
+    command.add_argument("--traces", type=_positive, default=10, metavar="N", help="(default: 10)")
+    command.add_argument("--requests", type=_positive, default=48, metavar="N", help="of a trace (default: 48)")
+    command.add_argument("--cached", type=_positive, default=3, metavar="N", help="experts a layer (default: 3)")
+    command.add_argument("--load", type=float, default=0.9, metavar="X", help="of what the best baseline serves (0.9)")
+    command.add_argument("--max-sequences", type=_positive, default=64, metavar="N", help="(default: 64)")
+    command.add_argument("--max-step-tokens", type=_positive, default=16, metavar="N", help="(default: 16)")
+    command.add_argument(
+        "--real", type=_positive, default=0, metavar="N", help="also run traces of N requests for real"
+    )
 
 
 def _add_routing(command: argparse.ArgumentParser) -> None:
@@ -220,6 +251,12 @@ def _virtual(options: argparse.Namespace) -> str:
     )
 
 
+def _planner(options: argparse.Namespace) -> str:
+    from expertd_engine.bench.planned import planner
+
+    return planner(options.stores, options.routing.split(","), rounds=options.rounds, tokens=options.tokens)
+
+
 def _make_model(options: argparse.Namespace) -> str:
     from expertd_engine.bench.make_model import make_model
     from expertd_engine.bench.shapes import Cut
@@ -231,11 +268,25 @@ def _make_model(options: argparse.Namespace) -> str:
             options.experts,
             options.dense,
             cut=Cut(options.layers, options.vocabulary, options.narrow),
+            order=TARGETS[options.order],
+            one_layer=options.one_layer,
             seed=options.seed,
             force=options.force,
             progress=progress,
         )
     return f"{store.path}: {store.index.name}, {store.index.expert_bytes_total()} bytes of experts"
+
+
+def _readme(options: argparse.Namespace) -> str:
+    from expertd_engine.bench.readme import Asked, readme
+
+    asked = Asked(
+        traces=options.traces, requests=options.requests, cached=options.cached, load=options.load,
+        max_sequences=options.max_sequences, max_step_tokens=options.max_step_tokens, real_requests=options.real,
+        threads=options.threads, io_threads=options.io_threads,
+    )  # fmt: skip
+    with progress_bar() as progress:
+        return readme(_store(options), options.texts, options.out, asked, progress)
 
 
 def _routing(options: argparse.Namespace) -> str:
@@ -250,4 +301,5 @@ def _store(options: argparse.Namespace) -> Path:
     from expertd_engine.sources import resolve
 
     with progress_bar() as progress:
-        return resolve(options.model, options.cache_dir.expanduser(), progress=progress)
+        target = "gpu" if getattr(options, "device", "cpu") == "cuda" else "cpu"
+        return resolve(options.model, options.cache_dir.expanduser(), progress=progress, target=target)

@@ -58,7 +58,7 @@ class DeviceSession(EngineSession):
         self._reported_routes = self._engine.cache.routes
 
     def _started(self) -> Any:
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", 0)
         return start_on_device(
             self._store, config_of(self._spec), os.getpid(), silent, self._watch, device,
             lookahead=self._recorder, routes=self._routes,

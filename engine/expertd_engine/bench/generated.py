@@ -130,9 +130,10 @@ class ChannelLookahead:
         for lead in range(1, self._leads + 1):
             ahead, target = divmod(layer + lead, shape.layers)
             begin = self._begin_of(step + ahead, target)
-            told = self._told.get(begin, set()) if self.exactness == "exact" else set()
+            if self.exactness == "exact" and begin in self._told:
+                continue
             named = self._source.predicted(target, lead, next_step=bool(ahead)).tolist()
-            hints += [Hint(ExpertId(target, expert), begin + expert) for expert in named if expert not in told]
+            hints += [Hint(ExpertId(target, expert), begin + expert) for expert in named]
             self._told[begin] = set(named)
         return hints
 

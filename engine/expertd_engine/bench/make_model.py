@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from expertd_engine.bench.shapes import Cut, make_config
-from expertd_engine.bench.weights import constant, random_matrix, stored_bytes
+from expertd_engine.bench.weights import constant, random_matrix, random_rows, stored_bytes
 from expertd_engine.console import Progress, silent
 from expertd_engine.experts.store import ExpertStore, is_store
 from expertd_engine.experts.store_format import (
@@ -26,6 +28,7 @@ from expertd_engine.experts.store_format import (
 )
 from expertd_engine.families import DTYPES, Model, build_servable_model
 from expertd_engine.kernels.formats import STRIP_ROWS, Bytes
+from expertd_engine.kernels.row_order import ROW_FORMATS
 from expertd_engine.prepare import (
     created_by,
     dense_shapes,
@@ -36,7 +39,15 @@ from expertd_engine.prepare import (
 )
 from expertd_engine.publish import publish
 from expertd_engine.tensor_file import TensorFileWriter, TensorShape
-from expertd_engine.weights_plan import LayerPlan, check_format, compute_dtype, plan_quantised, plan_records
+from expertd_engine.weights_plan import (
+    LayerPlan,
+    check_experts_format,
+    check_format,
+    compute_dtype,
+    dense_format_beside,
+    plan_quantised,
+    plan_records,
+)
 
 _PIECE_BYTES = 32 * 2**20
 
@@ -48,26 +59,31 @@ def make_model(
     dense_format: str | None = None,
     *,
     cut: Cut | None = None,
+    order: str = "strips",
+    one_layer: bool = False,
     seed: int = 0,
     force: bool = False,
     progress: Progress = silent,
 ) -> ExpertStore:
     """Write a store of `shape` (see `shapes.SHAPES`), cut down where asked, and open it.
 
-    `dense_format` None means that of the experts. Equal arguments write equal bytes. `force` replaces an existing
-    store. Raises UsageError for an unknown shape or format, ResourceError for a full disk.
+    `dense_format` None means that of the experts. `order` is one of `store_format.ORDERS`. With `one_layer` all layers
+    share the records of the first, which saves disk and the time to fill it. Equal arguments write equal bytes. `force`
+    replaces an existing store. Raises UsageError for an unknown shape or format, ResourceError for a full disk.
     """
-    dense_format = dense_format or experts_format
-    check_format(experts_format, "experts")
+    dense_format = dense_format or dense_format_beside(experts_format)
+    check_experts_format(experts_format, order)
     check_format(dense_format, "dense")
     dtype = DTYPES[compute_dtype(dense_format)]
     config = make_config(shape, cut)
     model = build_servable_model(config, dtype)
-    plans, layouts = plan_records(model, experts_format)
+    plans, layouts = plan_records(model, experts_format, order)
+    if one_layer:
+        plans = [replace(plan, offset=plans[0].offset) for plan in plans]
     quantised = plan_quantised(model, dense_format)
     dense = dense_shapes(model, dtype, quantised)
     rng = np.random.Generator(np.random.SFC64(seed))
-    needed = sum(plan.size for plan in plans) + sum(one.num_bytes for one in dense.values())
+    needed = sum({plan.offset: plan.size for plan in plans}.values()) + sum(one.num_bytes for one in dense.values())
     with publish(destination, replace=force and is_store(destination), needed_bytes=needed) as folder:
         (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2), encoding="utf-8")
         make_tokenizer(config.vocab_size).save(str(folder / "tokenizer.json"))
@@ -158,10 +174,14 @@ def _matrix(dtype: str, shape: Sequence[int], rng: np.random.Generator) -> Itera
 def _write_records(
     path: Path, plans: Sequence[LayerPlan], rng: np.random.Generator, progress: Progress
 ) -> list[LayerEntry]:
-    total = sum(plan.size for plan in plans)
-    entries = []
+    total = sum({plan.offset: plan.size for plan in plans}.values())
+    entries: list[LayerEntry] = []
     with path.open("wb") as file:
         for plan in plans:
+            if plan.offset < file.tell():  # the records of a layer before
+                shared = next(entry for entry in entries if entry.offset == plan.offset)
+                entries.append(msgspec.structs.replace(shared, module=plan.module))
+                continue
             checksums = []
             record = np.zeros(plan.layout.bytes, np.uint8)
             for _ in range(plan.num_experts):
@@ -177,5 +197,9 @@ def _fill(record: Bytes, layout: RecordLayout, rng: np.random.Generator) -> None
     """One random expert; its biases, and padding, stay zero."""
     for spec in layout.tensors:
         if len(spec.shape) == 2:
-            stored = random_matrix(spec.dtype, spec.shape[0], spec.shape[1], rng)
+            rows, cols = spec.shape
+            if layout.order == "rows" and spec.dtype in ROW_FORMATS:
+                stored = random_rows(spec.dtype, rows, cols, rng)
+            else:
+                stored = random_matrix(spec.dtype, rows, cols, rng)
             record[spec.offset : spec.offset + len(stored)] = stored

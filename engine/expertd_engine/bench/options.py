@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from expertd_engine.bench.channel import make_channel
+from expertd_engine.bench.channel import PREDICTORS, make_channel
 from expertd_engine.bench.contender import Contender
 from expertd_engine.bench.gguf_model import peer_file, write_gguf
 from expertd_engine.bench.protocol import EngineSpec, PeerSpec
@@ -98,6 +98,8 @@ class Options:
 def _check(spec: EngineSpec) -> None:
     """Raise UsageError for routes or hints that the engine would refuse once it has started."""
     routing = make_routing(spec.routing, shape_of(ExpertStore.open(Path(spec.store)).index), spec.seed)
+    if spec.hints in PREDICTORS and routing is not None:
+        raise UsageError(f"hints {spec.hints!r} are for the model's own routes: give --routing model")
     if make_channel(spec.hints) is not None and routing is None:
         raise UsageError(f"hints {spec.hints!r} need generated routes: give --routing other than model")
 

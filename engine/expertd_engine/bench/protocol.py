@@ -120,6 +120,10 @@ class Decoded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peak_bytes: int = 0
     """Most expert bytes charged since start."""
     process_peak_bytes: int = 0
+    prefetched_bytes: int = 0
+    """Read because they were foreseen."""
+    wasted_bytes: int = 0
+    """Of these: in vain."""
 
     @property
     def tok_s(self) -> float:

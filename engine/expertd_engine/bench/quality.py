@@ -167,12 +167,12 @@ class QualityBench:
 
     def _routing(self, method: str, slots: Sequence[int]) -> VirtualRouting:
         still = replace(self._model.held.sets.limits, per_step=0, ahead=0)
-        moving = SwapLimits(in_flight=2 * len(self._experts))
+        served, moving = self._model.held.sets.limits, SwapLimits(in_flight=len(self._experts))
         norms = self._model.held.sets.priors
         published = partial(with_slots, self._model, slots, foresees=False, shared_by=1)
         made: dict[str, Callable[[], VirtualRouting]] = {
-            "planned": lambda: with_slots(self._model, slots, moving),
-            "importance": lambda: with_slots(self._model, slots, moving),
+            "planned": lambda: with_slots(self._model, slots, served),
+            "importance": lambda: with_slots(self._model, slots, served),
             "no-foresight": lambda: with_slots(self._model, slots, moving, foresees=False),
             "swapmoe": lambda: published(moving),
             "counts": lambda: published(moving, score=_counts),

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 
 from expertd_engine.batching import Batching
 from expertd_engine.bench.readme_traces import Arrival, Recorded
+from expertd_engine.config import Policy
 from expertd_engine.core import EngineCore, SampledToken, StepResult
 from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.events import Cancelled, Load, Loaded, Priority
@@ -44,15 +46,17 @@ class Costs:
     read_s: float
     readers: int
 
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Arm:
     """One way to serve."""
 
     batching: Batching
-    policy: str
+    policy: Policy
     prefetch: bool
-    lookahead: bool = True
 
     @property
     def name(self) -> str:
@@ -157,7 +161,7 @@ class SimReads:
             while queue and self._idle:
                 self._idle -= 1
                 load_id = queue.popleft()
-                self._clock.at(self._read_s, lambda load_id=load_id: self._end(load_id))
+                self._clock.at(self._read_s, partial(self._end, load_id))
 
     def _end(self, load_id: int) -> None:
         self._idle += 1
@@ -188,13 +192,14 @@ class Simulation:
             make_policy(arm.policy, costs.layers), prefetch=arm.prefetch, prefetch_depth=2 * costs.readers,
         )  # fmt: skip
         self._pregated = PregatedLookahead(costs.layers, costs.experts, ledger.resident_slots)
-        lookahead = self._pregated if arm.lookahead else NoLookahead()
+        lookahead = NoLookahead() if arm.policy == "lru" and not arm.prefetch else self._pregated
         reads = SimReads(self.clock, costs.read_s, costs.readers)
         self.cache = ExpertCache(ledger, _NoMemory(), reads, lookahead, [RECORD] * costs.layers)  # type: ignore[arg-type]  # stand-ins
         limits = SchedulerLimits(
             room.max_sequences, room.max_step_tokens, 1 << 20, patience_steps=room.patience
         )  # fmt: skip
-        self._scheduler = Scheduler(limits, KVPool(1 << 16, 16), None, arm.batching)
+        at_hand = max(1, room.slots // costs.layers)
+        self._scheduler = Scheduler(limits, KVPool(1 << 16, 16), None, arm.batching, lambda: at_hand)
         self._core = EngineCore(self._scheduler, self._forward, (), foresee=self._foresee)
 
     def run(self, trace: Sequence[Arrival]) -> Outcome:
@@ -275,21 +280,25 @@ class Simulation:
             outcome.unique += len(experts)
 
 
-def clairvoyant_hits(uses: Sequence[frozenset[int]], capacity: int) -> tuple[int, int]:
-    """Hits and lookups of one layer's cache of `capacity` experts that knows all steps to come (Belady)."""
-    accesses = [expert for step in uses for expert in sorted(step)]
-    following: list[float] = [0.0] * len(accesses)
-    seen: dict[int, float] = {}
+def clairvoyant_hits(uses: Sequence[frozenset[int]], layers: int, slots: int) -> tuple[int, int]:
+    """Hits and lookups of `slots` slots for all layers, by who knows all steps to come (Belady)."""
+    accesses = [(layer, expert) for step in uses for layer in range(layers) for expert in sorted(step)]
+    following: list[int] = []
+    seen: dict[tuple[int, int], int] = {}
     for place in range(len(accesses) - 1, -1, -1):
-        following[place] = seen.get(accesses[place], float("inf"))
+        following.append(seen.get(accesses[place], len(accesses)))
         seen[accesses[place]] = place
-    resident: dict[int, float] = {}
+    resident: dict[tuple[int, int], int] = {}
+    furthest: list[tuple[int, tuple[int, int]]] = []
     hits = 0
-    for expert, use in zip(accesses, following, strict=True):
+    for expert, use in zip(accesses, reversed(following), strict=True):
         if expert in resident:
             hits += 1
-        elif len(resident) >= capacity:
-            del resident[max(resident, key=resident.__getitem__)]
+        else:
+            while len(resident) >= slots:
+                due, victim = heappop(furthest)
+                if resident.get(victim) == -due:  # else it was used since
+                    del resident[victim]
         resident[expert] = use
+        heappush(furthest, (-use, expert))
     return hits, len(accesses)
-

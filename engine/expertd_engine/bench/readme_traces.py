@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """One exchange: token ids of prompt and answer, and the expert of each token but the last, which nobody computes."""
+    """One exchange: token ids of prompt and answer, and the expert of each token but the last, which needs none."""
 
     domain: str
     prompt: list[int]

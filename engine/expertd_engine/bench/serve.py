@@ -47,7 +47,7 @@ def serve(options: Options) -> str:
     with ExitStack() as stack:
         group = None if options.limit_bytes is None else stack.enter_context(limited_memory(options.limit_bytes))
         command = _command(options) if group is None else inside(group, _command(options))
-        port, pid = stack.enter_context(_daemon(command, options.timeout_s))
+        port, pid = stack.enter_context(running_daemon(command, options.timeout_s))
         vocabulary = _vocabulary(options)
         rounds = []
         for turn in range(options.pairs + 1):
@@ -82,7 +82,7 @@ def _command(options: Options) -> list[str]:
 
 
 @contextmanager
-def _daemon(command: Sequence[str], timeout_s: float) -> Iterator[tuple[int, int]]:
+def running_daemon(command: Sequence[str], timeout_s: float) -> Iterator[tuple[int, int]]:
     """Port and process id of a daemon that is ready; it is stopped with the block."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

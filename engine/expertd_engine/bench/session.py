@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from expertd_engine.bench.channel import Channel, make_channel
+from expertd_engine.bench.channel import PREDICTORS, Channel, make_channel
 from expertd_engine.bench.disk import read_bandwidth
 from expertd_engine.bench.generated import ChannelLookahead, GeneratedRoutes, Recorder
 from expertd_engine.bench.protocol import (
@@ -76,7 +76,7 @@ class EngineSession:
         """The engine: its parts are what this class and its kin know of them."""
         return start_engine(
             self._store, config_of(self._spec), os.getpid(), silent, self._watch,
-            lookahead=self._recorder, routes=self._routes,
+            lookahead=None if spec.hints in PREDICTORS else self._recorder, routes=self._routes,
         )  # fmt: skip
 
     # ------------------------------------------------------------ what can be asked
@@ -112,7 +112,7 @@ class EngineSession:
             self._step()
         self._replay.feed(self._decoded)
         self._decoded.clear()
-        before = self._counts
+        before, prefetches = self._counts, self._prefetched()
         began = time.perf_counter()
         for _ in range(request.tokens):
             self._step()
@@ -123,6 +123,7 @@ class EngineSession:
         self._decoded.clear()
         self._end(streams)
         record = self._store.index.record_bytes(0)
+        prefetched, wasted = (after - then for after, then in zip(self._prefetched(), prefetches, strict=True))
         return Decoded(
             elapsed_s=elapsed_s,
             tokens=request.tokens * len(streams),
@@ -136,7 +137,14 @@ class EngineSession:
             union=union / (request.tokens * self._shape.layers),
             peak_bytes=self._engine.cache.ledger.peak_bytes,
             process_peak_bytes=peak_rss_bytes(),
+            prefetched_bytes=prefetched,
+            wasted_bytes=wasted,
         )
+
+    def _prefetched(self) -> tuple[int, int]:
+        """Bytes of prefetches that have ended, and of these wasted."""
+        outcomes = self._engine.cache.ledger.counters.prefetch_outcome_bytes
+        return sum(outcomes.values()) - outcomes["cancelled"], outcomes["wasted"]
 
     def prefill(self, request: PrefillRequest) -> Prefilled:
         """Time one prompt; with `decode`, while another stream decodes, whose pace is told before, during and after."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from expertd_engine.kernels.formats import GROUP_COLUMNS, QUANTISED, STRIP_ROWS, Bytes, packed_bytes, strip_bytes
+from expertd_engine.kernels.row_order import FP8, from_strips, matrix_bytes, part_offsets, row_bytes
 
 SCALE = 0.02
 """Root mean square of the weights, about."""
@@ -31,6 +32,10 @@ _PLAIN = {
     "float32": _Bits(np.dtype("<u4"), 0x80FFFFFF, 0x3C000000),
 }
 """Random are sign, mantissa and the lowest bit of the exponent: ±2⁻⁷ to ±2⁻⁵."""
+_FP8 = _Bits(np.dtype("u1"), 0x8F, 0x30)
+"""Likewise in e4m3: ±0.5 to ±1.875."""
+_FP8_SIZE = 1.159
+"""Root mean square of those."""
 _STEP = {"int8": SCALE / 73.3, "int4": SCALE / 4.61, "int4s": SCALE / 4.61}
 """Scale of a group: `SCALE` over the standard deviation of its evenly distributed steps."""
 _MIDDLE = 7.5
@@ -44,6 +49,19 @@ def stored_bytes(dtype: str, rows: int, cols: int) -> int:
 def random_matrix(dtype: str, rows: int, cols: int, rng: np.random.Generator) -> Bytes:
     """A `[rows, cols]` matrix of random weights, `stored_bytes` long."""
     return _quantised(dtype, rows, cols, rng) if dtype in QUANTISED else _plain(dtype, rows * cols, rng)
+
+
+def random_rows(format: str, rows: int, cols: int, rng: np.random.Generator) -> Bytes:
+    """A `[rows, cols]` matrix of random weights in a quantised format, in the order of `kernels.row_order`."""
+    if format != FP8:
+        return from_strips(random_matrix(format, rows, cols, rng), format, rows, cols)
+    stored = np.zeros(matrix_bytes(format, rows, cols), np.uint8)
+    _, scales, _ = part_offsets(format, rows, cols)
+    data, scale_row = row_bytes(format, cols)
+    drawn = random_bytes(rows * data, rng) & np.uint8(_FP8.random) | np.uint8(_FP8.fixed)
+    stored[: rows * data].reshape(rows, data)[:, :cols] = drawn.reshape(rows, data)[:, :cols]
+    stored[scales : scales + rows * scale_row].view("<f2")[:] = SCALE / _FP8_SIZE
+    return stored
 
 
 def constant(dtype: str, count: int, value: float) -> Bytes:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from expertd_engine.errors import ExpertdError
 from expertd_engine.experts.accounting import Stalls, lease_window
+from expertd_engine.experts.clairvoyant import ClairvoyantEstimate
 from expertd_engine.experts.events import (
     Abort,
     Cancel,
@@ -166,6 +167,7 @@ class ExpertCache:
         self.transfers = transfers
         self.lookahead = lookahead
         self.stalls = Stalls()
+        self.clairvoyant = ClairvoyantEstimate(ledger.experts_per_layer, self._slots_in_all)
         self.pulse: Callable[[], None] = _nobody
         """Called whenever a layer is given experts: a step that loads many can take minutes, and says so by this."""
         self.resized: Callable[[], None] = _nobody
@@ -187,6 +189,7 @@ class ExpertCache:
     def begin_step(self, token_ids: Sequence[int]) -> None:
         """A new step over these tokens begins: tell the ledger what is foreseen."""
         self._step += 1
+        self.clairvoyant.begin_step()
         self._began = self._totals()
         hints = tuple(self.lookahead.begin_step(self._step, token_ids))
         if hints:
@@ -207,6 +210,7 @@ class ExpertCache:
         ask for (law 5).
         """
         hints = tuple(self.lookahead.routed(self._step, layer, experts))
+        self.clairvoyant.use(layer, experts, self.ledger.resident_slots(layer))
         asked = [ExpertId(layer, expert) for expert in experts]
         return LayerLeases(self, asked, pairs or [1] * len(asked), scanned, hints)
 
@@ -226,8 +230,12 @@ class ExpertCache:
         counts = Counter(experts)
         chosen = tuple(sorted(counts))
         self.lookahead.routed(self._step, layer, chosen)  # it foresees nothing, but may keep account
+        self.clairvoyant.use(layer, chosen, self.ledger.resident_slots(layer))
         position = self._step * self._period + layer * self._experts_per_layer
         return Used(layer, chosen, tuple(counts[expert] for expert in chosen), position)
+
+    def _slots_in_all(self) -> int:
+        return self.ledger.budget_bytes // max(self._record_bytes)
 
     def set_budget(self, budget_bytes: int) -> None:
         """Change the expert budget. Raises BudgetError below the minimum; then nothing changes."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from expertd_engine.experts.device_events import Provide
 
-_WEIGHT = 0.1
+_WEIGHT = 0.2
 """Of the last step in the moving averages."""
 MOST_SHARE = 8
 """At most an eighth of the slots for each of the two uses, where experts would have to give way for it."""
@@ -32,11 +32,16 @@ class Aside:
         self.misses += weight * (misses - self.misses)
         self.prefetches += weight * (prefetches - self.prefetches)
 
-    def wanted(self, *, slots: int, unused: int, absent: int, room: int, foresees: bool) -> Provide:
+    def wanted(
+        self, *, slots: int, unused: int, absent: int, room: int, foresees: bool, streamed: int | None = None
+    ) -> Provide:
         """What to set aside of `slots`, of which `unused` hold nothing: these cost nothing. `absent` experts are not
         resident; steps can be handed `room` slots at most; prefetches are made if somebody `foresees`.
+
+        `streamed`: for a prefill about to start, which streams what is absent through so many slots.
         """
         share = max(1, slots // MOST_SHARE)
-        reserve = min(math.ceil(1.5 * self.prefetches) + 4, share, absent) if foresees else 0
-        landing = max(min(math.ceil(2 * self.misses), share), unused - reserve)
-        return Provide(min(landing, absent, room), reserve)
+        reserve = min(math.ceil(1.5 * self.prefetches) + 4, share) if foresees else 0
+        reserve = min(max(reserve, streamed or 0), absent)
+        landing = max(min(math.ceil(2 * self.misses), share, slots - reserve), unused - reserve)
+        return Provide(min(landing, absent, room), reserve, still=streamed is not None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,7 @@ from expertd_engine.experts.device_events import (
     Seen,
 )
 from expertd_engine.experts.device_host import HostTier
-from expertd_engine.experts.device_layout import TableLayout
+from expertd_engine.experts.device_layout import HOME, TableLayout
 from expertd_engine.experts.device_ledger import DeviceEvent, DeviceInstruction, DeviceLedger
 from expertd_engine.experts.device_pool import Use
 from expertd_engine.experts.device_publication import Boundary, Publication
@@ -52,6 +52,10 @@ from expertd_engine.request import ExpertCounts
 logger = logging.getLogger(__name__)
 
 _LANDING_MOST = 4096
+_MARGIN = 1
+"""Layers that are too near for a copy."""
+_EVICTIONS = 16
+"""Between two looks at the running launch."""
 
 
 @dataclass(slots=True)
@@ -128,6 +132,7 @@ class DeviceCache:
         self.slab = DeviceSlab(ledger.plan, device)
         self.publication = Publication(layout, host.home)
         self.copies = DeviceCopies(device, self.table, max(self.record_bytes))
+        ledger.prefetch_at_most(self.copies.ahead)
         self._period, self._experts = layout.layers * experts, experts
         self._step = self._layers_known = self._prefetches_before = 0
         self._scan = self._staged_words = False
@@ -138,6 +143,7 @@ class DeviceCache:
         self._aside = Aside()
         self._boundary = Boundary({}, ())
         self._before: Mark = device.compute.mark()
+        self._digesting: Iterator[None] = iter(())
         self._unread: _Launch | None = None
         self._last: _Launch | None = None
         for layer, count in enumerate(ledger.experts_per_layer):
@@ -163,6 +169,7 @@ class DeviceCache:
         """Send what the launch applies first. The launch before the last has ended."""
         if self._step == 1:
             self._handle([self._wanted()])
+        self._finish_digest()
         self._boundary = self.publication.boundary()
         self.table.stage(self._boundary.words)
         self._before = self.device.compute.mark()
@@ -174,20 +181,27 @@ class DeviceCache:
         self._staged_words = False
         launch = _Launch(self._step, self.table.turn, self._scan, whole, self.device.compute.mark())
         self.copies.after(self._before)
-        self._take_in([Cooled(self._boundary.retired)])
+        self._pump([Cooled(self._boundary.retired)])
+        self._finish_digest()
+        self._digesting = self._digest(self._unread)
         self._unread = self._last = launch
 
     def poll(self) -> None:
-        """While a launch runs: take in complete copies, and what is foreseen as layer after layer routes."""
+        """Again and again while a launch runs: take in complete copies, what is foreseen as layer after layer routes, and
+        a little of what the launch before met.
+        """
         events: list[DeviceEvent] = []
         known = self.table.layers_known
         if self.routes is not _unknown and known > self._layers_known:
-            self.ledger.foreseen_until(self._step * self._period + known * self._experts)
+            # A copy that begins now would come too late for the next layers: they read what they lack themselves.
+            begin = known + _MARGIN + self.copies.begun // 2
+            self.ledger.foreseen_until(self._step * self._period + begin * self._experts)
             for layer in range(self._layers_known, known):
                 hints = tuple(self.lookahead.routed(self._step, layer, self.routes(layer)))
                 events += [Predict(hints)] if hints else []
             self._layers_known = known
         self._pump(events)
+        next(self._digesting, None)
 
     def end_step(self) -> ExpertCounts:
         """The launch has ended: what it met. The ledger learns of it while the next one runs."""
@@ -221,17 +235,15 @@ class DeviceCache:
 
     def pump(self) -> None:
         """No step is running: take in all there is to know, without waiting."""
-        if self._unread is not None and self._unread.ended.done():
-            self._take_in([])
+        if self._unread is None or self._unread.ended.done():
+            self._catch_up()
         self._pump([])
 
     # ------------------------------------------------------------ between steps
 
     def settle(self) -> None:
         """No step is running: take in all there is to know, and have all that was collected applied, now."""
-        if self._unread is not None:
-            self._unread.ended.wait()
-            self._take_in([])
+        self._catch_up()
         self.flush()
         self.device.compute.mark().wait()
 
@@ -249,9 +261,7 @@ class DeviceCache:
         """For a step of many rows, launched layer by layer: its experts, streamed through a few slots. Call it between
         `begin_step` and the first of its launches, for a `with` block around them; then `scanned`.
         """
-        if self._unread is not None:
-            self._unread.ended.wait()
-            self._take_in([])
+        self._catch_up()
         ring = plan_ring(self.ledger.pool.limit, max(self.record_bytes))
         while not self.device.shares_memory and not self._borrow(ring.slots):
             self._drain()  # every slot is being copied into
@@ -262,7 +272,8 @@ class DeviceCache:
         """A staged step's launches have ended; `pairs[l][e]` pairs chose expert e of layer l."""
         seen = [self._staged(layer, chosen) for layer, chosen in enumerate(pairs)]
         misses = [_misses(one) for one in seen]
-        self._pump([*seen, Tick((self._step + 1) * self._period), self._wanted()])
+        self._pump([*seen, Tick((self._step + 1) * self._period)])
+        self._handle([self._wanted()])
         nbytes = sum(count * size for count, size in zip(misses, self.record_bytes, strict=True))
         lookups = sum(len(one.experts) for one in seen)
         self._scanned = ExpertCounts(lookups - sum(misses), 0, sum(misses), nbytes, 0.0)
@@ -270,8 +281,11 @@ class DeviceCache:
     def fill(self, experts: Iterable[ExpertId] = ()) -> None:
         """Bring these into empty slots, then all others in turns of one a layer, until slots or experts are used up.
 
-        Waits until all are there.
+        No step is running. Waits until all are there.
         """
+        self._catch_up()
+        self._handle([Provide(0, 0, still=True)])
+        self.flush()
         counts = self.ledger.experts_per_layer
         others = [ExpertId(layer, e) for e in range(self._experts) for layer, count in enumerate(counts) if e < count]
         self._handle([Fill([*experts, *others])])
@@ -322,45 +336,67 @@ class DeviceCache:
 
     # ------------------------------------------------------------ what the ledger is told
 
-    def _take_in(self, events: list[DeviceEvent]) -> None:
-        """Tell of the launch whose report is due, and set aside what the next ones will need."""
+    def _catch_up(self) -> None:
+        """Take in the launch whose report is due, waiting for its end."""
+        self._finish_digest()
         launch, self._unread = self._unread, None
-        landed: list[Landed] = []
+        self._digesting = self._digest(launch)
+        self._finish_digest()
+
+    def _finish_digest(self) -> None:
+        for _ in self._digesting:
+            pass
+
+    def _digest(self, launch: _Launch | None) -> Iterator[None]:
+        """Tell of a launch, and set aside what the next ones will need: piece by piece, since
+        copies for the running launch must not wait for all of it.
+        """
         if launch is not None:
             launch.ended.wait()
-            seen, landed = self._read(self.table.report(launch.turn), launch)
-            events += [*seen, *landed, *self._foreseen_late(seen, launch), Tick((launch.step + 1) * self._period)]
-            self._tell_aside(sum(map(_misses, seen)))
-        self._pump([*events, self._wanted()], landed)
+            misses = 0
+            for seen, landed in self._read(self.table.report(launch.turn), launch):
+                self._handle([seen, *landed, *self._foreseen_late(seen, launch)], landed)
+                misses += _misses(seen)
+                yield
+            self._handle([Tick((launch.step + 1) * self._period)])
+            self._tell_aside(misses)
+            yield
+        yield from self._set_aside()
 
-    def _read(self, report: Report, launch: _Launch) -> tuple[list[Seen], list[Landed]]:
-        seen, landed = [], []
+    def _set_aside(self) -> Iterator[None]:
+        wanted = self._wanted()
+        for landing in range(self.ledger.pool.number(Use.HANDED), wanted.landing, _EVICTIONS):
+            self._handle([Provide(min(landing + _EVICTIONS, wanted.landing), wanted.reserve)])
+            yield
+        self._handle([wanted])
+
+    def _read(self, report: Report, launch: _Launch) -> Iterator[tuple[Seen, list[Landed]]]:
         for layer, (experts, sources, slots, pairs) in report.layers():
-            position = launch.step * self._period + layer * self._experts
-            seen.append(Seen(layer, experts, sources, pairs, position, launch.scan))
-            for expert, source, slot in zip(experts, sources, slots, strict=True):
-                if source == LANDED:
-                    landed.append(Landed(ExpertId(layer, expert), slot, launch.scan, launch.whole))
-            self.link.read += sources.count(READ) * self.record_bytes[layer]
-            self.link.landed += sources.count(LANDED) * self.record_bytes[layer]
-            self.copies.read_bytes += _misses(seen[-1]) * self.record_bytes[layer]
-        return seen, landed
+            nbytes = self.record_bytes[layer]
+            seen = Seen(layer, experts, sources, pairs, launch.step * self._period + layer * self._experts, launch.scan)
+            landed = [
+                Landed(ExpertId(layer, expert), slot, launch.scan, launch.whole)
+                for expert, source, slot in zip(experts, sources, slots, strict=True)
+                if source == LANDED
+            ]
+            self.link.read += sources.count(READ) * nbytes
+            self.link.landed += len(landed) * nbytes
+            self.copies.read_bytes += _misses(seen) * nbytes
+            yield seen, landed
 
     def _borrow(self, slots: int) -> bool:
-        """Whether there are any to stream through, `slots` at most; no step is running."""
-        wanted = self._wanted()
-        reserve = max(wanted.reserve, slots)
-        landing = max(0, min(wanted.landing, self.ledger.pool.limit - reserve))
-        self._handle([Provide(landing, reserve, still=True)])
-        self.flush(Lend(slots))
-        return bool(self._lent)
+        """Whether there are any to stream through, `slots` at most, or none are needed; no step is running."""
+        wanted = self._wanted(slots)
+        self._handle([wanted])
+        self.flush(Lend(min(slots, wanted.reserve)))
+        return bool(self._lent) or wanted.reserve == 0
 
-    def _foreseen_late(self, seen: Sequence[Seen], launch: _Launch) -> list[DeviceEvent]:
+    def _foreseen_late(self, seen: Seen, launch: _Launch) -> list[DeviceEvent]:
         """Where nobody knows routes while a step runs, a lookahead hears of them when it has ended."""
         if self.routes is not _unknown:
             return []
-        told = [tuple(self.lookahead.routed(launch.step, one.layer, one.experts)) for one in seen]
-        return [Predict(hints) for hints in told if hints]
+        hints = tuple(self.lookahead.routed(launch.step, seen.layer, seen.experts))
+        return [Predict(hints)] if hints else []
 
     def _staged(self, layer: int, chosen: Sequence[int]) -> Seen:
         experts = [expert for expert, pairs in enumerate(chosen) if pairs]
@@ -374,16 +410,18 @@ class DeviceCache:
         self._aside.step(misses, issued - self._prefetches_before)
         self._prefetches_before = issued
 
-    def _wanted(self) -> Provide:
+    def _wanted(self, streamed: int | None = None) -> Provide:
         pool = self.ledger.pool
         unused = self.slab.slots - pool.number(Use.OWNED, Use.LENT)
         absent = sum(self.ledger.experts_per_layer) - pool.number(Use.OWNED)
         room = self.table.layout.landing
         foresees = self.lookahead.exactness != "none"
-        return self._aside.wanted(slots=pool.limit, unused=unused, absent=absent, room=room, foresees=foresees)
+        return self._aside.wanted(
+            slots=pool.limit, unused=unused, absent=absent, room=room, foresees=foresees, streamed=streamed
+        )
 
     def _pump(self, events: list[DeviceEvent], landed: Sequence[Landed] = ()) -> None:
-        for load, loaded in self.copies.pump():
+        for load, loaded in self.copies.complete():
             self.publication.copied(load.expert, load.slot)
             events.append(loaded)
             if load.priority is Priority.PREFETCH:
@@ -392,6 +430,7 @@ class DeviceCache:
                 self.link.filled += self.record_bytes[load.expert.layer]
         if events:
             self._handle(events, landed)
+        self.copies.begin()
 
     def _handle(self, events: Sequence[DeviceEvent], landed: Sequence[Landed] = ()) -> None:
         """Tell the ledger, and do as it says."""
@@ -413,8 +452,8 @@ class DeviceCache:
             case Hand(slot):
                 self.publication.hand(slot)
             case Load(_, expert, slot, _):
-                record = self.host.record(expert)
-                self.copies.submit(instruction, self.slab.view(slot, record.numel()), record)
+                nbytes = self.record_bytes[expert.layer]
+                self.copies.submit(instruction, self.slab.address(slot), self.host.home(expert) & ~HOME, nbytes)
             case Cancel(load_id):
                 taken_back = self.copies.cancel(load_id)
                 cancelled += [] if taken_back is None else [taken_back]

@@ -19,8 +19,8 @@ from expertd_engine.experts.device_table import DeviceTable
 from expertd_engine.experts.events import Cancelled, Load, Loaded, Priority
 from expertd_engine.experts.transfer import LATENCY_BOUNDS_S, TransferStats
 
-_AHEAD_BYTES = 24 * 2**20
-_MEASURED_BYTES = 64 * 2**20
+_AHEAD_BYTES = 32 * 2**20
+_MEASURED_BYTES, _MEASURED_MOST = 64 * 2**20, 256
 _AHEAD = (2, 32)
 """Begun at once: about so many bytes, but at least and at most so many records."""
 
@@ -28,14 +28,15 @@ _AHEAD = (2, 32)
 @dataclass(slots=True)
 class _Copy:
     load: Load
-    target: Tensor
-    source: Tensor
+    target: int
+    source: int
+    nbytes: int
     began: float = 0.0
 
 
 def measure_link(device: Device, target: Tensor, source: Tensor) -> float:
     """Bytes per second that copies between these two reach; takes a few milliseconds."""
-    times = max(1, _MEASURED_BYTES // source.numel())
+    times = min(max(1, _MEASURED_BYTES // source.numel()), _MEASURED_MOST)
     best = float("inf")
     for _ in range(2):
         began = time.perf_counter()
@@ -54,13 +55,14 @@ class DeviceCopies:
         """Of the copies that are complete and told of."""
         self._lane = device.copies
         self._table = table
-        self._ahead = min(max(_AHEAD[0], _AHEAD_BYTES // record_bytes), _AHEAD[1])
+        self.ahead = min(max(_AHEAD[0], _AHEAD_BYTES // record_bytes), _AHEAD[1])
+        """Records begun at once."""
         self._waiting: dict[Priority, deque[_Copy]] = {Priority.DEMAND: deque(), Priority.PREFETCH: deque()}
         self._begun: deque[tuple[_Copy, Mark]] = deque()
 
-    def submit(self, load: Load, target: Tensor, source: Tensor) -> None:
+    def submit(self, load: Load, target: int, source: int, nbytes: int) -> None:
         """Copy a record from pinned memory into a slot that may be written, when its turn comes."""
-        self._waiting[load.priority].append(_Copy(load, target, source))
+        self._waiting[load.priority].append(_Copy(load, target, source, nbytes))
 
     def cancel(self, load_id: int) -> Cancelled | None:
         """Take back what has not begun; None for what has, which ends as usual."""
@@ -75,21 +77,29 @@ class DeviceCopies:
         """What begins from now on waits for the mark."""
         self._lane.after(mark)
 
-    def pump(self) -> list[tuple[Load, Loaded]]:
-        """What is complete; and begin what comes next."""
+    def complete(self) -> list[tuple[Load, Loaded]]:
+        """What is complete and was not told of yet, in the order in which it was begun."""
         done = []
         while self._begun and self._begun[0][1].done():
             copy, _ = self._begun.popleft()
             self._count(copy)
             done.append((copy.load, Loaded(copy.load.load_id)))
-        while len(self._begun) < self._ahead and (following := self._next()) is not None:
-            self._begin(following)
         return done
+
+    def begin(self) -> None:
+        """Begin what comes next, as far ahead as is good."""
+        while len(self._begun) < self.ahead and (following := self._next()) is not None:
+            self._begin(following)
 
     def wait(self) -> None:
         """Until the first that has begun is complete; there may be none."""
         if self._begun:
             self._begun[0][1].wait()
+
+    @property
+    def begun(self) -> int:
+        """Copies under way, as far as is known."""
+        return len(self._begun)
 
     def depth(self) -> int:
         """Copies that wait or are under way."""
@@ -100,12 +110,13 @@ class DeviceCopies:
 
     def _begin(self, copy: _Copy) -> None:
         copy.began = time.perf_counter()
-        announce = self._table.announce(copy.load.expert, copy.load.slot)
-        self._lane.copy([*announce, (copy.target, copy.source), self._table.complete(copy.load.slot)])
+        slot = copy.load.slot
+        record = (copy.target, copy.source, copy.nbytes)
+        self._lane.move([*self._table.announce(copy.load.expert, slot), record, self._table.complete(slot)])
         self._begun.append((copy, self._lane.mark()))
 
     def _count(self, copy: _Copy) -> None:
         seconds = time.perf_counter() - copy.began
-        self.read_bytes += copy.source.numel()
+        self.read_bytes += copy.nbytes
         self.stats.busy_s += seconds
         self.stats.latency_counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1

@@ -101,7 +101,6 @@ class DeviceLedger:
         self._foresight = Foresight(self._residency, policy, prefetch)
         self._policy = policy
         self._prefetch_depth = prefetch_depth
-        self._landing = self._reserve = 0
         self._still = False
         """The budget changes: nothing is copied until what was retired has cooled."""
         self.landings = self.duplicates = 0
@@ -115,7 +114,7 @@ class DeviceLedger:
         }  # fmt: skip
 
     def handle_all(self, events: Iterable[DeviceEvent]) -> list[DeviceInstruction]:
-        """Take in events that come together; slots are set aside and prefetches begun after the last of them.
+        """Take in events that come together; prefetches begin after the last of them.
 
         Raises LedgerError for one that cannot be, BudgetError or ResourceError for a budget outside the allowed range;
         the events before it have then been taken in.
@@ -124,10 +123,13 @@ class DeviceLedger:
         self._residency.out = out  # type: ignore[assignment]  # it only appends loads and cancellations
         for event in events:
             self._handlers[type(event)](event)
-        self._set_aside()
         if not self._still:
             self._start_prefetches()
         return out
+
+    def prefetch_at_most(self, depth: int) -> None:
+        """From now on, so many prefetches may be in flight."""
+        self._prefetch_depth = depth
 
     def foreseen_until(self, position: int) -> None:
         """The running step has come to `position`: hints for uses before it are not worth a copy any more."""
@@ -200,38 +202,47 @@ class DeviceLedger:
     # ------------------------------------------------------------ what steps did
 
     def _seen(self, event: Seen) -> None:
-        """The hottest loop of a token: 384 uses of it for 48 layers of 8."""
-        records, foresight, counters = self._by_layer[event.layer], self._foresight, self._residency.counters
-        victims, policy, scan = self._residency.victims, self._policy, event.scan
-        misses = 0
-        self.foreseen_until(event.position)
-        for index, source, pairs in zip(event.experts, event.sources, event.pairs, strict=True):
+        """The hottest loop of a token: 384 uses for 48 layers of 8."""
+        records, foresight, policy = self._by_layer[event.layer], self._foresight, self._policy
+        lookups, scan, covered = foresight.lookups, event.scan, 0
+        for index, source in zip(event.experts, event.sources, strict=True):
             record = records[index]
             facts = record.facts
-            foreseen = False
             if facts.next_use is not None:
-                foreseen = facts.next_use <= event.position + index
+                covered += facts.next_use <= event.position + index
                 foresight.forget_until(record, event.position + index)
             if record.pending:
                 self._residency.settle_prefetch(record, "used" if source == HIT else "late")
-            foresight.lookups += 1
-            counters.count_lookup(event.layer, _RESULTS[source], pairs, foreseen)
-            misses += source in _OVER_LINK
+            lookups += 1
             if scan and record.place is State.RESIDENT and not facts.probation:
                 continue  # the working set's recency is decoding's own
             facts.probation = scan
-            facts.last_use = foresight.lookups
+            facts.last_use = lookups
             if not scan:
                 policy.used(facts)
             if facts.ticket:
-                victims.offer(facts)
-        counters.demand_loads += misses
-        counters.demand_bytes += misses * records[0].nbytes
+                self._residency.victims.offer(facts)
+        foresight.lookups = lookups
+        self.foreseen_until(event.position)
+        self._count_seen(event, covered)
+
+    def _count_seen(self, event: Seen, covered: int) -> None:
+        counters, layer = self._residency.counters, event.layer
+        counters.covered[layer] += covered
+        by_result = {"hit": counters.hits, "late": counters.late, "miss": counters.misses}
+        for source, result in enumerate(_RESULTS):
+            if count := event.sources.count(source):
+                by_result[result][layer] += count
+                pairs = (n for n, met in zip(event.pairs, event.sources, strict=True) if met == source)
+                counters.activations[result][layer] += sum(pairs)
+                if source in _OVER_LINK:
+                    counters.demand_loads += count
+                    counters.demand_bytes += count * self._by_layer[layer][0].nbytes
 
     def _landed(self, event: Landed) -> None:
         record = self._residency.record(event.expert)
         if self.pool.use(event.slot) is not Use.HANDED:
-            problem = f"law 2: a step wrote into slot {event.slot}, which is {self.pool.use(event.slot).value}"
+            problem = f"law 2: a step wrote into slot {event.slot}, which is {self.pool.use(event.slot).name.lower()}"
             raise self._residency.story.error(problem, event.expert)
         if not event.whole or record.place is not State.ABSENT:
             self.duplicates += event.whole
@@ -246,8 +257,13 @@ class DeviceLedger:
         self._residency.arrive(record)
 
     def _predict(self, event: Predict) -> None:
+        """Most hints say what is known: they come again with every layer that routes."""
         for hint in event.hints:
-            self._foresight.foresee(self._residency.record(hint.expert), hint.needed_at)
+            (layer, expert), needed_at = hint.expert, hint.needed_at
+            record = self._by_layer[layer][expert]
+            if record.facts.next_use == needed_at and (record.place is not State.ABSENT or record.hinted == needed_at):
+                continue
+            self._foresight.foresee(record, needed_at, rank=False)
 
     def _tick(self, event: Tick) -> None:
         self._foresight.advance(event.position)
@@ -273,7 +289,7 @@ class DeviceLedger:
     def _fill(self, event: Fill) -> None:
         for expert in event.experts:
             record = self._residency.record(expert)
-            if self.pool.first(Use.FREE) is None:
+            if self.pool.first(Use.COLD, Use.FREE) is None:
                 return
             if record.place is State.ABSENT:
                 self._residency.fill(record, self.budget_bytes)
@@ -300,30 +316,29 @@ class DeviceLedger:
         for slot in lent:
             self.pool.put(slot, Use.COLD)
 
-    def _provide(self, event: Provide) -> None:
-        self._landing, self._reserve = event.landing, event.reserve
-        if event.still and self.pool.number(Use.HANDED) > event.landing:
-            self._recall()
-
     def _cooled(self, event: Cooled) -> None:
         self._still = False
         for slot in event.slots:
             if self.pool.use(slot) is Use.COOLING:
                 self.pool.put(slot, Use.COLD)
             elif self.pool.use(slot) is not Use.GONE:
-                raise self._residency.story.error(f"law 2: slot {slot} cooled, but is {self.pool.use(slot).value}")
+                raise self._residency.story.error(
+                    f"law 2: slot {slot} cooled, but is {self.pool.use(slot).name.lower()}"
+                )
 
-    def _set_aside(self) -> None:
-        """Come to what `Provide` asked for, evicting where no slot is empty."""
+    def _provide(self, event: Provide) -> None:
+        """Evicts where no slot is empty."""
         pool = self.pool
-        while pool.number(Use.HANDED) < self._landing:
-            spare = pool.number(Use.COLD, Use.COOLING, Use.FREE) > self._reserve
+        if event.still and pool.number(Use.HANDED) > event.landing:
+            self._recall()
+        while pool.number(Use.HANDED) < event.landing:
+            spare = pool.number(Use.COLD, Use.COOLING, Use.FREE) > event.reserve
             slot = pool.first(Use.FREE, Use.COOLING, Use.COLD) if spare else self._evict("capacity")
             if slot is None:
                 break
             pool.put(slot, Use.HANDED)
             self._out.append(Hand(slot))
-        while pool.number(Use.COLD, Use.COOLING, Use.FREE) < self._reserve and self._evict("capacity") is not None:
+        while pool.number(Use.COLD, Use.COOLING, Use.FREE) < event.reserve and self._evict("capacity") is not None:
             pass
 
     def _evict(self, reason: EvictionReason) -> int | None:
@@ -332,6 +347,11 @@ class DeviceLedger:
         if not len(victims):
             return None
         facts = victims.take()
+        ranked: set[ExpertId] = set()
+        while facts.next_use is not None and facts.expert not in ranked:  # the hint came after it was ranked
+            ranked.add(facts.expert)
+            victims.offer(facts)
+            facts = victims.take()
         slot = self._residency.records[facts.expert].slot
         self._residency.evict(facts, reason)
         self._out.append(Retire(slot, facts.expert))
@@ -354,7 +374,6 @@ class DeviceLedger:
         if self._residency.loads or self.pool.number(Use.LENT):
             raise self._residency.story.error("law 1: slots are given up while copies are in flight")
         self._still = True
-        self._landing = self._reserve = 0
         self._recall()
         while self.pool.number(Use.OWNED) > event.slots:
             self._evict("budget_change")

@@ -9,22 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum
 
 from expertd_engine.experts.accounting import LedgerError, Slots, Story
 from expertd_engine.experts.events import Instruction
 
 
-class Use(Enum):
+class Use(IntEnum):
     """What a slot is there for."""
 
-    GONE = "beyond the budget"
-    FREE = "never used since the budget was set"
-    COLD = "set aside for a copy"
-    COOLING = "may still be read by a step that was launched"
-    LENT = "a prefill streams experts through it"
-    HANDED = "set aside for a step to write into"
-    OWNED = "holds a record, or a copy of one is on its way into it"
+    GONE = 0
+    """Nothing: it is beyond the budget."""
+    FREE = 1
+    """Nothing yet."""
+    COLD = 2
+    """A copy may be made into it."""
+    COOLING = 3
+    """It may still be read by a step that was launched."""
+    LENT = 4
+    """A prefill streams experts through it."""
+    HANDED = 5
+    """Steps may write into it."""
+    OWNED = 6
+    """It holds a record, or a copy of one is on its way into it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +52,6 @@ class ChunkPlan:
         return whole * self.chunk_slots + rest // self.granule * self.granule // self.slot_bytes
 
 
-_UNUSED = (Use.GONE, Use.FREE)
-
-
 class SlotPool(Slots):
     """`count` slots of `slot_bytes` each, of which the first `limit` may be used.
 
@@ -60,7 +64,7 @@ class SlotPool(Slots):
         self._occupied = 0
         self.count = count
         self.limit = 0
-        self._places: dict[Use, dict[int, None]] = {use: {} for use in Use}
+        self._places: list[dict[int, None]] = [{} for _ in Use]
         self._use = [Use.GONE] * count
         self._owned_bytes: dict[int, int] = {}
         self._places[Use.GONE] = dict.fromkeys(range(count))
@@ -121,7 +125,7 @@ class SlotPool(Slots):
         del self._places[before][slot]
         self._use[slot] = use
         self._places[use][slot] = None
-        self.charged += self.slot_bytes * ((before in _UNUSED) - (use in _UNUSED))
+        self.charged += self.slot_bytes * ((before <= Use.FREE) - (use <= Use.FREE))
         self.peak = max(self.peak, self.charged)
 
     def own(self, slot: int, nbytes: int) -> None:
@@ -140,4 +144,4 @@ class SlotPool(Slots):
                 self.put(slot, Use.FREE)
 
     def _used(self) -> Iterable[int]:
-        return (slot for slot, use in enumerate(self._use) if use not in _UNUSED)
+        return (slot for slot, use in enumerate(self._use) if use > Use.FREE)

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from expertd_engine.experts.device_layout import TableLayout, Words
-from expertd_engine.experts.device_streams import Device
+from expertd_engine.experts.device_streams import Device, Move
 from expertd_engine.experts.events import ExpertId
 
 if TYPE_CHECKING:
     from expertd_engine.kernels.cuda.resolve import TablePointers
 
-_UPDATE_WORDS = 8192
+_UPDATE_WORDS = 2048
 """Words that one `apply` changes; a boundary of more is applied in several, outside of any graph."""
 
 
@@ -79,6 +78,9 @@ class DeviceTable:
         self._numbers.copy_(torch.arange(layout.slots + 1))
         self._bits = device.pinned(2, torch.int32)
         self._bits[1] = 1
+        self._no, self._yes = self._bits.data_ptr(), self._bits[1:].data_ptr()
+        self._first_entry, self._first_ready = self.entries.data_ptr(), self.ready.data_ptr()
+        self._first_number = self._numbers.data_ptr()
 
     @property
     def pointers(self) -> TablePointers:
@@ -146,11 +148,11 @@ class DeviceTable:
 
     # ------------------------------------------------------------ what the copies lane does
 
-    def announce(self, expert: ExpertId, slot: int) -> list[tuple[Tensor, Tensor]]:
-        """Copies that say a record is on its way into the slot."""
-        entry = self.entries[expert.layer, expert.expert, 1:]
-        return [(self.ready[slot : slot + 1], self._bits[:1]), (entry, self._numbers[slot + 1 : slot + 2])]
+    def announce(self, expert: ExpertId, slot: int) -> list[Move]:
+        """What says that a record is on its way into the slot."""
+        flag = self._first_entry + 16 * (expert.layer * self.layout.experts + expert.expert) + 8
+        return [(self._first_ready + 4 * slot, self._no, 4), (flag, self._first_number + 8 * (slot + 1), 8)]
 
-    def complete(self, slot: int) -> tuple[Tensor, Tensor]:
-        """The copy that says the record is all there."""
-        return self.ready[slot : slot + 1], self._bits[1:]
+    def complete(self, slot: int) -> Move:
+        """What says that the record is all there."""
+        return self._first_ready + 4 * slot, self._yes, 4

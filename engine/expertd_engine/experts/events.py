@@ -110,6 +110,26 @@ class Abort(msgspec.Struct, frozen=True, gc=False):
     lease_ids: tuple[int, ...]
 
 
+class PastUse(msgspec.Struct, frozen=True, gc=False):
+    """What an earlier engine knew of one expert's uses, as of its end: `experts.policy.Facts`, lookups counted back."""
+
+    expert: ExpertId
+    last_use: int
+    """Negative."""
+    weight: float
+    """What is left of it."""
+
+
+class Remember(msgspec.Struct, frozen=True, gc=False):
+    """What an earlier engine has left: the uses of experts, and who was resident, best first.
+
+    Only for a ledger that has met no lookup. Those not resident are loaded where there is room, after all else.
+    """
+
+    uses: tuple[PastUse, ...]
+    residents: tuple[ExpertId, ...]
+
+
 class SetBudget(msgspec.Struct, frozen=True, gc=False):
     """A new expert budget in bytes; becomes the limit as soon as unleased bytes allow (law 1)."""
 
@@ -122,7 +142,7 @@ class Tick(msgspec.Struct, frozen=True, gc=False):
     position: int
 
 
-Event = Demand | Used | Predict | Loaded | Failed | Cancelled | Release | Abort | SetBudget | Tick
+Event = Demand | Used | Predict | Loaded | Failed | Cancelled | Release | Abort | SetBudget | Tick | Remember
 
 # ---------------------------------------------------------------- instructions
 

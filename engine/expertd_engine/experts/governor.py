@@ -55,6 +55,7 @@ class Track:
     true: int = 0
     followed: int = 0
     """Let through."""
+    followed_true: int = 0
     late: int = 0
     """Followed and true, and still on its way when it was needed."""
     in_vain: int = 0
@@ -148,6 +149,7 @@ class Governor:
             track.approve(came_true)
         if one.followed:
             track.followed += 1
+            track.followed_true += came_true
             track.late += came_true and self._on_its_way(expert)
             track.in_vain += not came_true and self._absent_for(expert) is None
 

@@ -60,6 +60,17 @@ class HeldExperts:
             self._carry_out(self.sets.foresee(layer, expected))
             self._take_in()
 
+    def slots(self, layer: int, experts: Sequence[int], pairs: Sequence[int]) -> list[int] | None:
+        """The slots of experts that `pairs` (token, choice) pairs of the step each use, where all are held; they stay
+        until what this method's caller does next is done: nobody takes events in meanwhile. None where one is not."""
+        if not self.sets.holds(layer, experts):
+            return None
+        self.cache.used_in_passing(
+            [(layer, [e for e, count in zip(experts, pairs, strict=True) for _ in range(count)])]
+        )
+        resident = self.cache.ledger.resident_slots(layer)
+        return [resident[expert] for expert in experts]
+
     def end_step(self, tokens: float) -> None:
         """The virtual step has ended; `tokens` as for `VirtualExperts.end_step`."""
         if self.sets.is_open:

@@ -44,15 +44,17 @@ from expertd_engine.experts.events import (
     Instruction,
     Loaded,
     LookupResult,
+    PastUse,
     Predict,
     Priority,
     Release,
+    Remember,
     SetBudget,
     Tick,
     Used,
 )
 from expertd_engine.experts.foresight import Foresight
-from expertd_engine.experts.policy import Facts, Policy, Victims
+from expertd_engine.experts.policy import Facts, Policy, Victims, weight_from_now
 from expertd_engine.experts.residency import Record, Residency, State
 
 __all__ = ["ATTEMPTS", "Ledger", "LedgerError", "State"]
@@ -96,10 +98,12 @@ class Ledger:
         self._cap = self.budget_bytes  # what loads may fill: the budget, unless it was lowered while demands wait
         self._leases: dict[int, Record] = {}
         self._queue: OrderedDict[ExpertId, Record] = OrderedDict()
+        self._policy = policy
+        self._remembered: list[Record] = []  # to be loaded where there is room, the last one first
         self._handlers: dict[type, Callable[[Any], None]] = {
             Demand: self._demand, Used: self._used, Predict: self._predict, Loaded: self._loaded, Failed: self._failed,
             Cancelled: self._cancelled, Release: self._release, Abort: self._abort, SetBudget: self._set_budget,
-            Tick: self._tick,
+            Tick: self._tick, Remember: self._remember,
         }  # fmt: skip
 
     def handle(self, event: Event) -> list[Instruction]:
@@ -124,6 +128,7 @@ class Ledger:
             self._serve_waiting()
         if not self._queue:
             self._start_prefetches()
+            self._refill()
         self._slots.drop_vacated(out)
         return out
 
@@ -185,6 +190,23 @@ class Ledger:
             counts[record.expert.layer] += record.place is State.RESIDENT
         return counts
 
+    @property
+    def is_refilling(self) -> bool:
+        """Whether experts of an earlier engine are still to be loaded or on their way."""
+        return bool(self._remembered or self._residency.prefetching)
+
+    def recollection(self) -> Remember:
+        """What a later engine may want to know: `Remember`."""
+        now, records = self._foresight.lookups, self._residency.records.values()
+        uses = tuple(
+            PastUse(r.expert, r.facts.last_use - now - 1, weight_from_now(self._policy, r.facts, now))
+            for r in records
+            if r.facts.last_use != -1
+        )
+        residents = [r for r in records if r.place is State.RESIDENT]
+        best = sorted(residents, key=lambda r: (not r.facts.probation, self._policy.rank(r.facts), r.facts.last_use))
+        return Remember(uses, tuple(r.expert for r in reversed(best)))
+
     def state(self, expert: ExpertId) -> State:
         """Raises LedgerError for an expert outside the model."""
         return self._residency.record(expert).state
@@ -226,7 +248,7 @@ class Ledger:
     def _used(self, event: Used) -> None:
         for index, pairs in zip(event.experts, event.pairs, strict=True):
             record = self._residency.record(ExpertId(event.layer, index))
-            if record.place is not State.RESIDENT:
+            if record.place not in (State.RESIDENT, State.LEASED):
                 raise self._residency.story.error("law 2: was used in passing, but is not resident", record.expert)
             position = event.position + index
             foreseen = record.facts.next_use is not None and record.facts.next_use <= position
@@ -300,6 +322,14 @@ class Ledger:
 
     def _tick(self, event: Tick) -> None:
         self._foresight.advance(event.position)
+
+    def _remember(self, event: Remember) -> None:
+        if self._foresight.lookups:
+            raise self._residency.story.error("an earlier engine is remembered after the first lookup")
+        for use in event.uses:
+            facts = self._residency.record(use.expert).facts
+            facts.last_use, facts.weight = use.last_use, use.weight
+        self._remembered = [self._residency.record(expert) for expert in reversed(event.residents)]
 
     # ------------------------------------------------------------ leases
 
@@ -404,6 +434,15 @@ class Ledger:
                 return
             self._residency.load(record, Priority.PREFETCH, self._cap)
             self._foresight.prefetched(record)
+
+    def _refill(self) -> None:
+        """Load what an earlier engine held, best first, while there is room that nobody asks for."""
+        while self._remembered and len(self._residency.prefetching) < self._prefetch_depth:
+            record = self._remembered.pop()
+            if self._slots.occupied + record.nbytes > self._cap:
+                self._remembered.clear()
+            elif record.place is State.ABSENT:
+                self._residency.fill(record, self._cap, Priority.PREFETCH)
 
     def _make_room_by(self, needed_at: int, nbytes: int) -> bool:
         """Evict for a prefetch, but only what is not known to be needed by then (law 4)."""

@@ -93,6 +93,11 @@ class NextUse(LFU):
         return super().rank(facts) if facts.next_use is None else _KNOWN - facts.next_use
 
 
+def weight_from_now(policy: Policy, facts: Facts, lookups: int) -> float:
+    """The expert's weight, were lookups counted anew after so many."""
+    return facts.weight - lookups / policy.half_life if isinstance(policy, LFU) else facts.weight
+
+
 _KNOWN = 2.0**52
 """Above any weight; integers up to there are exact."""
 HALF_LIFE_TOKENS = 5.5

@@ -1,8 +1,9 @@
 """Exact lookahead from routes that are known before their step: a model whose router reads tokens alone. Pure.
 
-Named are, in the order of their uses, the absent experts of the step that begins, for prefetch layer by layer; and the
-next use of every expert by tokens that are known and wait: of sequences that are not in the step, and of prompts that
-are cut. What a step samples is routed before the next one begins, so nothing known is ever left out.
+Named are the experts of the step that begins, in the order of their uses, for prefetch layer by layer; and the next use
+of every resident expert by tokens that wait: of sequences that are passed over, of prompts. What a step samples is
+routed before the next one begins, so nothing known is ever left out; until then it is believed to use the experts of
+the token before, which tells who had better stay, loads nothing, and is the only guess made here.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ class PregatedLookahead:
         self._now, self._later = now, list(later)
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
-        """Nothing where all is resident: then nobody gives way either."""
+        """The step's own uses, to be read ahead; and later uses of what is resident, which say who had better stay.
+        Nothing where all is resident: then nobody gives way either."""
         wanted = list(self._of(self._now))
-        self.lacks = any(self._slots(expert.layer)[expert.expert] < 0 for expert in wanted)
+        self.lacks = not all(map(self._is_resident, wanted))
         self._next = {}
         if not self.lacks:
             return ()
@@ -49,7 +51,8 @@ class PregatedLookahead:
             for expert in self._of(union):
                 self._next.setdefault(expert, self._position(step + ahead, expert))
         hints = [Hint(expert, self._position(step, expert)) for expert in wanted]
-        return hints + [Hint(expert, at) for expert, at in sorted(self._next.items(), key=lambda item: item[1])]
+        kept = [(at, expert) for expert, at in self._next.items() if self._is_resident(expert)]
+        return hints + [Hint(expert, at) for at, expert in sorted(kept)]
 
     def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
         """All was said before the step."""
@@ -58,6 +61,9 @@ class PregatedLookahead:
     def next_use(self, expert: ExpertId, after: int) -> int | None:
         at = self._next.get(expert)
         return at if at is not None and at > after else None
+
+    def _is_resident(self, expert: ExpertId) -> bool:
+        return self._slots(expert.layer)[expert.expert] >= 0
 
     def _of(self, union: Union) -> Iterable[ExpertId]:
         """By layer, then expert; empty for the empty union."""
@@ -75,16 +81,18 @@ def step_union(plan: StepPlan) -> Union:
 
 
 def later_unions(plan: StepPlan, step_tokens: int) -> list[tuple[int, Union]]:
-    """What known tokens that are not in the plan use, in the order of the queue, and in how many steps they may."""
+    """What is used after the plan's step, and in how many steps: in the next one by the plan's own sequences, whose
+    tokens yet to come are believed to go where the ones before them went; then by all that waits, in its order."""
     stops = {chunk.sequence.sequence_id: chunk.stop for chunk in plan.chunks}
-    later: list[tuple[int, Union]] = []
+    last = [chunk.sequence.paths.union(chunk.stop - 1, chunk.stop) for chunk in plan.chunks if chunk.sequence.paths]
+    later: list[tuple[int, Union]] = [(1, join(last))]
     tokens = 0
     for sequence in plan.queue:
         start = stops.get(sequence.sequence_id, sequence.num_computed_tokens)
         stop = min(sequence.num_tokens, start + step_tokens)
         if sequence.paths is None or start >= stop:
             continue
-        later.append((1 + tokens // step_tokens, sequence.paths.union(start, stop)))
+        later.append((2 + tokens // step_tokens, sequence.paths.union(start, stop)))
         tokens += stop - start
         if tokens >= _STEPS_AHEAD * step_tokens:
             break

@@ -121,12 +121,12 @@ class Residency:
             self.prefetching_bytes += record.nbytes
         self.issue_load(record, priority)
 
-    def fill(self, record: Record, limit: int) -> None:
+    def fill(self, record: Record, limit: int, priority: Priority = Priority.DEMAND) -> None:
         """absent → loading, though nothing asks for it. There must be room within `limit` bytes."""
         record.slot = self.slots.take(record.nbytes, limit, self.out)
         self.prefetching[record.expert] = record
         self.prefetching_bytes += record.nbytes
-        self.issue_load(record, Priority.DEMAND)
+        self.issue_load(record, priority)
 
     def issue_load(self, record: Record, priority: Priority) -> None:
         """Start a load into the slot that the record has."""

@@ -8,6 +8,7 @@ from itertools import chain
 from expertd_engine.experts.store_format import (
     ALIGNMENT,
     DENSE_NAME,
+    ORDERS,
     RECORDS_NAME,
     LayerEntry,
     RecordLayout,
@@ -16,9 +17,10 @@ from expertd_engine.experts.store_format import (
     tensor_bytes,
 )
 from expertd_engine.kernels.formats import QUANTISED
+from expertd_engine.kernels.row_order import ROW_FORMATS
 
 TENSOR_ALIGNMENT = 64
-DTYPES = ("float32", "bfloat16", *QUANTISED)
+DTYPES = {order: ("float32", "bfloat16", *kinds) for order, kinds in zip(ORDERS, (QUANTISED, ROW_FORMATS), strict=True)}
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 LARGEST_SIDE = 2**24
 """Rows or columns of a matrix: far beyond any model, and no product of two overflows."""
@@ -52,21 +54,24 @@ def _of_whole(index: StoreIndex) -> Iterator[str]:
 def _of_layout(layout: RecordLayout) -> Iterator[str]:
     if layout.bytes < ALIGNMENT or layout.bytes % ALIGNMENT:
         yield f"records of {layout.bytes} bytes: not a multiple of {ALIGNMENT}"
+    if layout.order not in ORDERS:
+        yield f"records lie in the order {layout.order[:64]!r}: known are {', '.join(ORDERS)}"
+        return
     for tensor in layout.tensors:
-        yield from _of_tensor(tensor, layout.bytes)
+        yield from _of_tensor(tensor, layout.bytes, layout.order)
 
 
-def _of_tensor(tensor: TensorSpec, record_bytes: int) -> Iterator[str]:
+def _of_tensor(tensor: TensorSpec, record_bytes: int, order: str) -> Iterator[str]:
     is_bias = tensor.name.removesuffix("_bias") in MATRICES and tensor.name.endswith("_bias")
     if tensor.name not in MATRICES and not is_bias:
         yield f"a record has a tensor {tensor.name[:64]!r}"
-    elif tensor.dtype not in DTYPES or not (_is_vector(tensor.shape) if is_bias else _is_matrix(tensor.shape)):
+    elif tensor.dtype not in DTYPES[order] or not (_is_vector(tensor.shape) if is_bias else _is_matrix(tensor.shape)):
         yield f"tensor {tensor.name} is a {tensor.dtype[:64]} of shape {tensor.shape[:4]}"
-    elif is_bias and tensor.dtype in QUANTISED:
+    elif is_bias and tensor.dtype in ROW_FORMATS:
         yield f"tensor {tensor.name} is a {tensor.dtype}"
     elif tensor.offset < 0 or tensor.offset % TENSOR_ALIGNMENT:
         yield f"tensor {tensor.name} begins at byte {tensor.offset}: not a multiple of {TENSOR_ALIGNMENT}"
-    elif tensor.offset + tensor_bytes(tensor.dtype, tensor.shape) > record_bytes:
+    elif tensor.offset + tensor_bytes(tensor.dtype, tensor.shape, order) > record_bytes:
         yield f"tensor {tensor.name} ends beyond its record of {record_bytes} bytes"
 
 

@@ -32,6 +32,7 @@ from expertd_engine.experts.store_format import (
     FORMAT_VERSION,
     INDEX_NAME,
     RECORDS_NAME,
+    TARGETS,
     FileEntry,
     StoreIndex,
 )
@@ -74,6 +75,15 @@ class ExpertStore:
     @property
     def dense_path(self) -> Path:
         return self.path / DENSE_NAME
+
+    def require_order(self, order: str) -> None:
+        """Raise StoreError unless records lie in this order (`store_format.TARGETS`): what computes reads no other."""
+        targets = {name: target for target, name in TARGETS.items()}
+        for found in {layout.order for layout in self.index.layouts} - {order}:
+            raise StoreError(
+                f"store {self.path} is made for a {targets[found].upper()}, not for a {targets[order].upper()}: "
+                f"make one with `expertd prepare --for {targets[order]}`"
+            )
 
     def open_records(self, *, direct: bool = True, verify_always: bool = False) -> RecordFile:
         """The records, read past the page cache unless `direct` is off or the system refuses it."""

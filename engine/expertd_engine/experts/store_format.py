@@ -33,8 +33,10 @@ ALIGNMENT = 4096
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
-ORDERS = ("strips", "rows")
-"""How a record's matrices lie: `strips` for CPUs (`kernels.formats`), `rows` for GPUs (`kernels.row_order`)."""
+TARGETS = {"cpu": "strips", "gpu": "rows"}
+"""What a store is made for, as the user names it, and how its records' matrices lie: `kernels.formats` says how in
+strips, `kernels.row_order` how in rows."""
+ORDERS = tuple(TARGETS.values())
 
 
 def tensor_bytes(dtype: str, shape: Sequence[int], order: str = "strips") -> int:

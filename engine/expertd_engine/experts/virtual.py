@@ -157,6 +157,8 @@ class VirtualExperts:
         """Grows with every change of a held set: whoever derives from `held` knows by it when to do so again."""
         self._layers = [_Layer(prior) for prior in priors]
         self._loading = 0
+        self._has_room = False
+        """A layer may have a free slot: looking at all of them after every load is what this saves."""
 
     # ------------------------------------------------------------ queries
 
@@ -182,6 +184,10 @@ class VirtualExperts:
     def held(self, layer: int) -> frozenset[int]:
         return frozenset(self._layers[layer].held)
 
+    def holds(self, layer: int, experts: Iterable[int]) -> bool:
+        """Whether it holds them."""
+        return self._layers[layer].held.issuperset(experts)
+
     def holds_all(self, layer: int) -> bool:
         """Whether nobody can be missed there."""
         return len(self._layers[layer].held) == len(self._layers[layer].prior)
@@ -204,6 +210,7 @@ class VirtualExperts:
         for layer, expert in at_hand:
             near.setdefault(layer, []).append(expert)
         actions: list[Action] = []
+        self._has_room = True
         for number, count in enumerate(slots):
             self._layers[number].slots = count
             actions += self._shrink(number)
@@ -279,6 +286,7 @@ class VirtualExperts:
         layer = self._layers[expert.layer]
         layer.scores.pop(expert.expert, None)
         layer.barred.add(expert.expert)
+        self._has_room = True
         layer.changed()
         return self._fill()
 
@@ -319,6 +327,8 @@ class VirtualExperts:
     def _fill(self) -> list[Action]:
         """Let experts come into free slots: what a token cannot do without at once, the rest a few at a time."""
         actions: list[Action] = []
+        if not self._has_room:
+            return actions
         for number, layer in enumerate(self._layers):
             while layer.free > 0:
                 urgent = len(layer.held) + len(layer.coming) < self.top_k
@@ -328,6 +338,7 @@ class VirtualExperts:
                 if best is None:
                     break
                 actions.append(self._hold(number, best))
+        self._has_room = any(layer.free > 0 for layer in self._layers)
         return actions
 
     def _shrink(self, number: int) -> list[Action]:

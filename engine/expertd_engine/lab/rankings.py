@@ -33,7 +33,7 @@ class Ranking(Protocol):
 class LRURanking:
     """Least recently used first."""
 
-    changed = None
+    changed: Ids | None = None
 
     def __init__(self, events: Events) -> None:
         self.ranks: Floats = np.full(events.total, -np.inf)
@@ -45,7 +45,7 @@ class LRURanking:
 class LFURanking:
     """Aged frequency, as `policy.LFU`; of `half_life` tokens."""
 
-    changed = None
+    changed: Ids | None = None
 
     def __init__(self, events: Events, half_life: float = HALF_LIFE_TOKENS) -> None:
         self.ranks: Floats = np.full(events.total, -np.inf)
@@ -60,7 +60,7 @@ class LFURanking:
 class ClairvoyantRanking:
     """Belady's bound: what is needed last goes first. Nothing that loads on demand can miss less."""
 
-    changed = None
+    changed: Ids | None = None
 
     def __init__(self, events: Events) -> None:
         self.ranks: Floats = np.full(events.total, -np.inf)
@@ -116,7 +116,7 @@ class ForeseenRanking:
         self._known[experts] = np.where(following <= ahead, following, NEVER)
         self._rank(experts)
         self.changed = None
-        if ahead < len(bounds) - 1:
+        if number < ahead < len(bounds) - 1:
             seen = self._events.experts[bounds[ahead] : bounds[ahead + 1]]
             self.changed = seen[self._known[seen] == NEVER]
             self._known[self.changed] = ahead

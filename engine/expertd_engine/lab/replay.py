@@ -63,16 +63,16 @@ class CacheReplay:
             for i in range(0, len(experts), self._window):
                 part = slice(i, i + self._window)
                 missing += self._lease(number, experts[part], None if scan is None else scan[part], i)
-        changed = self._ranking.changed
-        if changed is not None:  # ranks beside those of the event's own experts
-            idle = changed[np.isfinite(self._keys[changed])]
-            self._keys[idle] = self._key(idle)
         return missing
 
     def _lease(self, number: int, experts: Ids, scan: NDArray[np.bool_] | None, offset: int) -> int:
         self._use(number, experts, scan, offset)
         keys, resident = self._keys, self._resident
         keys[experts] = np.inf
+        changed = self._ranking.changed
+        if changed is not None:  # ranks beside those of the event's own experts
+            idle = changed[np.isfinite(keys[changed])]
+            keys[idle] = self._key(idle)
         missing = experts[~resident[experts]]
         surplus = self._held + len(missing) - self._slots
         if surplus > 0:

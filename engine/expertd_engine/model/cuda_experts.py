@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from expertd_engine.experts.device_staging import Chunk, Staging
-from expertd_engine.kernels.cuda.experts import ExpertLayout, experts_decode
+from expertd_engine.kernels.cuda.experts import ExpertLayout, decode_tiles, experts_decode
 from expertd_engine.kernels.cuda.experts_prefill import PairGroups, combine, experts_prefill
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers, publish, resolve
 
@@ -62,9 +62,14 @@ class StagedExperts:
 
     def __init__(
         self, layouts: Sequence[ExpertLayout], num_experts: int, inner: Tensor, partials: Tensor,
-        given: GivenRoutes | None,
+        given: GivenRoutes | None, *, invariant: bool,
     ) -> None:  # fmt: skip
-        """`inner` `[P, I]` and float32 `partials` `[P, H]` have room for the pairs of the largest step."""
+        """`inner` `[P, I]` and float32 `partials` `[P, H]` have room for the pairs of the largest step. `invariant`:
+        sums have the order that steps of few rows give them."""
+        self._tiles = [
+            (decode_tiles(layout, layout.hidden), decode_tiles(layout, layout.inner)) if invariant else None
+            for layout in layouts
+        ]
         self._layouts, self._num_experts = layouts, num_experts
         self._inner, self._partials, self._given = inner, partials, given
         self._staging: Staging | None = None
@@ -93,4 +98,6 @@ class StagedExperts:
         if chunk.count:
             inner = self._inner[: len(partials)]
             layout = self._layouts[moe]
-            experts_prefill(layout, x, weights, groups, chunk.experts, chunk.addresses, inner, partials)
+            experts_prefill(
+                layout, x, weights, groups, chunk.experts, chunk.addresses, inner, partials, tiles=self._tiles[moe]
+            )

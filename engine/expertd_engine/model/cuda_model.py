@@ -89,17 +89,18 @@ class DeviceModel:
 
     def __init__(
         self, layers: Sequence[DeviceLayer], ends: DeviceEnds, layouts: Sequence[ExpertLayout], kv: DeviceKV,
-        table: Table, limits: Limits, dtype: torch.dtype, *, given_routes: bool = False,
+        table: Table, limits: Limits, dtype: torch.dtype, *, given_routes: bool = False, invariant: bool = False,
     ) -> None:  # fmt: skip
-        """`layouts[m]`: records of MoE layer m. `dtype`: of rows that matrices read. Graphs are captured here."""
+        """`layouts[m]`: records of MoE layer m. `dtype`: of rows that matrices read. Graphs are captured here.
+        `invariant`: see `Program`."""
         device = ends.head.data.device
         sizes = Sizes.of(layers, ends)
         blocks = -(-limits.model_len // kv.block_tokens)
         self._limits, self._device, self._table = limits, device, table
         self._inputs = StepInputs(limits.rows, limits.sequences, blocks, device)
-        work = Workspace(sizes, layers, limits.rows, limits.buckets[-1], dtype, device)
+        work = Workspace(sizes, layers, limits.rows, limits.rows if invariant else limits.buckets[-1], dtype, device)
         logits = torch.empty(limits.buckets[-1], sizes.vocabulary, device=device)
-        self._program = Program(layers, ends, kv, self._inputs, work, logits)
+        self._program = Program(layers, ends, kv, self._inputs, work, logits, invariant=invariant)
         self._best = torch.zeros(limits.rows, dtype=torch.int64, device=device)
         self._best_host = torch.zeros(limits.rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         rows = (limits.buckets[-1], limits.rows)
@@ -116,7 +117,7 @@ class DeviceModel:
         pairs = limits.rows * sizes.top_k
         self._many = StagedExperts(
             layouts, sizes.experts, torch.empty(pairs, inner, dtype=dtype, device=device),
-            torch.empty(pairs, sizes.hidden, device=device), self._given[1],
+            torch.empty(pairs, sizes.hidden, device=device), self._given[1], invariant=invariant,
         )  # fmt: skip
         self._launcher = self._made_launcher()
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from expertd_engine.kernels.cuda.attention import QUERY_TILE, AttentionScratch, attend
 from expertd_engine.kernels.cuda.block import Argmax, activate, store_qkv
-from expertd_engine.kernels.cuda.dense import embed, matmul
+from expertd_engine.kernels.cuda.dense import Form, embed, matmul
+from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm, add_norm, norm_rows
 from expertd_engine.kernels.cuda.router import route
 from expertd_engine.model.attention import LayerShape, Span
@@ -120,11 +121,14 @@ class Program:
 
     def __init__(
         self, layers: Sequence[DeviceLayer], ends: DeviceEnds, kv: DeviceKV, inputs: StepInputs, workspace: Workspace,
-        logits: Tensor,
+        logits: Tensor, *, invariant: bool = False,
     ) -> None:  # fmt: skip
-        """`logits` `[N, V]`: room for the logits of N rows at a time."""
+        """`logits` `[N, V]`: room for the logits of N rows at a time. `invariant`: a row's bits depend on its own
+        sequence alone, at the price of prompts computed row by row."""
         self.layers, self.ends = layers, ends
         self.kv, self.inputs, self.workspace, self.logits = kv, inputs, workspace, logits
+        self._invariant = invariant
+        self._form: Form = "rows" if invariant else "auto"
         self._argmax = Argmax(len(logits), logits.shape[1], logits.device)
 
     def run_layers(self, rows: int, experts: Experts, tiles: Tensor | None = None) -> None:
@@ -141,12 +145,15 @@ class Program:
     def run_head(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Logits `[n, V]` of rows `hidden` `[n, H]` of the residual stream, and the best token of each."""
         ends, logits = self.ends, self.logits[: len(hidden)]
-        matmul(
+        self._multiply(
             hidden, ends.head, logits,
             norm=ends.norm, scale=ends.logit_scale, normed=self.workspace.normed[: len(hidden)],
         )  # fmt: skip
         self._argmax(logits, tokens[: len(hidden)])
         return logits
+
+    def _multiply(self, x: Tensor, matrix: DeviceMatrix, out: Tensor, **options: Any) -> None:
+        matmul(x, matrix, out, form=self._form, **options)
 
     def _attention(self, index: int, layer: DeviceLayer, hidden: Tensor, tiles: Tensor | None) -> None:
         work, inputs, rows = self.workspace, self.inputs, len(hidden)
@@ -157,20 +164,20 @@ class Program:
         if layer.parallel:  # attention and FFN read the same rows, from before either has added to the stream
             assert layer.input_norm is not None
             norm_rows(hidden, layer.input_norm, work.routed_input[:rows])
-            matmul(work.routed_input[:rows], layer.projections, made)
+            self._multiply(work.routed_input[:rows], layer.projections, made)
         else:
-            matmul(hidden, layer.projections, made, norm=layer.input_norm, normed=normed)
+            self._multiply(hidden, layer.projections, made, norm=layer.input_norm, normed=normed)
         store_qkv(made, layer.heads, queries, keys, values, *places)
         attended = work.attended[:rows, : layer.output.cols]
         gate = made[:, layer.projections.rows - layer.gate_width :] if layer.gate_width else None
         attend(
             queries, keys, values, inputs.tables, inputs.row_table[:rows], inputs.positions[:rows], attended,
-            work.attention, window=layer.window, sinks=layer.sinks, gate=gate, tiles=tiles,
+            work.attention, window=layer.window, sinks=layer.sinks, gate=gate, tiles=None if self._invariant else tiles,
         )  # fmt: skip
         if layer.attention_norm is None:
-            matmul(attended, layer.output, hidden, add=True, scale=layer.attention_residual)
+            self._multiply(attended, layer.output, hidden, add=True, scale=layer.attention_residual)
         else:
-            matmul(attended, layer.output, work.added[:rows])
+            self._multiply(attended, layer.output, work.added[:rows])
             add_norm(hidden, work.added[:rows], layer.attention_norm, layer.attention_residual)
 
     def _feed_forward(self, layer: DeviceLayer, hidden: Tensor, experts: Experts) -> None:
@@ -203,7 +210,7 @@ class Program:
             return index, weights
         assert router.select is not None
         self._normed(x, before, y)
-        matmul(x, router.matrix, logits, norm=before, normed=work.normed[:rows])
+        self._multiply(x, router.matrix, logits, norm=before, normed=work.normed[:rows])
         with InvariantSigmoids():
             chosen, shares = router.select(logits)
         index.copy_(chosen)
@@ -221,16 +228,16 @@ class Program:
         work, rows = self.workspace, len(y)
         gate_up = work.gate_up[: rows * ffn.gate_up.rows].view(rows, -1)
         inner = work.inner[: rows * ffn.down.cols].view(rows, -1)
-        matmul(y, ffn.gate_up, gate_up)
+        self._multiply(y, ffn.gate_up, gate_up)
         middle = ffn.down.cols if ffn.gated else 0
         gate = gate_up[:, :middle] if ffn.gated else None
         activate(gate, gate_up[:, middle:], inner, ffn.activation, ffn.alpha, ffn.limit)
         if layer.ffn_gate is None:
-            matmul(inner, ffn.down, out, add=True)
+            self._multiply(inner, ffn.down, out, add=True)
             return
         made, share = work.shared[:rows], work.share[:rows]
-        matmul(inner, ffn.down, made)
-        matmul(y, layer.ffn_gate, share)
+        self._multiply(inner, ffn.down, made)
+        self._multiply(y, layer.ffn_gate, share)
         add_norm(out, made, None, 1.0, gate=share)
 
 

@@ -129,6 +129,19 @@ class Later:
         self._held.close()
 
 
+class _NoLeases:
+    """Of experts that others hold."""
+
+    def take(self) -> list[tuple[int, int]]:
+        return []
+
+    def release(self, indices: Iterable[int]) -> None:
+        return None
+
+
+_NO_LEASES = _NoLeases()
+
+
 class ExpertKernel(Protocol):
     """Computes the experts of one layer from slots."""
 
@@ -175,7 +188,12 @@ class Reroute(Protocol):
     def route(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Experts and weights `[T, K]` for `hidden` `[T, H]`, from the router's own."""
+        """Experts and weights `[T, W]`, W ≥ K, for `hidden` `[T, H]`, from the router's own."""
+        ...
+
+    def slots(self, layer: int, experts: Sequence[int], pairs: Sequence[int]) -> list[int] | None:
+        """Of experts (ascending) that `pairs` (token, choice) pairs each chose, where they stay without a lease until
+        the layer is computed; else None."""
         ...
 
 
@@ -274,6 +292,10 @@ class MoELayer:
             watch.routed(self.layer, chosen, hidden)
         pairs = Pairs.of(chosen, top_k_weights.numpy())
         x = hidden.to(self.kernel.compute_dtype).contiguous()
+        if step.reroute is not None and len(x) <= FEW_ROWS:
+            held_slots = step.reroute.slots(self.layer, pairs.experts, pairs.counts())
+            if held_slots is not None:
+                return self._at_hand(x, pairs, held_slots, out, may_prepare)
         scanned = step.scanned(pairs.experts, chosen)
         with ExitStack() as held:
             asked = step.source.lease(self.layer, pairs.experts, pairs=pairs.counts(), scanned=scanned)
@@ -289,6 +311,16 @@ class MoELayer:
                     return Later(call, leases, len(taken), held.pop_all())
             self._as_they_come(x, pairs, leases, taken, out)
         return None
+
+    def _at_hand(
+        self, x: torch.Tensor, pairs: Pairs, slots: Sequence[int], out: torch.Tensor, may_prepare: bool
+    ) -> Later | None:
+        """Compute or prepare experts that stay where they are without a lease of the step's."""
+        call = self.kernel.later(x, pairs, slots, out) if may_prepare else None
+        if call is None:
+            self.kernel.add(x, pairs, slots, out)
+            return None
+        return Later(call, _NO_LEASES, len(slots), ExitStack())
 
     def _in_order(self, x: torch.Tensor, pairs: Pairs, leases: Leases, out: torch.Tensor) -> None:
         at_hand: dict[int, int] = {}

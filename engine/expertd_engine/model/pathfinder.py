@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _PIECE = 512
 """Prompt tokens routed at once: bounds the memory of their activations."""
 
+
 class Pathfinder:
     """One engine's. `storage` has a spare block for every sequence that may run."""
 
@@ -38,6 +39,11 @@ class Pathfinder:
         self._storage = storage
         self._spare = storage.num_blocks
         self._step_tokens = max_step_tokens
+
+    @property
+    def heads(self) -> int:
+        """Choices a token: one that holds in all layers, or one for each."""
+        return self._pregate.path_shape.heads
 
     # ------------------------------------------------------------ as soon as tokens are known
 

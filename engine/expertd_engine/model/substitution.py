@@ -64,6 +64,23 @@ def with_substitutes(
     return np.where(real, index, index[:, :1]), np.where(real, gates, 0).astype(np.float32)
 
 
+def one_row(
+    chosen: Ids, weights: Floats, replaced: Bools, logits: Floats, held: Bools, shared_by: int
+) -> tuple[Ids, Floats]:
+    """`with_substitutes` for one row, `[1, W]`, whose router weighs experts by exp(logit): all but `held` are `[K]`, or
+    `[E]` for logits; who stays without being held is among `chosen`."""
+    candidates = held.copy()
+    candidates[chosen] = False
+    others = candidates.nonzero()[0]
+    scores = logits[others]
+    count = min(int(replaced.sum()) * shared_by, len(others))
+    best = scores.argsort(kind="stable")[::-1][:count]
+    shares = np.exp(scores[best] - scores[best[0]])
+    shares *= weights[replaced].sum() / shares.sum()
+    index = np.concatenate([chosen[~replaced], others[best]])
+    return index[None], np.concatenate([weights[~replaced], shares]).astype(np.float32)[None]
+
+
 def widened(chosen: Ids, weights: Floats, width: int) -> tuple[Ids, Floats]:
     """`[T, K]` as `[T, W]`: each row names its first expert again, with weight 0."""
     more = width - chosen.shape[1]

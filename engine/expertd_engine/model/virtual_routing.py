@@ -18,12 +18,24 @@ from torch import Tensor
 
 from expertd_engine.experts.held import HeldExperts
 from expertd_engine.model.moe import FEW_ROWS
-from expertd_engine.model.substitution import SHARED_BY, Bools, Floats, Ids, replaced_choices, widened, with_substitutes
+from expertd_engine.model.substitution import (
+    SHARED_BY,
+    Bools,
+    Floats,
+    Ids,
+    one_row,
+    replaced_choices,
+    widened,
+    with_substitutes,
+)
 from expertd_engine.request import Substitutions
 
 
 class LayerRouter(Protocol):
     """A `RouterAdapter`, as far as it is needed here."""
+
+    @property
+    def is_softmax(self) -> bool: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -155,6 +167,10 @@ class VirtualRouting:
         """
         router, at = self.routers[layer], torch.from_numpy(rows)
         logits = router.logits(hidden[at]) if self.logits is None else self.logits[at]
+        few = len(self._limits) <= FEW_ROWS  # memory was measured for K choices a row of larger steps
+        shared_by = self.shared_by if few else 1
+        if router.is_softmax and len(rows) == 1:  # decoding one sequence: most steps there are
+            return one_row(chosen[0], weights[0], replaced[0], logits[0].float().numpy(), self._masks[layer], shared_by)
         stays = np.zeros(logits.shape, bool)
         np.put_along_axis(stays, chosen, ~replaced, axis=1)
         last = logits.amin(dim=1, keepdim=True) - 1
@@ -162,8 +178,7 @@ class VirtualRouting:
         index, scores = router.select(lowered, torch.from_numpy(self._masks[layer] | stays))
         others = index.numpy()
         useful = np.where(np.take_along_axis(stays, others, axis=1), 0, scores.float().numpy())
-        few = len(self._limits) <= FEW_ROWS  # memory was measured for K choices a row of larger steps
-        return with_substitutes(chosen, weights, replaced, others, useful, self.shared_by if few else 1)
+        return with_substitutes(chosen, weights, replaced, others, useful, shared_by)
 
     def _foresee(self, layer: int, hidden: Tensor) -> None:
         """Let the next layer's set begin to follow what the step will ask of it."""
@@ -172,6 +187,10 @@ class VirtualRouting:
         if self.foresight is None or following == len(self.routers) or sets.holds_all(following):
             return
         self.held.foresee(following, self.foresight.expected(layer, hidden))
+
+    def slots(self, layer: int, experts: Sequence[int], pairs: Sequence[int]) -> list[int] | None:
+        """As `HeldExperts.slots`."""
+        return self.held.slots(layer, experts, pairs)
 
     def mask(self, layer: int) -> Bools:
         """`[E]`: who is held now. Takes in what has arrived on the way here."""
@@ -191,7 +210,8 @@ class VirtualRouting:
         """Where the router would have sent the step's rows."""
         self.counts.activations[layer] += chosen.size
         self._choices += chosen.shape[1]
-        lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32).numpy()
+        rows = hidden.float().numpy()
+        lengths: Floats = np.sqrt(np.einsum("th,th->t", rows, rows))
         values = self.score(layer, lengths, chosen, weights).ravel()
         flat = chosen.ravel()
         if len(chosen) == 1:

@@ -13,7 +13,7 @@ from expertd_engine.experts.accounting import lease_window
 from expertd_engine.experts.events import Demand, Event, ExpertId, Granted, Load, Loaded, Release
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import Lookahead, NoLookahead
-from expertd_engine.experts.policy import Policy
+from expertd_engine.experts.policy import Policy, Victims
 from expertd_engine.experts.virtual import Action, Hold, SwapLimits, VirtualExperts
 
 Routes = Sequence[Sequence[Sequence[int]]]
@@ -52,10 +52,11 @@ class LedgerReplay:
         budget_bytes: int,
         policy: Policy,
         lookahead: Lookahead | None = None,
+        victims: Victims | None = None,
     ) -> None:
-        """`lookahead` tells next uses, as it does while serving; nothing is prefetched."""
+        """`lookahead` tells next uses, as it does while serving; nothing is prefetched. `victims` as for `Ledger`."""
         self._lookahead = lookahead or NoLookahead()
-        self._ledger = Ledger(record_bytes, experts, budget_bytes, policy, prefetch=False)
+        self._ledger = Ledger(record_bytes, experts, budget_bytes, policy, prefetch=False, victims=victims)
         self._width = max(experts)
         self._period = self._width * len(experts)
         self._window = lease_window(budget_bytes, max(record_bytes))

@@ -1,6 +1,6 @@
 """Attention of a step's rows over keys and values in blocks, on the device.
 
-Alone, a row is cut into at most 32 spans of keys, whose length and borders follow from its position; so its bits do not
+Alone, a row is cut into spans of keys, whose length and borders follow from its position; so its bits do not
 depend on what else is in the step, and all processors take part in one long sequence. The last program of a row and key
 head puts the spans together. In tiles, consecutive rows of one sequence share each key that is read: for prompts.
 """
@@ -8,24 +8,40 @@ head puts the spans together. In tiles, consecutive rows of one sequence share e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-SPANS = 32
+from expertd_engine.kernels.cuda.launch import OPTIONS, wait_for_inputs
+
+SPANS_MAX = 32
 """Spans of keys that a row is cut into at most."""
-MERGED_AT_ONCE = 4
-_ROW_KEYS = 32
-"""Keys that a row alone reads at once; float32 needs more registers."""
 QUERY_TILE = 16
 """Rows of a tile at most."""
 
 
+class RowsConfig(NamedTuple):
+    """How a row alone is cut: keys at once, keys of the smallest span, spans, spans put together at once, warps."""
+
+    keys: int
+    span: int
+    spans: int
+    merged: int
+    warps: int
+
+
+FASTEST = RowsConfig(64, 128, 16, 16, 8)
+"""What was fastest on an H100."""
+EXACT = RowsConfig(16, 128, 16, 4, 4)
+"""For keys in float32, whose products need more registers."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionScratch:
-    """Room for what spans leave: `[rows, heads, SPANS]` and so on, all layers' alike."""
+    """Room for what spans leave: `[rows, heads, SPANS_MAX]` and so on, all layers' alike."""
 
     sums: Tensor
     best: Tensor
@@ -37,9 +53,9 @@ class AttentionScratch:
     def of(cls, rows: int, heads: int, kv_heads: int, value_dim: int, device: torch.device | str) -> AttentionScratch:
         """For steps of at most that many rows, and layers of at most that many heads and value dimensions."""
         return cls(
-            torch.empty(rows * heads * SPANS * value_dim, device=device),
-            torch.empty(rows * heads * SPANS, device=device),
-            torch.empty(rows * heads * SPANS, device=device),
+            torch.empty(rows * heads * SPANS_MAX * value_dim, device=device),
+            torch.empty(rows * heads * SPANS_MAX, device=device),
+            torch.empty(rows * heads * SPANS_MAX, device=device),
             torch.zeros(rows * kv_heads, dtype=torch.int32, device=device),
         )
 
@@ -58,6 +74,7 @@ def attend(
     sinks: Tensor | None = None,
     gate: Tensor | None = None,
     tiles: Tensor | None = None,
+    config: RowsConfig | None = None,
 ) -> None:
     """Attention of rows at `positions` `[R]` (negative: padding, gives zeros) over keys 0 to their own.
 
@@ -85,18 +102,20 @@ def attend(
         *(0 if gate is None else gate.stride(0), out.stride(0)),
     )
     if tiles is None:
-        _rows_kernel[(len(query), kv_heads, SPANS)](
+        config = config or (FASTEST if keys.dtype == torch.bfloat16 else EXACT)
+        _rows_kernel[(len(query), kv_heads, config.spans)](
             *given,
             *(scratch.sums, scratch.best, scratch.total, scratch.done),
             *strides,
             **shapes,
             GROUP_BLOCK=triton.next_power_of_2(group),
             MEMBERS=max(16, triton.next_power_of_2(group)),
-            KEYS=_ROW_KEYS if keys.dtype == torch.bfloat16 else 16,
-            SPANS=SPANS,
-            MERGED=MERGED_AT_ONCE,
-            num_warps=4,
-            num_stages=2,
+            KEYS=config.keys,
+            SPANS=config.spans,
+            SPAN=config.span,
+            MERGED=config.merged,
+            num_warps=config.warps,
+            **OPTIONS,
         )
     else:
         members = triton.next_power_of_2(group)
@@ -110,6 +129,7 @@ def attend(
             KEYS=64 if keys.dtype == torch.bfloat16 else 16,
             num_warps=8 if members * queries > 64 else 4,
             num_stages=2,
+            **OPTIONS,
         )
 
 
@@ -128,14 +148,17 @@ def _rows_kernel(
     gate_stride: tl.tensor, out_stride: tl.tensor,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr, MEMBERS: tl.constexpr, KEYS: tl.constexpr, SPANS: tl.constexpr, MERGED: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, MEMBERS: tl.constexpr, KEYS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
+    MERGED: tl.constexpr,
 ) -> None:  # fmt: skip
     row, head, span = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    wait_for_inputs()
     known = tl.load(positions + row).to(tl.int32) + 1
+    sequence = tl.load(row_table + row).to(tl.int64)
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(known - WINDOW, 0) // KEYS * KEYS
-    size = KEYS
+    size = SPAN
     while size * SPANS < known - begin:
         size *= 2
     count = tl.maximum(tl.cdiv(known - begin, size), 1)  # a row of padding has one span, of no keys
@@ -144,7 +167,7 @@ def _rows_kernel(
         g = head * GROUP + tl.arange(0, GROUP_BLOCK)
         end = (head + 1) * GROUP
         first = begin + span * size
-        table = tables + tl.load(row_table + row).to(tl.int64) * table_stride
+        table = tables + sequence * table_stride
         q = _queries(query + row * query_stride + m * KEY_DIM, m < end, keys, KEY_DIM, BLOCK_D)
         best, total, sums = _over_keys(
             q, known - 1 + tl.zeros([MEMBERS], tl.int32), keys + head * key_head, values + head * value_head, table,
@@ -185,6 +208,7 @@ def _tiles_kernel(
     MEMBERS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ) -> None:  # fmt: skip
     tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    wait_for_inputs()
     first = tl.load(tiles + 2 * tile).to(tl.int64) + part * QUERIES
     count = tl.minimum(tl.load(tiles + 2 * tile + 1) - part * QUERIES, QUERIES)
     if count > 0:
@@ -231,12 +255,18 @@ def _over_keys(
     best = tl.full([q.shape[0]], -1e30, tl.float32)
     total = tl.zeros([q.shape[0]], tl.float32)
     sums = tl.zeros([q.shape[0], BLOCK_V], tl.float32)
+    ahead = begin + tl.arange(0, KEYS)
+    following = tl.load(table + ahead // BLOCK_TOKENS, ahead < end, 0)
     for first in range(begin, end, KEYS):
         at = first + tl.arange(0, KEYS)
-        block = tl.load(table + at // BLOCK_TOKENS, at < end, 0).to(tl.int64)
+        block = following.to(tl.int64)
+        ahead = at + KEYS
+        following = tl.load(table + ahead // BLOCK_TOKENS, ahead < end, 0)  # asked for before it is needed
         inside = at % BLOCK_TOKENS
         here = keys + block * key_block + inside * key_token
+        there = values + block * value_block + inside * value_token
         key = tl.load(here[:, None] + d, (at < end)[:, None] & (d < KEY_DIM), 0.0)
+        value = tl.load(there[:, None] + e, (at < end)[:, None] & (e < VALUE_DIM), 0.0)
         scores = tl.dot(q, tl.trans(key), input_precision="ieee")
         seen = at[None, :] <= position[:, None]
         if WINDOW > 0:
@@ -245,8 +275,6 @@ def _over_keys(
         now = tl.maximum(best, tl.max(scores, 1))
         shares = tl.where(seen, tl.exp(scores - now[:, None]), 0.0)
         kept = tl.exp(best - now)
-        there = values + block * value_block + inside * value_token
-        value = tl.load(there[:, None] + e, (at < end)[:, None] & (e < VALUE_DIM), 0.0)
         sums = tl.dot(shares.to(value.dtype), value, sums * kept[:, None], input_precision="ieee")
         total = total * kept + tl.sum(shares, 1)
         best = now

@@ -19,6 +19,8 @@ from expertd_engine.kernels.cuda.expert_blocks import add_partials, down_block, 
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers
 from expertd_engine.kernels.row_order import part_offsets, row_bytes
 
+_ROWS = 16
+"""Pairs of one expert that a program multiplies together, whatever the batch: what tensor cores take at least."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_clamped")
 
 
@@ -103,7 +105,7 @@ def gate_up(layout: ExpertLayout, table: TablePointers, x: Tensor, scratch: Expe
         **record_constants(layout, tiles, layout.inner, layout.hidden), TOP_K=scratch.top_k,
         GATE=layout.offsets[0], UP=layout.offsets[1], GATE_BIAS=layout.biases[0], UP_BIAS=layout.biases[1],
         ACTIVATION=layout.activation, ALPHA=layout.alpha, LIMIT=layout.limit,
-        MT=_rows_at_once(len(x)), num_warps=tiles.warps, num_stages=tiles.stages,
+        MT=_ROWS, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 
@@ -115,18 +117,13 @@ def down(
         *_resolved(table, scratch), scratch.row_pairs, scratch.inner, weights, scratch.partials, scratch.arrived, out,
         **record_constants(layout, tiles, layout.hidden, layout.inner), TOP_K=scratch.top_k,
         DOWN=layout.offsets[2], BIAS=layout.biases[2],
-        MT=_rows_at_once(len(weights)), num_warps=tiles.warps, num_stages=tiles.stages,
+        MT=_ROWS, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 
 def _resolved(table: TablePointers, scratch: ExpertScratch) -> tuple[Tensor, ...]:
     where = (scratch.totals, scratch.begin, scratch.address, scratch.land, scratch.wait)
     return (*where, table.ready, scratch.pairs)
-
-
-def _rows_at_once(rows: int) -> int:
-    """Pairs of one expert that a program multiplies together; tensor cores take sixteen."""
-    return 16 if rows <= 16 else 32
 
 
 def record_constants(layout: ExpertLayout, tiles: Tiles, outputs: int, cols: int) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def load_halves(
     """Scales or minima of SPAN groups of each row, from group `first` on: a tuple of float32 `[BN]`."""
     source = record.to(tl.pointer_type(tl.float16))
     landed = target.to(tl.pointer_type(tl.float16))
-    found = ()
+    found: tl.tensor = ()  # a tuple that grows
     for group in tl.static_range(SPAN):
         at = begin // 2 + first + group
         here = begin * 0 + first + group < GROUPS

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertd_engine.kernels.cuda.launch import OPTIONS, wait_for_inputs
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm, normalised
 from expertd_engine.model.native_abi import NormKind, Scores
@@ -74,7 +75,6 @@ def route(
         BLOCK_E=_EXPERTS_AT_ONCE,
         LAYER=norm is not None and norm.kind == NormKind.LAYER,
         TOP_K=router.top_k,
-        BLOCK_TOP=triton.next_power_of_2(router.top_k),
         SCORES=int(router.scores),
         GROUPS=groups,
         KEPT=router.groups_kept,
@@ -83,6 +83,7 @@ def route(
         BLOCK_G=triton.next_power_of_2(groups),
         BLOCK_S=triton.next_power_of_2(matrix.rows // groups),
         num_warps=max(1, min(8, block // 512)),
+        **OPTIONS,
     )
 
 
@@ -93,7 +94,7 @@ def _route_kernel(
     x_stride: tl.tensor, logits_stride: tl.tensor, index_stride: tl.tensor, weights_stride: tl.tensor,
     y_stride: tl.tensor, eps: tl.tensor, epsilon: tl.tensor, scale: tl.tensor,
     COLS: tl.constexpr, PADDED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
-    LAYER: tl.constexpr, TOP_K: tl.constexpr, BLOCK_TOP: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr,
+    LAYER: tl.constexpr, TOP_K: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr,
     KEPT: tl.constexpr, BEST: tl.constexpr, SHARES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ) -> None:  # fmt: skip
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -102,6 +103,7 @@ def _route_kernel(
     rows = tl.load(
         data + e[:, None] * PADDED + i[None, :], (e < EXPERTS)[:, None] & (i < COLS)[None, :], 0.0
     ).to(tl.float32)  # fmt: skip
+    wait_for_inputs()
     given = tl.load(x + row * x_stride + i, i < COLS, 0.0)
     if weight is not None:
         given = normalised(given, weight, norm_bias, i, COLS, eps, LAYER)
@@ -122,17 +124,27 @@ def _route_kernel(
         eligible = scores
         if favour is not None:
             eligible = scores + tl.load(favour + expert, lives, 0.0)
-        eligible = tl.where(eligible == eligible, eligible, float("-inf"))  # NaN is chosen last
+        eligible = tl.where(lives & (eligible == eligible), eligible, float("-inf"))  # NaN is chosen last
         if GROUPS > 1:
-            eligible = _in_best_groups(eligible, lives, expert, g, GROUPS, KEPT, BEST)
-        chosen, shares = _taken(eligible, scores, lives, expert, TOP_K, BLOCK_TOP)
-        k = tl.arange(0, BLOCK_TOP)
-        if SCORES == 4:  # of what is chosen alone, the best first
-            shares = tl.where(k < TOP_K, tl.exp(shares - tl.max(tl.where(k == 0, shares, float("-inf")), 0)), 0.0)
+            eligible = _in_best_groups(eligible, expert, g, GROUPS, KEPT, BEST)
+        place = _places(eligible, expert)
+        chosen = lives & (place < TOP_K)
+        if SCORES == 4:  # of what is chosen alone
+            best = tl.max(tl.max(tl.where(place == 0, scores, float("-inf")), 1), 0)
+            scores = tl.where(chosen, tl.exp(tl.where(chosen, scores - best, 0.0)), 0.0)
         if SHARES:
-            shares = shares / (tl.sum(shares, 0) + epsilon)
-        tl.store(index + row * index_stride + k, chosen.to(index.dtype.element_ty), k < TOP_K)
-        tl.store(weights + row * weights_stride + k, shares * scale, k < TOP_K)
+            scores = scores / (tl.sum(tl.sum(tl.where(chosen, scores, 0.0), 1), 0) + epsilon)
+        tl.store(index + row * index_stride + place, expert.to(index.dtype.element_ty), chosen)
+        tl.store(weights + row * weights_stride + place, scores * scale, chosen)
+
+
+@triton.jit
+def _places(eligible: tl.tensor, expert: tl.tensor) -> tl.tensor:
+    """How many come before each `[G, S]`: those that are higher, and equals of a lower id. All are compared at once."""
+    COUNT: tl.constexpr = eligible.shape[0] * eligible.shape[1]
+    values, ids = tl.reshape(eligible, (COUNT,)), tl.reshape(expert, (COUNT,))
+    ahead = (values[None, :] > values[:, None]) | ((values[None, :] == values[:, None]) & (ids[None, :] < ids[:, None]))
+    return tl.reshape(tl.sum(ahead.to(tl.int32), 1), eligible.shape)
 
 
 @triton.jit
@@ -150,11 +162,10 @@ def _scored(logits: tl.tensor, lives: tl.tensor, SCORES: tl.constexpr) -> tl.ten
 
 @triton.jit
 def _in_best_groups(
-    eligible: tl.tensor, lives: tl.tensor, expert: tl.tensor, g: tl.tensor, GROUPS: tl.constexpr, KEPT: tl.constexpr,
-    BEST: tl.constexpr,
+    eligible: tl.tensor, expert: tl.tensor, g: tl.tensor, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr
 ) -> tl.tensor:  # fmt: skip
     """`eligible` but for the experts outside the best groups: a group is worth its BEST highest together."""
-    left = tl.where(lives, eligible, float("-inf"))
+    left = eligible
     worth = tl.zeros([left.shape[0], 1], tl.float32)
     for _ in tl.static_range(BEST):
         best = tl.max(left, 1)[:, None]
@@ -168,23 +179,3 @@ def _in_best_groups(
         first = tl.min(tl.where((worth == best) & (kept == 0), g, 2147483647), 0)[None, :]
         kept = kept | (g == first)
     return tl.where(kept, eligible, float("-inf"))
-
-
-@triton.jit
-def _taken(
-    eligible: tl.tensor, scores: tl.tensor, lives: tl.tensor, expert: tl.tensor, TOP_K: tl.constexpr,
-    BLOCK_TOP: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """The TOP_K highest, of equals the lower id first, and their scores, both `[BLOCK_TOP]`."""
-    k = tl.arange(0, BLOCK_TOP)
-    chosen = tl.zeros([BLOCK_TOP], tl.int32)
-    shares = tl.zeros([BLOCK_TOP], tl.float32)
-    free = lives
-    for place in tl.static_range(TOP_K):
-        best = tl.max(tl.max(tl.where(free, eligible, float("-inf")), 1), 0)
-        first = tl.min(tl.min(tl.where(free & (eligible == best), expert, 2147483647), 1), 0)
-        score = tl.sum(tl.sum(tl.where(expert == first, scores, 0.0), 1), 0)
-        chosen = tl.where(k == place, first, chosen)
-        shares = tl.where(k == place, score, shares)
-        free = free & (expert != first)
-    return chosen, shares

@@ -1,0 +1,139 @@
+"""An engine in this process that continues text, by sampling, so that routes are those of text. Owns the clock."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import fmean
+
+from expertd_engine.bench.generated import GeneratedRoutes
+from expertd_engine.bench.routing import Routing
+from expertd_engine.config import Config
+from expertd_engine.core import Forward, StepResult
+from expertd_engine.errors import EngineError
+from expertd_engine.experts.store import ExpertStore
+from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
+from expertd_engine.model.runner import Runner
+from expertd_engine.scheduler import StepPlan
+from expertd_engine.startup import start_engine
+
+PROMPT = 64
+WARM = 32
+"""Tokens of each stream that are not timed."""
+
+
+@dataclass(slots=True)
+class Timed:
+    """Windows of one contender."""
+
+    name: str
+    means_s: list[float] = field(default_factory=list)
+    """Of each window: seconds a token."""
+    gaps_s: list[float] = field(default_factory=list)
+    """Between tokens, all windows."""
+    stall_s: float = 0.0
+    """In steps of the timed stream's mode."""
+    choices: int = 0
+    substituted: int = 0
+
+
+class Decoder:
+    """One engine that continues text; with `routing`, its tokens are sent along generated routes."""
+
+    def __init__(
+        self, store: ExpertStore, config: Config, prompts: Sequence[Sequence[int]], routing: Routing | None = None
+    ) -> None:
+        """Raises what `start_engine` raises."""
+        self._stalls_s: dict[ExpertMode, float] = {"exact": 0.0, "virtual": 0.0}
+        self._routes = None if routing is None else GeneratedRoutes(routing)
+        self._engine = start_engine(
+            store, config, os.getpid(), lambda stage, fraction: None, self._watch, routes=self._routes
+        )
+        self._experts = [layer.num_experts for layer in store.index.layers]
+        self._prompts = prompts
+        self._next_id = 1
+
+    def close(self) -> None:
+        self._engine.cache.close()
+
+    @property
+    def lookups(self) -> tuple[int, int]:
+        """Hits, and all, since start."""
+        counters = self._engine.cache.ledger.counters
+        hits = sum(counters.hits)
+        return hits, hits + sum(counters.late) + sum(counters.misses)
+
+    def refill(self) -> None:
+        """Have every expert resident, in a budget that holds them all, as after long service."""
+        cache = self._engine.cache
+        cache.set_budget(self._engine.info.expert_bytes_total)
+        cache.begin_step([])
+        for layer, count in enumerate(self._experts):
+            with cache.lease(layer, range(count), pairs=[1] * count) as leases:
+                left = count
+                while left:
+                    taken = leases.take()
+                    leases.release([index for index, _ in taken])
+                    left -= len(taken)
+        cache.end_step()
+
+    def set_budget(self, expert_bytes: int) -> None:
+        self._engine.cache.set_budget(expert_bytes)
+
+    def window(self, modes: Sequence[ExpertMode], tokens: int, into: Timed, warm: int = WARM) -> None:
+        """Time `tokens` of a stream of the first mode after `warm`, with one of each of the others beside it."""
+        core, mode = self._engine.core, modes[0]
+        timed, *others = [self._submit(each, warm + tokens) for each in modes]
+        if self._routes is not None:
+            self._routes.reserve(PROMPT + warm + tokens + 2)
+        self._times(timed, warm)
+        stalls, counts = self._stalls_s[mode], self._counts()
+        times = [time.perf_counter(), *self._times(timed, tokens)]
+        core.abort([timed, *others], time.perf_counter())
+        while core.has_work:
+            core.step(time.perf_counter())
+        gaps = [later - earlier for earlier, later in pairwise(times)]
+        into.means_s.append(fmean(gaps))
+        into.gaps_s += gaps
+        into.stall_s += self._stalls_s[mode] - stalls
+        into.choices += self._counts()[0] - counts[0]
+        into.substituted += self._counts()[1] - counts[1]
+
+    def _times(self, sequence_id: int, tokens: int) -> list[float]:
+        """When each of its next tokens was there."""
+        times: list[float] = []
+        while len(times) < tokens:
+            told = self._engine.core.step(time.perf_counter())
+            for finished in told.finished:
+                raise EngineError(f"a measured sequence ended: {finished.error or finished.reason}")
+            times += [time.perf_counter() for output in told.outputs if output.sequence_id == sequence_id]
+        return times
+
+    def _submit(self, mode: ExpertMode, tokens: int) -> int:
+        sequence_id, self._next_id = self._next_id, self._next_id + 1
+        prompt = list(self._prompts[sequence_id % len(self._prompts)][:PROMPT])
+        how = Sampling(max_tokens=4 * tokens, temperature=1.0, seed=sequence_id, ignore_eos=True)
+        self._engine.core.submit(Submit(sequence_id, [TextInput(prompt)], how, mode=mode), time.perf_counter())
+        return sequence_id
+
+    def _counts(self) -> tuple[int, int]:
+        """Choices of virtual steps, and how many were substituted."""
+        virtual = self._engine.runner.virtual
+        return (0, 0) if virtual is None else (sum(virtual.counts.activations), sum(virtual.counts.substituted))
+
+    def _watch(self, runner: Runner) -> Forward:
+        """Told by mode what steps stood still."""
+
+        def forward(plan: StepPlan) -> StepResult:
+            stalls = self._engine.cache.stalls
+            before = stalls.total_s
+            if self._routes is not None:
+                self._routes.begin_step([(0, chunk.num_tokens) for chunk in plan.chunks])
+            result = runner(plan)
+            self._stalls_s[plan.mode] += stalls.total_s - before
+            return result
+
+        return forward

@@ -1,0 +1,51 @@
+"""A whole engine of the device path, interpreted on the processor: prompts staged, tokens through the table's entries.
+
+With few slots and with one for each expert: the same bits, and those of the whole model but for rounding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from expertd_engine.messages import Sampling
+from golden.tolerances import DEVICE_FLOAT32_LOGITS
+from support.device_engine import SEED, device_engine, make_store
+from support.engine import Generated, generate
+from support.tiny_families import make_model
+
+FAMILY = "mixtral"
+PROMPT = [11, 7, 200, 33, 5]
+SAMPLING = Sampling(max_tokens=3, temperature=0.0, logprobs=20, ignore_eos=True)
+
+
+def test_an_engine_gives_the_models_numbers_at_every_budget(tmp_path: Path) -> None:
+    store = make_store(FAMILY, tmp_path)
+    results: list[Generated] = []
+    for budget in ("40%", "100%"):
+        options = {"max_sequences": 1, "max_step_tokens": 8, "max_model_len": 32, "expert_budget": budget}
+        with device_engine(store, "cpu", **options) as engine:
+            results += generate(engine, [PROMPT], SAMPLING)
+            engine.cache.settle()
+            engine.cache.ledger.check()
+            assert engine.cache.ledger.peak_bytes <= engine.info.expert_budget_bytes
+    few, whole = results
+    assert [output.logprobs for output in few.outputs] == [output.logprobs for output in whole.outputs]
+    assert largest_error(whole) <= DEVICE_FLOAT32_LOGITS.allowed
+
+
+@torch.inference_mode()
+def largest_error(result: Generated) -> float:
+    """Of the best tokens' log-probabilities, against transformers' modules."""
+    ids = torch.tensor([[*PROMPT, *result.token_ids]])
+    expected = make_model(FAMILY, SEED)(ids, use_cache=False).logits[0].log_softmax(-1)[len(PROMPT) - 1 :]
+    errors = [
+        abs(best.logprob - float(expected[place, best.token_id]))
+        for place, output in enumerate(result.outputs)
+        for best in (output.logprobs or [])[0].top
+    ]
+    return max(errors)

@@ -1,0 +1,122 @@
+"""Routes resolved on the device: what a plain twin of dicts and lists says, for any routes and any table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from expertd_engine.kernels.cuda.resolve import FAR, ExpertScratch, TablePointers, resolve
+from support.interpreter import DEVICE
+
+import torch  # isort: skip
+
+EXPERTS, TOP_K, ROWS, SLOTS, RING = 5, 2, 5, 6, 4
+RESIDENT, READ, WAITED, LANDED = range(4)
+
+
+@dataclass(frozen=True)
+class Case:
+    routes: list[list[int]]
+    real: int
+    far: frozenset[int]
+    moving: dict[int, int]
+    """Expert to the slot that a copy brings it to."""
+    ready: frozenset[int]
+    free: list[int]
+    taken: int
+    """Slots taken from the ring before."""
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    routes = draw(st.lists(st.permutations(range(EXPERTS)).map(lambda one: one[:TOP_K]), min_size=1, max_size=ROWS))
+    slots = draw(st.permutations(range(SLOTS)))
+    moving = draw(st.sets(st.integers(0, EXPERTS - 1), max_size=2))
+    return Case(
+        routes,
+        draw(st.integers(0, len(routes))),
+        draw(st.frozensets(st.integers(0, EXPERTS - 1))),
+        {expert: slots[4 + nth] for nth, expert in enumerate(sorted(moving))},
+        draw(st.frozensets(st.sampled_from(slots))),
+        slots[: draw(st.integers(0, 4))],
+        draw(st.sampled_from([0, 3, 2**31 - 1])),
+    )
+
+
+def address(expert: int) -> int:
+    return 4096 * (expert + 1)
+
+
+def slot_address(slot: int) -> int:
+    return 4096 * (slot + 101)
+
+
+def table_of(case: Case) -> TablePointers:
+    entries = torch.zeros(1, EXPERTS, 2, dtype=torch.int64)
+    for expert in range(EXPERTS):
+        entries[0, expert, 0] = address(expert) | (FAR if expert in case.far else 0)
+        entries[0, expert, 1] = case.moving.get(expert, -1) + 1
+    ring = torch.full((RING,), -7, dtype=torch.int32)
+    for nth, slot in enumerate(case.free):
+        ring[(case.taken + nth) % RING] = slot
+    counts = torch.tensor([case.taken, case.taken + len(case.free)]).int()  # the second may wrap
+    ready = torch.tensor([slot in case.ready for slot in range(SLOTS)]).int()
+    where = torch.tensor([slot_address(slot) for slot in range(SLOTS)])
+    entries, where, ready, ring, counts = (one.to(DEVICE) for one in (entries, where, ready, ring, counts))
+    seen = torch.zeros(1, EXPERTS, 4, dtype=torch.int32, device=DEVICE)
+    progress = torch.zeros(1, dtype=torch.int32)
+    return TablePointers(
+        *(entries, where, ready, ring, counts[:1].clone(), counts[1:].clone(), seen),
+        torch.zeros(1, dtype=torch.int32, device=DEVICE),
+        progress.pin_memory() if DEVICE == "cuda" else progress,
+    )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(cases())
+def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
+    table = table_of(case)
+    scratch = ExpertScratch.of(
+        hidden=8, inner=8, max_rows=ROWS, top_k=TOP_K, num_experts=EXPERTS, dtype=torch.float32, device=DEVICE
+    )
+    num_rows = torch.tensor([case.real], dtype=torch.int32, device=DEVICE)
+    resolve(table, 0, torch.tensor(case.routes, device=DEVICE), num_rows, scratch)
+
+    pairs = sorted(
+        (expert, row, choice)
+        for row, chosen in enumerate(case.routes[: case.real])
+        for choice, expert in enumerate(chosen)
+    )
+    counts = Counter(expert for expert, _, _ in pairs)
+    free = list(case.free)
+    expected, where, lands, waits = [], [], [], []
+    for expert in sorted(counts):
+        source, slot, at, wait = RESIDENT, -1, address(expert), -1
+        if expert in case.moving:
+            at = slot_address(case.moving[expert])
+            if case.moving[expert] not in case.ready:
+                source, wait = WAITED, case.moving[expert]
+        elif expert in case.far:
+            source = READ
+            if free:
+                source, slot = LANDED, free.pop(0)
+        expected.append([expert, source, slot, counts[expert]])
+        where.append(at)
+        lands.append(slot_address(slot) if slot >= 0 else 0)
+        waits.append(wait)
+    distinct = len(counts)
+    assert table.seen[0, : int(table.seen_count[0])].tolist() == expected
+    assert scratch.totals.tolist() == [distinct, case.real]
+    assert scratch.address[:distinct].tolist() == where
+    assert scratch.land[:distinct].tolist() == lands
+    assert scratch.wait[:distinct].tolist() == waits
+    assert scratch.pairs[: len(pairs)].tolist() == [row * TOP_K + choice for _, row, choice in pairs]
+    begins = [sum(counts[other] for other in counts if other < expert) for expert in sorted(counts)]
+    assert scratch.begin[: distinct + 1].tolist() == [*begins, len(pairs)]
+    for row in range(case.real):
+        assert scratch.row_pairs[row].tolist() == [nth for nth, (_, owner, _) in enumerate(pairs) if owner == row]
+    assert (int(table.head) - case.taken) % 2**32 == len(case.free) - len(free)
+    assert int(table.progress) == 1

@@ -1,0 +1,39 @@
+"""Engines whose steps run on a card, or on the processor in its place, over stores in the order that cards read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertd_engine.experts.store import ExpertStore
+from expertd_engine.prepare import prepare
+from support.engine import make_config
+from support.tiny_families import make_checkpoint
+
+SEED = 4
+
+
+def make_store(family: str, folder: Path, experts_format: str = "float32") -> ExpertStore:
+    """A tiny family's store for cards."""
+    make_checkpoint(family, folder / "checkpoint", SEED)
+    return prepare(folder / "checkpoint", folder / "store", experts_format, order="rows")
+
+
+@contextmanager
+def device_engine(store: ExpertStore, device: str, **options: Any) -> Iterator[Any]:
+    """A `DeviceEngine` over `store`."""
+    from expertd_engine.device_startup import start_on_device  # needs triton
+
+    config = make_config(**{"max_sequences": 4, "max_step_tokens": 48, "threads": 1, **options})
+    engine = start_on_device(
+        store, config, os.getpid(), lambda stage, fraction: None, lambda r: r, torch.device(device)
+    )
+    try:
+        yield engine
+    finally:
+        engine.cache.close()
