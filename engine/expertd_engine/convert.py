@@ -26,6 +26,7 @@ from expertd_engine.errors import ModelError, UsageError
 from expertd_engine.families import DTYPES, Config, build_meta_model, check_rope, load_config, tied_names
 from expertd_engine.publish import publish
 from expertd_engine.refactor.command import add_options, merge, refactor
+from expertd_engine.refactor.gguf_export import write_gguf
 from expertd_engine.tensor_file import TensorFileWriter, TensorShape
 
 DEFAULT_BLOCKS = 16
@@ -287,6 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--texts", type=Path, help="train experts and their router on texts: one folder a domain, or files"
     )
     kind.add_argument("--trained", type=Path, help="merge a trained delta into SRC: a file, demo, or sparse")
+    kind.add_argument("--gguf", type=Path, metavar="DENSE",
+                      help="write SRC, made with --routing layers, as the GGUF file DST for llama.cpp, with the "
+                      "vocabulary of DENSE, a GGUF file of the dense model")  # fmt: skip
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the source's own")
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint folder or GGUF file")
     parser.add_argument("destination", type=Path, metavar="DST", help="folder of the new checkpoint")
@@ -296,6 +300,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.gguf is not None:
+        write_gguf(options.source, options.gguf, options.destination)
+        print(options.destination)
+        return
     if options.blocks is None:
         (refactor if options.texts else merge)(options)
         print(f"{options.destination}; next: expertd prepare {options.destination} STORE")

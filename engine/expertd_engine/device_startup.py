@@ -22,10 +22,10 @@ from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.device_pool import ChunkPlan
 from expertd_engine.experts.device_slab import plan_chunks
 from expertd_engine.experts.device_streams import CudaDevice, Device, HostDevice
-from expertd_engine.experts.lookahead import Lookahead
+from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.store import ExpertStore, RecordFile
-from expertd_engine.experts.store_format import ALIGNMENT
+from expertd_engine.experts.store_format import ALIGNMENT, StoreIndex
 from expertd_engine.experts.sweep import Sweep
 from expertd_engine.kernels.cuda.resolve import TablePointers
 from expertd_engine.kv_pool import KVPool
@@ -47,7 +47,7 @@ from expertd_engine.startup import (
     BLOCK_TOKENS,
     Report,
     asked_of,
-    lookahead_for,
+    governed,
     make_constrain,
     model_len_of,
     open_pool,
@@ -261,9 +261,19 @@ def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile, rep
         prefetch=config.prefetch,
         prefetch_depth=_PREFETCH_DEPTH,
     )
-    lookahead = lookahead_for(index, 0, context.lookahead, ledger)
+    lookahead = foresight_for(index, context.lookahead, ledger)
     rows = min(_most_experts(context), context.limits.buckets[-1] * index.top_k)
     return DeviceCache(index, context.device, host, ledger, lookahead, rows)
+
+
+def foresight_for(index: StoreIndex, given: Lookahead | None, ledger: DeviceLedger) -> Lookahead:
+    """As `startup.lookahead_for`, but that steps of many rows stream their experts and need no hints."""
+    num_layers, counts = len(index.layers), {layer.num_experts for layer in index.layers}
+    if counts == {index.top_k}:
+        return EveryExpert(num_layers, index.top_k, 0)
+    if given is not None and given.exactness == "predicted":
+        return governed(given, index, ledger)
+    return given or NoLookahead()
 
 
 def _chunks(context: _Context) -> ChunkPlan:

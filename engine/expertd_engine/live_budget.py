@@ -37,6 +37,8 @@ class LiveBudget:
         self._asked = engine.asked
         self._planned_experts = engine.cache.ledger.budget_bytes
         self._planned_blocks = engine.pool.capacity
+        self._touched_blocks = engine.pool.num_blocks
+        """Nothing was ever written from this block on, or it has been given back."""
 
     def set(self, message: SetBudget) -> BudgetSet:
         """Change a budget, or say why not; then nothing has changed."""
@@ -92,9 +94,12 @@ class LiveBudget:
     def _drop_blocks(self) -> None:
         """Return the memory of blocks beyond the pool's limit that nobody holds any more."""
         pool, storage = self._engine.pool, self._engine.storage
-        for block in range(pool.num_blocks, storage.num_blocks):
+        beyond = range(pool.num_blocks, self._touched_blocks)
+        held = [block for block in beyond if block in pool.references]
+        for block in beyond:
             if block not in pool.references:
                 storage.drop(block)
+        self._touched_blocks = max([pool.num_blocks, *(block + 1 for block in held)])
 
     def _ceiling(self) -> int:
         """What is planned for experts, less what they lend to a box short of memory."""

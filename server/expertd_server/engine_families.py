@@ -129,6 +129,8 @@ COUNTERS = (
            ("lead", "outcome"),
            _by_lead(lambda x: {("in_time",): x.followed_true - x.late, ("late",): x.late, ("in_vain",): x.in_vain,
                                ("idle",): x.followed - x.followed_true - x.in_vain})),
+    Family("foresight_trials", "Times that decode steps were timed with and without predictions.", (),
+           _one(lambda s: s.foresight.trials)),
     Family("expert_sampled_lookups", "Lookups of the experts that the clairvoyant estimate follows.", (),
            _one(lambda s: s.foresight.sampled_lookups)),
     Family("expert_sampled_hits", "Of expert_sampled_lookups, those that hit.", (),
@@ -174,6 +176,8 @@ COUNTERS = (
 )  # fmt: skip
 
 GAUGES = (
+    Family("foresight_on", "1 while predictions are made; 0 while decode steps were found quicker without.", (),
+           _one(lambda s: s.foresight.is_on)),
     Family("expert_hint_layers_off", "Layers for which the governor has switched this lead off: it did not pay.",
            ("lead",), _by_lead(lambda x: {(): x.layers_off})),
     Family("expert_prefetch_pending", "Prefetches issued whose outcome is not known yet.", (),

@@ -96,6 +96,7 @@ def foresight(snapshot: Snapshot) -> dict[str, Any]:
     the lookups that are sampled for that."""
     found, sampled = snapshot.foresight, max(1, snapshot.foresight.sampled_lookups)
     return {
+        "on": found.is_on, "trials": found.trials, "switches": found.switches,
         "leads": [msgspec.structs.asdict(lead) for lead in found.leads],
         "sampled": {
             "lookups": found.sampled_lookups, "hit_ratio": found.sampled_hits / sampled,

@@ -99,7 +99,8 @@ class SubprocessLauncher:
         config = self._config
         process = await asyncio.create_subprocess_exec(
             *_module("expertd_engine.sources"), config.model, "--cache-dir", str(config.cache_dir.expanduser()),
-            "--dtype", config.dtype, "--dense-dtype", config.dense_dtype, stdout=asyncio.subprocess.PIPE,
+            "--dtype", config.dtype, "--dense-dtype", config.dense_dtype,
+            "--for", "gpu" if config.device == "cuda" else "cpu", stdout=asyncio.subprocess.PIPE,
         )  # fmt: skip
         try:
             return await self._read_store(process, service)

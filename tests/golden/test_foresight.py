@@ -59,8 +59,7 @@ def running_engine(store: Path, **options: Any) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("foresight")
-    sizes = {"num_hidden_layers": LAYERS, "max_position_embeddings": MODEL_LEN}
-    make_mixtral(folder / "model", **sizes)
+    make_mixtral(folder / "model", num_hidden_layers=LAYERS, max_position_embeddings=MODEL_LEN)
     return prepare(folder / "model", folder / "store", "float32").path
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from expertd_engine import startup
 from expertd_engine.live_budget import LiveBudget
 from expertd_engine.memory import MemoryUse
 from expertd_engine.messages import Sampling, SetBudget
 from expertd_engine.model.trial import Trial
-from expertd_engine.planning.startup_plan import GROWTH_BYTES
+from expertd_engine.planning.startup_plan import GROWTH_BYTES, plan_memory
 from expertd_engine.prepare import prepare
 from expertd_engine.pressure import PressureReader, PressureSource
 from expertd_engine.startup import Engine
@@ -93,6 +95,26 @@ def test_a_lower_memory_budget_takes_idle_kv_first_and_what_sequences_hold_never
         assert engine.pool.capacity == 4, "the KV of one sequence; all else is for experts"
         assert budget.set(SetBudget(memory_budget_bytes=high)).memory_budget_bytes == high
         assert engine.pool.capacity == capacity
+
+
+def test_kv_grows_past_what_it_began_with(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_engine(store, threads=1) as engine:
+        expected = said(run(engine, []))
+    monkeypatch.setattr(startup, "plan_memory", lambda *args: replace(plan_memory(*args), kv_blocks=4))
+    with running_engine(store, threads=1, max_model_len=64) as engine:
+        budget, measured = LiveBudget(engine), engine.measured
+        assert said(run(engine, [], budget)) == expected and engine.pool.capacity == 4
+        fixed = measured.base + measured.step + GROWTH_BYTES
+        high = fixed + engine.info.expert_bytes_total + 60 * measured.kv_block
+        assert said(run(engine, [SetBudget(memory_budget_bytes=high)], budget)) == expected
+        assert engine.pool.capacity == 60
+        with pytest.MonkeyPatch.context() as patch:
+            dropped: list[int] = []
+            patch.setattr(engine.storage, "drop", dropped.append)
+            budget.set(SetBudget(memory_budget_bytes=high - 50 * measured.kv_block))
+            assert sorted(dropped) == list(range(11, 61)), "what was given up returns its memory, once"
+            budget.tick(USED)
+            assert len(dropped) == 50
 
 
 def test_a_box_short_of_memory_gets_expert_bytes_and_gives_them_back(store: Path, tmp_path: Path) -> None:

@@ -7,17 +7,23 @@ from collections.abc import Iterator
 
 import pytest
 
+from expertd_engine.bench import planned
 from expertd_engine.bench.quality import quality
+from expertd_engine.bench.virtual_speed import virtual_speed
 from expertd_engine.config import Config
+from expertd_engine.errors import UsageError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.model.trial import Trial
 from expertd_engine.plan_command import main as plan
+from expertd_engine.planning.planner import Request, make_plan
 from expertd_engine.planning.profile import Profile
 from expertd_engine.prepare import prepare
 from expertd_engine.profile_file import read_profile, write_profile
 from expertd_engine.profiling import profile
 from support.engine import running_engine
 from support.tiny_families import make_checkpoint
+
+ALL = Request()
 
 pytestmark = pytest.mark.usefixtures("quick_start")
 
@@ -28,6 +34,7 @@ def quick_start() -> Iterator[None]:
         patch.setattr(Trial, "is_invariant", lambda self: True)
         patch.setattr(Trial, "largest_step_bytes", lambda self, *sizes: 0)
         patch.setattr("expertd_engine.profiling.READ_SECONDS", 0.01)
+        patch.setattr("expertd_engine.profiling.served_bytes", lambda *args: 10**9)
         yield
 
 
@@ -49,6 +56,7 @@ def profiled(store: ExpertStore, quick_start: None) -> Profile:
 def test_a_profile_holds_what_was_measured(store: ExpertStore, profiled: Profile) -> None:
     assert read_profile(store) == profiled
     assert profiled.num_experts == [12] * 3 and profiled.top_k == 4
+    assert profiled.memory.base == 10**9, "the server's processes count, too"
     assert len(profiled.box.reads_s) == 12 and min(profiled.box.reads_s) > 0
     assert set(profiled.box.steps_s) == set(profiled.box.experts_s) == {"1", "2", "4"}
     curve, uniform = profiled.model.misses
@@ -92,3 +100,26 @@ def test_quality_is_told_for_every_method_and_all_experts_lose_nothing(store: Ex
     assert all(0 < point["substituted"] < 1 and point["divergence"] > 0 for point in points.values())
     assert points["importance"]["swaps"] > 0 == points["random"]["swaps"]
     assert points["importance"]["mass"] < points["random"]["mass"]
+
+
+def test_a_virtual_token_is_timed_beside_one_of_a_smaller_model(store: ExpertStore) -> None:
+    told = virtual_speed(store.path, 6, pairs=2, tokens=4, threads=1)
+    values = json.loads(told.splitlines()[-1])
+    assert values["ratio"] > 0 and values["slots"] == 6
+    runs = values["runs"]
+    assert runs["virtual"]["stall_s"] == 0 < runs["virtual"]["substituted"] < 1
+    assert runs["a model of 6 experts"]["substituted"] == 0
+    with pytest.raises(UsageError, match="give 4 to 12"):
+        virtual_speed(store.path, 3)
+
+
+def test_plans_stand_beside_what_is_measured(
+    store: ExpertStore, profiled: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planned, "BUDGETS", ("100%", "50%"))
+    monkeypatch.setattr(planned, "memory_runs", lambda *args: [planned.MemoryRun("all", make_plan(profiled, ALL), [1])])
+    values = json.loads(planned.planner([store.path], ["model", "uniform"], rounds=1, tokens=4).splitlines()[-1])
+    assert [run["run"].split(", ")[1:] for run in values["speed"]] == [
+        [routing, budget] for routing in ("model", "uniform") for budget in ("100%", "50%")
+    ]
+    assert all(run["tok_s"] > 0 and run["foretold_tok_s"] > 0 for run in values["speed"])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from expertd_engine.kernels.cuda import attention, block, dense, router, words
+from expertd_engine.kernels.cuda import attention, block, dense, router, tiles, words
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm
 from expertd_engine.model.native_abi import NormKind, Rope, Scores
@@ -45,7 +45,7 @@ Make = Callable[[], tuple[Launch, int, float]]
 
 @dataclass(frozen=True)
 class Case:
-    """`make()` gives a launch on the i-th copy of its data, how many copies there are, and bytes that a launch reads."""
+    """`make()` gives a launch on the i-th copy of its data, how many there are, and bytes that a launch reads."""
 
     name: str
     make: Make
@@ -86,26 +86,26 @@ def words_configs(count: int, cols: int) -> Iterator[words.WordsConfig]:
                 yield words.WordsConfig(block_n, min(count, 4), warps)
 
 
-def tiles_configs(count: int) -> Iterator[dense.TilesConfig]:
+def tiles_configs(count: int) -> Iterator[tiles.TilesConfig]:
     if count <= 16:
         for shape in ((64, 128, 4, 4), (32, 128, 4, 4), (16, 256, 4, 3), (16, 128, 2, 5), (32, 256, 4, 3)):
-            yield dense.TilesConfig(shape[0], 16, *shape[1:])
+            yield tiles.TilesConfig(shape[0], 16, *shape[1:])
     else:
         for block_n, block_m, warps, stages in ((128, 128, 8, 3), (64, 128, 4, 4), (128, 64, 4, 4)):
-            yield dense.TilesConfig(block_n, block_m, 64, warps, stages)
+            yield tiles.TilesConfig(block_n, block_m, 64, warps, stages)
 
 
 def dense_cases() -> Iterator[Case]:
     for what, shape in SHAPES.items():
         for count in (1, 16):
-            for config in words_configs(count, shape[1]):
+            for narrow in words_configs(count, shape[1]):
                 for format in ("int8", "int4"):
-                    yield Case(f"{what} {format} x{count} words {tuple(config)}", _words(format, shape, count, config))
+                    yield Case(f"{what} {format} x{count} words {tuple(narrow)}", _words(format, shape, count, narrow))
         for rows in rows_configs(shape[1]):
             yield Case(f"{what} bfloat16 x1 rows {tuple(rows)}", _rows(shape, rows))
         for count in (16, 512) if what != "head" else (16,):
-            for tiles in tiles_configs(count):
-                yield Case(f"{what} bfloat16 x{count} tiles {tuple(tiles)}", _tiles("bfloat16", shape, count, tiles))
+            for config in tiles_configs(count):
+                yield Case(f"{what} bfloat16 x{count} tiles {tuple(config)}", _tiles("bfloat16", shape, count, config))
 
 
 def _words(format: str, shape: tuple[int, int], count: int, config: words.WordsConfig) -> Make:
@@ -136,7 +136,7 @@ def _rows(shape: tuple[int, int], config: dense.RowsConfig) -> Make:
     return make
 
 
-def _tiles(format: str, shape: tuple[int, int], count: int, config: dense.TilesConfig) -> Make:
+def _tiles(format: str, shape: tuple[int, int], count: int, config: tiles.TilesConfig) -> Make:
     def make() -> tuple[Launch, int, float]:
         matrices, norm = copies(format, shape), random_norm(shape[1])
         x = torch.randn(count, shape[1], device="cuda")
@@ -144,7 +144,7 @@ def _tiles(format: str, shape: tuple[int, int], count: int, config: dense.TilesC
         out = torch.empty(count, shape[0], device="cuda")
         used = norm if shape[1] == HIDDEN and count <= 16 else None
         return (
-            lambda i: dense.product_by_tiles(x, matrices[i], out, used, False, 1.0, config),
+            lambda i: tiles.product_by_tiles(x, matrices[i], out, used, False, 1.0, config),
             len(matrices),
             matrices[0].nbytes,
         )
@@ -253,14 +253,14 @@ def _part(part: str, count: int, context: int) -> Make:
 def _prompt() -> Make:
     def make() -> tuple[Launch, int, float]:
         layer, count = Layer("int8", 1, 2048, 1), 2048
-        tiles = torch.tensor([[first, 16] for first in range(0, count, 16)], device="cuda", dtype=torch.int32)
+        cut = torch.tensor([[first, 16] for first in range(0, count, 16)], device="cuda", dtype=torch.int32)
         query, out = torch.randn(count, HEADS * DIM, device="cuda"), torch.empty(count, HEADS * DIM, device="cuda")
         positions = torch.arange(count, device="cuda", dtype=torch.int32)
         table = torch.zeros(count, device="cuda", dtype=torch.int32)
         keys, values = layer.pools[0]
 
         def launch(i: int) -> None:
-            attention.attend(query, keys, values, layer.tables, table, positions, out, layer.scratch, tiles=tiles)
+            attention.attend(query, keys, values, layer.tables, table, positions, out, layer.scratch, tiles=cut)
 
         return launch, 4, 0
 

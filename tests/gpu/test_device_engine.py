@@ -35,7 +35,7 @@ def store_of(stores: dict[str, Any], family: str) -> ExpertStore:
 
 
 def run(store: ExpertStore, prompts: list[list[int]], **options: Any) -> list[Generated]:
-    with device_engine(store, "cuda", **options) as engine:
+    with device_engine(store, "cuda:0", **options) as engine:
         done = generate(engine, prompts, GREEDY)
         engine.cache.settle()
         engine.cache.ledger.check()
@@ -65,6 +65,6 @@ def test_log_probabilities_are_those_of_transformers(family: str, stores: dict[s
 def test_tokens_do_not_depend_on_batch_mates(stores: dict[str, Any]) -> None:
     store = store_of(stores, "qwen3_moe")
     together = [result.token_ids for result in run(store, PROMPTS)]
-    with device_engine(store, "cuda") as engine:
+    with device_engine(store, "cuda:0") as engine:
         alone = [generate(engine, [prompt], GREEDY, first_id=1 + i)[0].token_ids for i, prompt in enumerate(PROMPTS)]
     assert alone == together

@@ -21,7 +21,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cuStreamSynchronize"
 @pytest.mark.parametrize("budget", ["100%", "50%"])
 def test_a_decode_step_is_one_graph_and_never_waits_inside(tmp_path: Path, budget: str) -> None:
     store = make_store("qwen3_moe", tmp_path)
-    with device_engine(store, "cuda", expert_budget=budget) as engine:
+    with device_engine(store, "cuda:0", expert_budget=budget) as engine:
         engine.core.submit(submit_of(1, [5, 6, 7], Sampling(max_tokens=STEPS + 20, ignore_eos=True)), 0.0)
         for _ in range(10):
             engine.core.step(0.0)
@@ -40,7 +40,7 @@ def test_memory_stays_inside_the_budget_and_comes_back(tmp_path: Path) -> None:
     store = make_store("qwen3_moe", tmp_path)
     before = torch.cuda.mem_get_info()[0]
     budget = 3 * 2**30
-    with device_engine(store, "cuda", memory_budget=str(budget)) as engine:
+    with device_engine(store, "cuda:0", memory_budget=str(budget)) as engine:
         engine.core.submit(submit_of(1, list(range(40)), Sampling(max_tokens=20, ignore_eos=True)), 0.0)
         while engine.core.has_work:
             engine.core.step(0.0)
@@ -61,7 +61,7 @@ def test_a_failed_allocation_fails_one_step_and_the_next_one_runs(
         return whole(index, num_experts)
 
     store = make_store("mixtral", tmp_path)
-    with device_engine(store, "cuda") as engine:
+    with device_engine(store, "cuda:0") as engine:
         monkeypatch.setattr(PairGroups, "of", sometimes)
         engine.core.submit(submit_of(1, list(range(40)), Sampling(max_tokens=4, ignore_eos=True)), 0.0)
         told = [engine.core.step(0.0) for _ in range(12)]

@@ -53,10 +53,18 @@ class World:
         shape = self.shape
         out = torch.full((len(query), shape.heads * shape.value_dim), 7.0, device=DEVICE)
         scratch = AttentionScratch.of(len(query), shape.heads, shape.kv_heads, shape.value_dim, DEVICE)
-        given = [t.to(DEVICE) for t in (query, self.keys, self.values, self.tables, tables, positions)]
+        q, keys, values, all_tables, table, places = (
+            t.to(DEVICE) for t in (query, self.keys, self.values, self.tables, tables, positions)
+        )
         sinks, by, cut = (None if t is None else t.to(DEVICE) for t in (self.sinks, gate, tiles))
         for _ in range(2):
-            attend(*given, out, scratch, window=shape.window, sinks=sinks, gate=by, tiles=cut)  # type: ignore[misc]
+            attend(
+                *(q, keys, values, all_tables, table, places, out, scratch),
+                window=shape.window,
+                sinks=sinks,
+                gate=by,
+                tiles=cut,
+            )
         return out.cpu()
 
     def expected(self, query: Tensor, gate: Tensor | None, positions: Tensor, tables: Tensor) -> Tensor:

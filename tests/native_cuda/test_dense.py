@@ -53,8 +53,9 @@ def make(format: str, rows: int, cols: int, count: int = 5) -> Case:
 
 
 def limit(format: str, form: str) -> float:
-    """Tiles round weights and inputs to bfloat16, unless all is float32."""
-    return (DEVICE_PRODUCTS_BF16 if form == "tiles" and format != "float32" else DEVICE_PRODUCTS).allowed
+    """Tensor cores round weights and inputs to bfloat16, unless all is float32."""
+    exact = format == "float32" or (format != "bfloat16" and form == "rows")
+    return (DEVICE_PRODUCTS if exact else DEVICE_PRODUCTS_BF16).allowed
 
 
 @every_format
@@ -65,6 +66,12 @@ def test_a_product_is_right(format: str, form: dense.Form, shape: tuple[int, int
     out = torch.full((len(case.x), shape[0]), 7.0, device=DEVICE)
     dense.matmul(case.x, case.matrix, out, form=form)
     assert case.error(out, case.product(form)) <= limit(format, form)
+
+
+def test_a_lone_input_is_not_rounded() -> None:
+    case, out = make("bfloat16", 37, 70, 1), torch.empty(1, 37, device=DEVICE)
+    dense.matmul(case.x, case.matrix, out)
+    assert case.error(out, case.product("auto")) <= DEVICE_PRODUCTS.allowed
 
 
 @every_format
@@ -137,5 +144,5 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="different kinds cannot be one"):
         DeviceMatrix.concat([case.matrix, make("float32", 37, 70).matrix])
     norm = DeviceNorm(NormKind.LAYER, torch.rand(64, device=DEVICE), None, 1e-5, 64)
-    with pytest.raises(ValueError, match="a product of 5 rows with a norm of kind LAYER needs room"):
+    with pytest.raises(ValueError, match="with a LAYER norm needs room for what is normed"):
         dense.matmul(case.x, case.matrix, torch.empty(5, 16, device=DEVICE), norm=norm, form="rows")

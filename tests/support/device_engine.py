@@ -26,7 +26,7 @@ def make_store(family: str, folder: Path, experts_format: str = "float32") -> Ex
 
 @contextmanager
 def device_engine(store: ExpertStore, device: str, **options: Any) -> Iterator[Any]:
-    """A `DeviceEngine` over `store`."""
+    """A `DeviceEngine` over `store`; `device` is `cpu` or `cuda:0`."""
     from expertd_engine.device_startup import start_on_device  # needs triton
 
     config = make_config(**{"max_sequences": 4, "max_step_tokens": 48, "threads": 1, **options})

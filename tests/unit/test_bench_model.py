@@ -41,9 +41,9 @@ def test_random_quantised_weights_are_as_large_as_initial_ones(format: str) -> N
 
 @pytest.mark.parametrize("format", ROW_FORMATS)
 def test_random_weights_in_rows_are_as_large(format: str) -> None:
-    stored = random_rows(format, 40, 160, rng())
-    assert len(stored) == matrix_bytes(format, 40, 160)
-    values = dequantise_rows(stored, format, 40, 160)
+    stored = random_rows(format, 48, 160, rng())
+    assert len(stored) == matrix_bytes(format, 48, 160)
+    values = dequantise_rows(stored, format, 48, 160)
     assert values.std() == pytest.approx(SCALE, rel=0.1)
     assert abs(values.mean()) < SCALE / 5
 

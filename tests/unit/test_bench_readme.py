@@ -72,6 +72,6 @@ def test_steps_by_experts_use_fewer_of_them_and_prefetch_hides_reads() -> None:
 
 def test_who_knows_all_evicts_what_is_needed_last() -> None:
     steps = [frozenset({one}) for one in (0, 1, 2, 0, 1, 3, 0)]
-    assert clairvoyant_hits(steps, layers=1, slots=2) == (3, 7)
+    assert clairvoyant_hits(steps, layers=1, slots=2) == (2, 7)
     assert clairvoyant_hits(steps, layers=1, slots=4) == (3, 7)
     assert clairvoyant_hits([frozenset({0, 1})] * 5, layers=2, slots=4) == (16, 20)

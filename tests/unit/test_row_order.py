@@ -32,18 +32,20 @@ def _value(stored: bytes, format: str, rows: int, cols: int, row: int, col: int)
     """One weight by the words of the layout alone."""
     paired = format in ("int4", "int4s")
     groups = (cols + 63) // 64 * 2 if paired else (cols + 31) // 32
-    data = rows * groups * (16 if paired else 32)
-    scales = data + -data % 64
-    minima = scales + rows * groups * 2 + -(rows * groups * 2) % 64
+    segments = groups // 2 if paired else groups
+    block, line = divmod(row, 16)
+    data = (rows + 15) // 16 * 16 * segments * 32
     group, lane = divmod(col, 32)
-    (scale,) = struct.unpack_from("<e", stored, scales + 2 * (row * groups + group))
+    scale_at = data + 2 * (block * groups * 16 + group * 16 + line)
+    (scale,) = struct.unpack_from("<e", stored, scale_at)
+    segment = group // 2 if paired else group
+    byte = stored[block * segments * 512 + segment * 512 + line * 32 + lane]
     if paired:
-        byte = stored[row * groups * 16 + group // 2 * 32 + lane]
         q = byte >> 4 if group % 2 else byte & 15
         if format == "int4s":
             return float(scale * (q - 8))
-        return float(scale * q + struct.unpack_from("<e", stored, minima + 2 * (row * groups + group))[0])
-    byte = stored[row * groups * 32 + col]
+        scales = (rows + 15) // 16 * 16 * groups * 2
+        return float(scale * q + struct.unpack_from("<e", stored, scale_at + scales + -scales % 64)[0])
     if format == "int8":
         return float(scale * struct.unpack("<b", bytes([byte]))[0])
     return float(scale * torch.tensor([byte], dtype=torch.uint8).view(torch.float8_e4m3fn).float())
@@ -96,7 +98,7 @@ def test_weights_that_no_scale_holds_are_refused(bad: float) -> None:
 
 
 def test_wrong_lengths_and_formats_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"int8 \[4, 64\] has 320 bytes, not 271"):
+    with pytest.raises(ValueError, match=r"int8 \[4, 64\] has 1088 bytes, not 271"):
         dequantise_rows(np.zeros(271, np.uint8), "int8", 4, 64)
     with pytest.raises(ValueError, match="in strips, not 3"):
         from_strips(np.zeros(3, np.uint8), "int8", 4, 64)

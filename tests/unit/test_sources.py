@@ -29,7 +29,7 @@ def _demo_package(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
 
 
 def test_unknown_models_are_told_what_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no model 'nothing': give an expert store, .* hub id .* or `demo`"):
+    with pytest.raises(ModelError, match=r"no model 'nothing': give an expert store, .* hub id .* demo, demo-readme, demo-sparse"):
         resolve("nothing", tmp_path)
     with pytest.raises(ModelError, match=r"no GGUF file at .*absent.gguf"):
         resolve(str(tmp_path / "absent.gguf"), tmp_path)

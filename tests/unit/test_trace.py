@@ -128,7 +128,7 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, change: dict[str, object], 
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     raw = {name: np.frombuffer(one, np.uint8) if isinstance(one, bytes) else one for name, one in change.items()}
-    np.savez(path, **(arrays | raw))  # type: ignore[arg-type]  # arrays by name
+    np.savez(path, **(arrays | raw))
     with pytest.raises(UsageError, match=told):
         read_traces([path])
 

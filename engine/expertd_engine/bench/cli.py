@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     io.set_defaults(run=_io)
     _add_model(io)
     io.add_argument("--runs", type=_positive, default=5, metavar="N", help="runs of a second each (default: 5)")
+    _add_foresight(commands.add_parser("foresight", help="a governed predictor against none, cell by cell"))
     _add_quality(commands.add_parser("quality", help="what virtual mode costs in quality, beside its baselines"))
     _add_virtual(commands.add_parser("virtual", help="a token of virtual mode beside one of a smaller model"))
     _add_planner(commands.add_parser("planner", help="what plans foretell beside what is measured"))
@@ -80,7 +81,9 @@ def _add_engine(command: argparse.ArgumentParser) -> None:
 
 
 def _add_run(command: argparse.ArgumentParser, prompt: int, tokens: int) -> None:
-    command.add_argument("--streams", type=_positive, default=1, metavar="N", help="sequences at once (default: 1)")
+    command.add_argument(
+        "--streams", type=_positives, default=[1], metavar="N", help="sequences at once (default: 1); cuda: also N+M+…"
+    )
     command.add_argument(
         "--prompt", type=_positive, default=prompt, metavar="N", help=f"prompt (default: {prompt} tokens)"
     )
@@ -91,6 +94,18 @@ def _add_run(command: argparse.ArgumentParser, prompt: int, tokens: int) -> None
     command.add_argument("--pairs", type=_positive, default=5, metavar="N", help="interleaved rounds (default: 5)")
     command.add_argument("--peer", choices=PEERS, help="time a peer on the same shape, in turn with ours")
     command.add_argument("--versus", metavar="K=V,…", help="time a second engine with these options changed")
+    command.add_argument("--timeout", type=float, default=600.0, metavar="S", help="wait so long for one answer")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of routes and prompts")
+
+
+def _add_foresight(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_foresight)
+    _add_model(command)
+    command.add_argument("--trace", type=Path, metavar="TRACE", help="routes of `expertd trace record` too")
+    command.add_argument("--policy", choices=get_args(Policy), default="auto", help="which expert gives way")
+    command.add_argument("--pairs", type=_positive, default=15, metavar="N", help="interleaved rounds (default: 15)")
+    command.add_argument("--tokens", type=_positive, default=32, metavar="N", help="timed tokens (default: 32)")
+    command.add_argument("--warm", type=_positive, default=16, metavar="N", help="tokens before (default: 16)")
     command.add_argument("--timeout", type=float, default=600.0, metavar="S", help="wait so long for one answer")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of routes and prompts")
 
@@ -153,7 +168,7 @@ def _add_readme(command: argparse.ArgumentParser) -> None:
     command.add_argument("--traces", type=_positive, default=10, metavar="N", help="(default: 10)")
     command.add_argument("--requests", type=_positive, default=48, metavar="N", help="of a trace (default: 48)")
     command.add_argument("--cached", type=_positive, default=3, metavar="N", help="experts a layer (default: 3)")
-    command.add_argument("--load", type=float, default=0.9, metavar="X", help="of what the best baseline serves (0.9)")
+    command.add_argument("--load", type=float, default=0.7, metavar="X", help="of what the best baseline serves (0.7)")
     command.add_argument("--max-sequences", type=_positive, default=64, metavar="N", help="(default: 64)")
     command.add_argument("--max-step-tokens", type=_positive, default=16, metavar="N", help="(default: 16)")
     command.add_argument(
@@ -171,6 +186,10 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give a whole number from 1 on")
     return int(text)
+
+
+def _positives(text: str) -> list[int]:
+    return [_positive(part) for part in text.split("+")]
 
 
 def _decode(options: argparse.Namespace) -> str:
@@ -220,6 +239,23 @@ def _perplexity(options: argparse.Namespace) -> str:
     formats = options.formats.split(",")
     with progress_bar() as progress:
         return perplexity(options.model, options.cache_dir, formats, windows=options.windows, progress=progress)
+
+
+def _foresight(options: argparse.Namespace) -> str:
+    from expertd_engine.bench.foresight import foresight
+    from expertd_engine.bench.protocol import DecodeRequest, EngineSpec
+
+    spec = EngineSpec(
+        store=str(_store(options)),
+        policy=options.policy,
+        threads=options.threads,
+        io_threads=options.io_threads,
+        seed=options.seed,
+        device=options.device,
+    )
+    request = DecodeRequest(options.tokens, options.warm, 8)
+    with progress_bar() as progress:
+        return foresight(spec, request, options.pairs, options.timeout, options.trace, progress)
 
 
 def _quality(options: argparse.Namespace) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from statistics import median
 from typing import Any
@@ -24,8 +24,8 @@ from expertd_engine.bench.stats import bound_tok_s, median_interval, serial_tok_
 
 ALL = "100%"
 HEADER = (
-    "experts", "routes", "hints", "tok/s", "95 %", "ms/step", "of resident", "of bound", "of serial", "of link",
-    "hits", "late", "MB/token", "LRU MB/token", "experts/layer",
+    "experts", "routes", "hints", "streams", "tok/s", "95 %", "ms/step", "of resident", "of bound", "of serial",
+    "of link", "hits", "late", "MB/token", "LRU MB/token", "experts/layer",
 )  # fmt: skip
 
 
@@ -36,6 +36,7 @@ class Cell:
     budget: str
     routing: str
     hints: str
+    streams: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,43 +50,44 @@ class Limits:
 
 
 def cells_of(arguments: argparse.Namespace) -> list[Cell]:
-    """All combinations of the `+`-separated lists that budget, routing and hints may be; of each, the first is left in
-    `arguments`, for an engine to start with."""
+    """All combinations of the `+`-separated lists that budget, routing, hints and streams may be; of each, one is left
+    in `arguments`, for an engine to start with."""
     lists = [one.split("+") for one in (arguments.expert_budget or ALL, arguments.routing, arguments.hints)]
     arguments.expert_budget, arguments.routing, arguments.hints = (one[0] for one in lists)
-    return [Cell(*one) for one in product(*lists)]
+    streams, arguments.streams = arguments.streams, [max(arguments.streams)]
+    return [Cell(*one) for one in product(*lists, streams)]
 
 
 def device_decode(options: Options, cells: Sequence[Cell]) -> str:
     """Run it; the report. Raises what starting an engine raises."""
-    engine = options.engine
     peer = None
     if options.peer == "transformers":
-        peer = measure(options.store.path, engine.streams, options.prompt, options.tokens, options.timeout_s)
-    with closing(DeviceSession(engine)) as session:
-        facts = session.describe()
-        link = measure_link(facts.record)
-        request = DecodeRequest(options.tokens, options.warm, options.prompt)
-        routings = list(dict.fromkeys(cell.routing for cell in cells))
-        resident = {routing: _samples(session, Cell(ALL, routing, "none"), request, options) for routing in routings}
-        measured = {cell: _samples(session, cell, request, options) for cell in cells if cell.budget != ALL}
-        vram = session.vram_bytes()
-    tables = []
-    for cell, samples in _all(resident, measured):
-        limits = _limits(facts, link, resident[cell.routing], engine.streams)
-        tables.append(_values(cell, samples, limits, options.tokens))
-    values = _summary(options, facts, link, tables, peer, vram)
+        streams = options.engine.streams
+        peer = measure(options.store.path, streams, options.prompt, options.tokens, options.timeout_s)
+    with closing(DeviceSession(options.engine)) as session:
+        return decode_report(session, options, cells, peer)
+
+
+def decode_report(session: DeviceSession, options: Options, cells: Sequence[Cell], peer: dict[str, Any] | None) -> str:
+    """The cells, each beside its routes and streams with all experts resident."""
+    facts = session.describe()
+    link = measure_link(facts.record)
+    request = DecodeRequest(options.tokens, options.warm, options.prompt)
+    whole = {cell: replace(cell, budget=ALL, hints="none") for cell in cells}
+    samples = {
+        cell: _samples(session, cell, request, options.pairs) for cell in dict.fromkeys([*whole.values(), *cells])
+    }
+    tables = [
+        _values(cell, found, _limits(facts, link, samples[whole.get(cell, cell)], cell.streams), options.tokens)
+        for cell, found in samples.items()
+    ]
+    values = _summary(options, facts, link, tables, peer, session.vram_bytes())
     return finish(_title(options, facts), HEADER, [_row(one) for one in tables], _notes(facts, values), values)
 
 
-def _samples(session: DeviceSession, cell: Cell, request: DecodeRequest, options: Options) -> list[Decoded]:
-    session.retune(cell.budget, cell.routing, cell.hints)
-    return [session.decode(request) for _ in range(options.pairs)]
-
-
-def _all(resident: dict[str, list[Decoded]], measured: dict[Cell, list[Decoded]]) -> list[tuple[Cell, list[Decoded]]]:
-    whole = [(Cell(ALL, routing, "none"), samples) for routing, samples in resident.items()]
-    return [*whole, *measured.items()]
+def _samples(session: DeviceSession, cell: Cell, request: DecodeRequest, runs: int) -> list[Decoded]:
+    session.retune(cell.budget, cell.routing, cell.hints, cell.streams)
+    return [session.decode(request) for _ in range(runs)]
 
 
 def _limits(facts: EngineFacts, link: LinkSpeed, resident: list[Decoded], streams: int) -> Limits:
@@ -105,7 +107,8 @@ def _values(cell: Cell, samples: list[Decoded], limits: Limits, steps: int) -> d
     rest_s = max(0.0, 1 / limits.resident_tok_s - limits.expert_s)
     link = 1 / (rest_s + missed / limits.link.kernel) if missed else limits.resident_tok_s
     return {
-        "expert_budget": cell.budget, "routing": cell.routing, "hints": cell.hints, "tok_s": speed.median,
+        "expert_budget": cell.budget, "routing": cell.routing, "hints": cell.hints, "streams": cell.streams,
+        "tok_s": speed.median,
         "tok_s_interval": speed.as_json(), "resident_tok_s": limits.resident_tok_s, "bound_tok_s": bound,
         "serial_tok_s": serial, "link_tok_s": link, "resident_share": speed.median / limits.resident_tok_s,
         "bound_share": speed.median / bound, "serial_share": speed.median / serial, "link_share": speed.median / link,
@@ -128,7 +131,7 @@ def _summary(
     peer_tok_s = None if peer is None else peer["tok_s"]
     return {
         "command": "decode", "model": options.store.index.name, "experts_format": facts.experts_format,
-        "dense_format": facts.dense_format, "device": facts.device, "streams": options.engine.streams,
+        "dense_format": facts.dense_format, "device": facts.device,
         "pairs": options.pairs, "prompt": options.prompt, "tokens": options.tokens, "policy": facts.policy,
         "numerics": facts.numerics, "fallbacks": facts.fallbacks, "experts_total_bytes": facts.experts_total,
         "link_copy_bytes_per_s": link.copy, "link_kernel_bytes_per_s": link.kernel,
@@ -142,15 +145,14 @@ def _summary(
 def _title(options: Options, facts: EngineFacts) -> str:
     return (
         f"decode: {options.store.index.name}, experts {facts.experts_format}, dense {facts.dense_format}, "
-        f"{options.engine.streams} streams, policy {facts.policy}; {facts.device}; {options.pairs} runs of "
-        f"{options.tokens} tokens a cell"
+        f"policy {facts.policy}; {facts.device}; {options.pairs} runs of {options.tokens} tokens a cell"
     )
 
 
 def _row(one: dict[str, Any]) -> list[str]:
     speed = one["tok_s_interval"]
     return [
-        one["expert_budget"], one["routing"], one["hints"], number(one["tok_s"], 1),
+        one["expert_budget"], one["routing"], one["hints"], str(one["streams"]), number(one["tok_s"], 1),
         spread(speed["low"], speed["high"], 1), number(1000 * one["step_s"], 3),
         *(percent(one[name]) for name in ("resident_share", "bound_share", "serial_share", "link_share")),
         percent(one["hit_ratio"]), percent(one["late_ratio"]), number(one["transferred_bytes_per_token"] / 1e6, 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -23,18 +24,16 @@ HEADER = (
 
 def device_prefill(options: Options, cells: Sequence[Cell]) -> str:
     """Run it; the report. Hints play no part: a prompt's experts are streamed in."""
-    alone = PrefillRequest(options.prompt)
-    beside = PrefillRequest(options.prompt, decode=True, warm=options.warm, after=options.tokens)
     with closing(DeviceSession(options.engine)) as session:
-        facts = session.describe()
-        link = measure_link(facts.record)
-        routing = cells[0].routing
-        wanted = [Cell(ALL, routing, "none"), *(cell for cell in cells if cell.budget != ALL)]
-        found = []
-        for cell in wanted:
-            session.retune(cell.budget, cell.routing, cell.hints)
-            session.prefill(alone)  # compiles, and settles what is resident
-            found.append([[session.prefill(request) for _ in range(options.pairs)] for request in (alone, beside)])
+        return prefill_report(session, options, cells)
+
+
+def prefill_report(session: DeviceSession, options: Options, cells: Sequence[Cell]) -> str:
+    """The cells, after one with all experts resident."""
+    facts = session.describe()
+    link = measure_link(facts.record)
+    wanted = [replace(cells[0], budget=ALL), *(cell for cell in cells if cell.budget != ALL)]
+    found = [_samples(session, cell, options) for cell in wanted]
     resident_s = median(sample.ttft_s for sample in found[0][0])
     tables = [
         _values(options, facts, cell, samples, resident_s, link.copy)
@@ -52,6 +51,18 @@ def device_prefill(options: Options, cells: Sequence[Cell]) -> str:
     )
     notes = [*(f"fallback: {one}" for one in facts.fallbacks), f"link: copies {link.copy / 1e9:.1f} GB/s", ""]
     return finish(title, HEADER, [_row(one) for one in tables], notes, values)
+
+
+def _samples(session: DeviceSession, cell: Cell, options: Options) -> tuple[list[Prefilled], list[Prefilled]]:
+    """Prompts alone, and beside a decode. The first compiles, settles what is resident, and does not count."""
+    session.retune(cell.budget, cell.routing, "none", 1)
+    alone = PrefillRequest(options.prompt)
+    beside = PrefillRequest(options.prompt, decode=True, warm=options.warm, after=options.tokens)
+    session.prefill(alone)
+    return (
+        [session.prefill(alone) for _ in range(options.pairs)],
+        [session.prefill(beside) for _ in range(options.pairs)],
+    )
 
 
 def _values(

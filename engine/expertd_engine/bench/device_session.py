@@ -20,14 +20,13 @@ from expertd_engine.bench.protocol import EngineFacts, EngineSpec
 from expertd_engine.bench.replay import LRUReplay
 from expertd_engine.bench.routing import Ids
 from expertd_engine.bench.session import EngineSession, config_of, generated
-from expertd_engine.config import parse_size
+from expertd_engine.config import Config, parse_size
 from expertd_engine.console import silent
 from expertd_engine.core import StepResult
-from expertd_engine.device_startup import start_on_device
+from expertd_engine.device_startup import foresight_for, start_on_device
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.lookahead import NoLookahead
 from expertd_engine.request import ExpertCounts
-from expertd_engine.startup import lookahead_for
 
 
 class _StepExperts(Sequence[Sequence[int]]):
@@ -60,14 +59,19 @@ class DeviceSession(EngineSession):
     def _started(self) -> Any:
         device = torch.device("cuda", 0)
         return start_on_device(
-            self._store, config_of(self._spec), os.getpid(), silent, self._watch, device,
+            self._store, self._config(), os.getpid(), silent, self._watch, device,
             lookahead=self._recorder, routes=self._routes,
         )  # fmt: skip
 
-    def retune(self, expert_budget: str, routing: str, hints: str) -> None:
-        """Go on with this budget and these routes. What is resident stays where the budget lets it."""
+    def _config(self) -> Config:
+        """No more sequences than streams, but for a prompt beside one: each graph is a start-up's second."""
+        return replace(config_of(self._spec), max_sequences=max(2, self._spec.streams))
+
+    def retune(self, expert_budget: str, routing: str, hints: str, streams: int) -> None:
+        """Go on with this budget, these routes and, at most as many as at start, streams. What is resident stays where
+        the budget lets it."""
         spec = self._spec = msgspec.structs.replace(
-            self._spec, expert_budget=expert_budget, routing=routing, hints=hints
+            self._spec, expert_budget=expert_budget, routing=routing, hints=hints, streams=streams
         )
         routes, channel = generated(spec, self._shape)
         assert routes is not None and self._routes is not None
@@ -75,7 +79,7 @@ class DeviceSession(EngineSession):
         foresight = ChannelLookahead(self._routes, channel) if channel else NoLookahead()
         self._recorder.become(foresight)
         cache, index = self._engine.cache, self._store.index
-        cache.lookahead = lookahead_for(index, 0, self._recorder, cache.ledger)
+        cache.lookahead = foresight_for(index, self._recorder, cache.ledger)
         cache.set_budget(parse_size(expert_budget, share_allowed=True).resolve(cache.ledger.max_budget_bytes))
         cache.fill()
         cache.routes = self._layer_routes if channel else self._reported_routes

@@ -140,7 +140,7 @@ def read_options(arguments: argparse.Namespace, store: Path) -> Options:
         prefetch=not arguments.no_prefetch,
         routing=arguments.routing,
         hints=arguments.hints,
-        streams=arguments.streams,
+        streams=_one(arguments.streams),
         threads=arguments.threads,
         io_threads=arguments.io_threads,
         max_step_tokens=arguments.max_step_tokens,
@@ -164,7 +164,13 @@ def read_options(arguments: argparse.Namespace, store: Path) -> Options:
     )
 
 
+def _one(streams: list[int]) -> int:
+    if len(streams) > 1:
+        raise UsageError(f"--streams {'+'.join(map(str, streams))} is not allowed on cpu: give one number")
+    return streams[0]
+
+
 def _context(arguments: argparse.Namespace) -> int:
     """Tokens that the longest sequence of any run may reach, in whole blocks."""
-    longest = arguments.prompt + 4 * arguments.warm + arguments.tokens + 2 * arguments.streams + 64
+    longest = arguments.prompt + 4 * arguments.warm + arguments.tokens + 2 * _one(arguments.streams) + 64
     return int(-(-longest // 64) * 64)

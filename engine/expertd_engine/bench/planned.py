@@ -59,7 +59,9 @@ class _Speed:
 
 
 @dataclass(slots=True)
-class _Memory:
+class MemoryRun:
+    """Of one budget: the plan, and what was seen."""
+
     label: str
     plan: Plan
     used: list[int] = field(default_factory=list)
@@ -74,13 +76,13 @@ def planner(paths: Sequence[Path], routings: Sequence[str], *, rounds: int = 3, 
     """Measure the profiled stores at `paths`: the report. Raises StoreError for one without profile, or without that
     routing in it."""
     speeds: list[_Speed] = []
-    memories: list[_Memory] = []
+    memories: list[MemoryRun] = []
     for path in paths:
         store = ExpertStore.open(path)
         profile = read_profile(store)
         for routing in routings:
             speeds += _speeds(store, profile, routing, rounds, tokens)
-        memories += _memories(store, profile)
+        memories += memory_runs(store, profile)
     return _report(speeds, memories)
 
 
@@ -95,7 +97,7 @@ def _speeds(store: ExpertStore, profile: Profile, routing: str, rounds: int, tok
         threads=profile.box.threads,
         io_threads=profile.box.io_threads,
         prefix_cache=False,
-        max_model_len=1024,
+        max_model_len=profile.memory.max_model_len,
         max_sequences=2,
     )
     decoder = Decoder(store, config, windows, make_routing(routing, shape_of(store.index)))
@@ -120,11 +122,11 @@ def _request(budget: str, routing: str = "model") -> Request:
 # ---------------------------------------------------------------- memory
 
 
-def _memories(store: ExpertStore, profile: Profile) -> list[_Memory]:
+def memory_runs(store: ExpertStore, profile: Profile) -> list[MemoryRun]:
     """One daemon for each budget: memory that one has had is not always given back."""
     found = []
     for text in BUDGETS:
-        one = _Memory(f"{store.index.name}, {text}", make_plan(profile, _request(text)))
+        one = MemoryRun(f"{store.index.name}, {text}", make_plan(profile, _request(text)))
         with running_daemon(_command(store, profile, one.plan), 600.0) as (port, pid), _looks(pid, one.used):
             _fill(store, profile, one.plan, port)
         found.append(one)
@@ -177,7 +179,7 @@ def _looks(pid: int, used: list[int]) -> Iterator[None]:
 # ---------------------------------------------------------------- the report
 
 
-def _report(speeds: Sequence[_Speed], memories: Sequence[_Memory]) -> str:
+def _report(speeds: Sequence[_Speed], memories: Sequence[MemoryRun]) -> str:
     rows = [
         (
             one.label, number(one.plan.tok_s), number(one.tok_s), f"{one.error:+.1%}", percent(one.plan.hit_rate),

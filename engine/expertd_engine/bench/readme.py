@@ -15,9 +15,9 @@ from typing import Any
 
 from expertd_engine.bench.readme_plots import draw
 from expertd_engine.bench.readme_real import run_real
-from expertd_engine.bench.readme_record import Recording, record, recording_config
+from expertd_engine.bench.readme_record import record, recording_config
 from expertd_engine.bench.readme_sim import Arm, Costs, Outcome, Room, Simulation, clairvoyant_hits
-from expertd_engine.bench.readme_traces import Arrival, make_trace
+from expertd_engine.bench.readme_traces import Arrival, Recorded, make_trace
 from expertd_engine.bench.report import finish, number, percent, spread
 from expertd_engine.bench.stats import percentile, ratio_interval
 from expertd_engine.console import Progress
@@ -25,6 +25,8 @@ from expertd_engine.experts.store import ExpertStore
 
 EXCHANGES = 24
 """Of each domain, recorded once."""
+SIM_LAYERS = 10
+"""Layers of the simulated model, each of which stands for several where the model has more."""
 HIT_LAYERS = 6
 """Layers in the replays that count hits."""
 READ_ME = Arm("expert-aware", "next-use", prefetch=True)
@@ -42,7 +44,7 @@ class Asked:
     traces: int = 10
     requests: int = 48
     cached: int = 3
-    load: float = 0.9
+    load: float = 0.7
     max_sequences: int = 64
     max_step_tokens: int = 16
     patience: int = 32
@@ -62,22 +64,20 @@ def readme(path: Path, texts: Path, out: Path, asked: Asked, progress: Progress)
     progress("record", 0.0)
     config = recording_config(asked.max_step_tokens, asked.threads, asked.io_threads)
     recording = record(store, texts, EXCHANGES, config, out / "recorded.json")
-    traces = make_traces(recording, asked, asked.requests)
+    costs = recording.costs.folded(min(SIM_LAYERS, recording.costs.layers))
+    traces = make_traces(recording.exchanges, costs, asked, asked.requests)
     progress("hits", 0.0)
-    hits = hit_ratios(recording.costs, traces, asked)
+    hits = hit_ratios(costs, traces, asked)
     outcomes = {}
     for place, arm in enumerate(ARMS):
         progress("simulate", place / len(ARMS))
-        room = asked.room(recording.costs.layers)
-        outcomes[arm.name] = [Simulation(recording.costs, arm, room).run(trace) for trace in traces]
+        outcomes[arm.name] = [Simulation(costs, arm, asked.room(costs.layers)).run(trace) for trace in traces]
     real: dict[str, list[Outcome]] = {}
     if asked.real_requests:
         progress("real", 0.0)
         arms = (*BASELINES[:1], *STRONGER[:1], ON_DEMAND, READ_ME)
-        runs = run_real(
-            store, arms, asked.room(recording.costs.layers), make_traces(recording, asked, asked.real_requests),
-            asked.threads, asked.io_threads,
-        )  # fmt: skip
+        short = make_traces(recording.exchanges, costs, asked, asked.real_requests)
+        runs = run_real(store, arms, asked.room(recording.costs.layers), short, asked.threads, asked.io_threads)
         real = {arm.name: run for arm, run in zip(arms, runs, strict=True)}
     values = summary(recording.costs, hits, outcomes, real, asked)
     (out / "readme.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
@@ -85,13 +85,13 @@ def readme(path: Path, texts: Path, out: Path, asked: Asked, progress: Progress)
     return report(values, asked)
 
 
-def make_traces(recording: Recording, asked: Asked, requests: int) -> list[list[Arrival]]:
+def make_traces(exchanges: Sequence[Recorded], costs: Costs, asked: Asked, requests: int) -> list[list[Arrival]]:
     """One for each seed, at the pace that `load` says."""
-    at_once = [replace(arrival, at_s=0.0) for arrival in make_trace(recording.exchanges, 2 * requests, 1.0, 0)]
-    simulation = Simulation(recording.costs, STRONGER[0], asked.room(recording.costs.layers))
+    at_once = [replace(arrival, at_s=0.0) for arrival in make_trace(exchanges, 2 * requests, 1.0, 0)]
+    simulation = Simulation(costs, STRONGER[0], asked.room(costs.layers))
     simulation.run(at_once)
     per_second = asked.load * len(at_once) / simulation.clock.now
-    return [make_trace(recording.exchanges, requests, per_second, seed) for seed in range(asked.traces)]
+    return [make_trace(exchanges, requests, per_second, seed) for seed in range(asked.traces)]
 
 
 def hit_ratios(costs: Costs, traces: Sequence[Sequence[Arrival]], asked: Asked) -> dict[int, dict[str, float]]:

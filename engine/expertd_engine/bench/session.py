@@ -30,7 +30,7 @@ from expertd_engine.bench.protocol import (
 )
 from expertd_engine.bench.replay import LRUReplay
 from expertd_engine.bench.routing import RoutingShape, make_routing, shape_of
-from expertd_engine.config import Config, Device, Policy, parse_size
+from expertd_engine.config import Config, Device, Policy, Predictor, parse_size
 from expertd_engine.console import silent
 from expertd_engine.core import Forward, StepResult
 from expertd_engine.errors import EngineError
@@ -76,7 +76,7 @@ class EngineSession:
         """The engine: its parts are what this class and its kin know of them."""
         return start_engine(
             self._store, config_of(self._spec), os.getpid(), silent, self._watch,
-            lookahead=None if spec.hints in PREDICTORS else self._recorder, routes=self._routes,
+            lookahead=None if self._spec.hints in PREDICTORS else self._recorder, routes=self._routes,
         )  # fmt: skip
 
     # ------------------------------------------------------------ what can be asked
@@ -284,6 +284,7 @@ def config_of(spec: EngineSpec) -> Config:
         expert_budget=parse_size(spec.expert_budget, share_allowed=True) if spec.expert_budget else None,
         memory_budget=parse_size(spec.memory_budget) if spec.memory_budget else None,
         expert_policy=cast(Policy, spec.policy),  # checked by the command line
+        predictor=cast(Predictor, spec.hints if spec.hints in PREDICTORS else "none"),
         prefetch=spec.prefetch,
         prefix_cache=False,
         max_model_len=spec.max_model_len,

@@ -25,6 +25,11 @@ WARM = 32
 """Tokens of each stream that are not timed."""
 
 
+def longest(tokens: int, warm: int = WARM) -> int:
+    """Tokens that a sequence may reach in a window: one beside the timed one may be ahead of it."""
+    return PROMPT + 4 * (warm + tokens)
+
+
 @dataclass(slots=True)
 class Timed:
     """Windows of one contender."""

@@ -15,11 +15,10 @@ from expertd_engine.bench.cut_store import cut_store
 from expertd_engine.bench.perplexity import held_out
 from expertd_engine.bench.report import finish, number, percent, spread
 from expertd_engine.bench.stats import median_interval, order_of, percentile, ratio_interval
-from expertd_engine.bench.text_decoder import Decoder, Timed
+from expertd_engine.bench.text_decoder import Decoder, Timed, longest
 from expertd_engine.config import Config, Size
 from expertd_engine.experts.store import ExpertStore
 
-CONTEXT = 1024
 HEADER = ("run", "ms/token", "95 %", "p95 ms", "stall ms/token", "substituted")
 
 
@@ -35,9 +34,10 @@ def virtual_speed(
     alone, whole, beside = (Timed(name) for name in ("virtual", f"a model of {slots} experts", "virtual, exact beside"))
     with TemporaryDirectory() as folder:
         cut = cut_store(store, slots, Path(folder) / "cut")
-        config = _config(store, slots, threads, io_threads)
+        context = longest(tokens)
+        config = _config(store, slots, context, threads, io_threads)
         ours = Decoder(store, config, prompts)
-        theirs = Decoder(cut, _config(cut, None, threads, io_threads), prompts)
+        theirs = Decoder(cut, _config(cut, None, context, threads, io_threads), prompts)
         runs = [lambda: ours.window(["virtual"], tokens, alone), lambda: theirs.window(["exact"], tokens, whole)]
         for pair in range(pairs):
             for which in order_of(len(runs), pair):
@@ -49,7 +49,7 @@ def virtual_speed(
     return _report(store, slots, pairs, tokens, (alone, whole, beside))
 
 
-def _config(store: ExpertStore, slots: int | None, threads: int | None, io_threads: int) -> Config:
+def _config(store: ExpertStore, slots: int | None, context: int, threads: int | None, io_threads: int) -> Config:
     """With `slots`: room for as many in each layer, and for two to load through."""
     index = store.index
     records = [index.record_bytes(layer) for layer in range(len(index.layers))]
@@ -60,7 +60,7 @@ def _config(store: ExpertStore, slots: int | None, threads: int | None, io_threa
         virtual_share=1.0,
         virtual_slots=slots,
         prefix_cache=False,
-        max_model_len=CONTEXT,
+        max_model_len=context,
         max_sequences=2,
         threads=threads,
         io_threads=io_threads,

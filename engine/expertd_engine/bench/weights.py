@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from expertd_engine.kernels.formats import GROUP_COLUMNS, QUANTISED, STRIP_ROWS, Bytes, packed_bytes, strip_bytes
-from expertd_engine.kernels.row_order import FP8, from_strips, matrix_bytes, part_offsets, row_bytes
+from expertd_engine.kernels.row_order import BLOCK_ROWS, FP8, from_strips, matrix_bytes, part_offsets
 
 SCALE = 0.02
 """Root mean square of the weights, about."""
@@ -55,12 +55,11 @@ def random_rows(format: str, rows: int, cols: int, rng: np.random.Generator) -> 
     """A `[rows, cols]` matrix of random weights in a quantised format, in the order of `kernels.row_order`."""
     if format != FP8:
         return from_strips(random_matrix(format, rows, cols, rng), format, rows, cols)
-    stored = np.zeros(matrix_bytes(format, rows, cols), np.uint8)
+    if rows % BLOCK_ROWS or cols % GROUP_COLUMNS:
+        raise ValueError(f"random fp8 weights need rows in multiples of {BLOCK_ROWS} and columns of {GROUP_COLUMNS}")
     _, scales, _ = part_offsets(format, rows, cols)
-    data, scale_row = row_bytes(format, cols)
-    drawn = random_bytes(rows * data, rng) & np.uint8(_FP8.random) | np.uint8(_FP8.fixed)
-    stored[: rows * data].reshape(rows, data)[:, :cols] = drawn.reshape(rows, data)[:, :cols]
-    stored[scales : scales + rows * scale_row].view("<f2")[:] = SCALE / _FP8_SIZE
+    stored = random_bytes(matrix_bytes(format, rows, cols), rng) & np.uint8(_FP8.random) | np.uint8(_FP8.fixed)
+    stored[scales:].view("<f2")[:] = SCALE / _FP8_SIZE
     return stored
 
 

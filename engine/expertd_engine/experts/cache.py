@@ -36,8 +36,9 @@ from expertd_engine.experts.events import (
     Tick,
     Used,
 )
+from expertd_engine.experts.governor import Governor
 from expertd_engine.experts.ledger import Ledger
-from expertd_engine.experts.lookahead import Lookahead
+from expertd_engine.experts.lookahead import LayerScan, Lookahead
 from expertd_engine.experts.pregated import PregatedLookahead
 from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.transfer import Completion, Transfers
@@ -175,6 +176,8 @@ class ExpertCache:
         self.handled: Callable[[], None] = _nobody
         """Called after all that the ledger says: who holds leases between steps gives back what came too late, also
         while a step waits for that room."""
+        self.payoff = governor.payoff if (governor := governor_in(lookahead)) is not None else None
+        """Whether predictions are made now; None where nobody predicts."""
         self._slab = slab
         self._record_bytes = record_bytes
         self._experts_per_layer = max(ledger.experts_per_layer)
@@ -219,6 +222,8 @@ class ExpertCache:
         """Whether each layer has to be told: its routes give hints, or loads are under way for those after it."""
         if isinstance(self.lookahead, PregatedLookahead):
             return self.lookahead.lacks
+        if self.payoff is not None and not self.payoff.is_on:
+            return False
         return self.lookahead.exactness != "none"
 
     def used_in_passing(self, layers: Iterable[tuple[int, Sequence[int]]]) -> None:
@@ -330,6 +335,12 @@ class ExpertCache:
             counters.demand_bytes + counters.prefetch_bytes,
             self.stalls.total_s,
         )
+
+
+def governor_in(lookahead: Lookahead) -> Governor | None:
+    """Who governs a predicting lookahead."""
+    inner = lookahead.inner if isinstance(lookahead, LayerScan) else lookahead
+    return inner if isinstance(inner, Governor) else None
 
 
 def _nobody() -> None:

@@ -13,8 +13,8 @@ from expertd_engine.experts.device_events import Provide
 
 _WEIGHT = 0.2
 """Of the last step in the moving averages."""
-MOST_SHARE = 8
-"""At most an eighth of the slots for each of the two uses, where experts would have to give way for it."""
+MOST_SHARE = 5
+"""At most a fifth of the slots for each of the two uses, where experts would have to give way for it."""
 
 
 @dataclass(slots=True)

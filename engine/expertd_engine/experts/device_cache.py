@@ -52,7 +52,7 @@ from expertd_engine.request import ExpertCounts
 logger = logging.getLogger(__name__)
 
 _LANDING_MOST = 4096
-_MARGIN = 1
+_MARGIN = 2
 """Layers that are too near for a copy."""
 _EVICTIONS = 16
 """Between two looks at the running launch."""
@@ -187,21 +187,23 @@ class DeviceCache:
         self._unread = self._last = launch
 
     def poll(self) -> None:
-        """Again and again while a launch runs: take in complete copies, what is foreseen as layer after layer routes, and
-        a little of what the launch before met.
+        """Again and again while a launch runs: take in complete copies, what is foreseen as layers route, and some of
+        what the launch before met.
         """
         events: list[DeviceEvent] = []
         known = self.table.layers_known
         if self.routes is not _unknown and known > self._layers_known:
-            # A copy that begins now would come too late for the next layers: they read what they lack themselves.
-            begin = known + _MARGIN + self.copies.begun // 2
-            self.ledger.foreseen_until(self._step * self._period + begin * self._experts)
+            self.ledger.foreseen_until(self._step * self._period + self._worth_copying(known) * self._experts)
             for layer in range(self._layers_known, known):
                 hints = tuple(self.lookahead.routed(self._step, layer, self.routes(layer)))
                 events += [Predict(hints)] if hints else []
             self._layers_known = known
         self._pump(events)
         next(self._digesting, None)
+
+    def _worth_copying(self, known: int) -> int:
+        """The first layer for which a copy begun now is announced early enough; those before read what they lack."""
+        return known + _MARGIN + self.copies.begun // 2
 
     def end_step(self) -> ExpertCounts:
         """The launch has ended: what it met. The ledger learns of it while the next one runs."""
@@ -482,8 +484,8 @@ class DeviceCache:
             self.publication.place_slot(slot, self.slab.address(slot))
 
     def _measure_link(self) -> float:
-        record = self.host.record(ExpertId(0, 0))
-        return measure_link(self.device, self.slab.view(0, record.numel()), record)
+        source = self.host.home(ExpertId(0, 0)) & ~HOME
+        return measure_link(self.device, self.slab.address(0), source, self.record_bytes[0])
 
     def _count(self, report: Report) -> ExpertCounts:
         valid = np.arange(report.seen.shape[1]) < report.counts[:, None]

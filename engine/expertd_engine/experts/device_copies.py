@@ -12,16 +12,14 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from expertd_engine.experts.device_streams import Device, Mark
 from expertd_engine.experts.device_table import DeviceTable
 from expertd_engine.experts.events import Cancelled, Load, Loaded, Priority
 from expertd_engine.experts.transfer import LATENCY_BOUNDS_S, TransferStats
 
-_AHEAD_BYTES = 32 * 2**20
+_AHEAD_BYTES = 16 * 2**20
 _MEASURED_BYTES, _MEASURED_MOST = 64 * 2**20, 256
-_AHEAD = (2, 32)
+_AHEAD = (2, 16)
 """Begun at once: about so many bytes, but at least and at most so many records."""
 
 
@@ -34,16 +32,16 @@ class _Copy:
     began: float = 0.0
 
 
-def measure_link(device: Device, target: Tensor, source: Tensor) -> float:
-    """Bytes per second that copies between these two reach; takes a few milliseconds."""
-    times = min(max(1, _MEASURED_BYTES // source.numel()), _MEASURED_MOST)
+def measure_link(device: Device, target: int, source: int, nbytes: int) -> float:
+    """Bytes per second that copies of so many bytes between these addresses reach; takes a few milliseconds."""
+    times = min(max(1, _MEASURED_BYTES // nbytes), _MEASURED_MOST)
     best = float("inf")
-    for _ in range(2):
+    for _ in range(3):
         began = time.perf_counter()
-        device.copies.copy([(target, source)] * times)
+        device.copies.move([(target, source, nbytes)] * times)
         device.copies.mark().wait()
         best = min(best, time.perf_counter() - began)
-    return times * source.numel() / best
+    return times * nbytes / best
 
 
 class DeviceCopies:

@@ -89,7 +89,7 @@ class Foresight:
         self.position = max(self.position, position)
         for expert, record in list(self._known.items()):
             facts = record.facts
-            if facts.next_use is not None and facts.next_use < self.position:
+            if facts.next_use is not None and facts.next_use < position:
                 facts.next_use = None
                 del self._known[expert]
                 if expert in self._residency.prefetching:

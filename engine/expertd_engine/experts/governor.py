@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from expertd_engine.experts.events import ExpertId, Hint
 from expertd_engine.experts.lookahead import Exactness, Lookahead
+from expertd_engine.experts.payoff import PayOff
 
 MIN_PRECISION = 0.8
 """A class of hints is followed while this share of it comes true: at most a fifth of prefetched bytes is wasted."""
@@ -107,6 +108,8 @@ class Governor:
         """`on_its_way`: whether a load of the expert has not ended, for accounts alone."""
         self.tracks: dict[tuple[int, int], Track] = {}
         """By foreseen layer and lead; for status and metrics."""
+        self.payoff = PayOff()
+        """Whether anything is predicted at all."""
         self.records: dict[_Class, Record] = {}
         """For status and metrics."""
         self._inner = inner
@@ -120,9 +123,13 @@ class Governor:
         """Hints on experts that were absent then: by layer's beginning, then position, once for each class."""
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
+        if not self.payoff.is_on:
+            return ()
         return self._let_through(step * self._num_layers - 1, self._inner.begin_step(step, token_ids))
 
     def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
+        if not self.payoff.is_on:
+            return ()
         now = step * self._num_layers + layer
         self._settle(now * self._num_experts, layer, experts)
         return self._let_through(now, self._inner.routed(step, layer, experts))

@@ -1,12 +1,14 @@
-"""The order "rows", in which GPUs read matrices: row after row, as strips are what CPUs read. numpy alone.
+"""The order "rows", in which GPUs read matrices, as strips are what CPUs read. numpy alone.
 
-A matrix `[N, K]`: all data, then all scales `[N][group]`, then all minima `[N][group]`, each part padded to 64 bytes.
-Rows are not padded in number. A *segment* is 32 bytes of a row:
+A plain matrix `[N, K]` is row after row. A quantised one is padded with zeros to whole blocks of 16 rows; all its data
+comes first, then all scales, then all minima, each part padded to 64 bytes. A *segment* is 32 bytes of a row:
 
-    float32, bfloat16   the numbers themselves, columns not padded
-    int8                a group of 32 columns: q in -127…127                                     8.5 bits a weight
-    fp8                 a group of 32 columns: e4m3, times the group's scale                     8.5 bits
-    int4, int4s         two groups, columns padded to 64: byte j has column j low, 32 + j high   5 and 4.5 bits
+    int8          a group of 32 columns: q in -127…127                                     8.5 bits a weight
+    fp8           a group of 32 columns: e4m3, times the group's scale                     8.5 bits
+    int4, int4s   two groups, columns padded to 64: byte j has column j low, 32 + j high   5 and 4.5 bits
+
+Data lies `[block][segment][row of the block][32]`, scales and minima `[block][group][row of the block]`: a tile of 16
+rows and one segment is 512 bytes in a row, for memory and, above all, for reads over a link, which want whole lines.
 
 Values are those of `formats`: the numbers of a quantised matrix do not depend on its order. fp8 has this order alone.
 """
@@ -14,8 +16,10 @@ Values are those of `formats`: the numbers of a quantised matrix do not depend o
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expertd_engine.kernels.formats import (
     GROUP_COLUMNS,
@@ -33,6 +37,8 @@ FP8 = "fp8"
 ROW_FORMATS = (*QUANTISED, FP8)
 """Quantised formats of this order."""
 
+BLOCK_ROWS = 16
+SEGMENT_BYTES = 32
 _ALIGNMENT = 64
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _FP8_REACH = 28.0
@@ -40,7 +46,7 @@ _FP8_REACH = 28.0
 
 
 def row_bytes(format: str, cols: int) -> tuple[int, int]:
-    """Bytes of a row's data and of its scales (as of its minima). ValueError for an unknown format."""
+    """Bytes of a row's data and of its scales (as of its minima), wherever they lie. ValueError for unknown formats."""
     if format in _ITEM_BYTES:
         return cols * _ITEM_BYTES[format], 0
     if format not in ROW_FORMATS:
@@ -78,8 +84,8 @@ def from_strips(packed: Bytes, format: str, rows: int, cols: int) -> Bytes:
     quads = 4 if _is_paired(format) else 8
     end = groups * quads * 4 * STRIP_ROWS
     q = strips[:, :end].reshape(len(strips), groups, quads, STRIP_ROWS, 4).transpose(0, 3, 1, 2, 4)
-    q = q.reshape(len(strips) * STRIP_ROWS, groups, -1)[:rows]
-    halves = [_halves(strips, end + part * groups * 2 * STRIP_ROWS, groups)[:rows] for part in range(2)]
+    q = q.reshape(len(strips) * STRIP_ROWS, groups, -1)
+    halves = [_halves(strips, end + part * groups * 2 * STRIP_ROWS, groups) for part in range(2)]
     return _joined(format, cols, _paired(q) if _is_paired(format) else q ^ np.uint8(128), *halves)
 
 
@@ -90,31 +96,37 @@ def dequantise_rows(stored: Bytes, format: str, rows: int, cols: int) -> Floats:
         raise ValueError(f"{format} [{rows}, {cols}] has {expected} bytes, not {stored.size}")
     data, scale_row = row_bytes(format, cols)
     starts = part_offsets(format, rows, cols)
-    raw = stored[: rows * data].reshape(rows, -1, GROUP_COLUMNS)
+    padded = _padded(rows)
+    raw = _rows_of(stored[: padded * data].reshape(-1, data // SEGMENT_BYTES, BLOCK_ROWS, SEGMENT_BYTES))
     if _is_paired(format):
         q = np.stack([raw & 15, raw >> 4], axis=2).astype(np.float32) - np.float32(8 if format == "int4s" else 0)
     else:
         q = raw.view(np.int8).astype(np.float32) if format == "int8" else _fp8_values()[raw]
-    q = q.reshape(rows, -1, GROUP_COLUMNS)
+    q = q.reshape(padded, -1, GROUP_COLUMNS)
     for start, combine in zip(starts[1:], (np.multiply, np.add), strict=True):
         if start >= 0:
-            halves = np.ascontiguousarray(stored[start : start + rows * scale_row]).view("<f2").reshape(rows, -1, 1)
-            q = combine(q, halves.astype(np.float32))
-    return np.ascontiguousarray(q.reshape(rows, -1)[:, :cols])
+            halves = np.ascontiguousarray(stored[start : start + padded * scale_row]).view("<f2")
+            q = combine(q, _rows_of(halves.reshape(-1, scale_row // 2, BLOCK_ROWS, 1)).astype(np.float32))
+    return np.ascontiguousarray(q.reshape(padded, -1)[:rows, :cols])
 
 
 def _joined(format: str, cols: int, data: Bytes, scales: Bytes, minima: Bytes) -> Bytes:
-    """The matrix of `[N, …]` parts, of which scales and minima are bytes of as many groups as the strips had."""
+    """The matrix of `[N, …]` parts, N a multiple of a block: bytes, of as many groups as the strips had."""
     rows = len(data)
     whole = np.zeros(matrix_bytes(format, rows, cols), np.uint8)
     data_row, scale_row = row_bytes(format, cols)
-    for start, part, width in zip(
-        part_offsets(format, rows, cols), (data, scales, minima), (data_row, scale_row, scale_row), strict=True
-    ):
+    kinds = ((data, data_row, SEGMENT_BYTES), (scales, scale_row, 2), (minima, scale_row, 2))
+    for start, (part, width, piece) in zip(part_offsets(format, rows, cols), kinds, strict=True):
         if start >= 0:
-            flat = part.reshape(rows, -1)
-            whole[start : start + rows * width].reshape(rows, width)[:, : flat.shape[1]] = flat
+            blocks = part.reshape(-1, BLOCK_ROWS, part.size // rows // piece, piece).transpose(0, 2, 1, 3)
+            place = whole[start : start + rows * width].reshape(len(blocks), width // piece, BLOCK_ROWS, piece)
+            place[:, : blocks.shape[1]] = blocks
     return whole
+
+
+def _rows_of(blocks: NDArray[Any]) -> NDArray[Any]:
+    """`[block, piece, row of the block, …]` as `[row, piece, …]`."""
+    return blocks.transpose(0, 2, 1, 3).reshape(-1, blocks.shape[1], blocks.shape[3])
 
 
 def _paired(q: Bytes) -> Bytes:
@@ -138,13 +150,13 @@ def _quantise_fp8(weights: Floats) -> Bytes:
     if not float(np.abs(weights).max()) <= LARGEST:  # also false for NaN
         raise ValueError(f"weights beyond ±{LARGEST:.0f}, or not finite, cannot be quantised")
     rows, cols = weights.shape
-    padded = np.zeros((rows, _groups(FP8, cols) * GROUP_COLUMNS), np.float32)
-    padded[:, :cols] = weights
-    groups = padded.reshape(rows, -1, GROUP_COLUMNS)
+    padded = np.zeros((_padded(rows), _groups(FP8, cols) * GROUP_COLUMNS), np.float32)
+    padded[:rows, :cols] = weights
+    groups = padded.reshape(len(padded), -1, GROUP_COLUMNS)
     scale = (np.abs(groups).max(axis=2, keepdims=True) / np.float32(_FP8_REACH)).astype("<f2")
     steps = scale.astype(np.float32)
     ratio = np.divide(groups, steps, out=np.zeros_like(groups), where=steps != 0)
-    return _joined(FP8, cols, _round_fp8(ratio), scale.reshape(rows, -1).view(np.uint8), np.zeros(0, np.uint8))
+    return _joined(FP8, cols, _round_fp8(ratio), scale.reshape(len(padded), -1).view(np.uint8), np.zeros(0, np.uint8))
 
 
 def _round_fp8(values: Floats) -> Bytes:
@@ -170,7 +182,12 @@ def _fp8_values() -> Floats:
 def _part_ends(format: str, rows: int, cols: int) -> list[int]:
     data, scales = row_bytes(format, cols)
     parts = (data, scales, scales if format == "int4" else 0)
-    return list(accumulate(-(-rows * part // _ALIGNMENT) * _ALIGNMENT for part in parts))
+    stored = _padded(rows) if format in ROW_FORMATS else rows
+    return list(accumulate(-(-stored * part // _ALIGNMENT) * _ALIGNMENT for part in parts))
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // BLOCK_ROWS) * BLOCK_ROWS
 
 
 def _groups(format: str, cols: int) -> int:

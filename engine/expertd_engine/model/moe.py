@@ -200,8 +200,10 @@ class Reroute(Protocol):
 class Watch(Protocol):
     """Looks on while a step is routed, and changes nothing: a recorder, or a predictor."""
 
-    sees_hidden: bool
-    """Whether it wants what the routers saw: then layers do not run on without Python."""
+    @property
+    def sees_hidden(self) -> bool:
+        """Whether it wants what the routers saw: then layers do not run on without Python."""
+        ...
 
     def routed(self, layer: int, chosen: NDArray[np.int64], hidden: torch.Tensor | None) -> None:
         """MoE layer `layer` sends rows `hidden` `[T, H]` (None where nobody wants it) to `chosen` `[T, K]`."""

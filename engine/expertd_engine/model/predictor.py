@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from expertd_engine.experts.events import ExpertId, Hint
 from expertd_engine.experts.lookahead import Exactness
+from expertd_engine.experts.payoff import PayOff
 from expertd_engine.lab.predictor_file import Predictor, Recent
 from expertd_engine.model.gates import Gate
 from expertd_engine.model.moe import FEW_ROWS
@@ -32,6 +33,8 @@ class Source(Protocol):
     """Scores of experts from what a layer's router saw. `E` is the width of the widest layer."""
 
     leads: int
+    least_trust: int
+    """Below which nothing is named: it would never be followed."""
 
     def use(self, layer: int, chosen: NDArray[np.int64]) -> None:
         """The step's rows chose these in `layer`, with repeats."""
@@ -52,6 +55,8 @@ class Source(Protocol):
 
 class NextGate:
     """The next layers' own norms and gates, asked about the present state. For any family with linear routers."""
+
+    least_trust = 4  # as the last one chosen
 
     def __init__(self, gates: Sequence[Gate], leads: int = LEADS) -> None:
         self.leads = min(leads, len(gates) - 1)
@@ -91,6 +96,8 @@ class NextGate:
 
 class Learned:
     """What `expertd train-predictor` has learned."""
+
+    least_trust = 10  # as likely as not
 
     def __init__(self, numbers: Predictor, leads: int = LEADS) -> None:
         self.leads = min(leads, numbers.leads)
@@ -133,8 +140,6 @@ class PredictorWatch:
     `rescore(layer, logits [E])` is told what comes again soon, where the source knows.
     """
 
-    sees_hidden = True
-
     def __init__(
         self,
         source: Source,
@@ -147,6 +152,8 @@ class PredictorWatch:
         self.source = source
         self.named: list[tuple[int, int, int]] = []
         """Lead, expert and trust, of the layer routed last: absent experts alone, soonest first."""
+        self.payoff: PayOff | None = None
+        """While it says that predictions do not pay, none is made; None: they always are."""
         self._experts, self._width, self._top_k = experts, max(experts), top_k
         self._slots = [np.frombuffer(slots_of(layer), np.int64) for layer in range(len(experts))]
         self._rescore = rescore
@@ -159,11 +166,23 @@ class PredictorWatch:
         self.named = []
         return len(rows) <= FEW_ROWS
 
+    @property
+    def sees_hidden(self) -> bool:
+        """Not while nothing is asked of the source but to keep count."""
+        return self._rescore is not None or self._predicts
+
+    @property
+    def _predicts(self) -> bool:
+        return self.payoff is None or self.payoff.is_on
+
     def routed(self, layer: int, chosen: NDArray[np.int64], hidden: torch.Tensor | None) -> None:
+        self.source.use(layer, chosen[self._rows].ravel())
+        if not self.sees_hidden:
+            return
         assert hidden is not None, "layers ran on without their predictor"
         x = hidden.float().numpy()[self._rows]
-        self.source.use(layer, chosen[self._rows].ravel())
-        self.named = self._name(layer, x)
+        if self._predicts:
+            self.named = self._name(layer, x)
         if self._rescore is not None and (scores := self.source.again(layer, x)) is not None:
             self._rescore(layer, scores[: self._experts[layer]])
 
@@ -185,8 +204,9 @@ class PredictorWatch:
         if not len(leads):
             return []
         trust = self.source.trust(logits, kth)
-        sure = np.where(likely, trust, -1).max(axis=1)[leads, experts]
-        return list(zip((leads + 1).tolist(), experts.tolist(), sure.tolist(), strict=True))
+        sure = np.where(likely, trust, -1).max(axis=1)[leads, experts].tolist()
+        named = zip((leads + 1).tolist(), experts.tolist(), sure, strict=True)
+        return [one for one in named if one[2] >= self.source.least_trust]
 
     @property
     def _more(self) -> int:

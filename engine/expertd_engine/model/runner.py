@@ -139,6 +139,9 @@ class Runner:
         routes = StepRoutes(len(token_ids), self._cache, decode_rows=_decode_rows(plan), routes=self._routes)
         failure: StepFailed | None = None
         watches: list[Onlooker] = []
+        payoff = self._cache.payoff
+        if payoff is not None:
+            payoff.begin_step(len(token_ids) if plan.phase == "decode" and plan.mode == "exact" else None)
         try:
             self._route_ahead(plan, routes)
             # What a model foresees are its own experts: virtual mode does without those.
@@ -160,7 +163,10 @@ class Runner:
             watch.end_step(well=failure is None)
         if failure is not None:
             raise failure
-        return StepResult(sampled, time.perf_counter() - began, prompt_logprobs, experts, substitutions)
+        duration_s = time.perf_counter() - began
+        if payoff is not None:
+            payoff.end_step(duration_s)
+        return StepResult(sampled, duration_s, prompt_logprobs, experts, substitutions)
 
     def _route_ahead(self, plan: StepPlan, routes: StepRoutes) -> None:
         """Where the model's router has all to say before the step, let it say so."""

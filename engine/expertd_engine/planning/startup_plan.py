@@ -69,6 +69,12 @@ def plan_memory(measured: Measured, asked: Asked) -> StartupPlan:
     return StartupPlan(experts, kv // measured.kv_block, budget)
 
 
+def most_kv_blocks(measured: Measured, asked: Asked) -> int:
+    """What KV could ever be used, however large a budget becomes while serving: addresses are kept for so much."""
+    every = asked.max_sequences * -(-asked.max_model_len // measured.block_tokens)
+    return min(every, measured.available // measured.kv_block)
+
+
 def _asked_experts(measured: Measured, asked: Asked) -> int | None:
     if asked.expert_budget is None:
         return None

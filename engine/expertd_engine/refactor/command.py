@@ -59,8 +59,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def merge(options: argparse.Namespace) -> None:
     """`--trained FILE`: the dense model and what was trained on it become a checkpoint."""
     trained = SHIPPED.get(str(options.trained), options.trained)
-    dense = open_dense(options.source, torch.device("cpu"))
-    export(load_student(dense, trained), dense, options.destination, _dtype(options))
+    merge_trained(options.source, trained, options.destination, options.dtype)
+
+
+def merge_trained(source: Path, trained: Path, destination: Path, dtype: str) -> None:
+    """The checkpoint `destination`, in `bf16` or `float32`. Raises ModelError for what was trained on another model."""
+    dense = open_dense(source, torch.device("cpu"))
+    export(load_student(dense, trained), dense, destination, _torch_dtype(dtype))
 
 
 def refactor(options: argparse.Namespace) -> None:
@@ -84,7 +89,7 @@ def refactor(options: argparse.Namespace) -> None:
         shop = Workshop(work, dense, corpus, compute, evaluation_length=options.length, progress=progress)
         kept = _run(shop, options, shape_of(options, dense, corpus))
         print(f"report: {write_report(work, corpus.domains)}")
-        export(shop.trained(kept), dense, options.destination, _dtype(options))
+        export(shop.trained(kept), dense, options.destination, _torch_dtype(options.dtype))
 
 
 def shape_of(options: argparse.Namespace, dense: Dense, corpus: Corpus) -> Shape:
@@ -113,7 +118,7 @@ def _run(shop: Workshop, options: argparse.Namespace, shape: Shape) -> Job:
         shop.run(Job(TUNED, None, replace(recipe, steps=max(1, options.steps // 2)), keep=True))
     sides = {options.routing: shape}
     if options.baselines:
-        sides["pruned"] = _pruned(shop.dense, shape)
+        sides["pruned"] = baseline_of(shape, shop.dense)
     kept = None
     for name, side in sides.items():
         swept = _sweep(shop, name, side, recipe, teacher) if options.baselines else ()
@@ -133,8 +138,8 @@ def _sweep(shop: Workshop, name: str, shape: Shape, recipe: Recipe, teacher: str
     return tuple(job.name for job in jobs)
 
 
-def _pruned(dense: Dense, shape: Shape) -> Shape:
-    """The baseline of equal active bytes."""
+def baseline_of(shape: Shape, dense: Dense) -> Shape:
+    """The pruned model of as many active bytes as `shape` with its routers."""
     layers = len(dense.layers)
     if shape.routing == Routing.LAYERS:
         size = layers * shape.experts * dense.hidden_size
@@ -149,5 +154,5 @@ def _whole(neurons: float) -> int:
     return int(neurons) // NEURON_MULTIPLE * NEURON_MULTIPLE
 
 
-def _dtype(options: argparse.Namespace) -> torch.dtype:
-    return torch.float32 if options.dtype == "float32" else torch.bfloat16
+def _torch_dtype(dtype: str) -> torch.dtype:
+    return torch.float32 if dtype == "float32" else torch.bfloat16

@@ -16,9 +16,12 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def write_report(folder: Path, domains: Sequence[str]) -> Path:
-    """Write `folder/report.md` anew from `results/` and the statistics, with SVG plots beside it."""
+    """Write `folder/report.md` anew from `results/`, `notes.md` and the statistics, with SVG plots beside it."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))}
     lines = ["# Refactoring report", "", *_scores(results), "", *_summary(results)]
+    notes = folder / "notes.md"
+    if notes.is_file():
+        lines.append(notes.read_text(encoding="utf-8").strip())
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     for name, result in results.items():
@@ -55,16 +58,20 @@ def _scores(results: Results) -> list[str]:
 
 
 def _summary(results: Results) -> list[str]:
-    """The pruned baseline against each other kind that was run over the same seeds."""
-    finals: dict[str, list[Mapping[str, Any]]] = {}
+    """Of each run (what stands before `final-`): the pruned baseline against the other kinds, over the same seeds."""
+    finals: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for name, result in results.items():
-        if name.startswith("final-"):
-            finals.setdefault(name.split("-")[1], []).append(result["score"])
-    pruned = finals.pop("pruned", None)
-    if pruned is None:
-        return []
-    lines = []
-    for kind, scores in finals.items():
+        run, final, kind = name.rpartition("-")[0].rpartition("final-")
+        if final:
+            finals.setdefault(run, {}).setdefault(kind, []).append(result["score"])
+    return [line for run, kinds in finals.items() if "pruned" in kinds for line in _against_pruned(run, kinds)]
+
+
+def _against_pruned(run: str, kinds: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    pruned, lines = kinds["pruned"], []
+    for kind, scores in kinds.items():
+        if kind == "pruned":
+            continue
         ratio = statistics.mean(one["mean_perplexity"] for one in scores) / statistics.mean(
             one["mean_perplexity"] for one in pruned
         )
@@ -72,8 +79,10 @@ def _summary(results: Results) -> list[str]:
             statistics.mean(one["cloze"] for one in scores) - statistics.mean(one["cloze"] for one in pruned)
         )
         lines.append(
-            f"{kind} against pruned, mean of {len(scores)} seeds: perplexity × {ratio:.3f}, cloze {points:+.1f} points"
+            f"{run}{kind} against pruned, mean of {len(scores)} seeds: "
+            f"perplexity × {ratio:.3f}, cloze {points:+.1f} points"
         )
+        lines.append("")
     return lines
 
 

@@ -27,7 +27,8 @@ class Student(nn.Module):
         super().__init__()
         self.shape = shape
         self.selection = selection
-        self.backbone: Any = copy.deepcopy(dense.model).float()
+        # Not the model's own `float`, which refuses what came out of a GGUF file, though its weights are plain by now.
+        self.backbone: Any = nn.Module.float(copy.deepcopy(dense.model))
         self.router: PregatingRouter | None = None
         self.compute_dtype = torch.float32
         self.blocks: list[RoutedFeedForward] = []

@@ -84,45 +84,17 @@ def attend(
     a value; out is multiplied by sigmoid(gate), `[R, heads * value_dim]`. With `tiles` int32 `[T, 2]` (first row, how
     many up to QUERY_TILE; consecutive positions of one sequence) rows of a tile share what is read.
     """
-    kv_heads, key_dim, value_dim = keys.shape[2], keys.shape[3], values.shape[3]
-    group = query.shape[1] // (kv_heads * key_dim)
-    shapes = {
-        "GROUP": group,
-        "KV_HEADS": kv_heads,
-        "KEY_DIM": key_dim,
-        "VALUE_DIM": value_dim,
-        "BLOCK_TOKENS": keys.shape[1],
-        "WINDOW": window,
-        "BLOCK_D": max(16, triton.next_power_of_2(key_dim)),
-        "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
-    }
+    shapes = _shapes(query, keys, values, window)
     given = (query, keys, values, tables, row_table, positions, sinks, gate, out)
     strides = (
         *(query.stride(0), *keys.stride()[:3], *values.stride()[:3], tables.stride(0)),
         *(0 if gate is None else gate.stride(0), out.stride(0)),
     )
-    if tiles is None:
-        config = config or (FASTEST if keys.dtype == torch.bfloat16 else EXACT)
-        _rows_kernel[(len(query), kv_heads, config.spans)](
-            *given,
-            *(scratch.sums, scratch.best, scratch.total, scratch.done),
-            *strides,
-            **shapes,
-            GROUP_BLOCK=triton.next_power_of_2(group),
-            MEMBERS=max(16, triton.next_power_of_2(group)),
-            KEYS=config.keys,
-            SPANS=config.spans,
-            SPAN=config.span,
-            MERGED=config.merged,
-            num_warps=config.warps,
-            **OPTIONS,
-        )
-    else:
-        members = triton.next_power_of_2(group)
+    members = triton.next_power_of_2(shapes["GROUP"])
+    if tiles is not None:
         queries = _queries_together(members, keys.dtype)
-        _tiles_kernel[(len(tiles), kv_heads, triton.cdiv(QUERY_TILE, queries))](
-            *(*given, tiles),
-            *strides,
+        _tiles_kernel[(len(tiles), keys.shape[2], triton.cdiv(QUERY_TILE, queries))](
+            *(*given, tiles, *strides),
             **shapes,
             MEMBERS=members,
             QUERIES=queries,
@@ -131,6 +103,34 @@ def attend(
             num_stages=2,
             **OPTIONS,
         )
+        return
+    config = config or (FASTEST if keys.dtype == torch.bfloat16 else EXACT)
+    _rows_kernel[(len(query), keys.shape[2], config.spans)](
+        *(*given, scratch.sums, scratch.best, scratch.total, scratch.done, *strides),
+        **shapes,
+        GROUP_BLOCK=members,
+        MEMBERS=max(16, members),
+        KEYS=config.keys,
+        SPANS=config.spans,
+        SPAN=config.span,
+        MERGED=config.merged,
+        num_warps=config.warps,
+        **OPTIONS,
+    )
+
+
+def _shapes(query: Tensor, keys: Tensor, values: Tensor, window: int) -> dict[str, int]:
+    kv_heads, key_dim, value_dim = keys.shape[2], keys.shape[3], values.shape[3]
+    return {
+        "GROUP": query.shape[1] // (kv_heads * key_dim),
+        "KV_HEADS": kv_heads,
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_TOKENS": keys.shape[1],
+        "WINDOW": window,
+        "BLOCK_D": max(16, triton.next_power_of_2(key_dim)),
+        "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
+    }
 
 
 def _queries_together(members: int, dtype: torch.dtype) -> int:

@@ -27,23 +27,27 @@ def gate_up_block(
     rows_of_x = x + row.to(tl.int64) * COLS
     output = block * BN + tl.arange(0, BN)
     if GATE[0] >= 0:
-        # Rows of gate and up take turns, so that one product gives both, beside each other.
-        both = block * 2 * BN + tl.arange(0, 2 * BN)
-        is_up, place = both % 2 != 0, tl.minimum(both // 2, OUTPUTS - 1)
+        # One product gives both: of rows of gate, then rows of up.
+        both = tl.arange(0, 2 * BN)
+        up_half = both // BN
+        place = within(block * BN + both - up_half * BN, OUTPUTS, BN)
+        scale_place = place_of_row(place, SCALE_ROW // 2, 1, FORMAT)
         acc = product(
             record, target,
-            place * ROW + tl.where(is_up, UP[0], GATE[0]),
-            place * SCALE_ROW + tl.where(is_up, UP[1], GATE[1]),
-            place * SCALE_ROW + tl.where(is_up, UP[2], GATE[2]),
+            place_of_row(place, ROW, 32, FORMAT) + (up_half * (UP[0] - GATE[0]) + GATE[0]),
+            scale_place + (up_half * (UP[1] // 2 - GATE[1] // 2) + GATE[1] // 2),
+            scale_place + (up_half * (UP[2] // 2 - GATE[2] // 2) + GATE[2] // 2),
             rows_of_x, live, FORMAT, COLS, 2 * BN, SPAN, STAGES, MT,
         )  # fmt: skip
-        gate, up = tl.split(tl.reshape(acc, [MT, BN, 2]))
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [MT, 2, BN]), [0, 2, 1]))
         gate = with_bias(gate, record, target, output, GATE_BIAS, OUTPUTS)
         result = gated(gate, with_bias(up, record, target, output, UP_BIAS, OUTPUTS), ACTIVATION, ALPHA, LIMIT)
     else:
-        place = tl.minimum(output, OUTPUTS - 1)
+        place = within(output, OUTPUTS, BN)
         up = product(
-            record, target, place * ROW + UP[0], place * SCALE_ROW + UP[1], place * SCALE_ROW + UP[2],
+            record, target, place_of_row(place, ROW, 32, FORMAT) + UP[0],
+            place_of_row(place, SCALE_ROW // 2, 1, FORMAT) + UP[1] // 2,
+            place_of_row(place, SCALE_ROW // 2, 1, FORMAT) + UP[2] // 2,
             rows_of_x, live, FORMAT, COLS, BN, SPAN, STAGES, MT,
         )  # fmt: skip
         result = activated(with_bias(up, record, target, output, UP_BIAS, OUTPUTS), ACTIVATION)
@@ -63,9 +67,11 @@ def down_block(
     pair = start + tl.arange(0, MT)
     live = pair < last
     output = block * BN + tl.arange(0, BN)
-    place = tl.minimum(output, OUTPUTS - 1)
+    place = within(output, OUTPUTS, BN)
     acc = product(
-        record, target, place * ROW + DOWN[0], place * SCALE_ROW + DOWN[1], place * SCALE_ROW + DOWN[2],
+        record, target, place_of_row(place, ROW, 32, FORMAT) + DOWN[0],
+        place_of_row(place, SCALE_ROW // 2, 1, FORMAT) + DOWN[1] // 2,
+        place_of_row(place, SCALE_ROW // 2, 1, FORMAT) + DOWN[2] // 2,
         inner + pair.to(tl.int64) * COLS, live, FORMAT, COLS, BN, SPAN, STAGES, MT,
     )  # fmt: skip
     acc = with_bias(acc, record, target, output, BIAS, OUTPUTS)
@@ -90,6 +96,21 @@ def add_partials(
             partial = partials + pair[:, None] * OUTPUTS + output[None, :]
             total += tl.load(partial, mask=mask, other=0.0, cache_modifier=".cg")
         tl.store(at, total, mask=mask)
+
+
+@triton.jit
+def within(output: tl.tensor, OUTPUTS: tl.constexpr, BN: tl.constexpr) -> tl.tensor:
+    """Rows that a matrix of `OUTPUTS` rows has: past its end the last one stands in."""
+    return output if OUTPUTS % BN == 0 else tl.minimum(output, OUTPUTS - 1)
+
+
+@triton.jit
+def place_of_row(row: tl.tensor, ROW: tl.constexpr, PIECE: tl.constexpr, FORMAT: tl.constexpr) -> tl.tensor:
+    """From a part's start to a row of ROW bytes (or numbers), in pieces of PIECE of them among fifteen other rows'."""
+    if FORMAT == "float32" or FORMAT == "bfloat16":
+        return row * ROW
+    else:
+        return row // 16 * (16 * ROW) + row % 16 * PIECE
 
 
 @triton.jit

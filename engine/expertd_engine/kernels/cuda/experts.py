@@ -142,10 +142,14 @@ def record_constants(layout: ExpertLayout, tiles: Tiles, outputs: int, cols: int
 
 
 def decode_tiles(layout: ExpertLayout, cols: int) -> Tiles:
-    """The cut that was fastest on an H100, for matrices of so many columns."""
+    """The cut that was fastest on an H100 for matrices of so many columns: of gate and up, and of down."""
+    is_down = cols == layout.inner
     if layout.format == "float32":
-        return Tiles(16, 128, 2, 2)
-    return _fitting(Tiles(16, 256, 2, 4) if not layout.quantised else Tiles(32, 128, 4, 3), layout, cols)
+        return _fitting(Tiles(16, 128, 2, 2), layout, cols)
+    if layout.format == "bfloat16":
+        return _fitting(Tiles(32, 256, 4, 4) if is_down else Tiles(16, 256, 2, 4), layout, cols)
+    span = 64 if layout.format in ("int4", "int4s") else 128
+    return _fitting(Tiles(64, span, 4, 4) if is_down else Tiles(32, span, 4, 4), layout, cols)
 
 
 def _fitting(tiles: Tiles, layout: ExpertLayout, cols: int) -> Tiles:

@@ -7,11 +7,15 @@ kernel made and before it writes anything. Whatever is launched without waits as
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 
-OVERLAPS = tl.constexpr(torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0))
+OVERLAPS = tl.constexpr(
+    "OVERLAPS" in os.environ and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+)
 OPTIONS = {"launch_pdl": True} if OVERLAPS.value else {}
 
 

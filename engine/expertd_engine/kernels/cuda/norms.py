@@ -64,10 +64,7 @@ def normalised(
     x: tl.tensor, weight: tl.tensor, bias: tl.tensor, i: tl.tensor, n: tl.tensor, eps: tl.tensor, LAYER: tl.constexpr
 ) -> tl.tensor:
     """The norm of `n` numbers x, zeros elsewhere, of which x[j] is number i[j]. One axis."""
-    if LAYER:
-        centred = tl.where(i < n, x - tl.sum(x, 0) / n, 0.0)
-    else:
-        centred = x
+    centred = tl.where(i < n, x - tl.sum(x, 0) / n, 0.0) if LAYER else x
     scaled = centred * (1.0 / tl.sqrt_rn(tl.sum(centred * centred, 0) / n + eps))
     scaled = scaled * tl.load(weight + i, i < n, 0.0)
     if bias is not None:
@@ -77,8 +74,8 @@ def normalised(
 
 @triton.jit
 def _norm_kernel(
-    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, out: tl.tensor, x_stride: tl.tensor, out_stride: tl.tensor, n: tl.tensor, eps: tl.tensor,
-    LAYER: tl.constexpr, BLOCK: tl.constexpr,
+    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, out: tl.tensor, x_stride: tl.tensor, out_stride: tl.tensor,
+    n: tl.tensor, eps: tl.tensor, LAYER: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
@@ -90,8 +87,9 @@ def _norm_kernel(
 
 @triton.jit
 def _add_norm_kernel(
-    x: tl.tensor, gate: tl.tensor, weight: tl.tensor, bias: tl.tensor, hidden: tl.tensor, x_stride: tl.tensor, hidden_stride: tl.tensor, gate_stride: tl.tensor,
-    n: tl.tensor, eps: tl.tensor, scale: tl.tensor, LAYER: tl.constexpr, BLOCK: tl.constexpr,
+    x: tl.tensor, gate: tl.tensor, weight: tl.tensor, bias: tl.tensor, hidden: tl.tensor, x_stride: tl.tensor,
+    hidden_stride: tl.tensor, gate_stride: tl.tensor, n: tl.tensor, eps: tl.tensor, scale: tl.tensor,
+    LAYER: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)

@@ -50,11 +50,11 @@ def multiply_groups(
     x: tl.tensor, live: tl.tensor,
     FORMAT: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, LAND: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """As `multiply`, for a quantised matrix, whose rows of scales and minima begin at `scales` and `minima` (bytes).
+    """As `multiply`, for a quantised matrix; `scales` and `minima` say where those of each row begin, in float16.
 
     A segment is 32 bytes of a row: a group of int8 or fp8, or two groups of 4 bits, one in the low half of each byte.
-    Whole numbers are multiplied and groups scaled, so that products are exact and scaling costs one operation a group;
-    where a minimum is added too, weights are rounded to the type of `x`. Scales are loaded a span ahead.
+    Whole numbers are multiplied and groups scaled: products are exact, and scaling costs one operation a group. In 16
+    rows a segment of each follows the other (`kernels.row_order`).
     """
     source = record.to(tl.pointer_type(tl.uint8))
     landed = target.to(tl.pointer_type(tl.uint8))
@@ -64,54 +64,42 @@ def multiply_groups(
     PER_SEGMENT: tl.constexpr = 2 if PAIRED else 1
     SEGMENTS: tl.constexpr = (COLS + 32 * PER_SEGMENT - 1) // (32 * PER_SEGMENT)
     GROUPS: tl.constexpr = SEGMENTS * PER_SEGMENT
-    SPAN: tl.constexpr = UNROLL * PER_SEGMENT
     byte = tl.arange(0, 32)
-    scale = load_halves(record, target, scales, 0, GROUPS, SPAN, LAND)
-    minimum = load_halves(record, target, minima, 0, GROUPS, SPAN, LAND) if FORMAT == "int4" else scale
     for first in tl.range(0, SEGMENTS, UNROLL, num_stages=STAGES):
-        following = (first + UNROLL) * PER_SEGMENT
-        next_scale = load_halves(record, target, scales, following, GROUPS, SPAN, LAND)
-        if FORMAT == "int4":
-            next_minimum = load_halves(record, target, minima, following, GROUPS, SPAN, LAND)
-        else:
-            next_minimum = next_scale
         for step in tl.static_range(UNROLL):
-            at = rows[:, None] + (first + step) * 32 + byte[None, :]
+            at = rows[:, None] + (first + step) * 512 + byte[None, :]
             stored = ((first + step) * 32 + byte)[None, :] < SEGMENTS * 32
             w = tl.load(source + at) if SEGMENTS % UNROLL == 0 else tl.load(source + at, mask=stored, other=0)
             if LAND:
                 tl.store(landed + at, w, mask=stored)
             for half in tl.static_range(PER_SEGMENT):
+                group = (first + step) * PER_SEGMENT + half
                 q = nibbles(w, half, FORMAT) if PAIRED else whole_bytes(w, FORMAT)
-                col = ((first + step) * PER_SEGMENT + half) * 32 + byte
+                col = group * 32 + byte
                 a = tl.load(x[:, None] + col[None, :], mask=live[:, None] & (col[None, :] < COLS), other=0.0)
-                factor = scale[step * PER_SEGMENT + half]
+                acc += dot(a, q, tl.zeros_like(acc)) * halves(record, target, scales, group, GROUPS, LAND)[None, :]
                 if FORMAT == "int4":
-                    value = q.to(tl.float32) * factor[:, None] + minimum[step * PER_SEGMENT + half][:, None]
-                    acc = dot(a, value.to(a.dtype), acc)
-                else:
-                    acc += dot(a, q, tl.zeros_like(acc)) * factor[None, :]
-        scale, minimum = next_scale, next_minimum
+                    sums = dot(a, ones_like_nibbles(w), tl.zeros_like(acc))
+                    acc += sums * halves(record, target, minima, group, GROUPS, LAND)[None, :]
     return acc
 
 
 @triton.jit
-def load_halves(
-    record: tl.tensor, target: tl.tensor, begin: tl.tensor, first: tl.tensor,
-    GROUPS: tl.constexpr, SPAN: tl.constexpr, LAND: tl.constexpr,
+def halves(
+    record: tl.tensor, target: tl.tensor, begin: tl.tensor, group: tl.tensor,
+    GROUPS: tl.constexpr, LAND: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Scales or minima of SPAN groups of each row, from group `first` on: a tuple of float32 `[BN]`."""
+    """Scales or minima of a group of each row, float32 `[BN]`. 16 rows' lie beside each other."""
     source = record.to(tl.pointer_type(tl.float16))
     landed = target.to(tl.pointer_type(tl.float16))
-    found: tl.tensor = ()  # a tuple that grows
-    for group in tl.static_range(SPAN):
-        at = begin // 2 + first + group
-        here = begin * 0 + first + group < GROUPS
-        half = tl.load(source + at, mask=here, other=0.0)
-        if LAND:
-            tl.store(landed + at, half, mask=here)
-        found = found + (half.to(tl.float32),)  # noqa: RUF005  # Triton knows no other way to lengthen a tuple
-    return found
+    tl.multiple_of(source, 16)
+    tl.multiple_of(landed, 16)
+    at = tl.max_contiguous(tl.multiple_of(begin + group * 16, 16), 16)
+    here = tl.zeros_like(begin) + group < GROUPS
+    half = tl.load(source + at, mask=here, other=0.0)
+    if LAND:
+        tl.store(landed + at, half, mask=here)
+    return half.to(tl.float32)
 
 
 @triton.jit
@@ -138,6 +126,18 @@ def nibbles(w: tl.tensor, half: tl.constexpr, FORMAT: tl.constexpr) -> tl.tensor
         return (q.to(tl.float32) - zero).to(tl.bfloat16)
     else:
         return (q | 0x4300).to(tl.bfloat16, bitcast=True) - (zero + 128.0)
+
+
+@triton.jit
+def ones_like_nibbles(w: tl.tensor) -> tl.tensor:
+    """Ones in the place of weights: with them a product sums rows of `x`, and the result lies as the others do.
+
+    Made from the bytes, so that the compiler lays both operands out alike and loads `x` ahead for both.
+    """
+    if INTERPRETED:
+        return tl.full(w.shape, 1.0, tl.bfloat16)
+    else:
+        return ((w.to(tl.uint16) >> 8) | 0x3F80).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

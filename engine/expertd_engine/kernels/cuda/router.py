@@ -59,7 +59,7 @@ def route(
     """The experts of rows x `[R, hidden]` float32 and their weights, in order of score.
 
     y (any float type, `[R, hidden]`) is norm(x), what experts read; None where they read x. logits float32 `[R,
-    experts]`; index int32 or int64 `[R, top_k]`; weights float32 `[R, top_k]`; done int32 `[R]`, zeros between launches.
+    experts]`; index int32 or int64 and weights float32 `[R, top_k]`; done int32 `[R]`, zeros between launches.
     """
     matrix, groups = router.matrix, max(1, router.groups)
     weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)

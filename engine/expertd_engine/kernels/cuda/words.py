@@ -59,7 +59,7 @@ def product_by_words(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # one kernel whatever the number of inputs
 def _words_kernel(
     x: tl.tensor, data: tl.tensor, scales: tl.tensor, minima: tl.tensor, bias: tl.tensor, gain: tl.tensor,
     out: tl.tensor, count: tl.tensor, rows: tl.tensor, x_stride: tl.tensor, out_stride: tl.tensor,

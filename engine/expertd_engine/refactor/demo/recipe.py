@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,22 +18,27 @@ import torch
 
 from expertd_engine.console import Progress, run_command
 from expertd_engine.publish import exclusive
+from expertd_engine.refactor.command import baseline_of
 from expertd_engine.refactor.corpus import read_corpus
 from expertd_engine.refactor.dense import Dense, open_dense
 from expertd_engine.refactor.pipeline import TUNED, Job, Workshop
-from expertd_engine.refactor.router import PregatingRouter, RouterShape
-from expertd_engine.refactor.shape import Routing, Shape, pruned_shape
+from expertd_engine.refactor.shape import Routing, Shape
 from expertd_engine.refactor.training import Recipe
 
-STEPS = {"teacher": 160, "sweep": 60, "final": 230, "demo": 250, "sparse": 200}
-"""Of 48 windows of 1,024 tokens; `--scale` multiplies them."""
+STEPS = {
+    "teacher": 160, "sweep": 60, "final": 230, "demo": 250, "sparse": 200, "long-sweep": 140, "long-final": 1234
+}  # fmt: skip
+"""Of 48 windows of 1,024 tokens, of 24 in the long runs; `--scale` multiplies them."""
 RATES = (3e-4, 6e-4, 1.2e-3)
+LONG_RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)
 
 INDEX = Shape(Routing.INDEX, permanent=128, experts=8, top_k=1, from_dense=640, width=640)
 LAYERS = Shape(Routing.LAYERS, permanent=256, experts=16, top_k=5, from_dense=80, width=96)
 HEADS = replace(LAYERS, routing=Routing.HEADS)
 FINE = Shape(Routing.LAYERS, permanent=256, experts=64, top_k=8, from_dense=20, width=64)
+WIDE = replace(FINE, top_k=4, width=128)
+MANY = replace(FINE, experts=128, from_dense=10)
 DEMO = Shape(Routing.INDEX, permanent=768, experts=8, top_k=1, from_dense=384, width=384, rank=12, attention_rank=24)
 SPARSE = Shape(
     Routing.LAYERS, permanent=256, experts=64, top_k=8, from_dense=20, width=32, rank=20, shared_basis=True,
@@ -47,7 +52,7 @@ def jobs(dense: Dense, scale: float = 1.0, *, compiled: bool) -> list[Job]:
     base = Recipe(
         steps=steps["sweep"], learning_rate=6e-4, router_steps=200, overlap_share=0.0, micro_rows=48, compile=compiled
     )
-    sides = {"index": INDEX, "pruned": _pruned(dense), "fine": FINE}
+    sides = {"index": INDEX, "pruned": baseline_of(INDEX, dense), "fine": FINE}
     found = [Job(TUNED, None, replace(base, steps=steps["teacher"], learning_rate=3e-4), keep=True)]
     for name, shape in sides.items():
         found += [Job(f"sweep-{name}-{rate:g}", shape, replace(base, learning_rate=rate), TUNED) for rate in RATES]
@@ -66,14 +71,26 @@ def jobs(dense: Dense, scale: float = 1.0, *, compiled: bool) -> list[Job]:
         Job("heads", HEADS, replace(gates, rounds=2, router_steps=200), TUNED),
         Job("demo", DEMO, replace(chatty, steps=steps["demo"], learning_rate=1.5e-3), "dense", keep=True),
         Job("sparse", SPARSE, replace(gates, domain_weights={"chat": 3.0}), "dense", keep=True),
+        *_long_jobs(dense, steps, compiled=compiled),
     ]
 
 
-def _pruned(dense: Dense) -> Shape:
-    """The baseline of the same active bytes as the index model with its router."""
-    router = PregatingRouter(RouterShape.beside(dense.hidden_size, INDEX.experts), 0)
-    size = sum(one.numel() for one in router.parameters())
-    return pruned_shape(INDEX.active, size, len(dense.layers), dense.hidden_size)
+def _long_jobs(dense: Dense, steps: Mapping[str, int], *, compiled: bool) -> list[Job]:
+    """Routers in every layer against pruning, for more tokens and without a teacher."""
+    base = Recipe(
+        steps=steps["long-sweep"], learning_rate=2e-3, router_steps=50, rounds=1, rows=24, micro_rows=24,
+        distillation=0.0, overlap_share=0.0, balance=0.01, compile=compiled,
+    )  # fmt: skip
+    sides = {"pruned": baseline_of(FINE, dense), "fine": FINE}
+    others = {"wide": WIDE, "many": MANY, "index": INDEX}
+    found = [Job(f"long-sweep-{name}-{base.learning_rate:g}", shape, base) for name, shape in others.items()]
+    for name, shape in sides.items():
+        swept = [Job(f"long-sweep-{name}-{rate:g}", shape, replace(base, learning_rate=rate)) for rate in LONG_RATES]
+        names = tuple(job.name for job in swept)
+        final = replace(base, steps=steps["long-final"])
+        found += swept
+        found += [Job(f"long-final-{name}-{seed}", shape, replace(final, seed=seed), best_of=names) for seed in SEEDS]
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
