@@ -21,6 +21,7 @@ from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.device_pool import ChunkPlan
 from expertd_engine.experts.device_slab import plan_chunks
+from expertd_engine.experts.device_spill import SpilledHost
 from expertd_engine.experts.device_streams import CudaDevice, Device, HostDevice
 from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead
 from expertd_engine.experts.policy import make_policy
@@ -117,6 +118,8 @@ def start_on_device(
 ) -> DeviceEngine:
     """As `startup.start_engine`. `device` may be the processor, for Triton's interpreter."""
     store.require_order("rows")
+    if config.batching != "decode-first":
+        raise ConfigError(f"batching: {config.batching!r} is not allowed: on a device steps are decode-first")
     meter = DeviceMeter(device) if device.type == "cuda" else MemoryMeter(server_pid)
     verify_store(store, report)
     report("load", 0.0)
@@ -243,13 +246,7 @@ def _assemble(
 
 def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile, report: Report) -> DeviceCache:
     config, index = context.config, context.store.index
-    room = available_bytes()
-    if config.host_budget is not None:
-        room = min(room, config.host_budget.resolve(index.expert_bytes_total()))
-    host = HostTier(index, context.device, room)
-    host.fill(records, len(os.sched_getaffinity(0)), lambda fraction: report("allot", 0.9 * fraction))
-    if host.fallback is not None:
-        raise ResourceError(f"{host.fallback}: raise the limit of locked memory (ulimit -l), or give --device cpu")
+    host = _host_tier(context, records, report)
     record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
     ledger = DeviceLedger(
         record_bytes,
@@ -258,12 +255,33 @@ def _expert_cache(context: _Context, plan: StartupPlan, records: RecordFile, rep
         plan.expert_budget_bytes,
         make_policy(policy_name(config), len(index.layers) * index.top_k),
         max_budget_bytes=_all_slots_bytes(context),
-        prefetch=config.prefetch,
+        prefetch=config.prefetch and isinstance(host, HostTier) and host.pinned,
         prefetch_depth=_PREFETCH_DEPTH,
     )
     lookahead = foresight_for(index, context.lookahead, ledger)
     rows = min(_most_experts(context), context.limits.buckets[-1] * index.top_k)
     return DeviceCache(index, context.device, host, ledger, lookahead, rows)
+
+
+def _host_tier(context: _Context, records: RecordFile, report: Report) -> HostTier | SpilledHost:
+    """All experts in pinned memory, or what the host's budget has room for over the disk."""
+    config, index = context.config, context.store.index
+    total, room = index.expert_bytes_total(), available_bytes()
+    budget = total if config.host_budget is None else config.host_budget.resolve(total)
+    if budget >= total:
+        host = HostTier(index, context.device, room)
+        host.fill(records, len(os.sched_getaffinity(0)), lambda fraction: report("allot", 0.9 * fraction))
+        if host.fallback is not None:
+            context.fallbacks.append(f"{host.fallback}: steps wait at every layer for what is missing")
+        return host
+    if budget > room:
+        raise ResourceError(f"the host budget is {budget} bytes, but only {room} are available")
+    policy = make_policy(policy_name(config), len(index.layers) * index.top_k)
+    spilled = SpilledHost(index, context.device, records, budget, policy, config.io_threads)
+    context.fallbacks.append("the host does not hold all experts: steps wait at every layer for what is missing")
+    if spilled.fallback is not None:
+        context.fallbacks.append(spilled.fallback)
+    return spilled
 
 
 def foresight_for(index: StoreIndex, given: Lookahead | None, ledger: DeviceLedger) -> Lookahead:
@@ -362,7 +380,7 @@ def _describe(
         prefetch=config.prefetch,
         numerics=numerics,
         kernels="triton",
-        step_path="graph" if where.type == "cuda" else "interpreted",
+        step_path="layers" if cache.by_layer else "graph" if where.type == "cuda" else "interpreted",
         direct_io=records.direct,
         fallbacks=context.fallbacks,
         torch_version=str(torch.__version__),

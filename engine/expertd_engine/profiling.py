@@ -29,7 +29,7 @@ from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.transfer import Transfers
 from expertd_engine.memory import MemoryMeter
-from expertd_engine.messages import Sampling, Submit, TextInput
+from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
 from expertd_engine.model.moe import Pairs
 from expertd_engine.planning.profile import PROFILE_VERSION, BoxProfile, MemoryProfile, Profile
 from expertd_engine.profile_file import write_profile
@@ -64,6 +64,7 @@ def profile(
     try:
         memory = _memory(text, config, served)
         steps = {str(n): _decode_step(text, n) for n in BATCHES if n <= config.max_sequences}
+        virtual_s = _virtual_step(text)
         experts = {n: _experts_s(text, store, int(n)) for n in steps}
         measure = ModelMeasure(text, store, config, windows)
         overlap = measure.overlap(reads)
@@ -78,7 +79,7 @@ def profile(
         record_bytes=[index.record_bytes(i) for i in range(len(index.layers))],
         num_experts=[layer.num_experts for layer in index.layers],
         top_k=index.top_k,
-        box=BoxProfile(threads, config.io_threads, kernels, reads, bandwidth, steps, experts, overlap),
+        box=BoxProfile(threads, config.io_threads, kernels, reads, bandwidth, steps, experts, overlap, virtual_s),
         memory=memory,
         model=model,
     )
@@ -148,7 +149,20 @@ def _memory(text: TextEngine, config: Config, served: int) -> MemoryProfile:
     )
 
 
-def _decode_step(text: TextEngine, streams: int) -> float:
+def _virtual_step(text: TextEngine) -> float | None:
+    """As `_decode_step` for one sequence in virtual mode, with room for half of the experts."""
+    cache, virtual = text.engine.cache, text.virtual
+    if virtual is None:
+        return None
+    before = cache.ledger.budget_bytes
+    cache.set_budget(min(before, max(virtual.held.room.minimum_bytes, text.engine.info.expert_bytes_total // 2)))
+    seconds = _decode_step(text, 1, "virtual")
+    virtual.held.close()
+    cache.set_budget(before)
+    return seconds
+
+
+def _decode_step(text: TextEngine, streams: int, mode: ExpertMode = "exact") -> float:
     """Seconds of a decode step of so many sequences, without what it stood still for."""
     core, stalls = text.engine.core, text.engine.cache.stalls
     how = Sampling(max_tokens=3 * STEPS, temperature=0.0, ignore_eos=True)
@@ -156,7 +170,7 @@ def _decode_step(text: TextEngine, streams: int) -> float:
     ids = [-1 - i for i in range(streams)]
     for i in ids:
         prompt = [(7919 * (i + k) + 13) % vocabulary for k in range(8)]
-        core.submit(Submit(i, [TextInput(prompt)], how), 0.0)
+        core.submit(Submit(i, [TextInput(prompt)], how, mode=mode), 0.0)
     for _ in range(STEPS):
         core.step(0.0)
     times = []

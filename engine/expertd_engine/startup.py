@@ -155,7 +155,7 @@ def start_engine(
     release_free_memory()
     base = meter.measure().used_bytes
     limits = SchedulerLimits(config.max_sequences, config.max_step_tokens, max_model_len)
-    step = trial.largest_step_bytes(limits)
+    step = max(trial.largest_step_bytes(limits), _longest_prompt_bytes(trial, loaded, max_model_len))
     if not trial.peak_is_exact:
         fallbacks.append("the largest step is overestimated: this system does not let peak memory be measured anew")
     numerics = "invariant" if invariant else "per-batch"
@@ -286,6 +286,13 @@ def _room(context: _Context, ledger: Ledger) -> Room:
     heads, records = context.pregate.path_shape.heads, context.store.index
     record, layers = max(layout.bytes for layout in records.layouts), len(records.layers)
     return lambda: max(1, ledger.budget_bytes // record * heads // layers)
+
+
+def _longest_prompt_bytes(trial: Trial, loaded: LoadedModel, max_model_len: int) -> int:
+    """Of a pre-gating router's keys and values while a prompt is routed, which no step runs beside."""
+    if trial.pregate is None:
+        return 0
+    return block_bytes([trial.pregate.kv_shape], BLOCK_TOKENS, loaded.dtype) * -(-max_model_len // BLOCK_TOKENS)
 
 
 def _pathfinder(context: _Context, storage: KVStorage) -> Pathfinder | None:

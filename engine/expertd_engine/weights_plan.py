@@ -37,6 +37,8 @@ _TENSOR_ALIGNMENT = 64
 _SMALLEST_SIDE = 32
 _ROUTERS = ("gate", "router")
 """What the module beside the experts that chooses among them is called, in every family that we serve."""
+_ROUTER_AHEAD = "router."
+"""Where a pre-gated model has its one router."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def plan_quantised(model: Model, dense_format: str) -> dict[str, QuantisedTensor
     return {
         name: QuantisedTensor(_form(dense_format, id(module) in ends), list(module.weight.shape))
         for name, module in found.items()
-        if name in stored and not name.startswith(routers)
+        if name in stored and not name.startswith((*routers, _ROUTER_AHEAD))
     }
 
 

@@ -125,7 +125,7 @@ def change(running: RunningDaemon, watcher: Watcher, share: str, turn: int, rate
     began_s = time.monotonic()
     answer = running.http.put("/admin/budget", json={"expert_budget": share}, headers={"authorization": "Bearer admin"})
     assert answer.status_code == 200, answer.text
-    now = running.http.get("/status").json()["memory"]["experts"]["budget"]
+    now = answer.json()["expert_limit_bytes"]
     time.sleep(WATCH_S)
     looks = watcher.since(began_s)
     asked = before["resident"] - now

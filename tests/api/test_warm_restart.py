@@ -1,4 +1,4 @@
-"""After SIGTERM and a restart, experts are loaded again before anybody asks, and the first tokens hit as the last did."""
+"""After SIGTERM and a restart experts are loaded before anybody asks, and the first tokens hit as the last did."""
 
 from __future__ import annotations
 

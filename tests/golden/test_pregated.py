@@ -218,3 +218,14 @@ def test_batching_by_experts_is_refused_where_they_are_not_known(tmp_path: Path)
         running_engine(tmp_path / "store", max_model_len=CONTEXT, batching="expert-aware"),
     ):
         pass
+
+
+def test_quantised_stores_keep_the_router_as_it_is(stores: dict[str, Path], tmp_path: Path) -> None:
+    """All else in int8: the same tokens are routed to the same experts."""
+    prepare(stores["index"], tmp_path / "int8", "int8", "int8")
+    opened = ExpertStore.open(tmp_path / "int8")
+    assert any(name.endswith("q_proj.weight") for name in opened.index.quantised)
+    assert not [name for name in opened.index.quantised if name.startswith("router.")]
+    with running_engine(tmp_path / "int8", max_model_len=CONTEXT) as engine:
+        assert (engine.info.step_path, engine.info.fallbacks) == ("native", []) or why_missing()
+        generate(engine, prompts_of(2, 40, 19), ANSWERS)

@@ -29,6 +29,7 @@ from expertd_engine.kernels.row_order import ROW_FORMATS, dequantise_rows
 from expertd_engine.model.router_kinds import adapt_router
 from expertd_engine.prepare import main, prepare
 from expertd_engine.weights_plan import plan_quantised
+from support.engine import running_engine
 from support.tiny_families import FAMILIES, TINY_FAMILIES, make_checkpoint, make_config, make_model
 from support.tiny_mixtral import EXPERTS, make_llama, make_mixtral
 
@@ -198,6 +199,11 @@ def test_fp8_goes_with_gpus_alone(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert main([*arguments, "--for", "gpu"]) == 0
     index = ExpertStore.open(tmp_path / "store").index
     assert (index.experts_format, index.dense_format) == ("fp8", "bf16")
+    with (
+        pytest.raises(StoreError, match=r"made for a GPU, not for a CPU: .*`expertd prepare --for cpu`"),
+        running_engine(tmp_path / "store", device="cpu"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))

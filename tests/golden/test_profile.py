@@ -59,6 +59,7 @@ def test_a_profile_holds_what_was_measured(store: ExpertStore, profiled: Profile
     assert profiled.memory.base == 10**9, "the server's processes count, too"
     assert len(profiled.box.reads_s) == 12 and min(profiled.box.reads_s) > 0
     assert set(profiled.box.steps_s) == set(profiled.box.experts_s) == {"1", "2", "4"}
+    assert profiled.box.virtual_s is not None and profiled.box.virtual_s > 0
     curve, uniform = profiled.model.misses
     assert (curve.routing, uniform.routing) == ("model", "uniform")
     assert curve.hit_rates[0] < curve.hit_rates[-1] == 1

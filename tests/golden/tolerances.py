@@ -114,5 +114,5 @@ DEVICE_ATTENTION = {torch.float32: Tolerance(2e-7, 8e-7), torch.bfloat16: Tolera
 PREGATED_LOGPROBS = Tolerance(9.6e-7, 3.8e-6)
 """Log-probabilities of answers of tiny pre-gated models in float32 against the same classes in plain transformers."""
 
-LLAMA_CPP_LOGITS = Tolerance(1e-5, 4e-5)
+LLAMA_CPP_LOGITS = Tolerance(2.9e-6, 1.1e-5)
 """Log-probabilities of a tiny float32 model written as GGUF, llama.cpp 0.3.36's against transformers'."""

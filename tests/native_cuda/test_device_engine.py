@@ -38,6 +38,18 @@ def test_an_engine_gives_the_models_numbers_at_every_budget(tmp_path: Path) -> N
     assert largest_error(whole) <= DEVICE_FLOAT32_LOGITS.allowed
 
 
+def test_a_host_that_holds_half_of_the_experts_serves_layer_by_layer(tmp_path: Path) -> None:
+    store = make_store(FAMILY, tmp_path)
+    options = {"max_sequences": 1, "max_step_tokens": 8, "max_model_len": 32, "expert_budget": "40%"}
+    with device_engine(store, "cpu", **options, host_budget="50%") as engine:
+        [result] = generate(engine, [PROMPT], SAMPLING)
+        engine.cache.settle()
+        engine.cache.ledger.check()
+        counters, read = engine.cache.ledger.counters, engine.cache.host.cache.ledger.counters.demand_loads
+        assert engine.info.step_path == "layers" and 0 < read <= counters.demand_loads and sum(counters.hits) > 0
+    assert largest_error(result) <= DEVICE_FLOAT32_LOGITS.allowed
+
+
 @torch.inference_mode()
 def largest_error(result: Generated) -> float:
     """Of the best tokens' log-probabilities, against transformers' modules."""

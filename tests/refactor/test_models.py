@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from expertd_engine.convert import main
 from expertd_engine.errors import ModelError
 from expertd_engine.prepare import prepare
 from expertd_engine.refactor.delta import load_student, save_delta
@@ -18,16 +19,32 @@ from expertd_engine.refactor.dense import open_dense
 from expertd_engine.refactor.export import export
 from expertd_engine.refactor.selection import select
 from expertd_engine.refactor.shape import Routing, Shape
+from expertd_engine.refactor.statistics import gather
 from expertd_engine.refactor.student import Student
-from refactor.tiny import CPU, HEADS, INDEX, LAYERS, LOW_RANK, SHARED, dense, statistics
-from support.tiny_mixtral import make_llama
+from refactor.tiny import (
+    CPU,
+    HEADS,
+    INDEX,
+    LAYERS,
+    LOW_RANK,
+    SHARED,
+    corpus,
+    dense,
+    make_gemma,
+    statistics,
+    write_texts,
+)
+from support.tiny_mixtral import make_dense, make_llama
 
 KINDS = {"index": INDEX, "heads": HEADS, "layers": LAYERS, "low-rank index": LOW_RANK, "shared basis": SHARED}
 
 
 def _student(shape: Shape) -> Student:
     """With every trained weight moved off its beginning."""
-    student = Student(dense(), shape, select(statistics(), shape))
+    return _moved(Student(dense(), shape, select(statistics(), shape)))
+
+
+def _moved(student: Student) -> Student:
     generator = torch.Generator().manual_seed(1)
     for tensor in student.trained().values():
         tensor += torch.randn(tensor.shape, generator=generator) * 0.05
@@ -51,6 +68,33 @@ def test_what_is_exported_computes_what_was_trained(kind: str, tmp_path: Path) -
     store = prepare(tmp_path / "out", tmp_path / "store", "float32")
     assert store.index.top_k == KINDS[kind].top_k
     assert [layer.num_experts for layer in store.index.layers] == [KINDS[kind].experts] * 3
+
+
+@pytest.mark.parametrize("shape", [INDEX, LAYERS], ids=["index", "layers"])
+def test_a_gemma_is_exported_too(shape: Shape, tmp_path: Path) -> None:
+    """GELU, norms around 1, scaled embeddings with a tied head, heads that do not fill the hidden size."""
+    gemma = make_gemma(tmp_path / "gemma")
+    found = gather(gemma, corpus(), windows=2, length=64, sampled_tokens=120)
+    student = _moved(Student(gemma, shape, select(found, shape)))
+    export(student, gemma, tmp_path / "out", torch.float32)
+    ids = torch.arange(240).view(4, 60)
+    with torch.inference_mode():
+        torch.testing.assert_close(_load(tmp_path / "out")(ids).logits, student.logits(ids), rtol=0, atol=3e-5)
+    assert prepare(tmp_path / "out", tmp_path / "store", "float32").index.layers[0].num_experts == shape.experts
+
+
+def test_what_no_class_of_ours_expresses_is_refused_before_any_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, message in (
+        ("qwen2", "a refactored qwen2 cannot be exported: allowed are llama, mistral, gemma"),
+        ("llama", "a refactored llama with attention_bias cannot be exported"),
+    ):
+        make_dense(tmp_path / kind, kind, **({"attention_bias": True} if kind == "llama" else {}))
+        texts = write_texts(tmp_path / "texts")
+        assert main([str(tmp_path / kind), str(tmp_path / "out"), "--texts", str(texts), "--device", "cpu"]) == 3
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out.work").exists()
 
 
 @pytest.mark.parametrize("kind", ["index", "heads"])

@@ -14,7 +14,7 @@ from expertd_engine.refactor.corpus import Corpus
 from expertd_engine.refactor.dense import Dense, open_dense
 from expertd_engine.refactor.shape import Routing, Shape
 from expertd_engine.refactor.statistics import Statistics, gather
-from support.tiny_mixtral import make_llama
+from support.tiny_mixtral import make_dense, make_llama
 
 CPU = torch.device("cpu")
 INDEX = Shape(Routing.INDEX, 16, 3, 1, 48, 48)
@@ -28,6 +28,12 @@ SHARED = Shape(Routing.LAYERS, 16, 8, 2, 14, 16, rank=4, shared_basis=True, atte
 def dense() -> Dense:
     folder = Path(mkdtemp()) / "dense"
     make_llama(folder)
+    return open_dense(folder, CPU)
+
+
+def make_gemma(folder: Path) -> Dense:
+    """A tiny dense Gemma, opened."""
+    make_dense(folder, "gemma", hidden_act="gelu_pytorch_tanh", head_dim=16)
     return open_dense(folder, CPU)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -124,19 +125,19 @@ class DeviceMachine(RuleBasedStateMachine):
         assert counts.loaded_bytes == RECORD * counts.misses
         self.running = None
 
-    @rule(routes=ROUTES)
-    def prefill(self, routes: Sequence[dict[int, int]]) -> None:
+    @rule(routes=ROUTES, computed=st.integers(0, 2), copied=st.integers(0, 9))
+    def prefill(self, routes: Sequence[dict[int, int]], computed: int, copied: int) -> None:
         """Every expert of every layer comes by, once, and is there while it is read."""
         self.cache.begin_step((), scan=True)
         compute = self.device.lanes[0]
         with self.cache.stage() as staging:
             for layer in range(LAYERS):
                 met: list[int] = []
-                for chunk in chain((staging.resident(layer),), staging.chunks(layer)):
+                for chunk in chain((staging.resident(layer),), staging.chunks(layer, torch.empty(0))):
                     compute.run(partial(self._read, layer, chunk))
                     met += chunk.indices
-                    for lane in self.device.lanes:
-                        lane.advance()
+                    self.advance(0, computed)
+                    self.advance(1, copied)
                 assert sorted(met) == list(range(EXPERTS))
         compute.mark().wait()
         self.cache.scanned([[chosen.get(expert, 0) for expert in range(EXPERTS)] for chosen in routes])

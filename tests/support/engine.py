@@ -17,9 +17,9 @@ from expertd_engine.startup import Engine, start_engine
 
 def make_config(**options: Any) -> Config:
     """A configuration for tests: small batch limits, budgets given as text."""
-    for name in ("expert_budget", "memory_budget", "kv_budget"):
+    for name in ("expert_budget", "host_budget", "memory_budget", "kv_budget"):
         if isinstance(options.get(name), str):
-            options[name] = parse_size(options[name], share_allowed=name == "expert_budget")
+            options[name] = parse_size(options[name], share_allowed=name in ("expert_budget", "host_budget"))
     return Config(**{"max_model_len": 256, "warm_restart": False, **options})
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel
 
 from support.tiny_families import make_tokenizer, randomise
 
@@ -34,6 +34,13 @@ def make_llama(folder: Path, *, dtype: torch.dtype = torch.float32, **settings: 
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 20000.0}
     sizes = {**_SIZES, "intermediate_size": FFN, "head_dim": 16, "rope_parameters": rope}
     return _save(folder, LlamaConfig(**{**sizes, **settings}), dtype, "1GB")
+
+
+def make_dense(folder: Path, kind: str, **settings: Any) -> PreTrainedModel:
+    """Write a dense model of another family of transformers, and return it."""
+    return _save(
+        folder, AutoConfig.for_model(kind, **{**_SIZES, "intermediate_size": FFN, **settings}), torch.float32, "1GB"
+    )
 
 
 def _save(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, shard: str) -> PreTrainedModel:

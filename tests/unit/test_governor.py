@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import pytest
 
 from expertd_engine.experts.events import ExpertId, Hint
-from expertd_engine.experts.governor import MIN_PRECISION, Governor, Record
+from expertd_engine.experts.governor import MIN_PRECISION, Governor, Record, Track
 from expertd_engine.experts.lookahead import Exactness
 
 LAYERS, EXPERTS = 2, 8
@@ -88,3 +88,82 @@ def test_old_outcomes_fade() -> None:
     for _ in range(1_500):
         record.add(False)
     assert record.precision < MIN_PRECISION and record.all <= 1024
+
+
+class Sure:
+    """After layer 0 it names expert 1 of layer 1 with trust 9, and expert 2 with trust 1."""
+
+    exactness: Exactness = "predicted"
+
+    def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
+        return ()
+
+    def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
+        named = [(1, 9), (2, 1)] if layer == 0 else []
+        return [Hint(ExpertId(1, e), step * PERIOD + EXPERTS + e, trust) for e, trust in named]
+
+    def next_use(self, expert: ExpertId, after: int) -> int | None:
+        return None
+
+
+class SureWorld(World):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loading: set[int] = set()
+        self.governor = Governor(
+            Sure(), self.absent_for, LAYERS, EXPERTS, 4, lambda expert: expert.expert in self.loading
+        )
+
+
+def test_a_source_that_says_how_sure_it_is_is_believed_by_that() -> None:
+    world = SureWorld()
+    for turn in range(40):
+        world.token(1, 2) if turn % 2 else world.token(1)
+    assert world.token(1) == [1], "trust 9 came true each time, trust 1 every other time"
+
+
+def test_what_came_of_hints_is_counted_by_layer_and_lead() -> None:
+    world = SureWorld()
+    for _ in range(20):
+        world.token(1)
+    track = world.governor.tracks[1, 1]
+    assert (track.named, track.true) == (40, 20) and track.followed == track.followed_true == 20 - 6
+    assert track.late == track.in_vain == 0
+    world.loading = {1}
+    world.token(1)
+    assert track.late == 1, "it was needed before it had come"
+
+
+def test_a_prefetch_that_nobody_used_is_counted_as_read_in_vain() -> None:
+    world = SureWorld()
+    for _ in range(20):
+        world.token(1)
+    world.step += 1
+    assert [hint.expert.expert for hint in world.governor.routed(world.step, 0, [0])] == [1]
+    world.resident = {1}  # it was read
+    list(world.governor.routed(world.step, 1, [5]))
+    assert world.governor.tracks[1, 1].in_vain == 1
+
+
+def test_a_layer_and_lead_that_stops_paying_is_switched_off_and_comes_back() -> None:
+    world = SureWorld()
+    track = Track()
+    world.governor.tracks[1, 1] = track
+    for _ in range(40):
+        world.token(1)
+    for _ in range(31):
+        track.approve(False)
+    assert track.is_off and world.token(1) == [], "though its class is good: other layers carry that"
+    for _ in range(200):
+        world.token(1)
+    assert not track.is_off and world.token(1) == [1], "it is judged all the same"
+
+
+def test_while_nothing_pays_nothing_is_asked() -> None:
+    world = SureWorld()
+    for _ in range(30):
+        world.token(1)
+    world.governor.payoff.is_on = False
+    assert world.token(1) == []
+    world.governor.payoff.is_on = True
+    assert world.token(1) == [1]

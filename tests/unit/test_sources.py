@@ -29,7 +29,9 @@ def _demo_package(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
 
 
 def test_unknown_models_are_told_what_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no model 'nothing': give an expert store, .* hub id .* demo, demo-readme, demo-sparse"):
+    with pytest.raises(
+        ModelError, match=r"no model 'nothing': give an expert store, .* demo, demo-readme, demo-sparse"
+    ):
         resolve("nothing", tmp_path)
     with pytest.raises(ModelError, match=r"no GGUF file at .*absent.gguf"):
         resolve(str(tmp_path / "absent.gguf"), tmp_path)
@@ -52,6 +54,10 @@ def test_demo_without_package_comes_from_the_hub(tmp_path: Path, monkeypatch: py
     _demo_package(monkeypatch, None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **_: str(tmp_path / repository))
     assert find_source("demo").path == tmp_path / DEMO_REPOSITORY
+    trained = find_source("demo-readme")
+    assert trained.path == tmp_path / DEMO_REPOSITORY
+    assert trained.trained is not None and trained.trained.is_file()
+    assert len({find_source(name).identity for name in sources.DEMOS}) == len(sources.DEMOS)
 
 
 def test_demo_without_package_and_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

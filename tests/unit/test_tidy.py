@@ -31,6 +31,8 @@ PURE = (
     "experts.accounting",
     "experts.policy",
     "experts.lookahead",
+    "experts.governor",
+    "experts.payoff",
     "experts.pregated",
     "experts.virtual",
     "experts.virtual_room",

@@ -21,6 +21,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from expertd_engine.bench.genetic import genetic_split
 from expertd_engine.bench.perplexity import held_out
 from expertd_engine.bench.report import table
 from expertd_engine.calibration import RouteRecorder, TextEngine, Told, Window, with_slots
@@ -43,11 +44,16 @@ WINDOW = 256
 CALIBRATION = 2
 """Windows of other text, for static pruning; `expertd profile` takes its text from there, too."""
 METHODS = (
-    "planned", "importance", "no-foresight", "swapmoe", "counts", "norms", "gate-norms", "random", "cache-prior",
+    "planned", "genetic", "importance", "no-foresight", "swapmoe", "counts", "norms", "gate-norms", "random",
+    "cache-prior",
 )  # fmt: skip
-"""`planned` is what is served where there is a profile, `importance` where there is none; `no-foresight` swaps after
-steps alone, and in `swapmoe` one expert answers for one, too. Then SwapMoE by token counts, static pruning by ‖E‖ and
-by gate × norm on other text, random sets, all masked as the papers have it; cache-prior routing, which may fetch."""
+"""`planned` is what is served where there is a profile, `importance` where there is none; `genetic` splits slots over
+layers by SwapMoE's search, from the same profile. `no-foresight` swaps after steps alone; in `swapmoe` one expert
+answers for one, too. Then SwapMoE by token counts, static pruning by ‖E‖ and by gate × norm on other text, random sets,
+all masked as the papers have it; cache-prior routing, which may fetch."""
+
+SPLITS = ("planned", "genetic")
+"""Methods that give layers unequal slots, by the store's profile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,14 +162,17 @@ class QualityBench:
 
     def _fits(self, method: str, factor: float) -> bool:
         fits = round(factor * self._top_k) < max(self._experts)
-        return fits and (method != "planned" or (self._profile is not None and bool(self._profile.model.layers)))
+        return fits and (method not in SPLITS or (self._profile is not None and bool(self._profile.model.layers)))
 
     def _slots(self, method: str, factor: float) -> list[int]:
         each = max(self._top_k, round(factor * self._top_k))
         even = [min(each, count) for count in self._experts]
-        if method != "planned" or self._profile is None:
+        if method not in SPLITS or self._profile is None:
             return even
-        return split_slots(self._profile.model.layers, [1] * len(even), sum(even))[0]
+        curves, room = self._profile.model.layers, sum(even)
+        if method == "genetic":
+            return genetic_split(curves, [1] * len(even), room)
+        return split_slots(curves, [1] * len(even), room)[0]
 
     def _routing(self, method: str, slots: Sequence[int]) -> VirtualRouting:
         still = replace(self._model.held.sets.limits, per_step=0, ahead=0)
@@ -172,6 +181,7 @@ class QualityBench:
         published = partial(with_slots, self._model, slots, foresees=False, shared_by=1)
         made: dict[str, Callable[[], VirtualRouting]] = {
             "planned": lambda: with_slots(self._model, slots, served),
+            "genetic": lambda: with_slots(self._model, slots, served),
             "importance": lambda: with_slots(self._model, slots, served),
             "no-foresight": lambda: with_slots(self._model, slots, moving, foresees=False),
             "swapmoe": lambda: published(moving),

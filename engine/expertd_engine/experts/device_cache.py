@@ -22,6 +22,7 @@ from expertd_engine.experts.device_events import (
     LANDED,
     READ,
     WAITED,
+    Adopt,
     Confine,
     Cooled,
     Fill,
@@ -41,7 +42,8 @@ from expertd_engine.experts.device_ledger import DeviceEvent, DeviceInstruction,
 from expertd_engine.experts.device_pool import Use
 from expertd_engine.experts.device_publication import Boundary, Publication
 from expertd_engine.experts.device_slab import DeviceSlab
-from expertd_engine.experts.device_staging import Staging, plan_ring
+from expertd_engine.experts.device_spill import SpilledHost
+from expertd_engine.experts.device_staging import Fetching, Staging, plan_ring
 from expertd_engine.experts.device_streams import Device, Mark
 from expertd_engine.experts.device_table import DeviceTable, Report
 from expertd_engine.experts.events import Cancel, ExpertId, Load, Predict, Priority, SetBudget, Tick
@@ -112,7 +114,7 @@ class DeviceCache:
         self,
         index: StoreIndex,
         device: Device,
-        host: HostTier,
+        host: HostTier | SpilledHost,
         ledger: DeviceLedger,
         lookahead: Lookahead,
         report_rows: int,
@@ -137,6 +139,8 @@ class DeviceCache:
         self._step = self._layers_known = self._prefetches_before = 0
         self._scan = self._staged_words = False
         self._scanned = ExpertCounts()
+        self.fetched: set[tuple[int, int]] = set()
+        """Experts that the running step had to have brought in, where it waited for that."""
         self._lent: list[int] = []
         self.pulse: Callable[[], None] = _nobody
         """Called at the end of each step."""
@@ -162,6 +166,7 @@ class DeviceCache:
         """A new step over these tokens begins. `scan`: of prompt tokens alone (law 5)."""
         self._step += 1
         self._scan, self._layers_known, self._scanned = scan, 0, ExpertCounts()
+        self.fetched.clear()
         hints = tuple(self.lookahead.begin_step(self._step, token_ids))
         self._pump([Predict(hints)] if hints else [])
 
@@ -268,7 +273,18 @@ class DeviceCache:
         while not self.device.shares_memory and not self._borrow(ring.slots):
             self._drain()  # every slot is being copied into
         lent, self._lent = self._lent, []
-        return Staging(self, lent, ring)
+        return Fetching(self, lent, ring, keep=not self._scan) if self.by_layer else Staging(self, lent, ring)
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether experts cannot be read at home: then every step is staged, and waits once a layer."""
+        return not (self.host.complete and self.host.pinned)
+
+    def adopt(self, expert: ExpertId, slot: int) -> None:
+        """A staged step has done with the record that was streamed into a lent slot; it may stay."""
+        self._handle([Adopt(expert, slot)])
+        if self.ledger.resident_slots(expert.layer)[expert.expert] == slot:
+            self.publication.copied(expert, slot)
 
     def scanned(self, pairs: Sequence[Sequence[int]]) -> None:
         """A staged step's launches have ended; `pairs[l][e]` pairs chose expert e of layer l."""
@@ -278,6 +294,7 @@ class DeviceCache:
         self._handle([self._wanted()])
         nbytes = sum(count * size for count, size in zip(misses, self.record_bytes, strict=True))
         lookups = sum(len(one.experts) for one in seen)
+        self.fetched.clear()
         self._scanned = ExpertCounts(lookups - sum(misses), 0, sum(misses), nbytes, 0.0)
 
     def fill(self, experts: Iterable[ExpertId] = ()) -> None:
@@ -285,6 +302,8 @@ class DeviceCache:
 
         No step is running. Waits until all are there.
         """
+        if self.by_layer:
+            return  # they come as steps ask for them
         self._catch_up()
         self._handle([Provide(0, 0, still=True)])
         self.flush()
@@ -403,7 +422,8 @@ class DeviceCache:
     def _staged(self, layer: int, chosen: Sequence[int]) -> Seen:
         experts = [expert for expert, pairs in enumerate(chosen) if pairs]
         slots, homes_are_good = self.ledger.resident_slots(layer), self.device.shares_memory
-        sources = [HIT if homes_are_good or slots[expert] >= 0 else READ for expert in experts]
+        met = [homes_are_good or (slots[expert] >= 0 and (layer, expert) not in self.fetched) for expert in experts]
+        sources = [HIT if hit else READ for hit in met]
         position = self._step * self._period + layer * self._experts
         return Seen(layer, experts, sources, [chosen[expert] for expert in experts], position, self._scan)
 
@@ -416,7 +436,7 @@ class DeviceCache:
         pool = self.ledger.pool
         unused = self.slab.slots - pool.number(Use.OWNED, Use.LENT)
         absent = sum(self.ledger.experts_per_layer) - pool.number(Use.OWNED)
-        room = self.table.layout.landing
+        room = 0 if self.by_layer else self.table.layout.landing
         foresees = self.lookahead.exactness != "none"
         return self._aside.wanted(
             slots=pool.limit, unused=unused, absent=absent, room=room, foresees=foresees, streamed=streamed
@@ -484,8 +504,7 @@ class DeviceCache:
             self.publication.place_slot(slot, self.slab.address(slot))
 
     def _measure_link(self) -> float:
-        source = self.host.home(ExpertId(0, 0)) & ~HOME
-        return measure_link(self.device, self.slab.address(0), source, self.record_bytes[0])
+        return measure_link(self.device, self.slab.address(0), self.host.address, self.record_bytes[0])
 
     def _count(self, report: Report) -> ExpertCounts:
         valid = np.arange(report.seen.shape[1]) < report.counts[:, None]

@@ -77,6 +77,13 @@ class Lend(msgspec.Struct, frozen=True, gc=False):
     most: int
 
 
+class Adopt(msgspec.Struct, frozen=True, gc=False):
+    """The record was streamed into a lent slot, and may stay there if the expert is absent."""
+
+    expert: ExpertId
+    slot: int
+
+
 class Fill(msgspec.Struct, frozen=True, gc=False):
     """Bring these in, in order, for as long as there are slots that nothing lies in. Evicts nothing."""
 

@@ -7,7 +7,7 @@ rounds sizes up to powers of two. Nothing is written after `fill`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
@@ -31,6 +31,9 @@ _PIECE_BYTES = 2**30
 class HostTier:
     """Room for all records of a store. Raises ResourceError when `available` bytes of memory are not enough."""
 
+    complete = True
+    """All records are there."""
+
     def __init__(self, index: StoreIndex, device: Device, available: int) -> None:
         self._record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
         self._experts = [layer.num_experts for layer in index.layers]
@@ -40,7 +43,8 @@ class HostTier:
         self.bytes = self._first.pop()
         if self.bytes > available:
             raise ResourceError(
-                f"the host's memory does not hold all experts: {self.bytes} bytes, and {available} are available"
+                f"the host's memory does not hold all experts: {self.bytes} bytes, and {available} are available; "
+                f"give a host budget, and the others are read from disk"
             )
         self._slab = Slab(1, self.bytes, whole_bytes=self.bytes)
         self._whole = torch.frombuffer(self._slab.whole, dtype=torch.uint8, count=self.bytes)
@@ -71,6 +75,11 @@ class HostTier:
         self._pin()
 
     @property
+    def address(self) -> int:
+        """Of the first record."""
+        return self._slab.address
+
+    @property
     def pinned(self) -> bool:
         """Whether the device reads records in place."""
         return self.fallback is None and bool(self._pinned)
@@ -79,6 +88,16 @@ class HostTier:
         """The address of a record, with what says that it is read over the link, if it is."""
         address = self._slab.address + self._start(expert)
         return address if self._device.shares_memory else address | HOME
+
+    def begin_step(self) -> None:
+        """A step begins."""
+
+    def end_step(self) -> None:
+        """The step has ended."""
+
+    def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """`(place in experts, address of the record)`, all of them."""
+        yield [(place, self.home(ExpertId(layer, expert)) & ~HOME) for place, expert in enumerate(experts)]
 
     def record(self, expert: ExpertId) -> Tensor:
         """uint8, the record's bytes."""

@@ -26,6 +26,7 @@ from expertd_engine.experts.device_events import (
     LANDED,
     READ,
     WAITED,
+    Adopt,
     Confine,
     Cooled,
     Fill,
@@ -58,7 +59,7 @@ from expertd_engine.experts.residency import EvictionReason, Residency, State
 
 __all__ = ["DeviceLedger"]
 
-DeviceEvent = Event | Seen | Landed | Cooled | Provide | Confine | Lend | Fill
+DeviceEvent = Event | Seen | Landed | Cooled | Provide | Confine | Lend | Adopt | Fill
 DeviceInstruction = Instruction | Retire | Hand | Recall | Lent | Move
 
 _RESULTS: tuple[LookupResult, ...] = ("hit", "miss", "late", "miss")
@@ -110,7 +111,7 @@ class DeviceLedger:
         self._handlers: dict[type, Callable[[Any], None]] = {
             Seen: self._seen, Landed: self._landed, Predict: self._predict, Loaded: self._loaded, Tick: self._tick,
             Cancelled: self._cancelled, Cooled: self._cooled, Provide: self._provide, Fill: self._fill,
-            Confine: self._confine, Lend: self._lend, SetBudget: self._set_budget,
+            Confine: self._confine, Lend: self._lend, Adopt: self._adopt, SetBudget: self._set_budget,
         }  # fmt: skip
 
     def handle_all(self, events: Iterable[DeviceEvent]) -> list[DeviceInstruction]:
@@ -311,10 +312,19 @@ class DeviceLedger:
             self.pool.put(slot, Use.LENT)
         self._out.append(Lent(lent))
 
+    def _adopt(self, event: Adopt) -> None:
+        record = self._residency.record(event.expert)
+        if record.place is State.ABSENT:
+            self.pool.own(event.slot, record.nbytes)
+            record.slot = event.slot
+            self._residency.story.tell(record.expert, "adopted in slot", event.slot)
+            self._residency.arrive(record)
+
     def take_back(self, lent: Iterable[int]) -> None:
-        """Nothing that was launched before the next copy reads these slots any more."""
+        """Nothing that was launched before the next copy reads these slots any more; those adopted stay."""
         for slot in lent:
-            self.pool.put(slot, Use.COLD)
+            if self.pool.use(slot) is Use.LENT:
+                self.pool.put(slot, Use.COLD)
 
     def _cooled(self, event: Cooled) -> None:
         self._still = False

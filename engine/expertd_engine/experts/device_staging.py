@@ -116,8 +116,11 @@ class Staging:
         """The experts of a layer that need not be copied."""
         return self._residents[layer]
 
-    def chunks(self, layer: int) -> Iterator[Chunk]:
-        """The others. What is given to the compute lane until the next is asked for may read the chunk."""
+    def chunks(self, layer: int, counts: Tensor) -> Iterator[Chunk]:
+        """The others. What is given to the compute lane until the next is asked for may read the chunk.
+
+        `counts` `[experts]`, on the device: pairs that chose each expert. Here nobody waits for it.
+        """
         for streamed in self._streamed.pop(layer, []):
             assert streamed.copied is not None, "chunks are taken out of order"
             self._cache.device.compute.after(streamed.copied)
@@ -173,11 +176,61 @@ class Staging:
 
     def _copy_next(self) -> None:
         """Copy the next chunk into its place in the ring, which is the one that has been free for longest."""
-        if not self._waiting:
-            return
-        streamed, cache = self._waiting.popleft(), self._cache
-        records = [cache.host.record(ExpertId(streamed.layer, index)) for index in streamed.chunk.indices]
-        views = [cache.slab.view(slot, record.numel()) for slot, record in zip(streamed.slots, records, strict=True)]
-        cache.device.copies.copy(list(zip(views, records, strict=True)))
-        cache.count_staged(sum(record.numel() for record in records))
-        streamed.copied = cache.device.copies.mark()
+        if self._waiting:
+            streamed = self._waiting.popleft()
+            streamed.copied = self._copy(streamed.layer, streamed.chunk.indices, streamed.slots)
+
+    def _copy(self, layer: int, indices: Sequence[int], slots: Sequence[int]) -> Mark:
+        """Bring experts of a layer into slots."""
+        cache = self._cache
+        nbytes, copies = cache.record_bytes[layer], cache.device.copies
+        for some in cache.host.fetch(layer, indices):
+            copies.move([(cache.slab.address(slots[place]), address, nbytes) for place, address in some])
+            if not cache.host.complete:
+                copies.mark().wait()  # the host needs the room for the next
+        cache.count_staged(len(indices) * nbytes)
+        return copies.mark()
+
+
+class Fetching(Staging):
+    """For steps of any length where the device cannot read all experts at home: only what a layer chose is brought in,
+    so the host waits once a layer to be told. What comes in by decoding stays, as far as there is room.
+    """
+
+    def __init__(self, cache: DeviceCache, lent: Sequence[int], ring: Ring, keep: bool) -> None:
+        super().__init__(cache, lent, ring)
+        self._keep = keep
+        self._ring = deque(lent)
+
+    def __enter__(self) -> Fetching:
+        self._cache.host.begin_step()
+        counts = self._cache.ledger.experts_per_layer
+        self._describe((layer, (self._split(layer, range(count))[0], [])) for layer, count in enumerate(counts))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._cache.host.end_step()
+
+    def chunks(self, layer: int, counts: Tensor) -> Iterator[Chunk]:
+        """As there, but of those chosen. Raises ExpertUnavailableError."""
+        absent = self._split(layer, counts.nonzero().flatten().tolist())[1]
+        device = self._cache.device
+        for begin in range(0, len(absent), self._size):
+            indices = absent[begin : begin + self._size]
+            slots = [self._ring.popleft() for _ in indices]
+            device.compute.after(self._copy(layer, indices, slots))
+            experts, addresses = self._numbers([_Part(layer, indices, slots, True)])
+            yield Chunk(indices, experts, addresses)
+            device.copies.after(device.compute.mark())
+            self._done_with(layer, indices, slots)
+
+    def _done_with(self, layer: int, indices: Sequence[int], slots: Sequence[int]) -> None:
+        for index, slot in zip(indices, slots, strict=True):
+            if self._keep and len(self._ring) >= self._size:
+                self._cache.adopt(ExpertId(layer, index), slot)
+            else:
+                self._ring.append(slot)
+            self._cache.fetched.add((layer, index))

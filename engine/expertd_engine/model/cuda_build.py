@@ -37,6 +37,8 @@ def build_parts(
     """Raises ModelError with the reason why the model cannot be computed on a device."""
     shapes = learn_shapes(loaded)
     try:
+        if loaded.pregating is not None:
+            raise NotMatched("its router runs ahead of its layers, on the processor")
         native = build_native(loaded, shapes, block_tokens, max_positions)
         carrier = Carrier(device)
         layers = [carrier.layer(layer) for layer in native.layers]

@@ -88,7 +88,7 @@ class StagedExperts:
         self.counts[moe].copy_(groups.count)
         partials = self._partials[: chosen.numel()]
         self._compute(moe, x, weights, groups, self._staging.resident(moe), partials)
-        for chunk in self._staging.chunks(moe):
+        for chunk in self._staging.chunks(moe, groups.count):
             self._compute(moe, x, weights, groups, chunk, partials)
         combine(groups, partials, out)
 

@@ -41,6 +41,11 @@ class Table(Protocol):
 class ExpertSource(Protocol):
     """Who moves experts while steps run: `experts.device_cache.DeviceCache`."""
 
+    @property
+    def by_layer(self) -> bool:
+        """Every step is staged."""
+        ...
+
     def before_launch(self) -> None: ...
     def after_launch(self) -> None: ...
     def poll(self) -> None: ...
@@ -125,7 +130,7 @@ class DeviceModel:
     def step(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
         """Compute one step. Raises torch.OutOfMemoryError, and what `experts` raises; the next step can run then."""
         self._inputs.fill(tokens.ids, tokens.positions, tokens.spans)
-        if len(tokens.ids) <= self._limits.buckets[-1]:
+        if len(tokens.ids) <= self._limits.buckets[-1] and not experts.by_layer:
             return self._small(tokens, experts)
         return self._large(tokens, experts)
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable
 from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from expertd_engine.experts.pregated import PregatedLookahead, later_unions, step_union
 from expertd_engine.kernels.library import KernelError
@@ -25,16 +27,13 @@ from expertd_engine.scheduler import Chunk, StepPlan
 
 logger = logging.getLogger(__name__)
 
-_PIECE = 512
-"""Prompt tokens routed at once: bounds the memory of their activations."""
+Flat: TypeAlias = tuple[NDArray[np.uint16], NDArray[np.float32]]
 
 
 class Pathfinder:
     """One engine's. `storage` has a spare block for every sequence that may run."""
 
     def __init__(self, pregate: Pregate, storage: KVStorage, max_step_tokens: int) -> None:
-        self.tokens_routed = 0
-        """Since start; tokens of a prompt count again where their keys and values are stored."""
         self._pregate = pregate
         self._storage = storage
         self._spare = storage.num_blocks
@@ -78,13 +77,14 @@ class Pathfinder:
                 paths.stored += 1
 
     def _route_prompt(self, sequence: Sequence) -> None:
-        """All known tokens, over keys and values that are dropped again: the sequence has no blocks yet."""
+        """All known tokens, over keys and values that are dropped again: the sequence has no blocks yet. In pieces no
+        larger than a step, whose memory is planned for."""
         paths, size, count = paths_of(sequence, self._pregate), self._storage.block_tokens, sequence.num_tokens
         if len(paths):
             return  # a preempted one knows its paths
         blocks = list(range(1, 1 + -(-count // size)))
         storage = KVStorage([self._pregate.kv_shape], len(blocks) + 1, size, self._storage.dtype)
-        for start, stop in pairwise([*range(0, count, _PIECE), count]):
+        for start, stop in pairwise([*range(0, count, self._step_tokens), count]):
             routes = self._route(sequence.tokens(start, stop), [Span(0, start, stop - start, blocks)], storage)
             _extend(paths, routes, 0, stop - start)
 
@@ -122,10 +122,9 @@ class Pathfinder:
         """What the plan's step uses, and what waits behind it."""
         lookahead.plan(step_union(plan), later_unions(plan, self._step_tokens))
 
-    def _route(self, token_ids: list[int], spans: list[Span], storage: KVStorage) -> KnownRoutes:
-        self.tokens_routed += len(token_ids)
+    def _route(self, token_ids: list[int], spans: list[Span], storage: KVStorage) -> Flat:
         positions = [p for span in spans for p in range(span.start, span.start + span.length)]
-        return self._pregate.route(token_ids, positions, spans, storage)
+        return _flat(self._pregate.route(token_ids, positions, spans, storage))
 
 
 def paths_of(sequence: Sequence, pregate: Pregate) -> Paths:
@@ -135,14 +134,19 @@ def paths_of(sequence: Sequence, pregate: Pregate) -> Paths:
     return sequence.paths
 
 
-def _extend(paths: Paths, routes: KnownRoutes, start: int, stop: int) -> None:
+def _flat(routes: KnownRoutes) -> Flat:
+    """As paths keep them: experts and weights `[T, heads, K]`."""
+    index = np.ascontiguousarray(routes.index.numpy().transpose(1, 0, 2), np.uint16)
+    return index, np.ascontiguousarray(routes.weights.numpy().transpose(1, 0, 2), np.float32)
+
+
+def _extend(paths: Paths, routes: Flat, start: int, stop: int) -> None:
     """Append rows of `routes`."""
-    index = routes.index[:, start:stop].transpose(0, 1).contiguous()
-    weights = routes.weights[:, start:stop].transpose(0, 1).contiguous()
-    paths.extend(index.numpy().astype(np.uint16).tobytes(), weights.numpy().tobytes())
+    experts, weights = routes
+    paths.extend(experts[start:stop].tobytes(), weights[start:stop].tobytes())
 
 
-def _slices(paths: Paths, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+def _slices(paths: Paths, start: int, stop: int) -> Flat:
     """Experts and weights `[tokens, heads, K]`, copied: an array that is looked at cannot grow."""
     shape, stride = (stop - start, paths.shape.heads, paths.shape.top_k), paths.shape.stride
     experts = np.array(paths.experts[start * stride : stop * stride], np.uint16)

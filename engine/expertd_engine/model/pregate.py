@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from expertd_engine.kernels.library import ACTIVATIONS, KernelsMissing, Matrix
+from expertd_engine.kernels.library import ACTIVATIONS, KernelsMissing, Matrix, Pool
 from expertd_engine.model.attention import ATTENTION_NAME, AttentionBatch, KVStorage, LayerShape, Span
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.moe import KnownRoutes
@@ -27,6 +27,8 @@ from expertd_engine.paths import PathShape
 from expertd_engine.refactor.router import angles
 
 _EPS = 1e-6
+_FEW = 8
+"""Rows that one thread routes sooner than others are woken up."""
 _JUDGED = 37
 """Tokens of the probe that holds the native router to its module."""
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -52,7 +54,6 @@ class Pregate:
         self.kv_shape = kv_shape
         self._router = router
 
-    @torch.inference_mode()
     def route(
         self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
     ) -> KnownRoutes:
@@ -126,10 +127,13 @@ class NativeRouter(NativeModel):
         layer = NativeLayer(*_block(module, max_positions))
         ends = Ends(table, 1.0, head_norm, head, 1.0, [*first, *ones, *entry, *middle, *last])
         super().__init__(loaded.pool, [layer], ends, last_of_storage=True)
+        self._embeddings = torch.empty(1, table.cols)
+        self._all_threads, self._one_thread = loaded.pool, Pool(loaded.pool.library, 1)
 
     def route_logits(
         self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
     ) -> Tensor:
+        self.pool = self._one_thread if len(token_ids) <= _FEW else self._all_threads
         memory = self.begin(token_ids, positions, spans, storage)
         self.run_layer(0, memory)
         self.finish(0, memory)
@@ -139,7 +143,11 @@ class NativeRouter(NativeModel):
     def look_up(self, token_ids: Sequence[int], memory: StepMemory) -> None:
         """The projection of the normed embeddings, in the place of the embeddings."""
         count = len(token_ids)
-        embeddings = torch.empty(count, self.ends.embedding.cols)
+        embeddings = (
+            self._embeddings if count == len(self._embeddings) else torch.empty(count, self.ends.embedding.cols)
+        )
+        if count <= _FEW:  # a decode is like the one before it
+            self._embeddings = embeddings
         ids, rows = array("q", token_ids), array("q", range(count))
         self.pool.library.rows(self.ends.embedding, ids.buffer_info()[0], count, embeddings.data_ptr())
         hidden = memory.activations.hidden

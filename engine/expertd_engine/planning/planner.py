@@ -63,7 +63,8 @@ def make_plan(profile: Profile, request: Request) -> Plan:
     if request.mode == "virtual":
         slots, gains = virtual_slots(profile, experts, request.share)
         loss = sum(curve.loss(count) for curve, count in zip(profile.model.layers, slots, strict=True))
-        return Plan("virtual", experts, startup.kv_blocks, memory, slots, 1.0, _resident_s(profile), loss, gains)
+        step_s = profile.box.virtual_s or _resident_s(profile)
+        return Plan("virtual", experts, startup.kv_blocks, memory, slots, 1.0, step_s, loss, gains)
     hit_rate, step_s = predict_exact(profile, profile.curve(request.routing), experts)
     even = [min(count, int(count * experts / profile.expert_bytes)) for count in profile.num_experts]
     return Plan("exact", experts, startup.kv_blocks, memory, even, hit_rate, step_s, 0.0, [])

@@ -35,6 +35,8 @@ class BoxProfile(_Part, frozen=True):
     """Seconds of one layer's experts among these, by sequences."""
     overlap: float
     """What a missing record costs of the time it takes to read alone: below 1, where others compute meanwhile."""
+    virtual_s: float | None = None
+    """Seconds of one sequence's decode step in virtual mode, sets moving; None where the model has no such mode."""
 
 
 class MemoryProfile(_Part, frozen=True):

@@ -14,7 +14,7 @@ from expertd_engine.refactor.corpus import WHOLE, Corpus, read_corpus
 from expertd_engine.refactor.delta import load_student
 from expertd_engine.refactor.dense import Dense, open_dense
 from expertd_engine.refactor.domains import cluster_domains
-from expertd_engine.refactor.export import export
+from expertd_engine.refactor.export import check_backbone, export
 from expertd_engine.refactor.pipeline import TUNED, Job, Workshop, check_budget
 from expertd_engine.refactor.report import write_report
 from expertd_engine.refactor.router import PregatingRouter, RouterShape
@@ -77,6 +77,7 @@ def refactor(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     work = options.work or options.destination.with_name(options.destination.name + ".work")
     dense = open_dense(options.source, device)
+    check_backbone(dense)
     with progress_bar() as progress:
         least = options.length + 1
         corpus = read_corpus(

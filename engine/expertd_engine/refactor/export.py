@@ -24,11 +24,12 @@ from expertd_engine.refactor.parts import LowRankLinear
 from expertd_engine.refactor.shape import Routing, Shape
 from expertd_engine.refactor.student import Student
 
-_BACKBONES = ("llama", "mistral")
+_BACKBONES = ("llama", "mistral", "gemma")
+_EMBEDDING = "model.embed_tokens.weight"
 _SAME = (
     "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings",
-    "initializer_range", "rms_norm_eps", "rope_parameters", "attention_dropout", "tie_word_embeddings", "pad_token_id",
-    "bos_token_id", "eos_token_id",
+    "initializer_range", "rms_norm_eps", "rope_parameters", "attention_dropout", "pad_token_id", "bos_token_id",
+    "eos_token_id",
 )  # fmt: skip
 
 
@@ -40,12 +41,11 @@ def export(student: Student, dense: Dense, destination: Path, dtype: torch.dtype
     shape = student.shape
     if shape is None or shape.routing == Routing.NONE:
         raise ModelError("a model without experts is not exported: it is the baseline")
-    if dense.model.config.model_type not in _BACKBONES:
-        raise ModelError(
-            f"a refactored {dense.model.config.model_type} cannot be exported: allowed are {', '.join(_BACKBONES)}"
-        )
+    check_backbone(dense)
     with torch.no_grad():
         tensors = dict(_backbone(student))
+        if _is_gemma(dense):
+            tensors = _as_llama(tensors, dense.hidden_size)
         for layer, block in enumerate(student.blocks):
             tensors.update(_block(f"model.layers.{layer}.mlp", block, shape))
         if student.router is not None:
@@ -62,6 +62,25 @@ def export(student: Student, dense: Dense, destination: Path, dtype: torch.dtype
         ids = {name: getattr(dense.model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         GenerationConfig(**ids).save_pretrained(folder)
         save_file(stored, folder / "model.safetensors", {"format": "pt"})
+
+
+def check_backbone(dense: Dense) -> None:
+    """Raises ModelError for a dense model whose refactored form no class of ours can express."""
+    kind = dense.model.config.model_type
+    if kind not in _BACKBONES:
+        raise ModelError(f"a refactored {kind} cannot be exported: allowed are {', '.join(_BACKBONES)}")
+    if getattr(dense.model.config, "attention_bias", False):
+        raise ModelError(f"a refactored {kind} with attention_bias cannot be exported: allowed are models without")
+
+
+def _is_gemma(dense: Dense) -> bool:
+    return bool(dense.model.config.model_type == "gemma")
+
+
+def _as_llama(tensors: dict[str, Tensor], hidden_size: int) -> dict[str, Tensor]:
+    """A Gemma's weights: its norms' are offsets from 1, and its embeddings are scaled where its head is not."""
+    found = {name: 1.0 + tensor if name.endswith("norm.weight") else tensor for name, tensor in tensors.items()}
+    return {"lm_head.weight": tensors[_EMBEDDING], **found, _EMBEDDING: tensors[_EMBEDDING] * hidden_size**0.5}
 
 
 def _backbone(student: Student) -> Iterator[tuple[str, Tensor]]:
@@ -112,6 +131,7 @@ def _common(dense: Dense, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     return {
         **{name: getattr(config, name) for name in _SAME},
         "head_dim": getattr(config, "head_dim", None) or int(config.hidden_size) // heads,
+        "tie_word_embeddings": config.tie_word_embeddings and not _is_gemma(dense),
         "intermediate_size": dense.neurons,
         "num_experts": shape.experts,
         "num_experts_per_tok": shape.top_k,

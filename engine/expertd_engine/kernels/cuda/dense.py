@@ -69,7 +69,7 @@ def rows_config(matrix: DeviceMatrix, count: int) -> RowsConfig:
     """What was fastest on an H100 for a matrix of floats and `count` inputs."""
     cols = triton.next_power_of_2(matrix.padded)
     warps = max(1, min(8, cols // 1024))
-    return RowsConfig(max(1, min(4, 32 * 32 * warps // cols)), min(4, triton.next_power_of_2(count)), warps)
+    return RowsConfig(max(1, min(16, 32 * 32 * warps // cols)), min(4, triton.next_power_of_2(count)), warps)
 
 
 def product_by_rows(

@@ -61,13 +61,14 @@ def experts_prefill(
     partials: Tensor,
     *,
     tiles: tuple[Tiles, Tiles] | None = None,
-    rows: int = 64,
+    rows: int | None = None,
 ) -> None:
     """`partials` (float32 `[P, H]`) of the pairs of `experts` (int32 `[n]`), whose records lie at `addresses`.
 
     `x` `[R, H]` and `inner` `[P, I]` bfloat16 or float32, `weights` float32 `[R, top_k]`, `addresses` int64 `[n]`.
-    A program takes `rows` pairs of an expert.
+    A program takes `rows` pairs of an expert: by default what suits their number.
     """
+    rows = rows or prefill_rows(layout, len(groups.pairs) // (len(groups.begin) - 1))
     gate_up, down = tiles or (prefill_tiles(layout), prefill_tiles(layout))
     top_k = weights.shape[1]
     count = len(experts)
@@ -97,11 +98,19 @@ def combine(groups: PairGroups, partials: Tensor, out: Tensor) -> None:
     )  # fmt: skip
 
 
+def prefill_rows(layout: ExpertLayout, pairs: int) -> int:
+    """Rows that a program multiplies together where an expert has so many pairs."""
+    few = 32 if layout.quantised else 64
+    return few if pairs <= 1.5 * few else 2 * few
+
+
 def prefill_tiles(layout: ExpertLayout) -> Tiles:
     """The cut that was fastest on an H100."""
     if layout.format == "float32":
         return Tiles(16, 128, 4, 2)
-    return Tiles(64, 128, 4, 3) if layout.quantised else Tiles(64, 128, 4, 4)
+    if layout.format == "bfloat16":
+        return Tiles(128, 128, 8, 3)
+    return Tiles(64, 64 if layout.format in ("int4", "int4s") else 128, 4, 3)
 
 
 @triton.jit

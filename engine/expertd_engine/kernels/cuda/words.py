@@ -35,7 +35,7 @@ def words_config(matrix: DeviceMatrix, count: int) -> WordsConfig:
     """What was fastest on an H100 for a matrix and `count` inputs."""
     groups = triton.next_power_of_2(matrix.padded // 32)
     warps = max(1, min(8, groups // 16))
-    return WordsConfig(max(1, min(8, 16 * 32 * warps // groups)), min(4, triton.next_power_of_2(count)), warps)
+    return WordsConfig(max(1, min(16, 8 * 32 * warps // groups)), min(4, triton.next_power_of_2(count)), warps)
 
 
 def product_by_words(

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch._dynamo import config as dynamo
 
 from expertd_engine.console import Progress, run_command
 from expertd_engine.publish import exclusive
@@ -112,6 +113,7 @@ def _run(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     cuda = device.type == "cuda"
     torch.set_float32_matmul_precision("high")
+    dynamo.recompile_limit = 128  # jobs of many shapes in one process; beyond it the compiler gives up without a word
     dense = open_dense(options.source, device)
     folder = options.work / "corpus"
     compute = torch.bfloat16 if cuda else torch.float32
