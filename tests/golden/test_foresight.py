@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from expertd_engine.errors import ConfigError, StoreError, UsageError
 from expertd_engine.experts.governor import Governor
 from expertd_engine.experts.lookahead import LayerScan
 from expertd_engine.experts.store import ExpertStore
+from expertd_engine.lab import replay_command, trace_command, train_command
 from expertd_engine.lab.compare import compare as compare_policies
 from expertd_engine.lab.compare import recommend
 from expertd_engine.lab.events import events_of
@@ -25,7 +27,7 @@ from expertd_engine.lab.predictor_file import PREDICTOR_NAME, read_predictor, wr
 from expertd_engine.lab.rankings import LFURanking, LRURanking, Ranking, ScoredRanking
 from expertd_engine.lab.recall import recalls
 from expertd_engine.lab.recommendation import NAME as ADVICE_NAME
-from expertd_engine.lab.recommendation import write_recommendation
+from expertd_engine.lab.recommendation import read_recommendation, write_recommendation
 from expertd_engine.lab.replay import replay
 from expertd_engine.lab.scores import scores_of
 from expertd_engine.lab.trace import Trace, read_traces
@@ -236,3 +238,48 @@ def test_a_restarted_engine_hits_as_the_one_before(store: Path) -> None:
             engine.cache.wait()
         assert engine.cache.ledger.resident_bytes <= engine.cache.ledger.budget_bytes, "no more than there is room for"
         engine.cache.ledger.check()
+
+
+def test_while_predictions_do_not_pay_layers_run_on_and_bits_stay(store: Path) -> None:
+    """Off, on and off again in the middle of an answer, as trials do."""
+    with running_engine(store, predictor="none", prefetch=False) as engine:
+        expected = [one.token_ids for one in answer(engine)]
+    with running_engine(store, predictor="learned") as engine:
+        payoff, turns = governor_of(engine).payoff, itertools.count()
+
+        def begin_step(rows: int | None) -> bool:
+            payoff.is_on = next(turns) // 7 % 2 == 0
+            return payoff.is_on
+
+        payoff.begin_step = begin_step  # type: ignore[method-assign]  # a clock of the test's own
+        found = answer(engine)
+        engine.cache.ledger.check()
+    assert [one.token_ids for one in found] == expected
+
+
+def test_the_commands_record_learn_and_recommend(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, folder, told = tmp_path / "text", tmp_path / "trace", tmp_path / "told.json"
+    text.write_text(" ".join(str(n * n) for n in range(900)))
+    assert (
+        trace_command.main(["record", str(store), str(folder), "--text", str(text), "--tokens", "1536", "--hidden"])
+        == 0
+    )
+    trained = [str(store), str(folder), "--leads", "2", "--rank", "8", "--epochs", "2", "--held", "0.3"]
+    assert train_command.main(trained) == 0
+    assert "learned @2" in capsys.readouterr().out
+    asked = [str(folder), "--store", str(store), "--budgets", "2k,50%", "--recommend", "--json", str(told)]
+    try:
+        assert replay_command.main(asked) == 0
+        values = json.loads(told.read_text())
+        assert values["tokens"] == 1536 and set(values["budgets"]) == {"2k", "50%"}
+        assert {"lru", "clairvoyant", "predicted", "least stale"} <= set(values["budgets"]["2k"])
+        advice = read_recommendation(store, ExpertStore.open(store).index.store_id)
+        assert advice is not None and advice.lookups == values["lookups"]
+    finally:
+        (store / ADVICE_NAME).unlink(missing_ok=True)
+    assert replay_command.main([str(folder), "--budgets", "1"]) != 0
+    assert replay_command.main([str(folder), "--recommend"]) != 0
+    assert trace_command.main(["record", str(store), str(folder)]) != 0, "there is one already"
+    assert "already" in capsys.readouterr().err

@@ -49,7 +49,9 @@ def build_parts(
         ]
     except (NotMatched, Unsupported) as reason:
         raise ModelError(f"{index.name} cannot be computed on {device.type}: {reason}; give --device cpu") from None
-    return DeviceParts(shapes, layers, ends, layouts, loaded.dtype)
+    # Quantised matrices are multiplied by bfloat16 rows: float32 is for the yardstick alone.
+    dtype = torch.float32 if index.dense_format == "float32" else torch.bfloat16
+    return DeviceParts(shapes, layers, ends, layouts, dtype)
 
 
 def learn_shapes(loaded: LoadedModel) -> list[LayerShape]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from expertd_engine.families import find_experts
 from expertd_engine.kernels.library import KernelsMissing
 from expertd_engine.model.attention import KVStorage, LayerShape
+from expertd_engine.model.dense import QuantisedLinear
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.native_abi import Rope
 from expertd_engine.model.native_match import Matched, match_layer, match_matrix, match_norm, set_variant, variants
@@ -26,6 +27,8 @@ from expertd_engine.model.router_kinds import adapt_router
 
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Allowed error of a row, relative to what the layer changes of it. Wrong structure gives errors near one."""
+_ROUNDED = 0.02
+"""Where activations are rounded to whole numbers for quantised matrices: a last bit turns some the other way."""
 _ROWS_HELD = 0.75
 """Share of the rows that must be within: rounding turns a near tie of experts the other way in a few."""
 
@@ -49,7 +52,8 @@ def build_native(
         layers = [_native_layer(one, layer, moe) for one, layer in zip(matched, seen.layers, strict=True)]
         model = _assemble(loaded, layers)
         storage = KVStorage(shapes, seen.num_blocks, block_tokens, loaded.dtype)
-        judge = _Judge(model, seen, storage, _TOLERANCES[loaded.dtype])
+        rounds = any(isinstance(module, QuantisedLinear) for module in loaded.model.modules())
+        judge = _Judge(model, seen, storage, _ROUNDED if rounds else _TOLERANCES[loaded.dtype])
         judge.judge_ends(loaded.model.config)
         judge.judge_layers(matched)
     return model

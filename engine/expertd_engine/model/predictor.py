@@ -7,6 +7,7 @@ governor decides which are worth a load. What is told never changes a token, onl
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeAlias
 
@@ -27,6 +28,10 @@ LEADS = 4
 """Layers ahead that are foreseen while serving: loads further ahead seldom find the link idle."""
 _MORE = 3
 """Experts named beyond top-k for each row and layer."""
+
+
+_UNSEEN_STEPS = 64
+"""Steps without predictions that are remembered: older uses weigh little."""
 
 
 class Source(Protocol):
@@ -157,6 +162,8 @@ class PredictorWatch:
         self._experts, self._width, self._top_k = experts, max(experts), top_k
         self._slots = [np.frombuffer(slots_of(layer), np.int64) for layer in range(len(experts))]
         self._rescore = rescore
+        self._unseen = deque[tuple[int, NDArray[np.int64]]](maxlen=_UNSEEN_STEPS * len(experts))
+        """What was used while nothing was asked of the source, which it is told before it is asked again."""
         self._rows: slice | NDArray[np.int64] = slice(None)
 
     def begin_step(self, streams: Sequence[int], decode: Sequence[bool]) -> bool:
@@ -176,9 +183,13 @@ class PredictorWatch:
         return self.payoff is None or self.payoff.is_on
 
     def routed(self, layer: int, chosen: NDArray[np.int64], hidden: torch.Tensor | None) -> None:
-        self.source.use(layer, chosen[self._rows].ravel())
+        uses = chosen[self._rows].ravel()
         if not self.sees_hidden:
+            self._unseen.append((layer, uses.copy()))
             return
+        while self._unseen:
+            self.source.use(*self._unseen.popleft())
+        self.source.use(layer, uses)
         assert hidden is not None, "layers ran on without their predictor"
         x = hidden.float().numpy()[self._rows]
         if self._predicts:

@@ -113,7 +113,7 @@ def prefill_tiles(layout: ExpertLayout) -> Tiles:
     return Tiles(64, 64 if layout.format in ("int4", "int4s") else 128, 4, 3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _prefill_gate_up(
     begin: tl.tensor, pairs: tl.tensor, experts: tl.tensor, addresses: tl.tensor, count: tl.tensor,
     x: tl.tensor, inner: tl.tensor,
@@ -132,7 +132,7 @@ def _prefill_gate_up(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _prefill_down(
     begin: tl.tensor, pairs: tl.tensor, experts: tl.tensor, addresses: tl.tensor, count: tl.tensor,
     inner: tl.tensor, weights: tl.tensor, partials: tl.tensor,
@@ -167,7 +167,7 @@ def part_of(
     return which, start, tl.sum(tl.where(is_mine, last, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _combine_kernel(
     row_pairs: tl.tensor, partials: tl.tensor, out: tl.tensor, rows: tl.tensor,
     OUTPUTS: tl.constexpr, TOP_K: tl.constexpr, BN: tl.constexpr,

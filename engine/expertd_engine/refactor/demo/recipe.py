@@ -113,7 +113,7 @@ def _run(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     cuda = device.type == "cuda"
     torch.set_float32_matmul_precision("high")
-    dynamo.recompile_limit = 128  # jobs of many shapes in one process; beyond it the compiler gives up without a word
+    dynamo.recompile_limit = 128  # jobs of many shapes in one process; beyond it they run uncompiled
     dense = open_dense(options.source, device)
     folder = options.work / "corpus"
     compute = torch.bfloat16 if cuda else torch.float32

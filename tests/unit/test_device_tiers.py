@@ -1,0 +1,287 @@
+"""The parts of a device's expert cache by themselves: slots, chunks, the table's words, tiers, what is set aside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from expertd_engine.errors import BudgetError, ResourceError
+from expertd_engine.experts.accounting import LedgerError
+from expertd_engine.experts.device_aside import Aside
+from expertd_engine.experts.device_cache import DeviceCache
+from expertd_engine.experts.device_copies import DeviceCopies
+from expertd_engine.experts.device_events import LANDED, READ, Cooled, Hand, Landed, Provide, Retire, Seen
+from expertd_engine.experts.device_host import HostTier
+from expertd_engine.experts.device_layout import HOME, TableLayout, signed
+from expertd_engine.experts.device_ledger import DeviceLedger
+from expertd_engine.experts.device_pool import ChunkPlan, Use
+from expertd_engine.experts.device_publication import Publication
+from expertd_engine.experts.device_slab import DeviceSlab
+from expertd_engine.experts.device_spill import SpilledHost
+from expertd_engine.experts.device_streams import HostDevice
+from expertd_engine.experts.device_table import DeviceTable
+from expertd_engine.experts.events import ExpertId, Hint, Load, Loaded, Predict, Priority
+from expertd_engine.experts.lookahead import NoLookahead
+from expertd_engine.experts.policy import make_policy
+from expertd_engine.experts.residency import State
+from support.fake_device import RECORD, FakeDevice, FakeStep, Records, content, index_of
+
+LAYERS, EXPERTS = 2, 6
+PLAN = ChunkPlan(RECORD, 3, RECORD)
+
+
+def make_ledger(slots: int, depth: int = 4) -> DeviceLedger:
+    sizes, counts = [RECORD] * LAYERS, [EXPERTS] * LAYERS
+    most = LAYERS * EXPERTS * RECORD
+    return DeviceLedger(sizes, counts, PLAN, slots * RECORD, make_policy("lru"), most, prefetch_depth=depth)
+
+
+def make_cache(slots: int, device: FakeDevice | HostDevice) -> DeviceCache:
+    index = index_of(LAYERS, EXPERTS, 2)
+    host = HostTier(index, device, available=2**20)
+    host.fill(Records(), threads=1, report=lambda fraction: None)
+    return DeviceCache(index, device, host, make_ledger(slots), NoLookahead(), EXPERTS)
+
+
+# ------------------------------------------------------------ chunks and slots
+
+
+def test_chunks_never_take_more_than_the_budget() -> None:
+    plan = ChunkPlan(slot_bytes=3, chunk_slots=5, granule=8)
+    for budget in range(200):
+        whole, rest = divmod(plan.slots_within(budget), 5)
+        assert whole * plan.bytes_of(5) + (plan.bytes_of(rest) if rest else 0) <= budget
+    assert plan.slots_within(16) == 5 and plan.slots_within(24) == 7
+
+
+def test_a_slab_that_finds_no_room_keeps_what_it_had() -> None:
+    device = FakeDevice(most_bytes=7 * RECORD)
+    slab = DeviceSlab(PLAN, device)
+    slab.resize(6)
+    before = slab.address(5)
+    with pytest.raises(ResourceError):
+        slab.resize(9)
+    assert slab.slots == 6 and slab.address(5) == before and device.bytes_allotted() == 6 * RECORD
+    slab.resize(2)
+    assert device.bytes_allotted() == 2 * RECORD
+
+
+def test_a_budget_for_which_there_is_no_room_leaves_what_there_is() -> None:
+    device = FakeDevice(most_bytes=7 * RECORD)
+    cache = make_cache(6, device)
+    cache.fill()
+    with pytest.raises(ResourceError):
+        cache.set_budget(9 * RECORD)
+    assert cache.ledger.budget_bytes == cache.slab.bytes == 6 * RECORD
+    with pytest.raises(BudgetError):
+        cache.set_budget(RECORD)
+    cache.ledger.check()
+    assert sum(cache.ledger.residents_by_layer()) == 6
+
+
+# ------------------------------------------------------------ two phases, event by event
+
+
+def test_a_retired_slot_is_not_copied_into_before_it_has_cooled() -> None:
+    ledger = make_ledger(slots=2)
+    expert, other, wanted = ExpertId(0, 0), ExpertId(0, 1), ExpertId(1, 3)
+    [hand_a, hand_b] = ledger.handle_all([Provide(2, 0)])
+    assert isinstance(hand_a, Hand) and isinstance(hand_b, Hand)
+    uses = Seen(0, [0, 1], [LANDED, LANDED], [1, 1], position=12)
+    assert ledger.handle_all([uses, Landed(expert, hand_a.slot), Landed(other, hand_b.slot)]) == []
+    assert ledger.handle_all([Provide(0, 1), Predict((Hint(wanted, 100),))]) == [Retire(hand_a.slot, expert)]
+    assert ledger.state(expert) is State.ABSENT and ledger.pool.use(hand_a.slot) is Use.COOLING
+    assert ledger.handle_all([Cooled((hand_a.slot,))]) == [Load(0, wanted, hand_a.slot, Priority.PREFETCH)]
+    ledger.handle_all([Loaded(0)])
+    assert ledger.state(wanted) is State.RESIDENT and ledger.counters.misses == [2, 0]
+
+
+def test_what_lands_while_it_is_copied_is_retired() -> None:
+    ledger = make_ledger(slots=4)
+    expert = ExpertId(1, 2)
+    [hand] = ledger.handle_all([Provide(1, 2)])
+    [load] = ledger.handle_all([Predict((Hint(expert, 100),))])
+    assert isinstance(hand, Hand) and isinstance(load, Load)
+    assert ledger.handle_all([Landed(expert, hand.slot)]) == [Retire(hand.slot, expert)]
+    ledger.handle_all([Loaded(load.load_id)])
+    assert ledger.duplicates == 1 and ledger.resident_slots(1)[2] == load.slot
+
+
+def test_a_landing_in_a_slot_that_nobody_handed_out_is_an_error() -> None:
+    with pytest.raises(LedgerError, match="law 2"):
+        make_ledger(slots=4).handle_all([Landed(ExpertId(0, 0), 1)])
+
+
+def test_uses_are_counted_by_what_the_device_met() -> None:
+    ledger = make_ledger(slots=4)
+    ledger.handle_all([Seen(1, [0, 2, 3, 5], [0, READ, 2, LANDED], [3, 1, 1, 2], position=18)])
+    counters = ledger.counters
+    assert (counters.hits, counters.late, counters.misses) == ([0, 1], [0, 1], [0, 2])
+    assert counters.activations == {"hit": [0, 3], "late": [0, 1], "miss": [0, 3]}
+    assert counters.demand_bytes == 2 * RECORD
+
+
+# ------------------------------------------------------------ the table
+
+
+def test_addresses_survive_being_two_words() -> None:
+    layout = TableLayout(LAYERS, EXPERTS, slots=4, landing=4)
+    table = DeviceTable(layout, EXPERTS, HostDevice())
+    address = 0xFFFF_8765_FEDC_B001
+    words = layout.address_words(ExpertId(1, 5), address) | layout.flag_words(ExpertId(1, 5), 3)
+    table.stage(words | layout.slot_words(2, address - 1))
+    table.apply()
+    assert table.entries[1, 5].tolist() == [address - 2**64, 3]
+    assert int(table.slot_address[2]) == address - 1 - 2**64 and int(table.entries[0].abs().sum()) == 0
+    assert signed(2**31) == -(2**31)
+    with pytest.raises(ValueError, match="power of two"):
+        TableLayout(1, 1, 1, 3)
+
+
+def test_more_words_than_one_launch_applies() -> None:
+    layout = TableLayout(layers=40, experts=64, slots=8, landing=8)
+    table = DeviceTable(layout, 8, HostDevice())
+    words = {}
+    for layer in range(40):
+        for expert in range(64):
+            words |= layout.address_words(ExpertId(layer, expert), 4096 * (64 * layer + expert))
+    table.stage(words)
+    table.apply()
+    assert torch.equal(table.entries[..., 0].flatten(), 4096 * torch.arange(40 * 64))
+
+
+def test_a_slot_handed_out_while_it_is_retired_does_not_cool() -> None:
+    layout = TableLayout(LAYERS, EXPERTS, slots=4, landing=4)
+    publication = Publication(layout, home=lambda expert: 8192 | HOME)
+    publication.place_slot(1, 4096)
+    publication.retire(1, ExpertId(0, 0), lies_in=-1)
+    publication.retire(2, ExpertId(0, 1), lies_in=1)
+    publication.hand(1)
+    boundary = publication.boundary()
+    assert boundary.retired == (2,) and boundary.words[layout.list] == 1 and boundary.words[layout.tail] == 1
+    assert boundary.words[0] == 8192 | HOME and boundary.words[4] == 4096
+    assert publication.boundary().words == {}
+
+
+# ------------------------------------------------------------ copies
+
+
+def test_what_has_not_begun_can_be_taken_back() -> None:
+    device = FakeDevice()
+    table = DeviceTable(TableLayout(LAYERS, EXPERTS, slots=4, landing=4), EXPERTS, device)
+    copies = DeviceCopies(device, table, record_bytes=2**30)  # two at once
+    room = torch.zeros(8, dtype=torch.uint8)
+    for number in range(3):
+        load = Load(number, ExpertId(0, number), number, Priority.PREFETCH)
+        copies.submit(load, room.data_ptr() + 4, room.data_ptr(), 4)
+    copies.begin()
+    assert copies.begun == 2 and copies.cancel(0) is None and copies.cancel(2) is not None
+    assert copies.complete() == []
+    copies.wait()
+    assert [loaded.load_id for _, loaded in copies.complete()] == [0]
+    assert table.ready.tolist()[:1] == [1] and int(table.entries[0, 0, 1]) == 1
+
+
+# ------------------------------------------------------------ what is set aside
+
+
+def test_what_is_set_aside_follows_what_steps_miss() -> None:
+    aside = Aside()
+    for _ in range(40):
+        aside.step(misses=30, prefetches=20)
+    settled = aside.wanted(slots=1000, unused=60, absent=500, room=4096, foresees=True)
+    assert (settled.landing, settled.reserve) == (60, 34)
+    assert aside.wanted(slots=1000, unused=0, absent=0, room=4096, foresees=True) == Provide(0, 0)
+    few = aside.wanted(slots=10, unused=0, absent=500, room=4096, foresees=True)
+    assert few.landing + few.reserve <= 4
+
+
+def test_prompts_evict_nothing_where_everything_fits_and_no_more_than_a_ring_elsewhere() -> None:
+    for slots, least in ((12, 12), (8, 6)):
+        cache = make_cache(slots, HostDevice())
+        cache.fill()
+        for _ in range(6):
+            cache.begin_step((), scan=True)
+            with cache.stage() as staging:
+                for layer in range(LAYERS):
+                    assert (
+                        staging.resident(layer).count
+                        + sum(chunk.count for chunk in staging.chunks(layer, torch.empty(0)))
+                        == EXPERTS
+                    )
+            cache.scanned([[1] * EXPERTS] * LAYERS)
+            cache.end_step()
+            assert sum(cache.ledger.residents_by_layer()) >= least
+
+
+# ------------------------------------------------------------ the host's tiers
+
+
+def test_a_host_without_room_is_refused_with_the_shortfall() -> None:
+    with pytest.raises(ResourceError, match=f"{LAYERS * EXPERTS * RECORD} bytes, and 100 are available"):
+        HostTier(index_of(LAYERS, EXPERTS, 2), FakeDevice(), available=100)
+
+
+def test_a_record_that_layers_share_is_read_once() -> None:
+    index, records = index_of(LAYERS, EXPERTS, 2), Records()
+    index.layers[1:] = [index.layers[0]]
+    host = HostTier(index, FakeDevice(), available=2**20)
+    host.fill(records, threads=1, report=lambda fraction: None)
+    assert records.reads == EXPERTS and bytes(host.record(ExpertId(1, 3)).numpy()) == content(ExpertId(0, 3))
+
+
+def test_where_nothing_can_be_pinned_experts_are_brought_in_layer_by_layer(caplog: pytest.LogCaptureFixture) -> None:
+    device = FakeDevice()
+    device.unpinnable = "no permission"
+    cache = make_cache(6, device)
+    assert "no permission" in caplog.text and cache.by_layer
+    expect_served_by_layer(cache, device)
+
+
+def test_a_host_that_holds_some_reads_the_others() -> None:
+    device, index, records = FakeDevice(), index_of(LAYERS, EXPERTS, 2), Records()
+    with pytest.raises(BudgetError, match="host budget"):
+        SpilledHost(index, device, records, RECORD, make_policy("lru"), threads=1)
+    host = SpilledHost(index, device, records, 4 * RECORD, make_policy("lru"), threads=1)
+    cache = DeviceCache(index, device, host, make_ledger(6), NoLookahead(), EXPERTS)
+    assert cache.by_layer and cache.tiers().host_bytes == 4 * RECORD
+    expect_served_by_layer(cache, device)
+    assert 0 < records.reads <= 2 * LAYERS * 3
+    cache.close()
+    assert not device.registered
+
+
+def expect_served_by_layer(cache: DeviceCache, device: FakeDevice) -> None:
+    """Twice the same step: what was chosen is there while it is read, and of what came in, most is there again."""
+    chosen, met = torch.tensor([1, 0, 2, 0, 0, 1]), []
+    for _ in range(2):
+        cache.begin_step(())
+        with cache.stage() as staging:
+            for layer in range(LAYERS):
+                known = list(staging.resident(layer).indices)
+                for chunk in staging.chunks(layer, chosen):
+                    device.compute.mark().wait()
+                    known += chunk.indices
+                    for expert, address in zip(chunk.indices, chunk.addresses.tolist(), strict=True):
+                        slot = next(s for s in range(6) if cache.slab.address(s) == address)
+                        assert bytes(cache.slab.view(slot, RECORD).numpy()) == content(ExpertId(layer, expert))
+                assert {0, 2, 5} <= set(known)
+        cache.scanned([chosen.tolist()] * LAYERS)
+        met.append(cache.end_step())
+        cache.ledger.check()
+    assert (met[0].hits, met[0].misses) == (0, 6) and met[1].hits > 0
+    assert cache.ledger.counters.lookups() == 12
+
+
+def test_a_device_that_shares_memory_reads_everything_at_home() -> None:
+    device = FakeDevice()
+    device.shares_memory = True
+    cache = make_cache(4, device)
+    cache.begin_step(())
+    cache.before_launch()
+    FakeStep(cache.table, [{0: 1, 3: 2}, {5: 1}]).give(device.lanes[0])
+    cache.after_launch()
+    counts = cache.end_step()
+    assert (counts.hits, counts.misses, device.bytes_allotted(), cache.tiers().device_slots) == (3, 0, 0, 0)
+    with pytest.raises(ResourceError, match="shares the host's memory"):
+        cache.set_budget(4 * RECORD)
