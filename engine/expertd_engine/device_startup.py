@@ -17,6 +17,7 @@ from expertd_engine.core import Constrain, EngineCore, Forward
 from expertd_engine.device_memory import DeviceMeter
 from expertd_engine.errors import ConfigError, ResourceError
 from expertd_engine.experts.device_cache import DeviceCache
+from expertd_engine.experts.device_hints import AbsentHints
 from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.device_pool import ChunkPlan
@@ -289,9 +290,10 @@ def foresight_for(index: StoreIndex, given: Lookahead | None, ledger: DeviceLedg
     num_layers, counts = len(index.layers), {layer.num_experts for layer in index.layers}
     if counts == {index.top_k}:
         return EveryExpert(num_layers, index.top_k, 0)
-    if given is not None and given.exactness == "predicted":
-        return governed(given, index, ledger)
-    return given or NoLookahead()
+    if given is None or given.exactness == "none":
+        return given or NoLookahead()
+    absent = AbsentHints(given, ledger.resident_slots)
+    return governed(absent, index, ledger) if given.exactness == "predicted" else absent
 
 
 def _chunks(context: _Context) -> ChunkPlan:

@@ -336,6 +336,10 @@ class Foresight(_Message, frozen=True):
     """In which that was found out."""
     switches: int = 0
     """Times that a trial has changed it."""
+    trace_rows: int = 0
+    """Tokens whose routes were recorded."""
+    trace_failure: str | None = None
+    """Why routes are no longer recorded."""
 
 
 class HistogramData(_Message, frozen=True):

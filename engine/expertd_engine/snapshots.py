@@ -135,7 +135,9 @@ def foresight_of(engine: AnyEngine) -> Foresight:
     governor = governor_in(engine.cache.lookahead)
     payoff = PayOff() if governor is None else governor.payoff
     counts = (met.lookups, met.hits, met.clairvoyant_hits, payoff.is_on, payoff.trials, payoff.switches)
-    return Foresight(leads_of(engine.cache.lookahead), *counts)
+    recorder = engine.recorder
+    traced = (0, None) if recorder is None else (recorder.rows, recorder.failure)
+    return Foresight(leads_of(engine.cache.lookahead), *counts, *traced)
 
 
 def leads_of(lookahead: Lookahead) -> list[LeadOutcomes]:

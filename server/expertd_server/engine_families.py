@@ -131,6 +131,8 @@ COUNTERS = (
                                ("idle",): x.followed - x.followed_true - x.in_vain})),
     Family("foresight_trials", "Times that decode steps were timed with and without predictions.", (),
            _one(lambda s: s.foresight.trials)),
+    Family("trace_rows", "Tokens whose routes were recorded, with --trace-dir.", (),
+           _one(lambda s: s.foresight.trace_rows)),
     Family("expert_sampled_lookups", "Lookups of the experts that the clairvoyant estimate follows.", (),
            _one(lambda s: s.foresight.sampled_lookups)),
     Family("expert_sampled_hits", "Of expert_sampled_lookups, those that hit.", (),

@@ -102,6 +102,7 @@ def foresight(snapshot: Snapshot) -> dict[str, Any]:
             "lookups": found.sampled_lookups, "hit_ratio": found.sampled_hits / sampled,
             "clairvoyant_ratio": found.clairvoyant_hits / sampled,
         },
+        "trace": {"rows": found.trace_rows, "failure": found.trace_failure},
     }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def tokens(running: RunningDaemon, count: int) -> float:
     body = {"prompt": "once upon a time", "max_tokens": count, "temperature": 0.9, "seed": 3, "ignore_eos": True}
     assert running.http.post("/v1/completions", json=body).status_code == 200
     found = settled(running, before["lookups"])
-    return (found["hit"] - before.get("hit", 0)) / (found["lookups"] - before["lookups"])
+    return float((found["hit"] - before.get("hit", 0)) / (found["lookups"] - before["lookups"]))
 
 
 def settled(running: RunningDaemon, above: float) -> dict[str, float]:

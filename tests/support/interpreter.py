@@ -24,7 +24,7 @@ def _values(operand: Any) -> Any:
 
 
 def _dot(self: Any, a: Any, b: Any, acc: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    # Not matmul: what BLAS gives for a row depends on where among others it stands, which a tensor core's result does not.
+    # Not matmul: BLAS gives a row other bits at another place among others, a tensor core the same.
     product = np.einsum("mk,kn->mn", _values(a).astype(acc.data.dtype), _values(b).astype(acc.data.dtype))
     return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
 

@@ -141,7 +141,7 @@ def test_addresses_survive_being_two_words() -> None:
 def test_more_words_than_one_launch_applies() -> None:
     layout = TableLayout(layers=40, experts=64, slots=8, landing=8)
     table = DeviceTable(layout, 8, HostDevice())
-    words = {}
+    words: dict[int, int] = {}
     for layer in range(40):
         for expert in range(64):
             words |= layout.address_words(ExpertId(layer, expert), 4096 * (64 * layer + expert))

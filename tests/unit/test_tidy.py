@@ -29,6 +29,7 @@ PURE = (
     "experts.events",
     "experts.ledger",
     "experts.accounting",
+    *(f"experts.device_{name}" for name in ("aside", "events", "layout", "ledger", "pool", "publication")),
     "experts.policy",
     "experts.lookahead",
     "experts.governor",

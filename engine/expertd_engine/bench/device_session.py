@@ -90,8 +90,7 @@ class DeviceSession(EngineSession):
     def _layer_routes(self, layer: int) -> Sequence[int]:
         """What a layer of the running step routes to: foresight is told of it when the layer has routed."""
         assert self._routes is not None
-        distinct: list[int] = np.unique(self._routes.current[:, layer]).tolist()
-        return distinct
+        return sorted({expert for row in self._routes.current[:, layer].tolist() for expert in row})
 
     def vram_bytes(self) -> int:
         """What this process occupies of the card, at most so far."""

@@ -94,13 +94,13 @@ class GeneratedRoutes:
         """Routes of the step last announced, `[rows, layers, top_k]`."""
         return self._routes
 
-    def predicted(self, layer: int, lead: int, *, next_step: bool) -> Ids:
+    def predicted(self, layer: int, lead: int, *, next_step: bool) -> list[int]:
         """What the channel gives, `lead` layers ahead, for `layer` of this step's tokens; or of the next token of each
         of its streams. Distinct, ascending.
         """
         spans = [(number, stop, stop + 1) if next_step else (number, start, stop) for number, start, stop in self._rows]
         parts = [self._streams[number].predicted(start, stop)[:, layer, lead - 1] for number, start, stop in spans]
-        return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
+        return sorted({expert for part in parts for expert in part.ravel().tolist()})
 
 
 class ChannelLookahead:
@@ -132,7 +132,7 @@ class ChannelLookahead:
             begin = self._begin_of(step + ahead, target)
             if self.exactness == "exact" and begin in self._told:
                 continue
-            named = self._source.predicted(target, lead, next_step=bool(ahead)).tolist()
+            named = self._source.predicted(target, lead, next_step=bool(ahead))
             hints += [Hint(ExpertId(target, expert), begin + expert) for expert in named]
             self._told[begin] = set(named)
         return hints

@@ -19,7 +19,7 @@ from expertd_engine.errors import EngineError
 IMPLEMENTATIONS = ("batched_mm", "grouped_mm")
 """Of transformers' experts; which is the faster depends on the number of streams. `eager` never is."""
 _WARM_TOKENS = 4
-_RUNS = 3
+_RUNS = 2
 
 
 def measure(store: Path, streams: int, prompt: int, tokens: int, timeout_s: float) -> dict[str, Any]:

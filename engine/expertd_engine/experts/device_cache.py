@@ -9,44 +9,25 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-
-import numpy as np
 
 from expertd_engine.errors import ResourceError
 from expertd_engine.experts.accounting import Stalls
 from expertd_engine.experts.device_aside import Aside
 from expertd_engine.experts.device_copies import DeviceCopies, measure_link
-from expertd_engine.experts.device_events import (
-    HIT,
-    LANDED,
-    READ,
-    WAITED,
-    Adopt,
-    Confine,
-    Cooled,
-    Fill,
-    Hand,
-    Landed,
-    Lend,
-    Lent,
-    Move,
-    Provide,
-    Recall,
-    Retire,
-    Seen,
-)
+from expertd_engine.experts.device_events import HIT, READ, Adopt, Confine, Cooled, Fill, Lend, Provide, Seen
+from expertd_engine.experts.device_executor import Executor
 from expertd_engine.experts.device_host import HostTier
-from expertd_engine.experts.device_layout import HOME, TableLayout
-from expertd_engine.experts.device_ledger import DeviceEvent, DeviceInstruction, DeviceLedger
+from expertd_engine.experts.device_layout import TableLayout
+from expertd_engine.experts.device_ledger import DeviceEvent, DeviceLedger
 from expertd_engine.experts.device_pool import Use
-from expertd_engine.experts.device_publication import Boundary, Publication
-from expertd_engine.experts.device_slab import DeviceSlab
+from expertd_engine.experts.device_publication import Boundary
+from expertd_engine.experts.device_report import Launch, count_report, num_misses, read_report
 from expertd_engine.experts.device_spill import SpilledHost
 from expertd_engine.experts.device_staging import Fetching, Staging, plan_ring
 from expertd_engine.experts.device_streams import Device, Mark
-from expertd_engine.experts.device_table import DeviceTable, Report
-from expertd_engine.experts.events import Cancel, ExpertId, Load, Predict, Priority, SetBudget, Tick
+from expertd_engine.experts.device_table import DeviceTable
+from expertd_engine.experts.device_tiers import Tiers
+from expertd_engine.experts.events import ExpertId, Predict, SetBudget, Tick
 from expertd_engine.experts.lookahead import Lookahead
 from expertd_engine.experts.store_format import StoreIndex
 from expertd_engine.request import ExpertCounts
@@ -58,50 +39,6 @@ _MARGIN = 2
 """Layers that are too near for a copy."""
 _EVICTIONS = 16
 """Between two looks at the running launch."""
-
-
-@dataclass(slots=True)
-class LinkBytes:
-    """Bytes that crossed the link, by what for. Cumulative."""
-
-    landed: int = 0
-    """Read by kernels, and kept."""
-    read: int = 0
-    """Read by kernels alone."""
-    prefetched: int = 0
-    filled: int = 0
-    """To fill empty slots."""
-    staged: int = 0
-    """Streamed through for prompts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tiers:
-    """Where bytes are, for status and metrics."""
-
-    device_bytes: int
-    """Memory allotted for slots."""
-    device_slots: int
-    resident: int
-    set_aside: int
-    host_bytes: int
-    host_pinned: bool
-    link: LinkBytes
-    link_bytes_per_s: float
-    """As measured at start."""
-    duplicates: int
-    """Records that a step landed while they were being copied: their bytes crossed twice."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Launch:
-    """A launch whose report has not been taken in."""
-
-    step: int
-    turn: int
-    scan: bool
-    whole: bool
-    ended: Mark
 
 
 class DeviceCache:
@@ -121,7 +58,6 @@ class DeviceCache:
     ) -> None:
         self.device, self.host, self.ledger, self.lookahead = device, host, ledger, lookahead
         self.stalls = Stalls(("link_estimated",))
-        self.link = LinkBytes()
         self.resized: Callable[[], None] = _nobody
         """Called when the budget has changed."""
         self.routes: Callable[[int], Sequence[int]] = _unknown
@@ -131,33 +67,26 @@ class DeviceCache:
         landing = 1 << min(ledger.num_slots, _LANDING_MOST).bit_length()
         layout = TableLayout(len(self.record_bytes), experts, ledger.num_slots, landing)
         self.table = DeviceTable(layout, report_rows, device)
-        self.slab = DeviceSlab(ledger.plan, device)
-        self.publication = Publication(layout, host.home)
-        self.copies = DeviceCopies(device, self.table, max(self.record_bytes))
-        ledger.prefetch_at_most(self.copies.ahead)
+        self._executor = Executor(device, host, ledger, self.table, self.record_bytes)
+        self.slab, self.publication, self.copies = (
+            self._executor.slab, self._executor.publication, self._executor.copies
+        )  # fmt: skip
+        self.link = self._executor.link
         self._period, self._experts = layout.layers * experts, experts
         self._step = self._layers_known = self._prefetches_before = 0
         self._scan = self._staged_words = False
         self._scanned = ExpertCounts()
         self.fetched: set[tuple[int, int]] = set()
         """Experts that the running step had to have brought in, where it waited for that."""
-        self._lent: list[int] = []
         self.pulse: Callable[[], None] = _nobody
         """Called at the end of each step."""
         self._aside = Aside()
         self._boundary = Boundary({}, ())
         self._before: Mark = device.compute.mark()
         self._digesting: Iterator[None] = iter(())
-        self._unread: _Launch | None = None
-        self._last: _Launch | None = None
-        for layer, count in enumerate(ledger.experts_per_layer):
-            for expert in range(count):
-                self.publication.send_home(ExpertId(layer, expert))
-        if device.shares_memory:
-            self._handle([Confine(0)])
-        else:
-            self._resize_slab(ledger.slots_within(ledger.budget_bytes))
-        self.settle()
+        self._unread: Launch | None = None
+        self._last: Launch | None = None
+        self._executor.begin()
         self.link_bytes_per_s = math.inf if device.shares_memory else self._measure_link()
 
     # ------------------------------------------------------------ a step
@@ -168,12 +97,12 @@ class DeviceCache:
         self._scan, self._layers_known, self._scanned = scan, 0, ExpertCounts()
         self.fetched.clear()
         hints = tuple(self.lookahead.begin_step(self._step, token_ids))
-        self._pump([Predict(hints)] if hints else [])
+        self._executor.pump([Predict(hints)] if hints else [])
 
     def before_launch(self) -> None:
         """Send what the launch applies first. The launch before the last has ended."""
         if self._step == 1:
-            self._handle([self._wanted()])
+            self._executor.handle([self._wanted()])
         self._finish_digest()
         self._boundary = self.publication.boundary()
         self.table.stage(self._boundary.words)
@@ -184,9 +113,10 @@ class DeviceCache:
         """The launch is under way: have its report sent, and take in what the one before met."""
         self.table.copy_out()
         self._staged_words = False
-        launch = _Launch(self._step, self.table.turn, self._scan, whole, self.device.compute.mark())
+        position, ended = self._step * self._period, self.device.compute.mark()
+        launch = Launch(self._step, position, self._experts, self.table.turn, self._scan, whole, ended)
         self.copies.after(self._before)
-        self._pump([Cooled(self._boundary.retired)])
+        self._executor.pump([Cooled(self._boundary.retired)])
         self._finish_digest()
         self._digesting = self._digest(self._unread)
         self._unread = self._last = launch
@@ -199,11 +129,11 @@ class DeviceCache:
         known = self.table.layers_known
         if self.routes is not _unknown and known > self._layers_known:
             self.ledger.foreseen_until(self._step * self._period + self._worth_copying(known) * self._experts)
-            for layer in range(self._layers_known, known):
-                hints = tuple(self.lookahead.routed(self._step, layer, self.routes(layer)))
-                events += [Predict(hints)] if hints else []
+            # The newest layer says what the others would have said, for layers that have not run yet.
+            hints = tuple(self.lookahead.routed(self._step, known - 1, self.routes(known - 1)))
+            events += [Predict(hints)] if hints else []
             self._layers_known = known
-        self._pump(events)
+        self._executor.pump(events)
         next(self._digesting, None)
 
     def _worth_copying(self, known: int) -> int:
@@ -216,7 +146,7 @@ class DeviceCache:
         if self._last is None or self._last.step != self._step:
             return self._scanned
         self._last.ended.wait()
-        counts = self._count(self.table.report(self._last.turn))
+        counts = count_report(self.table.report(self._last.turn), self.record_bytes, self.link_bytes_per_s)
         self.stalls.add("link_estimated", counts.stall_s)
         self.stalls.end_step()
         return counts
@@ -228,7 +158,7 @@ class DeviceCache:
             if self.table.layers_known == 0:  # then nothing has landed, and nobody knows whether it was applied
                 self.device.compute.run(self.table.apply)
             self.after_launch(whole=False)
-        self._handle([Tick((self._step + 1) * self._period)])
+        self._executor.handle([Tick((self._step + 1) * self._period)])
 
     @property
     def transfers(self) -> DeviceCopies:
@@ -244,25 +174,15 @@ class DeviceCache:
         """No step is running: take in all there is to know, without waiting."""
         if self._unread is None or self._unread.ended.done():
             self._catch_up()
-        self._pump([])
+        self._executor.pump([])
 
     # ------------------------------------------------------------ between steps
 
     def settle(self) -> None:
         """No step is running: take in all there is to know, and have all that was collected applied, now."""
         self._catch_up()
-        self.flush()
+        self._executor.flush()
         self.device.compute.mark().wait()
-
-    def flush(self, *events: DeviceEvent) -> None:
-        """Have all that was collected applied before whatever is given to the compute lane from now on, then tell of
-        these events.
-        """
-        boundary = self.publication.boundary()
-        self.table.stage(boundary.words)
-        self.device.compute.run(self.table.apply)
-        self.copies.after(self.device.compute.mark())
-        self._handle([Cooled(boundary.retired), *events])
 
     def stage(self) -> Staging:
         """For a step of many rows, launched layer by layer: its experts, streamed through a few slots. Call it between
@@ -271,8 +191,8 @@ class DeviceCache:
         self._catch_up()
         ring = plan_ring(self.ledger.pool.limit, max(self.record_bytes))
         while not self.device.shares_memory and not self._borrow(ring.slots):
-            self._drain()  # every slot is being copied into
-        lent, self._lent = self._lent, []
+            self._executor.drain()  # every slot is being copied into
+        lent = self._executor.take_lent()
         return Fetching(self, lent, ring, keep=not self._scan) if self.by_layer else Staging(self, lent, ring)
 
     @property
@@ -282,16 +202,16 @@ class DeviceCache:
 
     def adopt(self, expert: ExpertId, slot: int) -> None:
         """A staged step has done with the record that was streamed into a lent slot; it may stay."""
-        self._handle([Adopt(expert, slot)])
+        self._executor.handle([Adopt(expert, slot)])
         if self.ledger.resident_slots(expert.layer)[expert.expert] == slot:
             self.publication.copied(expert, slot)
 
     def scanned(self, pairs: Sequence[Sequence[int]]) -> None:
         """A staged step's launches have ended; `pairs[l][e]` pairs chose expert e of layer l."""
         seen = [self._staged(layer, chosen) for layer, chosen in enumerate(pairs)]
-        misses = [_misses(one) for one in seen]
-        self._pump([*seen, Tick((self._step + 1) * self._period)])
-        self._handle([self._wanted()])
+        misses = [num_misses(one) for one in seen]
+        self._executor.pump([*seen, Tick((self._step + 1) * self._period)])
+        self._executor.handle([self._wanted()])
         nbytes = sum(count * size for count, size in zip(misses, self.record_bytes, strict=True))
         lookups = sum(len(one.experts) for one in seen)
         self.fetched.clear()
@@ -305,12 +225,12 @@ class DeviceCache:
         if self.by_layer:
             return  # they come as steps ask for them
         self._catch_up()
-        self._handle([Provide(0, 0, still=True)])
-        self.flush()
+        self._executor.handle([Provide(0, 0, still=True)])
+        self._executor.flush()
         counts = self.ledger.experts_per_layer
         others = [ExpertId(layer, e) for e in range(self._experts) for layer, count in enumerate(counts) if e < count]
-        self._handle([Fill([*experts, *others])])
-        self._drain()
+        self._executor.handle([Fill([*experts, *others])])
+        self._executor.drain()
         self.settle()
 
     def set_budget(self, budget_bytes: int) -> None:
@@ -321,17 +241,17 @@ class DeviceCache:
             raise ResourceError("this device shares the host's memory: it has no expert slots of its own to budget")
         self.ledger.check_budget(budget_bytes)
         self.settle()
-        self._drain()
+        self._executor.drain()
         slots = self.ledger.slots_within(budget_bytes)
-        self._handle([Confine(self.slab.kept(slots))])
+        self._executor.handle([Confine(self.slab.kept(slots))])
         self.settle()
         try:
-            self._resize_slab(slots)
+            self._executor.resize(slots)
         except ResourceError:
-            self._handle([SetBudget(self.slab.bytes)])
+            self._executor.handle([SetBudget(self.slab.bytes)])
             logger.warning("the expert budget is %d bytes now: the device has no room for more", self.slab.bytes)
             raise
-        self._handle([SetBudget(budget_bytes)])
+        self._executor.handle([SetBudget(budget_bytes)])
         self.settle()
         self.resized()
 
@@ -351,7 +271,7 @@ class DeviceCache:
 
     def close(self) -> None:
         """Wait for the device and unpin the host's memory."""
-        self._drain()
+        self._executor.drain()
         self.device.compute.mark().wait()
         self.host.close()
 
@@ -368,18 +288,19 @@ class DeviceCache:
         for _ in self._digesting:
             pass
 
-    def _digest(self, launch: _Launch | None) -> Iterator[None]:
+    def _digest(self, launch: Launch | None) -> Iterator[None]:
         """Tell of a launch, and set aside what the next ones will need: piece by piece, since
         copies for the running launch must not wait for all of it.
         """
         if launch is not None:
             launch.ended.wait()
             misses = 0
-            for seen, landed in self._read(self.table.report(launch.turn), launch):
-                self._handle([seen, *landed, *self._foreseen_late(seen, launch)], landed)
-                misses += _misses(seen)
+            for seen, landed in read_report(self.table.report(launch.turn), launch):
+                self._executor.count_met(seen)
+                self._executor.handle([seen, *landed, *self._foreseen_late(seen, launch)], landed)
+                misses += num_misses(seen)
                 yield
-            self._handle([Tick((launch.step + 1) * self._period)])
+            self._executor.handle([Tick((launch.step + 1) * self._period)])
             self._tell_aside(misses)
             yield
         yield from self._set_aside()
@@ -387,32 +308,18 @@ class DeviceCache:
     def _set_aside(self) -> Iterator[None]:
         wanted = self._wanted()
         for landing in range(self.ledger.pool.number(Use.HANDED), wanted.landing, _EVICTIONS):
-            self._handle([Provide(min(landing + _EVICTIONS, wanted.landing), wanted.reserve)])
+            self._executor.handle([Provide(min(landing + _EVICTIONS, wanted.landing), wanted.reserve)])
             yield
-        self._handle([wanted])
-
-    def _read(self, report: Report, launch: _Launch) -> Iterator[tuple[Seen, list[Landed]]]:
-        for layer, (experts, sources, slots, pairs) in report.layers():
-            nbytes = self.record_bytes[layer]
-            seen = Seen(layer, experts, sources, pairs, launch.step * self._period + layer * self._experts, launch.scan)
-            landed = [
-                Landed(ExpertId(layer, expert), slot, launch.scan, launch.whole)
-                for expert, source, slot in zip(experts, sources, slots, strict=True)
-                if source == LANDED
-            ]
-            self.link.read += sources.count(READ) * nbytes
-            self.link.landed += len(landed) * nbytes
-            self.copies.read_bytes += _misses(seen) * nbytes
-            yield seen, landed
+        self._executor.handle([wanted])
 
     def _borrow(self, slots: int) -> bool:
         """Whether there are any to stream through, `slots` at most, or none are needed; no step is running."""
         wanted = self._wanted(slots)
-        self._handle([wanted])
-        self.flush(Lend(min(slots, wanted.reserve)))
-        return bool(self._lent) or wanted.reserve == 0
+        self._executor.handle([wanted])
+        self._executor.flush(Lend(min(slots, wanted.reserve)))
+        return bool(self._executor.lent) or wanted.reserve == 0
 
-    def _foreseen_late(self, seen: Seen, launch: _Launch) -> list[DeviceEvent]:
+    def _foreseen_late(self, seen: Seen, launch: Launch) -> list[DeviceEvent]:
         """Where nobody knows routes while a step runs, a lookahead hears of them when it has ended."""
         if self.routes is not _unknown:
             return []
@@ -442,83 +349,8 @@ class DeviceCache:
             slots=pool.limit, unused=unused, absent=absent, room=room, foresees=foresees, streamed=streamed
         )
 
-    def _pump(self, events: list[DeviceEvent], landed: Sequence[Landed] = ()) -> None:
-        for load, loaded in self.copies.complete():
-            self.publication.copied(load.expert, load.slot)
-            events.append(loaded)
-            if load.priority is Priority.PREFETCH:
-                self.link.prefetched += self.record_bytes[load.expert.layer]
-            else:
-                self.link.filled += self.record_bytes[load.expert.layer]
-        if events:
-            self._handle(events, landed)
-        self.copies.begin()
-
-    def _handle(self, events: Sequence[DeviceEvent], landed: Sequence[Landed] = ()) -> None:
-        """Tell the ledger, and do as it says."""
-        cancelled: list[DeviceEvent] = []
-        instructions = self.ledger.handle_all(events)
-        for one in landed:
-            lies_in = self.ledger.resident_slots(one.expert.layer)[one.expert.expert]
-            self.publication.landed(one.expert, one.slot, lies_in)
-        for instruction in instructions:
-            self._execute(instruction, cancelled)
-        if cancelled:
-            self._handle(cancelled)
-
-    def _execute(self, instruction: DeviceInstruction, cancelled: list[DeviceEvent]) -> None:
-        match instruction:
-            case Retire(slot, expert):
-                lies_in = self.ledger.resident_slots(expert.layer)[expert.expert]
-                self.publication.retire(slot, expert, lies_in)
-            case Hand(slot):
-                self.publication.hand(slot)
-            case Load(_, expert, slot, _):
-                nbytes = self.record_bytes[expert.layer]
-                self.copies.submit(instruction, self.slab.address(slot), self.host.home(expert) & ~HOME, nbytes)
-            case Cancel(load_id):
-                taken_back = self.copies.cancel(load_id)
-                cancelled += [] if taken_back is None else [taken_back]
-            case Recall(slots):
-                self.publication.recall(slots)
-            case Lent(slots):
-                self._lent = list(slots)
-            case Move(expert, origin, slot):
-                nbytes = self.record_bytes[expert.layer]
-                self.device.compute.copy([(self.slab.view(slot, nbytes), self.slab.view(origin, nbytes))])
-                self.publication.moved(expert, slot)
-
-    # ------------------------------------------------------------ the device
-
-    def _drain(self) -> None:
-        """Until no copy is under way."""
-        self._pump([])
-        while not self.ledger.is_idle():
-            self.copies.wait()
-            self._pump([])
-
-    def _resize_slab(self, slots: int) -> None:
-        first = self.slab.kept(slots)
-        self.slab.resize(slots)
-        for slot in range(first, slots):
-            self.publication.place_slot(slot, self.slab.address(slot))
-
     def _measure_link(self) -> float:
         return measure_link(self.device, self.slab.address(0), self.host.address, self.record_bytes[0])
-
-    def _count(self, report: Report) -> ExpertCounts:
-        valid = np.arange(report.seen.shape[1]) < report.counts[:, None]
-        sources = np.where(valid, report.seen[:, :, 1], -1)
-        over_link = ((sources == READ) | (sources == LANDED)).sum(axis=1)
-        late = int((sources == WAITED).sum())
-        nbytes = int(over_link @ np.array(self.record_bytes))
-        # Of a copy that was waited for, half was under way already: nobody knows better.
-        stall_s = (nbytes + late * max(self.record_bytes) / 2) / self.link_bytes_per_s
-        return ExpertCounts(int((sources == HIT).sum()), late, int(over_link.sum()), nbytes, stall_s)
-
-
-def _misses(seen: Seen) -> int:
-    return seen.sources.count(READ) + seen.sources.count(LANDED)
 
 
 def _nobody() -> None:

@@ -12,13 +12,16 @@ from expertd_engine.experts.device_pool import ChunkPlan
 from expertd_engine.experts.device_streams import Device
 
 CHUNK_BYTES = 256 * 2**20
+_SMALLEST_BYTES = 16 * 2**20
+"""Less is not an allocation of its own for torch's allocator."""
 GRANULE = 2 * 2**20
 """What torch's allocator rounds large blocks to."""
 
 
 def plan_chunks(slot_bytes: int, most_slots: int, granule: int = GRANULE) -> ChunkPlan:
-    """Chunks of about `CHUNK_BYTES`, but not more slots than there will ever be."""
-    return ChunkPlan(slot_bytes, max(1, min(most_slots, CHUNK_BYTES // slot_bytes)), granule)
+    """Chunks of `CHUNK_BYTES`, or a sixteenth of all slots if that is less: a change of budget empties up to one."""
+    whole, few = CHUNK_BYTES // slot_bytes, max(_SMALLEST_BYTES // slot_bytes, most_slots // 16)
+    return ChunkPlan(slot_bytes, max(1, min(most_slots, whole, few)), granule)
 
 
 class DeviceSlab:

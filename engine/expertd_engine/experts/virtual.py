@@ -5,7 +5,7 @@ router would have sent to every expert is summed into a score over a sliding win
 come back; a swap brings in the best of those for the worst of the held. Where a layer can be foreseen, what the step
 will ask of it is brought in on the way there. Either is asynchronous: the victim serves until the newcomer's bytes are
 there. Three brakes keep it from thrashing: hysteresis, swaps a layer may begin in one step, and loads under way at
-once, which is the share of the reading threads that virtual mode may take.
+once, which bounds the share of the disk that virtual mode may take.
 """
 
 from __future__ import annotations

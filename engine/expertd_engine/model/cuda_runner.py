@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expertd_engine.core import StepFailed, StepResult
+from expertd_engine.experts.cache import ExpertUnavailableError
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.messages import TokenLogprob
 from expertd_engine.model.attention import Span
@@ -40,7 +41,7 @@ class DeviceRunner:
         self._cache.begin_step(tokens.ids, scan=all(chunk.is_prefill for chunk in plan.chunks))
         try:
             outcome = self.model.step(tokens, self._cache)
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except (ExpertUnavailableError, MemoryError, torch.OutOfMemoryError) as error:
             self._cache.abandon_step()
             raise StepFailed((), str(error) or "the device has no memory left for this step") from error
         experts = self._cache.end_step()

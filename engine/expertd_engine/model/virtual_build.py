@@ -21,9 +21,8 @@ from expertd_engine.model.virtual_routing import VirtualRouting, importance
 from expertd_engine.planning.profile import Profile
 from expertd_engine.planning.split import split_slots
 
-
 LOADS_A_THREAD = 4
-"""Loads for held sets under way at once, by reading thread. With one in all, the layers that nobody foresees (the first,
+"""Loads for held sets under way at once, by reading thread. With one in all, layers that nobody foresees (the first,
 which matters most) hardly move: on a fine-grained model at twice top-k slots that doubled the divergence."""
 
 

@@ -70,10 +70,6 @@ class ExpertLayout:
         return cls(formats.pop(), hidden, inner, activation, alpha, limit, offsets, (biases[0], biases[1], biases[2]))
 
     @property
-    def gated(self) -> bool:
-        return self.offsets[0][0] >= 0
-
-    @property
     def quantised(self) -> bool:
         return self.format not in ("float32", "bfloat16")
 

@@ -68,7 +68,8 @@ def experts_prefill(
     `x` `[R, H]` and `inner` `[P, I]` bfloat16 or float32, `weights` float32 `[R, top_k]`, `addresses` int64 `[n]`.
     A program takes `rows` pairs of an expert: by default what suits their number.
     """
-    rows = rows or prefill_rows(layout, len(groups.pairs) // (len(groups.begin) - 1))
+    num_experts = len(groups.begin) - 1
+    rows = rows or prefill_rows(layout, len(groups.pairs) // num_experts)
     gate_up, down = tiles or (prefill_tiles(layout), prefill_tiles(layout))
     top_k = weights.shape[1]
     count = len(experts)
@@ -79,13 +80,13 @@ def experts_prefill(
         **record_constants(layout, gate_up, layout.inner, layout.hidden), TOP_K=top_k,
         GATE=layout.offsets[0], UP=layout.offsets[1], GATE_BIAS=layout.biases[0], UP_BIAS=layout.biases[1],
         ACTIVATION=layout.activation, ALPHA=layout.alpha, LIMIT=layout.limit,
-        MT=rows, EXPERTS=triton.next_power_of_2(count), num_warps=gate_up.warps, num_stages=gate_up.stages,
+        MT=rows, EXPERTS=triton.next_power_of_2(num_experts), num_warps=gate_up.warps, num_stages=gate_up.stages,
     )  # fmt: skip
     _prefill_down[(triton.cdiv(layout.hidden, down.outputs), blocks)](
         *which, count, inner, weights, partials,
         **record_constants(layout, down, layout.hidden, layout.inner),
         DOWN=layout.offsets[2], BIAS=layout.biases[2],
-        MT=rows, EXPERTS=triton.next_power_of_2(count), num_warps=down.warps, num_stages=down.stages,
+        MT=rows, EXPERTS=triton.next_power_of_2(num_experts), num_warps=down.warps, num_stages=down.stages,
     )  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def prefill_tiles(layout: ExpertLayout) -> Tiles:
     return Tiles(64, 64 if layout.format in ("int4", "int4s") else 128, 4, 3)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["experts", "addresses"])
 def _prefill_gate_up(
     begin: tl.tensor, pairs: tl.tensor, experts: tl.tensor, addresses: tl.tensor, count: tl.tensor,
     x: tl.tensor, inner: tl.tensor,
@@ -132,7 +133,7 @@ def _prefill_gate_up(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["experts", "addresses"])
 def _prefill_down(
     begin: tl.tensor, pairs: tl.tensor, experts: tl.tensor, addresses: tl.tensor, count: tl.tensor,
     inner: tl.tensor, weights: tl.tensor, partials: tl.tensor,

@@ -1,6 +1,6 @@
 """Products of a few rows with a block of a stored matrix: what all expert kernels are made of. Triton functions alone.
 
-A matrix lies in the order "rows" of `kernels.formats`. Its block is some of its rows, `[BN]`, each given by where it
+A matrix lies as `kernels.row_order` says. Its block is some of its rows, `[BN]`, each given by where it
 begins, so that rows of two matrices of a record (gate and up) can be one block. Products are of bfloat16 on tensor
 cores, or of float32 where the rows or the matrix are; sums are float32, over columns in one order whatever the rows: a
 row's bits do not depend on what is computed beside it.

@@ -1,0 +1,58 @@
+"""Makes of what a launch reported what the ledger is told of it, and what the step's requests are told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from expertd_engine.experts.device_events import HIT, LANDED, READ, WAITED, Landed, Seen
+from expertd_engine.experts.device_streams import Mark
+from expertd_engine.experts.device_table import Report
+from expertd_engine.experts.events import ExpertId
+from expertd_engine.request import ExpertCounts
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A launch and where its report will be. Its first layer's experts are used from `position` on, each layer's
+    `experts` further. Not `whole`: it failed.
+    """
+
+    step: int
+    position: int
+    experts: int
+    turn: int
+    scan: bool
+    whole: bool
+    ended: Mark
+
+
+def read_report(report: Report, launch: Launch) -> Iterator[tuple[Seen, list[Landed]]]:
+    """Layer by layer: which experts were met, and those that landed."""
+    for layer, (experts, sources, slots, pairs) in report.layers():
+        position = launch.position + layer * launch.experts
+        landed = [
+            Landed(ExpertId(layer, expert), slot, launch.scan, launch.whole)
+            for expert, source, slot in zip(experts, sources, slots, strict=True)
+            if source == LANDED
+        ]
+        yield Seen(layer, experts, sources, pairs, position, launch.scan), landed
+
+
+def count_report(report: Report, record_bytes: Sequence[int], link_bytes_per_s: float) -> ExpertCounts:
+    """Lookups by result; the time that the link took is estimated, since nobody can look at the clock in a kernel."""
+    valid = np.arange(report.seen.shape[1]) < report.counts[:, None]
+    sources = np.where(valid, report.seen[:, :, 1], -1)
+    over_link = ((sources == READ) | (sources == LANDED)).sum(axis=1)
+    late = int((sources == WAITED).sum())
+    nbytes = int(over_link @ np.array(record_bytes))
+    # Of a copy that was waited for, half was under way already: nobody knows better.
+    stall_s = (nbytes + late * max(record_bytes) / 2) / link_bytes_per_s
+    return ExpertCounts(int((sources == HIT).sum()), late, int(over_link.sum()), nbytes, stall_s)
+
+
+def num_misses(seen: Seen) -> int:
+    """Experts that were read over the link."""
+    return seen.sources.count(READ) + seen.sources.count(LANDED)
