@@ -177,7 +177,8 @@ class EngineInfo(_Message, frozen=True):
     kernels: str
     """Instruction set of the native kernels, or `torch` where there are none."""
     step_path: str
-    """`native`: whole steps run on them; `modules`: transformers' modules do all but the experts."""
+    """`native`: whole steps run on them; `modules`: transformers' modules do all but the experts. On a card `graph`: a
+    step is one launch; `layers`: the host brings experts in at every layer."""
     direct_io: bool
     fallbacks: list[str]
     """Every path that runs slower or weaker than designed, in one sentence each."""

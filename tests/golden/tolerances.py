@@ -109,7 +109,7 @@ result, products in float32."""
 DEVICE_EXPERTS_BF16 = Tolerance(5e-3, 2e-2)
 """The same with rows and what lies between the matrices rounded to bfloat16."""
 DEVICE_ATTENTION = {torch.float32: Tolerance(3.3e-7, 1.3e-6), torch.bfloat16: Tolerance(3.6e-3, 1.4e-2)}
-"""Attention of the device's kernels against float64 with the same keys and values, by their type; results are near 1."""
+"""The device's attention against float64 with the same keys and values, by their type. Results are near 1."""
 
 PREGATED_LOGPROBS = Tolerance(9.6e-7, 3.8e-6)
 """Log-probabilities of answers of tiny pre-gated models in float32 against the same classes in plain transformers."""

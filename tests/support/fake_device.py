@@ -19,7 +19,7 @@ from torch import Tensor
 from expertd_engine.errors import ResourceError
 from expertd_engine.experts.device_events import HIT, LANDED, READ, WAITED
 from expertd_engine.experts.device_layout import HOME
-from expertd_engine.experts.device_streams import Lane, Mark, Move
+from expertd_engine.experts.device_streams import AddressMove, Lane, Mark
 from expertd_engine.experts.device_table import DeviceTable
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.store_format import LayerEntry, RecordLayout, StoreIndex
@@ -64,7 +64,7 @@ class FakeLane:
             for part in (slice(0, middle), slice(middle, len(target))):
                 self.give(partial(_move, target[part], source[part]))
 
-    def move(self, moves: Sequence[Move]) -> None:
+    def move(self, moves: Sequence[AddressMove]) -> None:
         for target, source, count in moves:
             half = count // 2 if count > 8 else count
             self.give(partial(ctypes.memmove, target, source, half))

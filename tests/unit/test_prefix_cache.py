@@ -27,7 +27,7 @@ PROMPT = range(10, 20)
 
 
 def caching_core(forward: HashForward | None = None, **limits: int) -> EngineCore:
-    scheduler = make_scheduler(block_tokens=BLOCK, prefix_cache=True, **limits)
+    scheduler = make_scheduler(block_tokens=BLOCK, prefix_cache=True, batching="decode-first", **limits)
     return make_core(scheduler, forward or HashForward(BLOCK))
 
 

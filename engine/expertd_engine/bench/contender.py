@@ -37,6 +37,8 @@ class Contender:
         self._timeout_s = timeout_s
         self._stack = ExitStack()
         self._group: MemoryCgroup | None = None
+        self._figures: tuple[int, int] | None = None
+        """Kills and peak of a cgroup that is no more."""
         self._received = b""
 
     def __enter__(self) -> Self:
@@ -50,6 +52,7 @@ class Contender:
         try:
             if self._limit_bytes is not None:
                 self._group = self._stack.enter_context(limited_memory(self._limit_bytes))
+                self._stack.callback(self._keep_figures)
                 command = inside(self._group, command)
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment(self._specification)
@@ -79,12 +82,20 @@ class Contender:
     @property
     def kills(self) -> int | None:
         """Processes that the kernel killed in the cgroup; None without one."""
-        return None if self._group is None else num_kills(self._group)
+        return None if self._group is None else self._cgroup_figures(self._group)[0]
 
     @property
     def cgroup_peak_bytes(self) -> int | None:
         """The most that the cgroup was ever charged, page cache included; None without one."""
-        return None if self._group is None else self._group.peak_bytes()
+        return None if self._group is None else self._cgroup_figures(self._group)[1]
+
+    def _cgroup_figures(self, group: MemoryCgroup) -> tuple[int, int]:
+        return self._figures or (num_kills(group), group.peak_bytes())
+
+    def _keep_figures(self) -> None:
+        """Those who did not get ready in time are asked about as well."""
+        assert self._group is not None
+        self._figures = self._cgroup_figures(self._group)
 
     def _answer(self, too_late: str) -> Answer:
         assert self._process.stdout is not None

@@ -1,4 +1,4 @@
-"""Estimates, while serving, what a cache that knew the future would hit: on a sample of experts, in a cache scaled alike.
+"""Estimates while serving what a cache that knew the future would hit, by a sample of experts in a cache scaled alike.
 
 An interval between two uses of an expert would have been a hit if the cache had had room all through it; intervals are
 judged when they end, in that order, each taking room if it fits: Belady's choice, after the fact. Sampling by expert

@@ -43,8 +43,8 @@ def read_report(report: Report, launch: Launch) -> Iterator[tuple[Seen, list[Lan
 
 def count_report(report: Report, record_bytes: Sequence[int], link_bytes_per_s: float) -> ExpertCounts:
     """Lookups by result; the time that the link took is estimated, since nobody can look at the clock in a kernel."""
-    valid = np.arange(report.seen.shape[1]) < report.counts[:, None]
-    sources = np.where(valid, report.seen[:, :, 1], -1)
+    rows = int(report.counts.max())
+    sources = np.where(np.arange(rows) < report.counts[:, None], report.seen[:, :rows, 1], -1)
     over_link = ((sources == READ) | (sources == LANDED)).sum(axis=1)
     late = int((sources == WAITED).sum())
     nbytes = int(over_link @ np.array(record_bytes))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertd_engine.errors import ResourceError
 
-Move = tuple[int, int, int]
+AddressMove = tuple[int, int, int]
 """Target address, source address, bytes."""
 
 
@@ -40,7 +40,7 @@ class Lane(Protocol):
         """
         ...
 
-    def move(self, moves: Sequence[Move]) -> None:
+    def move(self, moves: Sequence[AddressMove]) -> None:
         """Copy between addresses, in order, without waiting. Host memory must be pinned."""
         ...
 
@@ -102,7 +102,7 @@ class _AtOnce:
         for target, source in pairs:
             target.copy_(source)
 
-    def move(self, moves: Sequence[Move]) -> None:
+    def move(self, moves: Sequence[AddressMove]) -> None:
         for target, source, count in moves:
             ctypes.memmove(target, source, count)
 
@@ -158,7 +158,7 @@ class _Stream:
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
 
-    def move(self, moves: Sequence[Move]) -> None:
+    def move(self, moves: Sequence[AddressMove]) -> None:
         stream = self._stream().cuda_stream
         for target, source, count in moves:
             if (outcome := self._driver.cuMemcpyAsync(target, source, count, stream)) != 0:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from expertd_engine.experts.device_layout import TableLayout, Words
-from expertd_engine.experts.device_streams import Device, Move
+from expertd_engine.experts.device_streams import AddressMove, Device
 from expertd_engine.experts.events import ExpertId
 
 if TYPE_CHECKING:
@@ -148,11 +148,11 @@ class DeviceTable:
 
     # ------------------------------------------------------------ what the copies lane does
 
-    def announce(self, expert: ExpertId, slot: int) -> list[Move]:
+    def announce(self, expert: ExpertId, slot: int) -> list[AddressMove]:
         """What says that a record is on its way into the slot."""
         flag = self._first_entry + 16 * (expert.layer * self.layout.experts + expert.expert) + 8
         return [(self._first_ready + 4 * slot, self._no, 4), (flag, self._first_number + 8 * (slot + 1), 8)]
 
-    def complete(self, slot: int) -> Move:
+    def complete(self, slot: int) -> AddressMove:
         """What says that the record is all there."""
         return self._first_ready + 4 * slot, self._yes, 4

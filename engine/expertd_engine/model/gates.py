@@ -66,7 +66,7 @@ def _gate(model: Model, name: str) -> Gate:
 
 @torch.inference_mode()
 def norm_before(model: Model, name: str, router: ModuleRouterAdapter) -> tuple[Floats, Floats]:
-    """Scale and shift `[H]` of the norm whose output this router sees; 1 and 0 where none is found. Raises NotLinear."""
+    """Scale and shift `[H]` of the norm whose output the router sees; 1 and 0 where none is found. Raises NotLinear."""
     norm = _norm_before(model, name)
     if norm is None:
         return np.ones(router.hidden_size, np.float32), np.zeros(router.hidden_size, np.float32)
