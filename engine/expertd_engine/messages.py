@@ -384,7 +384,8 @@ class Snapshot(_Message, frozen=True):
     cpu_seconds: float
     """Processor time of the engine process, all threads."""
     stall_seconds: dict[str, float]
-    """By cause: `disk_read` (a demanded record is being read), `expert_wait` (it waits for room)."""
+    """By cause: `disk_read` (a demanded record is being read), `expert_wait` (it waits for room), `link_estimated` (a
+    GPU's kernels read it over the link: bytes ÷ bandwidth, since nobody can look at the clock there)."""
     step_stall_seconds: dict[str, HistogramData]
     """By cause: how long steps that stood still did so."""
     evictions: dict[str, int]

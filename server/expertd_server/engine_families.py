@@ -160,7 +160,8 @@ COUNTERS = (
     Family("store_read_bytes", "Bytes that transfer threads read from the store: the sum of swap_bytes.", (),
            _one(lambda s: s.read_bytes)),
     Family("stall_seconds", "Time in which compute stood still because data was missing: disk_read, an expert is being "
-           "read; expert_wait, it waits for a slot.", ("cause",), _by_key(lambda s: s.stall_seconds)),
+           "read; expert_wait, it waits for a slot; link_estimated, a GPU read it over its link.",
+           ("cause",), _by_key(lambda s: s.stall_seconds)),
     Family("engine_steps", "Forward passes; prefill: with any prompt token in it.", ("phase",),
            _by_key(lambda s: s.steps)),
     Family("engine_cpu_seconds", "Processor time of the engine process, all threads.", (),

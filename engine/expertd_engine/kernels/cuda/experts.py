@@ -138,7 +138,7 @@ def record_constants(layout: ExpertLayout, tiles: Tiles, outputs: int, cols: int
 
 
 def decode_tiles(layout: ExpertLayout, cols: int) -> Tiles:
-    """The cut that was fastest on an H100 for matrices of so many columns: of gate and up, and of down."""
+    """How matrices of so many columns are cut: for bfloat16 the fastest of nine cuts tried on an H100."""
     is_down = cols == layout.inner
     if layout.format == "float32":
         return _fitting(Tiles(16, 128, 2, 2), layout, cols)

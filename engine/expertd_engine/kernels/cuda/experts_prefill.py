@@ -106,7 +106,7 @@ def prefill_rows(layout: ExpertLayout, pairs: int) -> int:
 
 
 def prefill_tiles(layout: ExpertLayout) -> Tiles:
-    """The cut that was fastest on an H100."""
+    """How matrices are cut: for bfloat16 the fastest of three cuts on an H100."""
     if layout.format == "float32":
         return Tiles(16, 128, 4, 2)
     if layout.format == "bfloat16":
