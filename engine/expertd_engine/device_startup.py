@@ -61,6 +61,8 @@ logger = logging.getLogger(__name__)
 
 _PREFETCH_DEPTH = 64
 """Prefetches that may wait or be under way: what a step's hints name at once."""
+_ALLOWED = {"batching": ("decode-first",), "expert_mode": ("exact",), "predictor": ("auto", "none")}
+"""Values of options that offer more on a processor."""
 NO_VIRTUAL_MODE = "virtual mode is not there on a device"
 
 
@@ -119,8 +121,7 @@ def start_on_device(
 ) -> DeviceEngine:
     """As `startup.start_engine`. `device` may be the processor, for Triton's interpreter."""
     store.require_order("rows")
-    if config.batching != "decode-first":
-        raise ConfigError(f"batching: {config.batching!r} is not allowed: on a device steps are decode-first")
+    _refuse_what_is_not_there(config)
     meter = DeviceMeter(device) if device.type == "cuda" else MemoryMeter(server_pid)
     verify_store(store, report)
     report("load", 0.0)
@@ -144,6 +145,15 @@ def start_on_device(
     plan = plan_memory(measured, asked)
     report("allot", 0.0)
     return _assemble(context, (measured, asked), plan, wrap, report)
+
+
+def _refuse_what_is_not_there(config: Config) -> None:
+    """Raise ConfigError for an option that would have no effect on a device."""
+    for name, allowed in _ALLOWED.items():
+        if (given := getattr(config, name)) not in allowed:
+            raise ConfigError(f"{name}: {str(given)!r} is not there on a device: allowed are {', '.join(allowed)}")
+    if config.trace_dir is not None:
+        raise ConfigError(f"trace_dir: {str(config.trace_dir)!r} is not allowed: on a device no traces are recorded")
 
 
 def _open_device(device: torch.device) -> Device:

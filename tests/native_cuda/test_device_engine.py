@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from expertd_engine.errors import ConfigError
 from expertd_engine.messages import Sampling
 from golden.tolerances import DEVICE_FLOAT32_LOGITS
 from support.device_engine import SEED, device_engine, make_store
@@ -48,6 +49,14 @@ def test_a_host_that_holds_half_of_the_experts_serves_layer_by_layer(tmp_path: P
         counters, read = engine.cache.ledger.counters, engine.cache.host.cache.ledger.counters.demand_loads
         assert engine.info.step_path == "layers" and 0 < read <= counters.demand_loads and sum(counters.hits) > 0
     assert largest_error(result) <= DEVICE_FLOAT32_LOGITS.allowed
+
+
+def test_options_that_would_do_nothing_on_a_device_are_refused(tmp_path: Path) -> None:
+    store = make_store(FAMILY, tmp_path)
+    refused = {"batching": "expert-aware", "expert_mode": "virtual", "predictor": "next-gate", "trace_dir": tmp_path}
+    for name, value in refused.items():
+        with pytest.raises(ConfigError, match=f"{name}: .* on a device"), device_engine(store, "cpu", **{name: value}):
+            pass
 
 
 @torch.inference_mode()

@@ -150,6 +150,17 @@ def test_more_words_than_one_launch_applies() -> None:
     assert torch.equal(table.entries[..., 0].flatten(), 4096 * torch.arange(40 * 64))
 
 
+def test_boundaries_that_follow_each_other_quickly_lose_no_word() -> None:
+    device = FakeDevice()
+    layout = TableLayout(LAYERS, EXPERTS, slots=4, landing=4)
+    table = DeviceTable(layout, EXPERTS, device)
+    for expert in range(4):  # nothing has been sent when the next is staged
+        table.stage(layout.address_words(ExpertId(1, expert), 4096 * (expert + 1)))
+        device.compute.run(table.apply)
+    device.compute.mark().wait()
+    assert table.entries[1, :, 0].tolist() == [4096, 8192, 12288, 16384, 0, 0]
+
+
 def test_a_slot_handed_out_while_it_is_retired_does_not_cool() -> None:
     layout = TableLayout(LAYERS, EXPERTS, slots=4, landing=4)
     publication = Publication(layout, home=lambda expert: 8192 | HOME)

@@ -72,6 +72,8 @@ class DeviceTable:
         self._host_index = [device.pinned(_UPDATE_WORDS, torch.int64) for _ in range(2)]
         self._host_value = [device.pinned(_UPDATE_WORDS, torch.int32) for _ in range(2)]
         self._used = [_UPDATE_WORDS, _UPDATE_WORDS]
+        self._sent = [device.compute.mark() for _ in range(2)]
+        self._buffer = 0
         self._host_report = [device.pinned(rows + layout.layers, torch.int32) for _ in range(2)]
         self._turn = 0
         self._numbers = device.pinned(layout.slots + 1, torch.int64)
@@ -102,7 +104,7 @@ class DeviceTable:
     # ------------------------------------------------------------ boundaries
 
     def stage(self, words: Words) -> None:
-        """Send what the next `apply` changes. The launch before the last must have ended."""
+        """Send what the next `apply` changes."""
         index, value = list(words), list(words.values())
         while len(index) > _UPDATE_WORDS:
             self._send(index[:_UPDATE_WORDS], value[:_UPDATE_WORDS])
@@ -139,12 +141,16 @@ class DeviceTable:
         return int(self._progress[0])
 
     def _send(self, index: list[int], value: list[int]) -> None:
-        turn, count = self._turn, len(index)
-        self._host_index[turn].numpy()[:count] = index
-        self._host_index[turn].numpy()[count : self._used[turn]] = self.layout.unread
-        self._host_value[turn].numpy()[:count] = value
-        self._used[turn] = count
-        self._device.compute.copy([(self._index, self._host_index[turn]), (self._value, self._host_value[turn])])
+        self._buffer = buffer = 1 - self._buffer
+        self._sent[buffer].wait()  # or what was sent from it last would never arrive
+        count = len(index)
+        self._host_index[buffer].numpy()[:count] = index
+        self._host_index[buffer].numpy()[count : self._used[buffer]] = self.layout.unread
+        self._host_value[buffer].numpy()[:count] = value
+        self._used[buffer] = count
+        compute = self._device.compute
+        compute.copy([(self._index, self._host_index[buffer]), (self._value, self._host_value[buffer])])
+        self._sent[buffer] = compute.mark()
 
     # ------------------------------------------------------------ what the copies lane does
 
