@@ -154,6 +154,8 @@ def _refuse_what_is_not_there(config: Config) -> None:
             raise ConfigError(f"{name}: {str(given)!r} is not there on a device: allowed are {', '.join(allowed)}")
     if config.trace_dir is not None:
         raise ConfigError(f"trace_dir: {str(config.trace_dir)!r} is not allowed: on a device no traces are recorded")
+    if config.memory_pressure:
+        raise ConfigError("memory_pressure: True is not allowed: a card's memory is no help to the box")
 
 
 def _open_device(device: torch.device) -> Device:
