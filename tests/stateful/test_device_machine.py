@@ -201,13 +201,19 @@ class DeviceMachine(RuleBasedStateMachine):
         self.cache.settle()
         assert self.cache.ledger.counters.lookups() == self.lookups, "law 6: uses were lost"
         self.told.next = []
-        while not self.cache.ledger.is_idle():
-            self.cache.copies.wait()
-            self.cache.poll()
+        self._come_to_rest()
         self.cache.settle()
         self._table_is_right()
         self.cache.close()
         assert not self.device.registered
+
+    def _come_to_rest(self) -> None:
+        for _ in ALL:  # no more copies can be under way
+            if self.cache.ledger.is_idle():
+                return
+            self.cache.copies.wait()
+            self.cache.poll()
+        raise AssertionError("a copy never ends")
 
     def _table_is_right(self) -> None:
         table = self.cache.table

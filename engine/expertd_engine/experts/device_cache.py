@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from expertd_engine.errors import ResourceError
+from expertd_engine.errors import EngineError, ResourceError
 from expertd_engine.experts.accounting import Stalls
 from expertd_engine.experts.device_aside import Aside
 from expertd_engine.experts.device_copies import DeviceCopies, measure_link
@@ -187,10 +187,14 @@ class DeviceCache:
     def stage(self) -> Staging:
         """For a step of many rows, launched layer by layer: its experts, streamed through a few slots. Call it between
         `begin_step` and the first of its launches, for a `with` block around them; then `scanned`.
+
+        Raises EngineError when there is no slot to stream through.
         """
         self._catch_up()
         ring = plan_ring(self.ledger.pool.limit, max(self.record_bytes))
         while not self.device.shares_memory and not self._borrow(ring.slots):
+            if self.ledger.is_idle():
+                raise EngineError(f"no slot of {self.ledger.pool.limit} can be lent to a prompt, and no copy frees one")
             self._executor.drain()  # every slot is being copied into
         lent = self._executor.take_lent()
         return Fetching(self, lent, ring, keep=not self._scan) if self.by_layer else Staging(self, lent, ring)
