@@ -149,6 +149,8 @@ def with_slots(
 class SomeLayers(VirtualRouting):
     """Virtual mode in some layers alone; the others are computed exactly."""
 
+    routes_natively = False
+
     def __init__(self, model: VirtualRouting, layers: Collection[int]) -> None:
         super().__init__(model.routers, model.held, model.score, model.foresight, model.shared_by)
         self._chosen = frozenset(layers)

@@ -81,11 +81,15 @@ class LiveBudget:
             engine.measured, asked, memory_bytes,
             needed_blocks=self._needed_blocks(), most_blocks=engine.storage.num_blocks - 1,
         )  # fmt: skip
-        engine.core.scheduler.resize_pool(part.kv_blocks + 1)
+        blocks = part.kv_blocks + 1
+        engine.core.scheduler.resize_pool(min(blocks, engine.pool.num_blocks))
+        self._drop_blocks()  # whoever shrinks makes room for the other first
         engine.cache.set_budget(part.expert_budget_bytes)
+        engine.storage.provide(blocks)
+        engine.core.scheduler.resize_pool(blocks)
+        self._touched_blocks = max(self._touched_blocks, blocks)
         self._asked, self.memory_budget_bytes = asked, memory_bytes
         self._planned_experts, self._planned_blocks = part.expert_budget_bytes, part.wanted_kv_blocks
-        self._drop_blocks()
 
     def _needed_blocks(self) -> int:
         """What live sequences hold, and the most that any of them may come to need."""

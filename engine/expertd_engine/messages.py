@@ -343,6 +343,33 @@ class Foresight(_Message, frozen=True):
     """Why routes are no longer recorded."""
 
 
+class Tiers(_Message, frozen=True):
+    """Where a card's experts are, and what crossed its link since start."""
+
+    device_bytes: int
+    """Memory allotted for slots."""
+    slots: int
+    resident: int
+    """Slots that hold an expert."""
+    set_aside: int
+    """Slots kept for what is read or copied next."""
+    host_bytes: int
+    """Of the tier below: all experts, or what its budget has room for."""
+    host_pinned: bool
+    """Whether the card reads them in place."""
+    link_bytes: dict[str, int]
+    """By what for: `landed` (kernels read and kept them), `read` (kernels read them), `prefetched` (copied before they
+    were needed), `filled` (copied into empty slots), `staged` (streamed through, for steps of many rows)."""
+    link_bytes_per_s: float
+    """As measured at start; infinite where host and device share their memory."""
+    copies: int
+    """That wait or are under way."""
+    duplicates: int
+    """Records that a step landed while they were being copied: their bytes crossed twice."""
+    layer_waits: int
+    """Times that the host was asked, in the middle of a step, to bring in what a layer lacks."""
+
+
 class HistogramData(_Message, frozen=True):
     """Cumulative since start. `counts[i]` counts values ≤ `bounds[i]` and > `bounds[i-1]`; the last is the overflow."""
 
@@ -436,6 +463,8 @@ class Snapshot(_Message, frozen=True):
     step_tokens: dict[str, HistogramData]
     load_latency_seconds: HistogramData
     foresight: Foresight = Foresight()
+    tiers: Tiers | None = None
+    """None where the processor computes."""
 
 
 class ExpertMap(_Message, frozen=True):

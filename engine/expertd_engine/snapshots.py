@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, TypeAlias
 
+import msgspec
+
 from expertd_engine.core import Forward, StepResult
 from expertd_engine.experts.cache import ExpertCache, governor_in
 from expertd_engine.experts.clairvoyant import Sampled
@@ -69,6 +71,12 @@ def take_expert_map(engine: AnyEngine) -> ExpertMap:
 
 def take_snapshot(engine: AnyEngine, meter: StepMeter, memory: MemoryUse, budget: LiveBudget, now: float) -> Snapshot:
     """All counters and gauges as they are between two steps or, in a long one, between two layers."""
+    tiers = None if isinstance(engine.cache, ExpertCache) else engine.cache.tiers()
+    counted = _counted(engine, meter, memory, budget, now)
+    return msgspec.structs.replace(counted, foresight=foresight_of(engine), tiers=tiers)
+
+
+def _counted(engine: AnyEngine, meter: StepMeter, memory: MemoryUse, budget: LiveBudget, now: float) -> Snapshot:
     ledger, transfers, scheduler = engine.cache.ledger, engine.cache.transfers, engine.core.scheduler
     counters, reads = ledger.counters, transfers.stats
     return Snapshot(
@@ -125,7 +133,6 @@ def take_snapshot(engine: AnyEngine, meter: StepMeter, memory: MemoryUse, budget
         step_seconds={phase: seconds.data() for phase, seconds in meter.seconds.items()},
         step_tokens={phase: tokens.data() for phase, tokens in meter.tokens.items()},
         load_latency_seconds=HistogramData(list(LATENCY_BOUNDS_S), list(reads.latency_counts), reads.busy_s),
-        foresight=foresight_of(engine),
     )
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import transformers
 
 from expertd_engine.batching import Batching, Room, unbounded
 from expertd_engine.config import Config
 from expertd_engine.core import Constrain, EngineCore, Forward, foresee_nothing, no_constraints
+from expertd_engine.engine_info import How, Parts, describe
 from expertd_engine.errors import ConfigError, ModelError
 from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.device_ledger import DeviceLedger
@@ -33,7 +33,7 @@ from expertd_engine.kv_pool import KVPool
 from expertd_engine.lab.recorder import TraceRecorder
 from expertd_engine.lab.trace import header_of
 from expertd_engine.memory import MemoryMeter, available_bytes, release_free_memory
-from expertd_engine.messages import PROTOCOL_VERSION, EngineInfo
+from expertd_engine.messages import EngineInfo
 from expertd_engine.model.attention import KVStorage, LayerShape, block_bytes
 from expertd_engine.model.expert_torch import SlotViews
 from expertd_engine.model.loader import LoadedModel, attach_experts, load_model
@@ -262,7 +262,7 @@ def _assemble(
     core = EngineCore(scheduler, wrap(runner), loaded.eos_token_ids, context.constrain, refusal, foresee)
     for fallback in context.fallbacks:
         logger.warning("fallback: %s", fallback)
-    info = _describe(context, plan, cache, pool, storage, records)
+    info = describe(config, store, loaded, Parts(plan, cache, pool, storage, records), _how(context))
     sweep = Sweep(store, records, busy=lambda: cache.transfers.depth() > 0)
     warm = WarmRestart(store.path, store.index.store_id, info.policy, cache) if config.warm_restart else None
     parts = (core, runner, cache, sweep, pool, storage, meter, loaded.dense_bytes)
@@ -357,8 +357,8 @@ def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None, ledge
 def governed(given: Lookahead, index: StoreIndex, ledger: Ledger | DeviceLedger) -> Governor:
     """What a predictor says, as far as it has been right."""
     num_layers, experts = len(index.layers), max(layer.num_experts for layer in index.layers)
-    lookups = num_layers * index.top_k
-    return Governor(given, ledger.absent_for, num_layers, experts, lookups, _on_its_way(ledger))
+    lookups, reads_ahead = num_layers * index.top_k, ledger.counters.reads_ahead
+    return Governor(given, ledger.absent_for, num_layers, experts, lookups, _on_its_way(ledger), reads_ahead)
 
 
 def _on_its_way(ledger: Ledger | DeviceLedger) -> Callable[[ExpertId], bool]:
@@ -370,44 +370,13 @@ def policy_name(config: Config) -> str:
     return "next-use" if config.expert_policy == "auto" else config.expert_policy
 
 
-def _describe(
-    context: _Context, plan: StartupPlan, cache: ExpertCache, pool: KVPool, storage: KVStorage, records: RecordFile
-) -> EngineInfo:
-    config, index, loaded = context.config, context.store.index, context.loaded
-    return EngineInfo(
-        protocol=PROTOCOL_VERSION,
-        pid=os.getpid(),
-        model_type=index.model_type,
-        store_path=str(context.store.path),
-        store_id=index.store_id,
-        dtype=index.experts_format,
-        vocab_size=loaded.vocab_size,
+def _how(context: _Context) -> How:
+    pool = context.loaded.pool
+    return How(
         max_model_len=context.limits.max_model_len,
-        max_sequences=config.max_sequences,
-        max_step_tokens=config.max_step_tokens,
-        eos_token_ids=list(loaded.eos_token_ids),
-        num_moe_layers=len(index.layers),
-        num_experts=max(layer.num_experts for layer in index.layers),
-        top_k=index.top_k,
-        expert_record_bytes=max(layout.bytes for layout in index.layouts),
-        expert_bytes_total=index.expert_bytes_total(),
-        expert_budget_bytes=plan.expert_budget_bytes,
-        minimum_expert_budget_bytes=cache.ledger.minimum_bytes,
-        maximum_expert_budget_bytes=index.expert_bytes_total()
-        if plan.memory_budget_bytes is None
-        else plan.expert_budget_bytes,
-        memory_budget_bytes=plan.memory_budget_bytes,
-        kv_block_tokens=BLOCK_TOKENS,
-        kv_blocks=pool.capacity,
-        kv_bytes=pool.capacity * storage.block_bytes,
         policy=context.choice.policy,
-        lookahead=cache.lookahead.exactness,
-        prefetch=config.prefetch,
         numerics=context.numerics,
-        kernels="torch" if loaded.pool is None else loaded.pool.library.instruction_set,
+        kernels="torch" if pool is None else pool.library.instruction_set,
         step_path="native" if isinstance(context.model, NativeModel) else "modules",
-        direct_io=records.direct,
         fallbacks=context.fallbacks,
-        torch_version=str(torch.__version__),
-        transformers_version=transformers.__version__,
     )

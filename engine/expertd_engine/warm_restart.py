@@ -1,6 +1,7 @@
 """Keeps what an engine knew of its experts beside the store, and gives it to the next one. Owns the file.
 
-The next engine is ready first; then it loads, where there is room and nothing better to read.
+The next engine is ready first; then it loads, where there is room and nothing better to read. On a device, whose slots
+are filled before it serves, they are filled with that.
 """
 
 from __future__ import annotations
@@ -8,11 +9,15 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.events import Remember
+
+if TYPE_CHECKING:
+    from expertd_engine.experts.device_cache import DeviceCache
 
 logger = logging.getLogger(__name__)
 
@@ -33,20 +38,24 @@ class Kept(msgspec.Struct, frozen=True):
 class WarmRestart:
     """Of one engine. What cannot be read or written costs a warning and warmth, nothing else."""
 
-    def __init__(self, folder: Path, store_id: str, policy: str, cache: ExpertCache) -> None:
+    def __init__(self, folder: Path, store_id: str, policy: str, cache: ExpertCache | DeviceCache) -> None:
         self._path = folder / NAME
         self._store_id, self._policy = store_id, policy
         self._cache = cache
         self._kept_s = 0.0
         self._kept_lookups = 0
         self._may_write = True
+        self._is_recalled = False
 
     @property
     def is_recalling(self) -> bool:
         return self._cache.ledger.is_refilling
 
     def recall(self) -> None:
-        """Begin to load what an earlier engine held."""
+        """Begin to load what an earlier engine held; once."""
+        if self._is_recalled:
+            return
+        self._is_recalled = True
         try:
             kept = msgspec.msgpack.decode(self._path.read_bytes(), type=Kept)
         except FileNotFoundError:
@@ -61,7 +70,7 @@ class WarmRestart:
             logger.warning("starting cold: %s is of another store or version", self._path)
             return
         uses = kept.remember.uses if kept.policy == self._policy else ()  # another policy's weights mean nothing
-        self._cache.handle([Remember(uses, kept.remember.residents)])
+        self._cache.recall(Remember(uses, kept.remember.residents))
 
     def tick(self, now_s: float) -> None:
         """Keep it from time to time, if anything was used since."""

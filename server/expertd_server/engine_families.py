@@ -1,6 +1,7 @@
 """Which of the engine's numbers are metrics, and under what name, labels and words. Pure tables over a `Snapshot`.
 
-`tier` is where bytes lie: `host` (memory, where experts are computed from) and `disk` (the store). Labels are closed
+`tier` is where bytes lie: `host` (memory, where experts are computed from) and `disk` (the store); with a card, `host`
+means what it computes from, its own memory, but in `expertd_tier_bytes`, which tells the two apart. Labels are closed
 sets, and each of their values is there from the first scrape of an engine.
 """
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from expertd_engine.messages import HistogramData, LayerLookups, LeadOutcomes, Snapshot, VirtualLayer
+from expertd_engine.messages import HistogramData, LayerLookups, LeadOutcomes, Snapshot, Tiers, VirtualLayer
 
 Labels = tuple[str, ...]
 Samples = Iterable[tuple[Labels, float]]
@@ -25,6 +26,9 @@ FROM_TO = ("from_tier", "to_tier")
 PHASES = ("prefill", "decode")
 STALL_CAUSES = ("disk_read", "expert_wait")
 PREFETCH_OUTCOMES = ("used", "late", "wasted", "cancelled")
+LINK_CAUSES = ("landed", "read", "prefetched", "filled", "staged")
+NO_TIERS = Tiers(0, 0, 0, 0, 0, False, dict.fromkeys(LINK_CAUSES, 0), 0.0, 0, 0, 0)
+"""Where there is no card."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,11 @@ def _by_virtual_layer(read: Callable[[VirtualLayer], dict[Labels, float]]) -> Ca
 
 def _one(read: Callable[[Snapshot], float]) -> Callable[[Snapshot], Samples]:
     return lambda s: [((), read(s))]
+
+
+def _of_tiers(read: Callable[[Tiers], dict[Labels, float]]) -> Callable[[Snapshot], Samples]:
+    """Zeros where there is no card."""
+    return lambda s: read(s.tiers or NO_TIERS).items()
 
 
 def _by_key(read: Callable[[Snapshot], dict[str, int] | dict[str, float]]) -> Callable[[Snapshot], Samples]:
@@ -162,6 +171,13 @@ COUNTERS = (
     Family("stall_seconds", "Time in which compute stood still because data was missing: disk_read, an expert is being "
            "read; expert_wait, it waits for a slot; link_estimated, a GPU read it over its link.",
            ("cause",), _by_key(lambda s: s.stall_seconds)),
+    Family("link_bytes", "Bytes that crossed a card's link: landed, kernels read and kept them; read, kernels read "
+           "them; prefetched and filled, copied; staged, streamed through for steps of many rows. 0 without a card.",
+           ("cause",), _of_tiers(lambda x: {(cause,): x.link_bytes[cause] for cause in LINK_CAUSES})),
+    Family("link_duplicates", "Records that a step landed while they were being copied to the card.", (),
+           _of_tiers(lambda x: {(): x.duplicates})),
+    Family("layer_waits", "Times that the host was asked, in the middle of a card's step, to bring in what a layer "
+           "lacks.", (), _of_tiers(lambda x: {(): x.layer_waits})),
     Family("engine_steps", "Forward passes; prefill: with any prompt token in it.", ("phase",),
            _by_key(lambda s: s.steps)),
     Family("engine_cpu_seconds", "Processor time of the engine process, all threads.", (),
@@ -219,6 +235,14 @@ GAUGES = (
     Family("kv_cache_capacity_bytes", "Bytes of all KV blocks.", ("tier",), lambda s: [((HOST,), s.kv_capacity_bytes)]),
     Family("kv_cache_usage_ratio", "Share of KV blocks that sequences hold, 0 to 1.", ("tier",),
            lambda s: [((HOST,), s.kv_used_bytes / s.kv_capacity_bytes if s.kv_capacity_bytes else 0.0)]),
+    Family("tier_bytes", "Memory for experts with a card: its slots (device), and the tier below (host).", ("tier",),
+           _of_tiers(lambda x: {("device",): x.device_bytes, (HOST,): x.host_bytes})),
+    Family("device_slots", "A card's slots: with an expert, set aside for what comes next, or empty.", ("use",),
+           _of_tiers(lambda x: {("resident",): x.resident, ("set_aside",): x.set_aside,
+                                ("empty",): max(0, x.slots - x.resident - x.set_aside)})),
+    Family("link_copies", "Copies to a card that wait or are under way.", (), _of_tiers(lambda x: {(): x.copies})),
+    Family("link_bytes_per_second", "What a card's link carried when it was measured, at start.", (),
+           _of_tiers(lambda x: {(): x.link_bytes_per_s})),
     Family("requests_running", "Sequences being computed.", (), _one(lambda s: s.running)),
     Family("requests_waiting", "Sequences waiting in the engine.", (), _one(lambda s: s.waiting)),
 )  # fmt: skip

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 import msgspec
 
-from expertd_engine.messages import EngineInfo, Snapshot
+from expertd_engine.messages import EngineInfo, Snapshot, Tiers
 from expertd_server import __version__
 from expertd_server.engine_metrics import EngineCounters, memory_budget_of
 from expertd_server.service import Service
@@ -34,6 +35,8 @@ def status(service: Service) -> dict[str, Any]:
         snapshot = service.metrics.engine.snapshot
         body["memory"] = memory(snapshot, service.model.info)
         body["foresight"] = foresight(snapshot)
+        if snapshot.tiers is not None:
+            body["tiers"] = tiers(snapshot.tiers)
         body["store"] = {"swept": snapshot.records_swept, "bad": snapshot.records_bad}
     return body
 
@@ -87,6 +90,22 @@ def memory(snapshot: Snapshot, info: EngineInfo) -> dict[str, Any]:
         "pressure": {
             "stalled": snapshot.pressure_stalled, "lent": snapshot.pressure_lent_bytes,
             "shrinks": snapshot.pressure_shrinks,
+        },
+    }  # fmt: skip
+
+
+def tiers(found: Tiers) -> dict[str, Any]:
+    """Where a card's experts are, and what crossed its link since the engine started."""
+    bandwidth = None if math.isinf(found.link_bytes_per_s) else found.link_bytes_per_s
+    return {
+        "device": {
+            "bytes": found.device_bytes, "slots": found.slots, "resident": found.resident,
+            "set_aside": found.set_aside,
+        },
+        "host": {"bytes": found.host_bytes, "pinned": found.host_pinned},
+        "link": {
+            "bytes": found.link_bytes, "bytes_per_s": bandwidth, "copies": found.copies,
+            "duplicates": found.duplicates, "layer_waits": found.layer_waits,
         },
     }  # fmt: skip
 

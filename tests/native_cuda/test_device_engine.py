@@ -48,7 +48,21 @@ def test_a_host_that_holds_half_of_the_experts_serves_layer_by_layer(tmp_path: P
         engine.cache.ledger.check()
         counters, read = engine.cache.ledger.counters, engine.cache.host.cache.ledger.counters.demand_loads
         assert engine.info.step_path == "layers" and 0 < read <= counters.demand_loads and sum(counters.hits) > 0
+        tiers, num_steps = engine.cache.tiers(), 1 + SAMPLING.max_tokens - 1
+        assert tiers.layer_waits == num_steps * engine.info.num_moe_layers
+        assert tiers.link_bytes["staged"] == counters.demand_bytes == sum(tiers.link_bytes.values())
     assert largest_error(result) <= DEVICE_FLOAT32_LOGITS.allowed
+
+
+def test_a_family_that_the_kernels_do_not_match_runs_through_its_modules(tmp_path: Path) -> None:
+    store = make_store("deepseek_v2", tmp_path)
+    options = {"max_sequences": 1, "max_step_tokens": 5, "max_model_len": 16, "expert_budget": "40%"}
+    with device_engine(store, "cpu", **options) as engine:
+        [result] = generate(engine, [PROMPT], SAMPLING)
+        engine.cache.settle()
+        engine.cache.ledger.check()
+        assert engine.info.step_path == "modules" and any("modules, slowly" in one for one in engine.info.fallbacks)
+    assert largest_error(result, "deepseek_v2") <= DEVICE_FLOAT32_LOGITS.allowed
 
 
 def test_options_that_would_do_nothing_on_a_device_are_refused(tmp_path: Path) -> None:
@@ -60,10 +74,10 @@ def test_options_that_would_do_nothing_on_a_device_are_refused(tmp_path: Path) -
 
 
 @torch.inference_mode()
-def largest_error(result: Generated) -> float:
+def largest_error(result: Generated, family: str = FAMILY) -> float:
     """Of the best tokens' log-probabilities, against transformers' modules."""
     ids = torch.tensor([[*PROMPT, *result.token_ids]])
-    expected = make_model(FAMILY, SEED)(ids, use_cache=False).logits[0].log_softmax(-1)[len(PROMPT) - 1 :]
+    expected = make_model(family, SEED)(ids, use_cache=False).logits[0].log_softmax(-1)[len(PROMPT) - 1 :]
     errors = [
         abs(best.logprob - float(expected[place, best.token_id]))
         for place, output in enumerate(result.outputs)

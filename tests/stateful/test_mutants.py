@@ -1,7 +1,8 @@
 """Planted bugs: each patch in tests/mutants/, applied to a copy of the tree, must be found by the test it names.
 
 A patch begins with `# found-by: tests/…` and, where the test has more than one thing to say, `# fails-with: …`, a text
-of the failure (the law that is broken). Without it, any failure of the named test counts.
+of the failure (the law that is broken). Without it, any failure of the named test counts. One process a worker imports
+what is heavy and not ours once, and forks for each copy.
 """
 
 from __future__ import annotations
@@ -9,20 +10,32 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.zygote import LIMIT_S, Run, Zygote
 
-PROFILE = """
+ROOT = Path(__file__).resolve().parents[2]
+TREES = ("engine", "server", "tests")
+LARGE_BYTES = 1_000_000
+
+PROFILE = f"""
+import sys
+from pathlib import Path
 from hypothesis import Phase, settings
 settings.register_profile("mutants", derandomize=True, database=None, phases=(Phase.explicit, Phase.generate))
 settings.load_profile("mutants")
+
+def pytest_sessionfinish():
+    files = {{getattr(sys.modules[name], "__file__", None) or "" for name in set(sys.modules) - {{"__main__"}}}}
+    foreign = sorted(file for file in files if file.startswith({tuple(f"{ROOT / name}{os.sep}" for name in TREES)!r}))
+    assert not foreign, f"not of the copy: {{foreign}}"
 """
-"""The same examples each time, and no shrinking: that there is a counterexample is all we ask."""
+"""The same examples each time, and no shrinking: that there is a counterexample is all we ask. And nothing of ours may
+come from elsewhere than the copy."""
 
 
 @dataclass(frozen=True)
@@ -40,35 +53,59 @@ def read_mutant(patch: Path) -> Mutant:
 MUTANTS = [read_mutant(patch) for patch in sorted((ROOT / "tests" / "mutants").glob("*.patch"))]
 
 
+def _place(source: str, target: str) -> str:
+    """What is large is pointed to; no patch is for it."""
+    if os.path.getsize(source) < LARGE_BYTES:
+        return str(shutil.copy2(source, target))
+    os.symlink(source, target)
+    return target
+
+
 class Copy:
-    """A copy of engine/, server/ and tests/, whose tests import the copy and nothing else of ours."""
+    """A copy of engine/, server/ and tests/, whose tests import the copy and nothing else of ours.
+
+    Byte code comes with it: Python takes that of files alone whose time and size are what they were.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("engine", "server", "tests"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        for name in TREES:
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.egg-info"), copy_function=_place
+            )
         shutil.copy(ROOT / "pyproject.toml", folder)
         (folder / "mutant_profile.py").write_text(PROFILE)
 
     def apply(self, patch: Path) -> None:
-        outcome = self._run("git", "apply", "--verbose", str(patch))
+        # A ceiling, or git applies nothing inside another repository.
+        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(self.folder.parent)}
+        command = ["git", "apply", "--verbose", str(patch)]
+        outcome = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
         assert outcome.returncode == 0, f"{patch.name} no longer applies: {outcome.stderr}"
 
-    def test(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return self._run(sys.executable, "-m", "pytest", "-q", "-x", "-p", "mutant_profile", "--tb=short", *arguments)
+    def test(self, zygote: Zygote, *arguments: str) -> tuple[int, str]:
+        """The exit code, and what was said. Output is not captured, so that what hangs has said what it said."""
+        paths = [str(self.folder / name) for name in ("engine", "server", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+        options = ("-q", "-x", "-s", "-p", "mutant_profile", "-p", "no:cacheprovider", "--tb=short")
+        output = self.folder / "output"
+        outcome = zygote.run(Run(str(self.folder), paths, [*options, *arguments], environment, str(output)))
+        said = output.read_text(errors="replace")
+        assert not outcome.overdue, f"it still ran after {LIMIT_S} s:\n{said[-20_000:]}"
+        return outcome.code, said
 
-    def imported_from(self) -> Path:
-        source = "import expertd_engine; print(expertd_engine.__file__)"
-        return Path(self._run(sys.executable, "-c", source).stdout.strip())
 
-    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(str(self.folder / name) for name in ("engine", "server", ".")),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "GIT_CEILING_DIRECTORIES": str(self.folder.parent),  # or git applies nothing inside another repository
-        }
-        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    with Zygote() as process:
+        yield process
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Iterator[Copy]:
+    made = Copy(tmp_path / "copy")
+    yield made
+    shutil.rmtree(made.folder)
 
 
 def test_there_are_mutants() -> None:
@@ -76,19 +113,23 @@ def test_there_are_mutants() -> None:
     assert {"evict-leased", "count-entries", "double-release"} <= names
 
 
-def test_the_copy_is_what_is_tested_and_has_every_named_test(tmp_path: Path) -> None:
+def test_the_copy_has_every_named_test(zygote: Zygote, copy: Copy) -> None:
     """That the unchanged tests pass, the rest of the suite says."""
-    copy = Copy(tmp_path)
-    assert copy.imported_from().is_relative_to(tmp_path)
-    outcome = copy.test("--collect-only", *sorted({mutant.found_by for mutant in MUTANTS}))
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    code, said = copy.test(zygote, "--collect-only", *sorted({mutant.found_by for mutant in MUTANTS}))
+    assert code == 0, said
+
+
+def test_what_is_not_of_the_copy_is_noticed(zygote: Zygote, copy: Copy) -> None:
+    shutil.rmtree(copy.folder / "server")
+    (copy.folder / "server").symlink_to(ROOT / "server")
+    code, said = copy.test(zygote, "tests/unit/test_tidy.py", "-p", "expertd_server", "--collect-only")
+    assert code not in (0, 1) and "not of the copy" in said
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.patch.stem for mutant in MUTANTS])
-def test_the_mutant_is_found(mutant: Mutant, tmp_path: Path) -> None:
-    copy = Copy(tmp_path)
+def test_the_mutant_is_found(mutant: Mutant, zygote: Zygote, copy: Copy) -> None:
     copy.apply(mutant.patch)
-    outcome = copy.test(mutant.found_by)
-    assert outcome.returncode == 1, f"{mutant.patch.name} survived {mutant.found_by}: {outcome.stdout[-2000:]}"
-    errors = [line for line in outcome.stdout.splitlines() if line.startswith("E ")]
+    code, said = copy.test(zygote, mutant.found_by)
+    assert code == 1, f"{mutant.patch.name} survived {mutant.found_by} (code {code}): {said[-4000:]}"
+    errors = [line for line in said.splitlines() if line.startswith("E ")]
     assert any(mutant.fails_with in line for line in errors), "\n".join([mutant.fails_with, *errors[:40]])

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from expertd_engine.experts.device_streams import HostDevice
 from expertd_engine.kernels.library import Pool
 from expertd_engine.model.attention import Span
 from expertd_engine.model.cuda_inputs import StepInputs
+from expertd_engine.model.cuda_kv import DeviceKV
 from expertd_engine.model.cuda_layer import Carrier
-from expertd_engine.model.cuda_program import DeviceKV, Program, Sizes, Workspace, query_tiles
+from expertd_engine.model.cuda_program import Program, Sizes, Workspace, query_tiles
 from expertd_engine.model.native_build import build_native
 from support.native_models import CONTEXT, load_tiny, shapes_of
 
@@ -40,7 +42,7 @@ class TinyDevice:
         layers, ends = [carrier.layer(layer) for layer in native.layers], carrier.ends(native.ends)
         sizes = Sizes.of(layers, ends)
         per_sequence = CONTEXT // BLOCK
-        kv = DeviceKV(shapes, 1 + sequences * per_sequence, BLOCK, dtype, device)
+        kv = DeviceKV(shapes, 1 + sequences * per_sequence, BLOCK, dtype, HostDevice())
         self._inputs = StepInputs(LARGEST, sequences, per_sequence, device)
         work = Workspace(sizes, layers, LARGEST, LARGEST, dtype, device)
         logits = torch.empty(LARGEST, sizes.vocabulary)

@@ -19,6 +19,7 @@ from torch import Tensor
 from expertd_engine.errors import ResourceError
 from expertd_engine.experts.device_events import HIT, LANDED, READ, WAITED
 from expertd_engine.experts.device_layout import HOME
+from expertd_engine.experts.device_range import HostRange, Range
 from expertd_engine.experts.device_streams import AddressMove, Lane, Mark
 from expertd_engine.experts.device_table import DeviceTable
 from expertd_engine.experts.events import ExpertId
@@ -116,6 +117,9 @@ class FakeDevice:
         self.allotted.append(weakref.ref(memory))
         return memory
 
+    def reserve(self, num_bytes: int) -> Range:
+        return HostRange(num_bytes)
+
     def bytes_allotted(self) -> int:
         """Of memory that somebody still holds: what one sees from outside."""
         return sum(len(memory) for ref in self.allotted if (memory := ref()) is not None)
@@ -186,6 +190,14 @@ class FakeStep:
                 return
             lane.work.append(self._read)
         lane.run(self._publish)
+
+    def run(self) -> None:
+        """All of it now, for a device whose lanes are never behind."""
+        self.table.apply()
+        for layer, chosen in enumerate(self.routes):
+            self._resolve(layer, chosen)
+            assert self._read()
+        self._publish()
 
     def _resolve(self, layer: int, chosen: dict[int, int]) -> None:
         table = self.table

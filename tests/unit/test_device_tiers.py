@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -262,6 +264,23 @@ def test_a_host_that_holds_some_reads_the_others() -> None:
     assert not device.registered
 
 
+class AllForetold(NoLookahead):
+    """Names every expert, for the step after the first."""
+
+    def begin_step(self, step: int, token_ids: Sequence[int]) -> list[Hint]:
+        everyone = [ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+        return [Hint(expert, 2 * len(everyone) + place) for place, expert in enumerate(everyone)]
+
+
+def test_a_prompt_waits_for_experts_that_are_being_copied_where_all_have_slots() -> None:
+    cache = make_cache(LAYERS * EXPERTS, FakeDevice())
+    cache.lookahead = AllForetold()
+    cache.begin_step((), scan=True)
+    assert cache.ledger.pool.number(Use.OWNED) == LAYERS * EXPERTS > sum(cache.ledger.residents_by_layer())
+    with cache.stage() as staging:
+        assert [staging.resident(layer).count for layer in range(LAYERS)] == [EXPERTS] * LAYERS
+
+
 def expect_served_by_layer(cache: DeviceCache, device: FakeDevice) -> None:
     """Twice the same step: what was chosen is there while it is read, and of what came in, most is there again."""
     chosen, met = torch.tensor([1, 0, 2, 0, 0, 1]), []
@@ -293,6 +312,6 @@ def test_a_device_that_shares_memory_reads_everything_at_home() -> None:
     FakeStep(cache.table, [{0: 1, 3: 2}, {5: 1}]).give(device.lanes[0])
     cache.after_launch()
     counts = cache.end_step()
-    assert (counts.hits, counts.misses, device.bytes_allotted(), cache.tiers().device_slots) == (3, 0, 0, 0)
+    assert (counts.hits, counts.misses, device.bytes_allotted(), cache.tiers().slots) == (3, 0, 0, 0)
     with pytest.raises(ResourceError, match="shares the host's memory"):
         cache.set_budget(4 * RECORD)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import pytest
 
 from expertd_engine.errors import BudgetError, StoreError
 from expertd_engine.experts.accounting import MIN_WINDOW
 from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError
-from expertd_engine.experts.events import ExpertId
+from expertd_engine.experts.events import ExpertId, Hint
 from expertd_engine.experts.ledger import Ledger
-from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead
+from expertd_engine.experts.lookahead import EveryExpert, Exactness, Lookahead, NoLookahead
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.slab import PAGE, Slab
 from expertd_engine.experts.transfer import Transfers
@@ -184,3 +184,26 @@ def test_a_lowered_budget_returns_memory_and_a_raised_one_is_used(worlds: list[W
     with pytest.raises(BudgetError):
         world.cache.set_budget(PAGE)
     assert world.ledger.budget_bytes == 12 * PAGE
+
+
+class Wrong(NoLookahead):
+    """After layer 0 it names the first four experts of layer 1."""
+
+    exactness: Exactness = "predicted"
+
+    def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
+        begin = (step * LAYERS + 1) * EXPERTS
+        return [Hint(ExpertId(1, expert), begin + expert) for expert in range(4)] if layer == 0 else ()
+
+
+def test_what_was_predicted_of_a_layer_and_did_not_come_is_given_up_with_that_layer(worlds: list[World]) -> None:
+    world = World(12, lookahead=Wrong())
+    worlds.append(world)
+    world.cache.begin_step([0])
+    world.use(0, [0])
+    world.use(1, [3])
+    world.use(2, [0])
+    world.settle()
+    counters = world.ledger.counters
+    assert counters.prefetch_issued == 4 and counters.prefetch_used + counters.prefetch_late <= 1
+    assert world.ledger.state(ExpertId(1, 3)) == "resident"

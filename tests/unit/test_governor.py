@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 import pytest
 
 from expertd_engine.experts.events import ExpertId, Hint
-from expertd_engine.experts.governor import MIN_PRECISION, Governor, Record, Track
+from expertd_engine.experts.governor import Governor, Record, Track
 from expertd_engine.experts.lookahead import Exactness
+from expertd_engine.experts.waste import MIN_PRECISION
 
 LAYERS, EXPERTS = 2, 8
 PERIOD = LAYERS * EXPERTS
@@ -127,7 +128,7 @@ def test_what_came_of_hints_is_counted_by_layer_and_lead() -> None:
     for _ in range(20):
         world.token(1)
     track = world.governor.tracks[1, 1]
-    assert (track.named, track.true) == (40, 20) and track.followed == track.followed_true == 20 - 6
+    assert (track.named, track.true) == (40, 20) and track.followed == track.followed_true == 20 - 13
     assert track.late == track.in_vain == 0
     world.loading = {1}
     world.token(1)
@@ -167,3 +168,18 @@ def test_while_nothing_pays_nothing_is_asked() -> None:
     assert world.token(1) == []
     world.governor.payoff.is_on = True
     assert world.token(1) == [1]
+
+
+def test_where_reads_come_to_nothing_even_good_hints_are_not_followed() -> None:
+    world = World()
+    for _ in range(40):
+        world.token(1, 2)
+    assert world.token(1, 2) == [1, 2]
+    spent = [0, 0]
+    world.governor = Governor(
+        Predictor(), world.absent_for, LAYERS, EXPERTS, 4, reads_ahead=lambda: (spent[0], spent[1])
+    )
+    for _ in range(40):
+        world.token(1, 2)
+    spent[:] = 100, 40
+    assert world.token(1, 2) == [], "each came true, but two reads in five were given up or evicted again"

@@ -28,6 +28,7 @@ PURE = (
     "core",
     "experts.events",
     "experts.ledger",
+    "experts.ledger_base",
     "experts.accounting",
     *(f"experts.device_{name}" for name in ("aside", "events", "layout", "ledger", "pool", "publication")),
     "experts.policy",

@@ -23,7 +23,8 @@ from expertd_engine.bench.session import EngineSession, config_of, generated
 from expertd_engine.config import Config, parse_size
 from expertd_engine.console import silent
 from expertd_engine.core import StepResult
-from expertd_engine.device_startup import foresight_for, start_on_device
+from expertd_engine.device_experts import foresight_for
+from expertd_engine.device_startup import start_on_device
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.lookahead import NoLookahead
 from expertd_engine.request import ExpertCounts

@@ -101,7 +101,7 @@ class PeerFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Decoded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One timed window. Everything but `peak_bytes` is of the window alone."""
+    """One timed window. Everything but peaks and what became of prefetches is of the window alone."""
 
     elapsed_s: float
     tokens: int
@@ -121,7 +121,7 @@ class Decoded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Most expert bytes charged since start."""
     process_peak_bytes: int = 0
     prefetched_bytes: int = 0
-    """Read because they were foreseen."""
+    """Read because they were foreseen: of those that came to use or waste since the window before, or the start."""
     wasted_bytes: int = 0
     """Of these: in vain."""
 

@@ -78,6 +78,8 @@ class Point:
 class CachePrior(VirtualRouting):
     """Held experts are preferred, not demanded: a choice that beats them by the margin is fetched."""
 
+    routes_natively = False
+
     def route(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
         chosen, weights = top_k_index.numpy(), top_k_weights.float().numpy()
         self.observe(layer, hidden, chosen, weights)
@@ -89,7 +91,7 @@ class CachePrior(VirtualRouting):
         index, shares = self.routers[layer].select(logits, allowed)
         kept = (top_k_index[:, :, None] == index[:, None, :]).any(dim=2).numpy()
         self.counts.fetched += int((~self.mask(layer)[index.numpy()]).sum())
-        self.count(layer, ~kept, np.where(kept, 0, weights).sum(axis=1) / weights.sum(axis=1))
+        self.count(layer, (~kept).sum(axis=1), np.where(kept, 0, weights).sum(axis=1) / weights.sum(axis=1))
         return index, shares.to(top_k_weights.dtype)
 
 

@@ -61,6 +61,8 @@ class EngineSession:
         self._outputs: dict[int, int] = {}
         """Tokens so far, by sequence."""
         self._counts = ExpertCounts()
+        self._outcomes: dict[str, int] = {}
+        """Bytes of prefetches by outcome, when they were last told."""
         self._decoded: list[Sequence[Sequence[int]]] = []
         """What each decode step asked for, by layer, that the replay has not seen."""
         self._engine = self._started()
@@ -112,7 +114,7 @@ class EngineSession:
             self._step()
         self._replay.feed(self._decoded)
         self._decoded.clear()
-        before, prefetches = self._counts, self._prefetched()
+        before = self._counts
         began = time.perf_counter()
         for _ in range(request.tokens):
             self._step()
@@ -123,7 +125,7 @@ class EngineSession:
         self._decoded.clear()
         self._end(streams)
         record = self._store.index.record_bytes(0)
-        prefetched, wasted = (after - then for after, then in zip(self._prefetched(), prefetches, strict=True))
+        prefetched, wasted = self._prefetched()
         return Decoded(
             elapsed_s=elapsed_s,
             tokens=request.tokens * len(streams),
@@ -142,9 +144,11 @@ class EngineSession:
         )
 
     def _prefetched(self) -> tuple[int, int]:
-        """Bytes of prefetches that have ended, and of these wasted."""
-        outcomes = self._engine.cache.ledger.counters.prefetch_outcome_bytes
-        return sum(outcomes.values()) - outcomes["cancelled"], outcomes["wasted"]
+        """Bytes of prefetches that have ended since the last call, and of these wasted."""
+        outcomes = dict(self._engine.cache.ledger.counters.prefetch_outcome_bytes)
+        since = {name: nbytes - self._outcomes.get(name, 0) for name, nbytes in outcomes.items()}
+        self._outcomes = outcomes
+        return sum(since.values()) - since["cancelled"], since["wasted"]
 
     def prefill(self, request: PrefillRequest) -> Prefilled:
         """Time one prompt; with `decode`, while another stream decodes, whose pace is told before, during and after."""
@@ -193,7 +197,9 @@ class EngineSession:
         return result.experts
 
     def _step_experts(self) -> Sequence[Sequence[int]]:
-        """The distinct experts that the step just run asked for, by layer."""
+        """The distinct experts that the step just run asked for, by layer. A governor need not ask the recorder."""
+        if self._routes:
+            return [np.unique(chosen).tolist() for chosen in self._routes.current.swapaxes(0, 1)]
         return self._recorder.take_step()
 
     def _step(self) -> float:

@@ -118,6 +118,10 @@ class Counters:
         ended = self.prefetch_used + self.prefetch_late + self.prefetch_wasted + self.prefetch_cancelled
         return ended + self.prefetch_pending
 
+    def reads_ahead(self) -> tuple[int, int]:
+        """Prefetches that were read and have ended, and how many of them were wasted."""
+        return self.prefetch_used + self.prefetch_late + self.prefetch_wasted, self.prefetch_wasted
+
     def lookups(self) -> int:
         """Of all layers and results."""
         return sum(self.hits) + sum(self.late) + sum(self.misses)

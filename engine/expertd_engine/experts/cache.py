@@ -88,13 +88,14 @@ class LayerLeases:
         experts: Sequence[ExpertId],
         pairs: Sequence[int],
         scanned: Container[int],
-        hints: tuple[Hint, ...],
+        after: Sequence[Event],
     ) -> None:
+        """`after`: what the ledger is told once all experts are asked for."""
         self._cache = cache
         self._experts = experts
         self._pairs = pairs
         self._scanned = scanned
-        self._hints = hints
+        self._after = after
         self._open: dict[int, Lease] = {}
         """By index."""
         self._asked = 0
@@ -149,9 +150,9 @@ class LayerLeases:
             self._cache.remember(lease)
             events.append(demand)
             self._asked += 1
-        if self._asked == len(self._experts) and self._hints:
-            events.append(Predict(self._hints))
-            self._hints = ()
+        if self._asked == len(self._experts) and self._after:
+            events += self._after
+            self._after = ()
         return events
 
 
@@ -215,7 +216,14 @@ class ExpertCache:
         hints = tuple(self.lookahead.routed(self._step, layer, experts))
         self.clairvoyant.use(layer, experts, self.ledger.resident_slots(layer))
         asked = [ExpertId(layer, expert) for expert in experts]
-        return LayerLeases(self, asked, pairs or [1] * len(asked), scanned, hints)
+        return LayerLeases(self, asked, pairs or [1] * len(asked), scanned, self._after(layer, hints))
+
+    def _after(self, layer: int, hints: tuple[Hint, ...]) -> Sequence[Event]:
+        """What is foreseen once `layer` has routed. What was predicted of it alone and did not come is read no more."""
+        told: list[Event] = [Predict(hints)] if hints else []
+        if self.lookahead.exactness == "predicted":
+            told.insert(0, Tick(self._step * self._period + (layer + 1) * self._experts_per_layer))
+        return told
 
     @property
     def foresees(self) -> bool:
@@ -301,6 +309,10 @@ class ExpertCache:
         ended = tuple(lease.lease_id for lease in leases)
         self.forget(ended)
         self.handle([Abort(ended)])
+
+    def recall(self, remember: Remember) -> None:
+        """Take up what an earlier engine left: it is loaded where there is room, after all else."""
+        self.handle([remember])
 
     def handle(self, events: Sequence[Event]) -> None:
         """Tell the ledger, and do as it says."""

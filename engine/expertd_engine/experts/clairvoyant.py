@@ -32,6 +32,12 @@ class Sampled:
     """What they might have been."""
 
 
+def sampled_experts(experts: Sequence[int], most: int = SAMPLED) -> list[tuple[int, int]]:
+    """At most so many (layer, expert), chosen by hash, of a model with `experts` in each layer."""
+    everyone = [(layer, expert) for layer, count in enumerate(experts) for expert in range(count)]
+    return sorted(everyone, key=lambda one: zlib.crc32(f"{one[0]}/{one[1]}".encode()))[:most]
+
+
 class ClairvoyantEstimate:
     """Told of every lookup. `slots_in_all()` is how many experts fit into the budget now."""
 
@@ -39,9 +45,8 @@ class ClairvoyantEstimate:
         """`experts` of each layer."""
         self.met = Sampled()
         self._slots_in_all = slots_in_all
-        everyone = [(layer, expert) for layer, count in enumerate(experts) for expert in range(count)]
-        chosen = sorted(everyone, key=lambda one: zlib.crc32(f"{one[0]}/{one[1]}".encode()))[:most]
-        self._share = len(chosen) / len(everyone)
+        chosen = sampled_experts(experts, most)
+        self._share = len(chosen) / sum(experts)
         self._sampled: list[frozenset[int]] = [
             frozenset(expert for at, expert in chosen if at == layer) for layer in range(len(experts))
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 
 from expertd_engine.errors import EngineError, ResourceError
 from expertd_engine.experts.accounting import Stalls
@@ -26,10 +27,10 @@ from expertd_engine.experts.device_spill import SpilledHost
 from expertd_engine.experts.device_staging import Fetching, Staging, plan_ring
 from expertd_engine.experts.device_streams import Device, Mark
 from expertd_engine.experts.device_table import DeviceTable
-from expertd_engine.experts.device_tiers import Tiers
-from expertd_engine.experts.events import ExpertId, Predict, SetBudget, Tick
+from expertd_engine.experts.events import ExpertId, Predict, Remember, SetBudget, Tick
 from expertd_engine.experts.lookahead import Lookahead
 from expertd_engine.experts.store_format import StoreIndex
+from expertd_engine.messages import Tiers
 from expertd_engine.request import ExpertCounts
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class DeviceCache:
         self._scanned = ExpertCounts()
         self.fetched: set[tuple[int, int]] = set()
         """Experts that the running step had to have brought in, where it waited for that."""
+        self.layer_waits = 0
+        """Times that a step waited at a layer to be told what it lacks."""
         self.pulse: Callable[[], None] = _nobody
         """Called at the end of each step."""
         self._aside = Aside()
@@ -237,6 +240,11 @@ class DeviceCache:
         self._executor.drain()
         self.settle()
 
+    def recall(self, remember: Remember) -> None:
+        """Take up what an earlier engine left, the best first. No step has run. Waits until all are there."""
+        self._executor.handle([remember])
+        self.fill(remember.residents)
+
     def set_budget(self, budget_bytes: int) -> None:
         """Change the budget for slots; no step is running. Raises BudgetError outside what is allowed, and nothing
         changes; ResourceError when the device has no room, and the budget is then what it has room for.
@@ -262,15 +270,17 @@ class DeviceCache:
     def tiers(self) -> Tiers:
         """Where bytes are now."""
         return Tiers(
-            self.slab.bytes,
-            self.slab.slots,
-            sum(self.ledger.residents_by_layer()),
-            self.ledger.pool.number(Use.COLD, Use.COOLING, Use.HANDED, Use.LENT),
-            self.host.bytes,
-            self.host.pinned,
-            self.link,
-            self.link_bytes_per_s,
-            self.ledger.duplicates,
+            device_bytes=self.slab.bytes,
+            slots=self.slab.slots,
+            resident=sum(self.ledger.residents_by_layer()),
+            set_aside=self.ledger.pool.number(Use.COLD, Use.COOLING, Use.HANDED, Use.LENT),
+            host_bytes=self.host.bytes,
+            host_pinned=self.host.pinned,
+            link_bytes=asdict(self.link),
+            link_bytes_per_s=self.link_bytes_per_s,
+            copies=self.copies.depth(),
+            duplicates=self.ledger.duplicates,
+            layer_waits=self.layer_waits,
         )
 
     def close(self) -> None:
@@ -321,7 +331,8 @@ class DeviceCache:
         wanted = self._wanted(slots)
         self._executor.handle([wanted])
         self._executor.flush(Lend(min(slots, wanted.reserve)))
-        return bool(self._executor.lent) or wanted.reserve == 0
+        all_there = sum(self.ledger.residents_by_layer()) == sum(self.ledger.experts_per_layer)
+        return bool(self._executor.lent) or all_there
 
     def _foreseen_late(self, seen: Seen, launch: Launch) -> list[DeviceEvent]:
         """Where nobody knows routes while a step runs, a lookahead hears of them when it has ended."""

@@ -19,8 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from expertd_engine.errors import BudgetError, ResourceError
-from expertd_engine.experts.accounting import Counters, StallCause
+from expertd_engine.experts.accounting import StallCause
 from expertd_engine.experts.device_events import (
     HIT,
     LANDED,
@@ -50,12 +49,13 @@ from expertd_engine.experts.events import (
     LookupResult,
     Predict,
     Priority,
+    Remember,
     SetBudget,
     Tick,
 )
-from expertd_engine.experts.foresight import Foresight
+from expertd_engine.experts.ledger_base import LedgerBase
 from expertd_engine.experts.policy import Policy
-from expertd_engine.experts.residency import EvictionReason, Residency, State
+from expertd_engine.experts.residency import EvictionReason, State
 
 __all__ = ["DeviceLedger"]
 
@@ -67,7 +67,7 @@ _RESULTS: tuple[LookupResult, ...] = ("hit", "miss", "late", "miss")
 _OVER_LINK = (READ, LANDED)
 
 
-class DeviceLedger:
+class DeviceLedger(LedgerBase):
     """Takes events, returns the instructions to carry out, in order.
 
     `record_bytes[l]` is the length in bytes of a record of MoE layer l, which has `experts_per_layer[l]` experts; each
@@ -90,21 +90,18 @@ class DeviceLedger:
         experts = sum(experts_per_layer)
         if not record_bytes or max(record_bytes) > plan.slot_bytes or min(*experts_per_layer, prefetch_depth) < 1:
             raise ValueError(f"no slots of {plan.slot_bytes} bytes for {experts} experts of {list(record_bytes)} bytes")
-        self.experts_per_layer = tuple(experts_per_layer)
+        super().__init__(
+            record_bytes, experts_per_layer, policy, minimum_bytes=plan.bytes_of(min(2, experts)),
+            budget_bytes=budget_bytes, max_budget_bytes=max_budget_bytes, prefetch=prefetch,
+            prefetch_depth=prefetch_depth,
+        )  # fmt: skip
         self.plan = plan
-        self.minimum_bytes = plan.bytes_of(min(2, experts))
-        self.max_budget_bytes = budget_bytes if max_budget_bytes is None else max_budget_bytes
-        self.budget_bytes = self._checked_budget(budget_bytes)
         self.num_slots = min(experts, plan.slots_within(self.max_budget_bytes))
         self.pool = SlotPool(self.num_slots, plan.slot_bytes, self.slots_within(budget_bytes))
-        self._residency = Residency(record_bytes, experts_per_layer, self.max_budget_bytes, policy)
         self._residency.slots = self.pool
-        self._foresight = Foresight(self._residency, policy, prefetch)
-        self._policy = policy
-        self._prefetch_depth = prefetch_depth
         self._still = False
         """The budget changes: nothing is copied until what was retired has cooled."""
-        self.landings = self.duplicates = 0
+        self.duplicates = 0
         records = iter(self._residency.records.values())
         self._by_layer = [[next(records) for _ in range(count)] for count in experts_per_layer]
         self._out: list[DeviceInstruction] = []
@@ -112,6 +109,7 @@ class DeviceLedger:
             Seen: self._seen, Landed: self._landed, Predict: self._predict, Loaded: self._loaded, Tick: self._tick,
             Cancelled: self._cancelled, Cooled: self._cooled, Provide: self._provide, Fill: self._fill,
             Confine: self._confine, Lend: self._lend, Adopt: self._adopt, SetBudget: self._set_budget,
+            Remember: self._recall_uses,
         }  # fmt: skip
 
     def handle_all(self, events: Iterable[DeviceEvent]) -> list[DeviceInstruction]:
@@ -139,66 +137,28 @@ class DeviceLedger:
     # ------------------------------------------------------------ queries
 
     @property
-    def counters(self) -> Counters:
-        return self._residency.counters
-
-    @property
     def limit_bytes(self) -> int:
         """What charged bytes may not exceed now (law 1)."""
         return self.budget_bytes
 
     @property
-    def charged_bytes(self) -> int:
-        """Slots in use, whole."""
-        return self.pool.charged
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of resident records."""
-        return self._residency.resident_bytes
-
-    @property
-    def loading_bytes(self) -> int:
-        """Bytes of records whose copy is in flight, doomed ones included."""
-        return self.pool.occupied - self._residency.resident_bytes
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes ever charged at one instant."""
-        return self.pool.peak
+    def is_refilling(self) -> bool:
+        """Never while it serves: what an earlier engine held is filled in before."""
+        return False
 
     def stall_cause(self) -> StallCause:
         """Steps on a device wait for the link alone, and that is estimated."""
         return "link_estimated"
-
-    def resident_slots(self, layer: int) -> Sequence[int]:
-        """The slot of each expert of a layer, -1 where it is not resident: always up to date, for reading alone."""
-        return self._residency.slots_by_layer[layer]
-
-    def absent_for(self, expert: ExpertId) -> int | None:
-        """Lookups since the last use of an absent expert; None for one that is resident or on its way."""
-        record = self._residency.records[expert]
-        return self._foresight.lookups - record.facts.last_use if record.place is State.ABSENT else None
-
-    def residents_by_layer(self) -> list[int]:
-        """Number of resident experts of each MoE layer."""
-        return [sum(slot >= 0 for slot in slots) for slots in self._residency.slots_by_layer]
-
-    def state(self, expert: ExpertId) -> State:
-        """Raises LedgerError for an expert outside the model."""
-        return self._residency.record(expert).state
 
     def is_idle(self) -> bool:
         """Whether no copy is in flight."""
         return not self._residency.loads
 
     def check(self) -> None:
-        """Verify all that must hold between events, in O(experts). Raises LedgerError with the story of who erred."""
-        self._residency.check()
+        """As `LedgerBase.check`, and law 1."""
+        super().check()
         if self.pool.charged > self.budget_bytes:
             raise self._residency.story.error(f"law 1: {self.pool.charged} charged of {self.budget_bytes}")
-        if self.counters.lookups() != self._foresight.lookups:
-            raise self._residency.story.error(f"law 6: {self.counters} of {self._foresight.lookups} lookups")
 
     # ------------------------------------------------------------ what steps did
 
@@ -250,7 +210,6 @@ class DeviceLedger:
             self.pool.put(event.slot, Use.COOLING)
             self._out.append(Retire(event.slot, event.expert))
             return
-        self.landings += 1
         self._residency.story.tell(record.expert, "landed in slot", event.slot)
         self.pool.own(event.slot, record.nbytes)
         record.slot = event.slot
@@ -411,15 +370,6 @@ class DeviceLedger:
     def check_budget(self, budget_bytes: int) -> None:
         """Raises as `SetBudget` would."""
         self._checked_budget(budget_bytes)
-
-    def _checked_budget(self, budget_bytes: int) -> int:
-        if budget_bytes < self.minimum_bytes:
-            raise BudgetError("expert budget", budget_bytes, self.minimum_bytes, "one slot computing, one loading")
-        if budget_bytes > self.max_budget_bytes:
-            raise ResourceError(
-                f"expert budget of {budget_bytes} bytes is above the {self.max_budget_bytes} bytes reserved at start"
-            )
-        return budget_bytes
 
 
 assert _RESULTS[LANDED] == "miss" and _RESULTS[WAITED] == "late"

@@ -217,6 +217,7 @@ class Fetching(Staging):
     def chunks(self, layer: int, counts: Tensor) -> Iterator[Chunk]:
         """As there, but of those chosen. Raises ExpertUnavailableError."""
         absent = self._split(layer, counts.nonzero().flatten().tolist())[1]
+        self._cache.layer_waits += 1
         device = self._cache.device
         for begin in range(0, len(absent), self._size):
             indices = absent[begin : begin + self._size]

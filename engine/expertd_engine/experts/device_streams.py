@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from expertd_engine.errors import ResourceError
+from expertd_engine.experts.device_range import CudaAddresses, CudaRange, DriverRefused, FixedRange, HostRange, Range
 
 AddressMove = tuple[int, int, int]
 """Target address, source address, bytes."""
@@ -68,6 +69,10 @@ class Device(Protocol):
 
     def allot(self, num_bytes: int) -> Tensor:
         """uint8, not initialised. Raises ResourceError."""
+        ...
+
+    def reserve(self, num_bytes: int) -> Range:
+        """Addresses for so many bytes, zeros. Raises ResourceError."""
         ...
 
     def give_back(self) -> None:
@@ -127,6 +132,9 @@ class HostDevice:
 
     def allot(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def reserve(self, num_bytes: int) -> Range:
+        return HostRange(num_bytes)
 
     def give_back(self) -> None:
         return None
@@ -207,6 +215,17 @@ class CudaDevice:
             free, total = torch.cuda.mem_get_info(self.torch_device)
             problem = f"{num_bytes} bytes of expert slots: {free} of {total} bytes are free"
             raise ResourceError(f"{self.torch_device} has no room for {problem}") from error
+
+    def reserve(self, num_bytes: int) -> Range:
+        try:
+            addresses = CudaAddresses(ctypes.CDLL("libcuda.so.1"), self.torch_device.index or 0)
+            return CudaRange(addresses, num_bytes, self.torch_device)
+        except DriverRefused as reason:
+            fallback = f"keys and values keep their memory when a budget shrinks: {reason}"
+        try:
+            return FixedRange(num_bytes, self.torch_device, fallback)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(f"{self.torch_device} has no room for {num_bytes} bytes of keys and values") from error
 
     def give_back(self) -> None:
         torch.cuda.empty_cache()

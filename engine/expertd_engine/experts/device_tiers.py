@@ -1,4 +1,4 @@
-"""What crossed a device's link and what lies in its tiers: plain data for status and metrics."""
+"""What crossed a device's link: plain data for status and metrics."""
 
 from __future__ import annotations
 
@@ -18,21 +18,3 @@ class LinkBytes:
     """To fill empty slots."""
     staged: int = 0
     """Streamed through for steps of many rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tiers:
-    """Where bytes are."""
-
-    device_bytes: int
-    """Memory allotted for slots."""
-    device_slots: int
-    resident: int
-    set_aside: int
-    host_bytes: int
-    host_pinned: bool
-    link: LinkBytes
-    link_bytes_per_s: float
-    """As measured at start."""
-    duplicates: int
-    """Records that a step landed while they were being copied: their bytes crossed twice."""

@@ -137,7 +137,8 @@ class SetBudget(msgspec.Struct, frozen=True, gc=False):
 
 
 class Tick(msgspec.Struct, frozen=True, gc=False):
-    """A step has ended at `position`: hints that lie before it are stale, and prefetches for them are given up."""
+    """All uses before `position`, where a step or a layer ends, are past or asked for: hints of others were wrong, and
+    prefetches for those are given up."""
 
     position: int
 

@@ -7,15 +7,15 @@ what is counted, whether or not a prefetch was made: there is nothing to explore
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from expertd_engine.experts.events import ExpertId, Hint
 from expertd_engine.experts.lookahead import Exactness, Lookahead
 from expertd_engine.experts.payoff import PayOff
+from expertd_engine.experts.waste import MIN_PRECISION, WasteLimit
 
-MIN_PRECISION = 0.8
-"""A class of hints is followed while this share of it comes true: at most a fifth of prefetched bytes is wasted."""
 _PRIOR = 4.0
 """Made-up outcomes, half of them true, that a class begins with: a few real ones must speak before it is followed."""
 _MEMORY = 1024.0
@@ -40,6 +40,11 @@ class Record:
     @property
     def precision(self) -> float:
         return self.true / self.all
+
+    @property
+    def sure_precision(self) -> float:
+        """A standard error below: of many classes with few outcomes some are lucky, and those would be followed."""
+        return self.precision - math.sqrt(self.precision * (1 - self.precision) / self.all)
 
     def add(self, came_true: bool) -> None:
         self.true += came_true
@@ -104,25 +109,31 @@ class Governor:
         num_experts: int,
         lookups_per_token: int,
         on_its_way: Callable[[ExpertId], bool] = lambda _: False,
+        reads_ahead: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
-        """`on_its_way`: whether a load of the expert has not ended, for accounts alone."""
+        """`on_its_way`: whether a load of the expert has not ended, for accounts alone. `reads_ahead`: prefetches that
+        were read and have ended, since start, and how many of them were wasted.
+        """
         self.tracks: dict[tuple[int, int], Track] = {}
         """By foreseen layer and lead; for status and metrics."""
         self.payoff = PayOff()
         """Whether anything is predicted at all."""
         self.records: dict[_Class, Record] = {}
         """For status and metrics."""
+        self.waste = WasteLimit()
         self._inner = inner
         self._absent_for = absent_for
         self._num_layers = num_layers
         self._num_experts = num_experts
         self._lookups_per_token = lookups_per_token
         self._on_its_way = on_its_way
+        self._reads_ahead = reads_ahead
         self._first_lead: dict[int, int] = {}
         self._judged: dict[int, dict[int, dict[_Class, _Judged]]] = {}
         """Hints on experts that were absent then: by layer's beginning, then position, once for each class."""
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
+        self.waste.tell(*self._reads_ahead())
         if not self.payoff.is_on:
             return ()
         return self._let_through(step * self._num_layers - 1, self._inner.begin_step(step, token_ids))
@@ -174,7 +185,7 @@ class Governor:
         if hint.trust >= 0:
             kind = (-1 - hint.trust, lead, 0)
         record, track = self.records.get(kind), self.tracks.get((hint.expert.layer, lead))
-        approved = record is not None and record.precision >= MIN_PRECISION
+        approved = record is not None and record.sure_precision >= self.waste.least_precision
         followed = approved and not (track is not None and track.is_off)
         begin = hint.needed_at - hint.needed_at % self._num_experts
         judged = self._judged.setdefault(begin, {}).setdefault(hint.needed_at, {})

@@ -71,6 +71,10 @@ class HeldExperts:
         resident = self.cache.ledger.resident_slots(layer)
         return [resident[expert] for expert in experts]
 
+    def used(self, layers: Sequence[int], experts: Sequence[Sequence[int]]) -> None:
+        """Native code has computed these experts of these layers, with repeats, all of them held."""
+        self.cache.used_in_passing(list(zip(layers, experts, strict=True)))
+
     def end_step(self, tokens: float) -> None:
         """The virtual step has ended; `tokens` as for `VirtualExperts.end_step`."""
         if self.sets.is_open:

@@ -25,13 +25,11 @@ O(log n) amortised, but `Tick` (once a step), `check` and `residents_by_layer`.
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from expertd_engine.errors import BudgetError, ResourceError
-from expertd_engine.experts.accounting import Counters, LedgerError, StallCause
+from expertd_engine.experts.accounting import LedgerError, StallCause
 from expertd_engine.experts.events import (
     Abort,
     Cancelled,
@@ -44,7 +42,6 @@ from expertd_engine.experts.events import (
     Instruction,
     Loaded,
     LookupResult,
-    PastUse,
     Predict,
     Priority,
     Release,
@@ -53,9 +50,9 @@ from expertd_engine.experts.events import (
     Tick,
     Used,
 )
-from expertd_engine.experts.foresight import Foresight
-from expertd_engine.experts.policy import Facts, Policy, Victims, weight_from_now
-from expertd_engine.experts.residency import Record, Residency, State
+from expertd_engine.experts.ledger_base import LedgerBase
+from expertd_engine.experts.policy import Facts, Policy, Victims
+from expertd_engine.experts.residency import Record, State
 
 __all__ = ["ATTEMPTS", "Ledger", "LedgerError", "State"]
 
@@ -63,7 +60,7 @@ ATTEMPTS = 2
 """Loads tried for a demanded record before its leases are denied."""
 
 
-class Ledger:
+class Ledger(LedgerBase):
     """Takes events, returns the instructions to carry out, in order.
 
     `record_bytes[l]` is the length in bytes of a record of MoE layer l, which has `experts_per_layer[l]` experts.
@@ -87,18 +84,17 @@ class Ledger:
         layers = list(zip(record_bytes, experts_per_layer, strict=True))
         if not layers or min(record_bytes) < 1 or min(experts_per_layer) < 1 or prefetch_depth < 1:
             raise ValueError(f"no ledger for layers of (bytes, experts) {layers} and prefetch depth {prefetch_depth}")
-        self.experts_per_layer = tuple(experts_per_layer)
-        self.minimum_bytes = min(2 * max(record_bytes), sum(nbytes * count for nbytes, count in layers))
-        self.max_budget_bytes = budget_bytes if max_budget_bytes is None else max_budget_bytes
-        self.budget_bytes = self._checked_budget(budget_bytes)
-        self._residency = Residency(record_bytes, experts_per_layer, self.max_budget_bytes, policy, victims)
+        super().__init__(
+            record_bytes, experts_per_layer, policy, victims,
+            minimum_bytes=min(2 * max(record_bytes), sum(nbytes * count for nbytes, count in layers)),
+            budget_bytes=budget_bytes, max_budget_bytes=max_budget_bytes, prefetch=prefetch,
+            prefetch_depth=prefetch_depth,
+        )  # fmt: skip
         self._slots = self._residency.slots
-        self._foresight = Foresight(self._residency, policy, prefetch)
-        self._prefetch_depth = prefetch_depth
+        self._largest = max(record_bytes)
         self._cap = self.budget_bytes  # what loads may fill: the budget, unless it was lowered while demands wait
         self._leases: dict[int, Record] = {}
         self._queue: OrderedDict[ExpertId, Record] = OrderedDict()
-        self._policy = policy
         self._remembered: list[Record] = []  # to be loaded where there is room, the last one first
         self._handlers: dict[type, Callable[[Any], None]] = {
             Demand: self._demand, Used: self._used, Predict: self._predict, Loaded: self._loaded, Failed: self._failed,
@@ -140,10 +136,6 @@ class Ledger:
         return self._residency.num_slots
 
     @property
-    def counters(self) -> Counters:
-        return self._residency.counters
-
-    @property
     def victims(self) -> Victims:
         """The experts that may give way, in their order."""
         return self._residency.victims
@@ -153,75 +145,26 @@ class Ledger:
         """What charged bytes may not exceed now (law 1)."""
         return max(self._cap, self._slots.charged)
 
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of resident records, leased ones included."""
-        return self._residency.resident_bytes
-
-    @property
-    def loading_bytes(self) -> int:
-        """Bytes of records whose load is in flight, doomed ones included."""
-        return self._slots.occupied - self._residency.resident_bytes
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes ever charged at one instant."""
-        return self._slots.peak
-
     def stall_cause(self) -> StallCause:
         """What a step that has to wait now is waiting for."""
         loads = self._residency.loads.values()
         read = any(record.leases and record.place is State.LOADING and not record.queued for record in loads)
         return "disk_read" if read else "expert_wait"
 
-    def resident_slots(self, layer: int) -> array[int]:
-        """The slot of each expert of a layer, -1 where it is not resident: always up to date, for reading alone."""
-        return self._residency.slots_by_layer[layer]
-
-    def absent_for(self, expert: ExpertId) -> int | None:
-        """Lookups since the last use of an absent expert; None for one that is resident or on its way."""
-        record = self._residency.records[expert]
-        return self._foresight.lookups - record.facts.last_use if record.place is State.ABSENT else None
-
-    def residents_by_layer(self) -> list[int]:
-        """Number of resident experts (leased ones included) of each MoE layer."""
-        counts = [0] * len(self.experts_per_layer)
-        for record in self._residency.records.values():
-            counts[record.expert.layer] += record.place is State.RESIDENT
-        return counts
-
     @property
     def is_refilling(self) -> bool:
         """Whether experts of an earlier engine are still to be loaded or on their way."""
         return bool(self._remembered or self._residency.prefetching)
 
-    def recollection(self) -> Remember:
-        """What a later engine may want to know: `Remember`."""
-        now, records = self._foresight.lookups, self._residency.records.values()
-        uses = tuple(
-            PastUse(r.expert, r.facts.last_use - now - 1, weight_from_now(self._policy, r.facts, now))
-            for r in records
-            if r.facts.last_use != -1
-        )
-        residents = [r for r in records if r.place is State.RESIDENT]
-        best = sorted(residents, key=lambda r: (not r.facts.probation, self._policy.rank(r.facts), r.facts.last_use))
-        return Remember(uses, tuple(r.expert for r in reversed(best)))
-
-    def state(self, expert: ExpertId) -> State:
-        """Raises LedgerError for an expert outside the model."""
-        return self._residency.record(expert).state
-
     def check(self) -> None:
-        """Verify all that must hold between events, in O(experts). Raises LedgerError with the story of who erred."""
-        self._residency.check()
+        """As `LedgerBase.check`, and that leases and the line of demands are those of the records."""
+        super().check()
         records = self._residency.records.values()
         if [r for r in records if r.queued] != sorted(self._queue.values(), key=lambda r: r.expert):
             raise self._residency.story.error(f"law 3: the line {list(self._queue)} is not who waits in it")
         asked = {lease_id: record for record in records for lease_id in record.leases}
         if asked != self._leases or any(not record.leases for record in self._queue.values()):
             raise self._residency.story.error(f"law 3: leases {self._leases.keys()} but records have {asked.keys()}")
-        if self.counters.lookups() != self._foresight.lookups:
-            raise self._residency.story.error(f"law 6: {self.counters} of {self._foresight.lookups} lookups")
 
     # ------------------------------------------------------------ events
 
@@ -322,13 +265,13 @@ class Ledger:
 
     def _tick(self, event: Tick) -> None:
         self._foresight.advance(event.position)
+        slots = self.budget_bytes // self._largest
+        known = (record.facts for record in self._residency.records.values())
+        if self._policy.adapt(self._foresight.lookups, slots, known):
+            self._residency.victims.rank_anew()
 
     def _remember(self, event: Remember) -> None:
-        if self._foresight.lookups:
-            raise self._residency.story.error("an earlier engine is remembered after the first lookup")
-        for use in event.uses:
-            facts = self._residency.record(use.expert).facts
-            facts.last_use, facts.weight = use.last_use, use.weight
+        self._recall_uses(event)
         self._remembered = [self._residency.record(expert) for expert in reversed(event.residents)]
 
     # ------------------------------------------------------------ leases
@@ -482,12 +425,3 @@ class Ledger:
     def _may_revive(self, record: Record) -> bool:
         """A doomed record that was loaded after all may stay if it is what the first demand in line waits for."""
         return next(iter(self._queue.values()), None) is record and self._slots.occupied <= self._cap
-
-    def _checked_budget(self, budget_bytes: int) -> int:
-        if budget_bytes < self.minimum_bytes:
-            raise BudgetError("expert budget", budget_bytes, self.minimum_bytes, "one slot computing, one loading")
-        if budget_bytes > self.max_budget_bytes:
-            raise ResourceError(
-                f"expert budget of {budget_bytes} bytes is above the {self.max_budget_bytes} bytes reserved at start"
-            )
-        return budget_bytes

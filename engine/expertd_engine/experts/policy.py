@@ -6,13 +6,14 @@ Owner: the ledger. It tells `Victims` which experts are resident and unleased; n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
 from expertd_engine.errors import ConfigError
 from expertd_engine.experts.events import ExpertId
+from expertd_engine.experts.half_life import CANDIDATES, HalfLives, with_use
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +48,11 @@ class Policy(Protocol):
     def rank(self, facts: Facts) -> float:
         """The expert's rank. Constant between changes of `facts`: ageing must not depend on when it is asked."""
 
+    def adapt(self, lookups: int, slots: int, known: Iterable[Facts]) -> bool:
+        """So many lookups have been, and there is room for `slots` experts. May change how experts are ranked, and with
+        it the weights of all that are `known`: whether ranks have changed.
+        """
+
 
 class LRU:
     """Least recently used first."""
@@ -58,6 +64,9 @@ class LRU:
 
     def rank(self, facts: Facts) -> float:
         return facts.last_use
+
+    def adapt(self, lookups: int, slots: int, known: Iterable[Facts]) -> bool:
+        return False
 
 
 class LFU:
@@ -73,12 +82,13 @@ class LFU:
         self.half_life = half_life
 
     def used(self, facts: Facts) -> None:
-        now = facts.last_use / self.half_life
-        high, low = max(facts.weight, now), min(facts.weight, now)
-        facts.weight = high + math.log2(1.0 + 2.0 ** (low - high))
+        facts.weight = with_use(facts.weight, facts.last_use / self.half_life)
 
     def rank(self, facts: Facts) -> float:
         return facts.weight
+
+    def adapt(self, lookups: int, slots: int, known: Iterable[Facts]) -> bool:
+        return False
 
 
 class NextUse(LFU):
@@ -93,6 +103,28 @@ class NextUse(LFU):
         return super().rank(facts) if facts.next_use is None else _KNOWN - facts.next_use
 
 
+class AdaptiveNextUse(NextUse):
+    """`NextUse` with the half-life that serves best of late."""
+
+    def __init__(self, half_lives: HalfLives) -> None:
+        super().__init__(half_lives.current)
+        self._half_lives = half_lives
+
+    def used(self, facts: Facts) -> None:
+        super().used(facts)
+        if facts.expert in self._half_lives.sampled:
+            self._half_lives.use(facts.expert, facts.last_use)
+
+    def adapt(self, lookups: int, slots: int, known: Iterable[Facts]) -> bool:
+        self._half_lives.slots = slots
+        if not self._half_lives.judge(lookups):
+            return False
+        before, self.half_life = self.half_life, self._half_lives.current
+        for facts in known:  # counts stay what they are at this lookup: only from now on they age otherwise
+            facts.weight += lookups / self.half_life - lookups / before
+        return True
+
+
 def weight_from_now(policy: Policy, facts: Facts, lookups: int) -> float:
     """The expert's weight, were lookups counted anew after so many."""
     return facts.weight - lookups / policy.half_life if isinstance(policy, LFU) else facts.weight
@@ -100,8 +132,8 @@ def weight_from_now(policy: Policy, facts: Facts, lookups: int) -> float:
 
 _KNOWN = 2.0**52
 """Above any weight; integers up to there are exact."""
-HALF_LIFE_TOKENS = 5.5
-"""Of a use. On generated routes with the reuse of real models, LRU misses 3 to 15 % more than 5 to 12 tokens do."""
+HALF_LIFE_TOKENS = CANDIDATES[0]
+"""Of a use, where it is not chosen while serving."""
 
 _POLICIES: dict[str, Callable[[int], Policy]] = {"lru": lambda _: LRU(), "lfu": LFU, "next-use": NextUse}
 
@@ -145,6 +177,11 @@ class Victims:
         if len(self._heap) > 2 * self._live + 64:
             self._heap = [entry for entry in self._heap if entry[3] == entry[4].ticket]
             heapify(self._heap)
+
+    def rank_anew(self) -> None:
+        """The policy ranks otherwise from now on."""
+        for facts in [entry[4] for entry in self._heap if entry[3] == entry[4].ticket]:
+            self.offer(facts)
 
     def withdraw(self, facts: Facts) -> None:
         """The expert may not give way any more, if it might."""

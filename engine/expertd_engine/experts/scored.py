@@ -5,6 +5,8 @@ Owner: the ledger; the predictor tells `rescore`. Array operations over all expe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +30,9 @@ class Scored:
 
     def rank(self, facts: Facts) -> float:
         return float(self.scores[facts.expert])
+
+    def adapt(self, lookups: int, slots: int, known: Iterable[Facts]) -> bool:
+        return False
 
 
 class ScoredVictims(Victims):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from expertd_engine.console import Progress, silent
@@ -12,6 +11,7 @@ from expertd_engine.experts.policy import HALF_LIFE_TOKENS
 from expertd_engine.lab.events import Events, events_of
 from expertd_engine.lab.predictor_file import Predictor
 from expertd_engine.lab.rankings import (
+    AdaptiveRanking,
     ClairvoyantRanking,
     ForeseenRanking,
     LeastStaleRanking,
@@ -30,10 +30,11 @@ SLOW_HALF_LIFE = 24.0
 CLEARLY = 0.001
 """Hit rate by which a policy must do better than a simpler one to be recommended instead."""
 
-Served = tuple[Literal["lru", "lfu", "next-use", "predicted"], float, Literal["none", "next-gate", "learned"]]
+Served = tuple[Literal["lru", "lfu", "next-use", "predicted"], float | None, Literal["none", "next-gate", "learned"]]
 
 SERVED: Mapping[str, Served] = {
     "lru": ("lru", HALF_LIFE_TOKENS, "none"),
+    "adaptive frequency": ("next-use", None, "none"),
     "frequency": ("next-use", HALF_LIFE_TOKENS, "none"),
     "slow frequency": ("next-use", SLOW_HALF_LIFE, "none"),
     "predicted": ("predicted", SLOW_HALF_LIFE, "learned"),
@@ -69,18 +70,21 @@ class Comparison:
         return chosen
 
 
-def rankings(trace: Trace, events: Events, predictor: Predictor | None) -> dict[str, Callable[[], Ranking]]:
-    """By name, fresh ones when called. `predicted` is there with a predictor and hidden states."""
-    found: dict[str, Callable[[], Ranking]] = {
-        "lru": partial(LRURanking, events),
-        "least stale": partial(LeastStaleRanking, events),
-        "frequency": partial(LFURanking, events),
-        "slow frequency": partial(LFURanking, events, SLOW_HALF_LIFE),
-        "4 layers known": partial(ForeseenRanking, events, 4, SLOW_HALF_LIFE),
-        "clairvoyant": partial(ClairvoyantRanking, events),
+def rankings(trace: Trace, events: Events, predictor: Predictor | None) -> dict[str, Callable[[int], Ranking]]:
+    """By name, fresh ones for a cache of so many slots. `predicted` is there with a predictor and hidden states."""
+    found: dict[str, Callable[[int], Ranking]] = {
+        "lru": lambda _: LRURanking(events),
+        "least stale": lambda _: LeastStaleRanking(events),
+        "adaptive frequency": lambda slots: AdaptiveRanking(events, slots),
+        "frequency": lambda _: LFURanking(events),
+        "slow frequency": lambda _: LFURanking(events, SLOW_HALF_LIFE),
+        "4 layers known": lambda _: ForeseenRanking(events, 4, SLOW_HALF_LIFE),
+        "2 tokens known": lambda _: ForeseenRanking(events, 2 * events.layers, SLOW_HALF_LIFE),
+        "clairvoyant": lambda _: ClairvoyantRanking(events),
     }
     if predictor is not None and trace.hidden is not None:
-        found["predicted"] = partial(ScoredRanking, events, scores_of(trace, events, predictor))
+        scores = scores_of(trace, events, predictor)
+        found["predicted"] = lambda _: ScoredRanking(events, scores)
     return found
 
 
@@ -100,7 +104,7 @@ def compare(
         met[one] = {}
         for j, (name, make) in enumerate(made.items()):
             progress("replay", (i + j / len(made)) / len(slots))
-            met[one][name] = replay(events, one, make(), round(warm * count))
+            met[one][name] = replay(events, one, make(one), round(warm * count))
     return Comparison(len(events.experts), len(trace), met)
 
 

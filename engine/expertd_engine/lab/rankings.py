@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from expertd_engine.experts.half_life import HalfLives
 from expertd_engine.experts.policy import HALF_LIFE_TOKENS
 from expertd_engine.lab.events import NEVER, Events
 from expertd_engine.lab.trace import Ids
@@ -55,6 +56,30 @@ class LFURanking:
         now, weights = at / self._half_life, self.ranks[experts]
         # As policy.LFU, which takes 2^(low - high); the difference is -inf where there is no weight yet.
         self.ranks[experts] = np.maximum(weights, now) + np.log1p(np.exp2(-np.abs(weights - now))) / math.log(2)
+
+
+class AdaptiveRanking(LFURanking):
+    """Aged frequency as `policy.AdaptiveNextUse` has it, in a cache of `slots`."""
+
+    def __init__(self, events: Events, slots: int) -> None:
+        counts = [events.width] * events.layers
+        self._half_lives = HalfLives(counts, events.lookups_per_token)
+        self._half_lives.slots = slots
+        super().__init__(events)
+        self._layers, self._width = events.layers, events.width
+        self._sampled = np.zeros(events.total, bool)
+        self._sampled[[layer * events.width + expert for layer, expert in self._half_lives.sampled]] = True
+        self._everyone = np.arange(events.total)
+
+    def used(self, number: int, experts: Ids, at: Ids, offset: int | Ids) -> None:
+        self.changed = None
+        if number % self._layers == 0 and len(at) and self._half_lives.judge(lookups := int(at[0]) - 1):
+            before, self._half_life = self._half_life, self._half_lives.current
+            self.ranks += lookups / self._half_life - lookups / before
+            self.changed = self._everyone
+        super().used(number, experts, at, offset)
+        for i in np.flatnonzero(self._sampled[experts]):
+            self._half_lives.use(divmod(int(experts[i]), self._width), int(at[i]))
 
 
 class ClairvoyantRanking:

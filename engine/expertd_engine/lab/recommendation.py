@@ -18,8 +18,8 @@ class Recommendation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     store_id: str
     policy: Literal["lru", "lfu", "next-use", "predicted"]
-    half_life_tokens: float
-    """Of uses, for policies that count them."""
+    half_life_tokens: float | None
+    """Of uses, for policies that count them; None: chosen while serving."""
     predictor: Literal["none", "next-gate", "learned"]
     hit_rates: dict[str, dict[str, float]]
     """By budget, then policy."""

@@ -88,6 +88,9 @@ class KVStorage:
             self.values.append(pool[:, middle:end].view(-1, heads, block_tokens, value_dim).permute(0, 2, 1, 3))
             begin = end
 
+    def provide(self, num_blocks: int) -> None:
+        """Memory of blocks comes as they are written to."""
+
     def drop(self, block: int) -> None:
         """Return the block's memory to the system; its content is zeros from now on."""
         self._slab.drop(block)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from expertd_engine.experts.device_staging import Chunk, Staging
+from expertd_engine.experts.device_staging import Chunk
 from expertd_engine.kernels.cuda.experts import ExpertLayout, decode_tiles, experts_decode
 from expertd_engine.kernels.cuda.experts_prefill import PairGroups, combine, experts_prefill
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers, publish, resolve
@@ -57,6 +58,13 @@ class TableExperts:
         publish(self._table, len(self._layouts) - 1, self._scratches[rows])
 
 
+class Stage(Protocol):
+    """One step's experts, layer by layer: `experts.device_staging.Staging`."""
+
+    def resident(self, layer: int) -> Chunk: ...
+    def chunks(self, layer: int, counts: Tensor) -> Iterator[Chunk]: ...
+
+
 class StagedExperts:
     """Experts of steps of many rows: those at hand first, then the others as they arrive."""
 
@@ -72,11 +80,11 @@ class StagedExperts:
         ]
         self._layouts, self._num_experts = layouts, num_experts
         self._inner, self._partials, self._given = inner, partials, given
-        self._staging: Staging | None = None
+        self._staging: Stage | None = None
         self.counts = torch.zeros(len(layouts), num_experts, dtype=torch.int64, device=inner.device)
         """How many pairs chose each expert in the last step."""
 
-    def begin(self, staging: Staging) -> None:
+    def begin(self, staging: Stage) -> None:
         """Experts of the step about to run come by `staging`."""
         self._staging = staging
 

@@ -1,4 +1,5 @@
-"""Launches a step's program: as a CUDA graph for each number of rows, or, on the CPU twin, as it stands. Owns graphs.
+"""Launches a step's program: as a CUDA graph for each number of rows, or, where none can be captured, as it stands.
+Owns graphs.
 
 Numbers of rows are powers of two: a step of three rows runs the graph for four, its last row being padding.
 """
@@ -37,16 +38,26 @@ class Launcher(Protocol):
 
 
 class EagerLauncher:
-    """On a CPU: everything has ended when it returns."""
+    """Launches kernel by kernel. On a CPU everything has ended when `launch` returns."""
 
-    def __init__(self, program: Callable[[int], None]) -> None:
+    def __init__(self, program: Callable[[int], None], rows: Sequence[int], device: torch.device) -> None:
+        """On a card, runs the program once for each bucket, which compiles its kernels; as `GraphLauncher` does."""
         self._program = program
+        self._ended = None if device.type == "cpu" else torch.cuda.Event()
+        if self._ended is not None:
+            for bucket in sorted(rows, reverse=True):
+                program(bucket)
+            torch.cuda.synchronize()
 
     def launch(self, rows: int) -> None:
         self._program(rows)
+        if self._ended is not None:
+            self._ended.record()
 
     def wait(self, meanwhile: Callable[[], None]) -> None:
         meanwhile()
+        while self._ended is not None and not self._ended.query():
+            meanwhile()
 
 
 class GraphLauncher:

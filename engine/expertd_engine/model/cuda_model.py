@@ -16,15 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from expertd_engine.experts.device_staging import Staging
-from expertd_engine.kernels.cuda.experts import ExpertLayout
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers
 from expertd_engine.model.attention import Span
-from expertd_engine.model.cuda_experts import GivenRoutes, StagedExperts, TableExperts
+from expertd_engine.model.cuda_build import DeviceParts
+from expertd_engine.model.cuda_experts import GivenRoutes, Stage, StagedExperts, TableExperts
 from expertd_engine.model.cuda_graph import EagerLauncher, GraphLauncher, Launcher, bucket_of
 from expertd_engine.model.cuda_inputs import StepInputs
-from expertd_engine.model.cuda_layer import DeviceEnds, DeviceLayer
-from expertd_engine.model.cuda_program import DeviceKV, Program, Sizes, Workspace, query_tiles
+from expertd_engine.model.cuda_kv import DeviceKV
+from expertd_engine.model.cuda_program import ProgramRoom, query_tiles
 
 
 class Table(Protocol):
@@ -49,7 +48,7 @@ class ExpertSource(Protocol):
     def before_launch(self) -> None: ...
     def after_launch(self) -> None: ...
     def poll(self) -> None: ...
-    def stage(self) -> AbstractContextManager[Staging]: ...
+    def stage(self) -> AbstractContextManager[Stage]: ...
     def scanned(self, pairs: Sequence[Sequence[int]]) -> None: ...
 
 
@@ -93,38 +92,41 @@ class DeviceModel:
     """One model on one device. Called by one thread, on the stream that was current when it was made."""
 
     def __init__(
-        self, layers: Sequence[DeviceLayer], ends: DeviceEnds, layouts: Sequence[ExpertLayout], kv: DeviceKV,
-        table: Table, limits: Limits, dtype: torch.dtype, *, given_routes: bool = False, invariant: bool = False,
+        self, parts: DeviceParts, kv: DeviceKV, table: Table, limits: Limits, *, given_routes: bool = False,
+        invariant: bool = False,
     ) -> None:  # fmt: skip
-        """`layouts[m]`: records of MoE layer m. `dtype`: of rows that matrices read. Graphs are captured here.
-        `invariant`: see `Program`."""
-        device = ends.head.data.device
-        sizes = Sizes.of(layers, ends)
+        """Graphs are captured here. `given_routes`: steps bring routes in the routers' place. `invariant`: see
+        `cuda_program.DenseSide`."""
+        device, layouts, dtype = parts.dense.device, parts.layouts, parts.dtype
         blocks = -(-limits.model_len // kv.block_tokens)
         self._limits, self._device, self._table = limits, device, table
         self._inputs = StepInputs(limits.rows, limits.sequences, blocks, device)
-        work = Workspace(sizes, layers, limits.rows, limits.rows if invariant else limits.buckets[-1], dtype, device)
-        logits = torch.empty(limits.buckets[-1], sizes.vocabulary, device=device)
-        self._program = Program(layers, ends, kv, self._inputs, work, logits, invariant=invariant)
+        hidden, few = layouts[0].hidden, limits.buckets[-1]
+        logits = torch.empty(few, parts.dense.vocabulary, device=device)
+        alone = limits.rows if invariant else few
+        room = ProgramRoom(kv, self._inputs, logits, hidden, limits.rows, alone, dtype)
+        self._program = parts.dense.program(room, invariant=invariant)
         self._best = torch.zeros(limits.rows, dtype=torch.int64, device=device)
         self._best_host = torch.zeros(limits.rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-        rows = (limits.buckets[-1], limits.rows)
-        self._given = [GivenRoutes(len(layouts), n, sizes.top_k, device) if given_routes else None for n in rows]
+        self._given = [
+            GivenRoutes(len(layouts), rows, parts.top_k, device) if given_routes else None
+            for rows in (few, limits.rows)
+        ]
         inner = max(layout.inner for layout in layouts)
         scratches = {
             bucket: ExpertScratch.of(
-                hidden=sizes.hidden, inner=inner, max_rows=bucket, top_k=sizes.top_k, num_experts=sizes.experts,
+                hidden=hidden, inner=inner, max_rows=bucket, top_k=parts.top_k, num_experts=parts.experts,
                 dtype=dtype, device=device,
             )
             for bucket in limits.buckets
         }  # fmt: skip
         self._few = TableExperts(layouts, table.pointers, scratches, self._inputs.num_rows, self._given[0])
-        pairs = limits.rows * sizes.top_k
+        pairs = limits.rows * parts.top_k
         self._many = StagedExperts(
-            layouts, sizes.experts, torch.empty(pairs, inner, dtype=dtype, device=device),
-            torch.empty(pairs, sizes.hidden, device=device), self._given[1], invariant=invariant,
+            layouts, parts.experts, torch.empty(pairs, inner, dtype=dtype, device=device),
+            torch.empty(pairs, hidden, device=device), self._given[1], invariant=invariant,
         )  # fmt: skip
-        self._launcher = self._made_launcher()
+        self._launcher = self._made_launcher(is_graph=parts.dense.is_graph and device.type == "cuda")
 
     @torch.inference_mode()
     def step(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
@@ -134,19 +136,19 @@ class DeviceModel:
             return self._small(tokens, experts)
         return self._large(tokens, experts)
 
-    def _made_launcher(self) -> Launcher:
-        if self._device.type == "cpu":
-            return EagerLauncher(self._run_few)
+    def _made_launcher(self, *, is_graph: bool) -> Launcher:
         self._inputs.fill((), (), ())
         with torch.inference_mode():
-            return GraphLauncher(self._run_few, self._limits.buckets)
+            if is_graph:
+                return GraphLauncher(self._run_few, self._limits.buckets)
+            return EagerLauncher(self._run_few, self._limits.buckets, self._device)
 
     def _run_few(self, rows: int) -> None:
         """What a graph is captured of."""
         self._table.apply()
         self._program.run_layers(rows, self._few)
         self._few.finish(rows)
-        self._program.run_head(self._program.workspace.hidden[:rows], self._best)
+        self._program.run_head(self._program.hidden[:rows], self._best)
         self._best_host[:rows].copy_(self._best[:rows], non_blocking=True)
 
     def _small(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
@@ -179,7 +181,7 @@ class DeviceModel:
         room = len(self._program.logits)
         for first in range(0, len(tokens.logit_rows), room):
             wanted = torch.tensor(tokens.logit_rows[first : first + room]).to(self._device)
-            made = self._program.run_head(self._program.workspace.hidden[wanted], self._best)
+            made = self._program.run_head(self._program.hidden[wanted], self._best)
             best += self._best[: len(wanted)].tolist()
             logits |= {first + i: made[i].cpu() for i in range(len(wanted)) if first + i in tokens.read}
         return best, logits

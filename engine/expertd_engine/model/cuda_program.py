@@ -19,8 +19,9 @@ from expertd_engine.kernels.cuda.dense import Form, embed, matmul
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm, add_norm, norm_rows
 from expertd_engine.kernels.cuda.router import route
-from expertd_engine.model.attention import LayerShape, Span
+from expertd_engine.model.attention import Span
 from expertd_engine.model.cuda_inputs import StepInputs
+from expertd_engine.model.cuda_kv import DeviceKV
 from expertd_engine.model.cuda_layer import DeviceEnds, DeviceFeedForward, DeviceLayer
 from expertd_engine.model.numerics import InvariantSigmoids
 
@@ -34,23 +35,52 @@ class Experts(Protocol):
         ...
 
 
-class DeviceKV:
-    """Keys and values on the device: per layer `[blocks, block_tokens, kv_heads, dim]`. Block 0 is the null block."""
+class StepProgram(Protocol):
+    """A model's dense side over one KV pool and buffers that never move."""
 
-    def __init__(
-        self, shapes: Sequence[LayerShape], num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.num_blocks, self.block_tokens = num_blocks, block_tokens
+    hidden: Tensor
+    """`[rows, H]`: the residual stream."""
+    logits: Tensor
+    """`[N, V]`: room for the logits of N rows at a time."""
 
-        def pool(heads: int, dim: int) -> Tensor:
-            return torch.zeros(num_blocks, block_tokens, heads, dim, dtype=dtype, device=device)
+    def run_layers(self, rows: int, experts: Experts, tiles: Tensor | None = None) -> None:
+        """From the step's inputs to the residual stream behind the last layer, for the first `rows` rows.
 
-        self.keys = [pool(shape.kv_heads, shape.key_dim) for shape in shapes]
-        self.values = [pool(shape.kv_heads, shape.value_dim) for shape in shapes]
-        self.block_bytes = sum(pool[0].nbytes for pool in (*self.keys, *self.values))
+        `tiles` `[n, 2]`: first row and length of runs of consecutive rows of one sequence, for steps of many rows.
+        """
+        ...
 
-    def drop(self, block: int) -> None:
-        """Blocks share one allocation a layer: a single one is kept for whoever comes next."""
+    def run_head(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Logits `[n, V]` of rows `hidden` `[n, H]` of the residual stream, and the best token of each."""
+        ...
+
+
+class DenseSide(Protocol):
+    """All of a model but its routed experts, on a device."""
+
+    is_graph: bool
+    """Whether its programs may be captured."""
+    vocabulary: int
+    device: torch.device
+
+    def program(self, room: ProgramRoom, *, invariant: bool) -> StepProgram:
+        """`invariant`: a row's bits depend on its own sequence alone, at the price of prompts computed row by row."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProgramRoom:
+    """What a program works on. `rows` of the largest step, `alone` of the largest that attends row by row."""
+
+    kv: DeviceKV
+    inputs: StepInputs
+    logits: Tensor
+    """`[N, V]`"""
+    hidden: int
+    rows: int
+    alone: int
+    dtype: torch.dtype
+    """Of rows that matrices read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,19 +153,16 @@ class Program:
         self, layers: Sequence[DeviceLayer], ends: DeviceEnds, kv: DeviceKV, inputs: StepInputs, workspace: Workspace,
         logits: Tensor, *, invariant: bool = False,
     ) -> None:  # fmt: skip
-        """`logits` `[N, V]`: room for the logits of N rows at a time. `invariant`: a row's bits depend on its own
-        sequence alone, at the price of prompts computed row by row."""
+        """`logits` `[N, V]`: room for the logits of N rows at a time. `invariant`: see `DenseSide.program`."""
         self.layers, self.ends = layers, ends
         self.kv, self.inputs, self.workspace, self.logits = kv, inputs, workspace, logits
+        self.hidden = workspace.hidden
         self._invariant = invariant
         self._form: Form = "rows" if invariant else "auto"
         self._argmax = Argmax(len(logits), logits.shape[1], logits.device)
 
     def run_layers(self, rows: int, experts: Experts, tiles: Tensor | None = None) -> None:
-        """From the step's inputs to the residual stream behind the last layer, for the first `rows` rows.
-
-        `tiles` `[n, 2]`: first row and length of runs of consecutive rows of one sequence, for steps of many rows.
-        """
+        """See `StepProgram`."""
         hidden = self.workspace.hidden[:rows]
         embed(self.ends.embedding, self.inputs.ids[:rows], self.ends.embedding_scale, hidden)
         for index, layer in enumerate(self.layers):
@@ -143,7 +170,7 @@ class Program:
             self._feed_forward(layer, hidden, experts)
 
     def run_head(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Logits `[n, V]` of rows `hidden` `[n, H]` of the residual stream, and the best token of each."""
+        """See `StepProgram`."""
         ends, logits = self.ends, self.logits[: len(hidden)]
         self._multiply(
             hidden, ends.head, logits,
@@ -239,6 +266,22 @@ class Program:
         self._multiply(inner, ffn.down, made)
         self._multiply(y, layer.ffn_gate, share)
         add_norm(out, made, None, 1.0, gate=share)
+
+
+class KernelLayers:
+    """A `DenseSide` whose every layer our kernels compute."""
+
+    is_graph = True
+
+    def __init__(self, layers: Sequence[DeviceLayer], ends: DeviceEnds) -> None:
+        self._layers, self._ends = layers, ends
+        self.vocabulary, self.device = ends.head.rows, ends.head.data.device
+
+    def program(self, room: ProgramRoom, *, invariant: bool) -> Program:
+        """See `DenseSide`."""
+        sizes = Sizes.of(self._layers, self._ends)
+        work = Workspace(sizes, self._layers, room.rows, room.alone, room.dtype, self.device)
+        return Program(self._layers, self._ends, room.kv, room.inputs, work, room.logits, invariant=invariant)
 
 
 def query_tiles(spans: Sequence[Span]) -> list[tuple[int, int]]:

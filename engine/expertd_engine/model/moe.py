@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from expertd_engine.kernels.library import ExpertsCall
+from expertd_engine.model.substitution import Met, Substituted
 
 EXPERTS_NAME = "expertd"
 
@@ -182,8 +183,34 @@ class KnownRoutes:
 class Reroute(Protocol):
     """Puts other experts in the place of those that the model's router chose: virtual mode."""
 
-    logits: torch.Tensor | None
-    """Router logits `[T, E]` of the layer about to compute, where the step's path has them."""
+    @property
+    def runs(self) -> bool:
+        """Whether layers may run on without Python: then native code routes by `masks` and `limits`."""
+        ...
+
+    @property
+    def masks(self) -> Sequence[NDArray[np.bool_]]:
+        """Who each MoE layer holds, `[E]` each: always the same memory."""
+        ...
+
+    @property
+    def limits(self) -> Floats:
+        """What each row of the step may lose in a layer, `[T]`."""
+        ...
+
+    shared_by: int
+
+    def refresh(self) -> None:
+        """Native code is about to run: take in what has arrived."""
+        ...
+
+    def ran(self, met: Met) -> None:
+        """Layers have run on."""
+        ...
+
+    def seen(self, logits: torch.Tensor, substitute: Substitute | None) -> None:
+        """Router logits `[T, E]` of the layer about to compute, and who replaces choices where native code has its rule."""
+        ...
 
     def route(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -194,6 +221,22 @@ class Reroute(Protocol):
     def slots(self, layer: int, experts: Sequence[int], pairs: Sequence[int]) -> list[int] | None:
         """Of experts (ascending) that `pairs` (token, choice) pairs each chose, where they stay without a lease until
         the layer is computed; else None."""
+        ...
+
+
+class Substitute(Protocol):
+    """Routes rows of one layer among the experts that it holds."""
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        chosen: NDArray[np.int64],
+        weights: Floats,
+        held: NDArray[np.bool_],
+        limits: Floats,
+        shared_by: int,
+    ) -> Substituted:
+        """`logits` `[T, E]`, the router's own `chosen` and `weights` `[T, K]`, `held` `[E]`, `limits` `[T]`."""
         ...
 
 

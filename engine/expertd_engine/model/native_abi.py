@@ -120,6 +120,22 @@ class Run(ctypes.Structure):
     ]
 
 
+class Substitution(ctypes.Structure):
+    """`expertd_substitution`: one layer's rows among the experts that it holds."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("held", "limits")),
+        ("shared_by", c_int32),
+        *((name, c_void_p) for name in ("experts", "weights", "counts", "replaced", "mass")),
+    ]
+
+
+class HeldRun(ctypes.Structure):
+    """`expertd_held_run`: what a run among held experts leaves."""
+
+    _fields_ = [*((name, c_void_p) for name in ("layers", "weights", "lengths")), ("lengths_stride", c_int64)]
+
+
 class BlockCalls:
     """The functions of `expertd_block.h`. Each raises ValueError for refused arguments, KernelError otherwise.
 
@@ -141,6 +157,14 @@ class BlockCalls:
         )
         self.run: Callable[..., None] = library.bind(
             "expertd_run_forward", [address, POINTER(Run), c_int32, experts, step, POINTER(c_int32)]
+        )
+        self.run_held: Callable[..., None] = library.bind(
+            "expertd_run_held",
+            [address, POINTER(Run), POINTER(HeldRun), c_int32, experts, step, POINTER(c_int32)],
+        )
+        self.substitute: Callable[..., None] = library.bind(
+            "expertd_substitute",
+            [address, POINTER(Router), POINTER(Substitution), c_int64, address, address, address],
         )
         self.logits: Callable[..., None] = library.bind(
             "expertd_block_logits",

@@ -20,8 +20,9 @@ from torch import Tensor
 from expertd_engine.kernels.library import FORMATS, Matrix, Pool
 from expertd_engine.model.attention import KVStorage, Span
 from expertd_engine.model.expert_native import NativeExperts
+from expertd_engine.model.held_run import NativeSubstitution
 from expertd_engine.model.moe import KnownRoutes, Later, MoELayer, StepRoutes
-from expertd_engine.model.native_abi import Block, BlockCalls, Norm, Step
+from expertd_engine.model.native_abi import Block, BlockCalls, Norm, Scores, Step
 from expertd_engine.model.native_run import LayerRun, may_run
 from expertd_engine.model.numerics import InvariantSigmoids
 
@@ -130,6 +131,7 @@ class NativeModel:
         self.calls = BlockCalls(pool.library)
         self._last_of_storage = last_of_storage
         self._layers = layers
+        self._substitutions = [self._substitution(layer) for layer in layers]
         self.ends = ends
         self._hidden = layers[0].block.hidden
         self._storage: KVStorage | None = None
@@ -174,13 +176,13 @@ class NativeModel:
                     self.run_layer(index, memory, later)
                 else:
                     routed = memory.activations.routed.data_ptr()
-                    index = run.forward(self.pool, index, later, memory.step, routed, routes.watches)
+                    index = run.forward(self.pool, index, later, memory.step, routed, routes)
                 later = None
                 if index < len(self._layers) and (moe_index := self._layers[index].moe) is not None:
                     if routes.known is not None and not routes.known.same_everywhere:
                         self._put_routes(routes.known, index, moe_index, memory)
                     if routes.reroute is not None:
-                        routes.reroute.logits = memory.activations.routes[index][0]
+                        routes.reroute.seen(memory.activations.routes[index][0], self._substitutions[index])
                     later = self._experts(index, layers[moe_index].compute_or_prepare, memory)
                 index += 1
             if index == len(self._layers):  # else the run has ended the last layer too
@@ -287,8 +289,14 @@ class NativeModel:
         source: Any = routes.source  # may_run has seen that it is an expert cache
         if self._run is None or self._run.source is not source:
             blocks = [layer.block for layer in self._layers]
-            self._run = LayerRun(self.calls.run, blocks, [layer.moe for layer in self._layers], layers, source)
+            self._run = LayerRun(self.calls, blocks, [layer.moe for layer in self._layers], layers, source)
         return self._run
+
+    def _substitution(self, layer: NativeLayer) -> NativeSubstitution | None:
+        """None where Python selects, or there is nothing to select."""
+        if layer.block.router.scores not in (Scores.SOFTMAX, Scores.SIGMOID, Scores.CHOSEN):
+            return None
+        return NativeSubstitution(self.calls.substitute, self.pool, layer.block.router)
 
     def _bind(self, storage: KVStorage) -> None:
         count = len(self._layers)

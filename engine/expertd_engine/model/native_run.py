@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import byref, c_int32, c_void_p
 from typing import Any, Protocol
 
@@ -16,8 +16,9 @@ import numpy as np
 
 from expertd_engine.kernels.library import Pool
 from expertd_engine.model.expert_native import NativeExperts
-from expertd_engine.model.moe import FEW_ROWS, Later, MoELayer, StepRoutes, Watch
-from expertd_engine.model.native_abi import Run, Step
+from expertd_engine.model.held_run import HeldMemory
+from expertd_engine.model.moe import FEW_ROWS, Later, MoELayer, Reroute, StepRoutes, Watch
+from expertd_engine.model.native_abi import Block, BlockCalls, Run, Step
 
 
 class Residents(Protocol):
@@ -36,8 +37,8 @@ class LayerRun:
 
     def __init__(
         self,
-        run: Callable[..., None],
-        blocks: Sequence[ctypes.Structure],
+        calls: BlockCalls,
+        blocks: Sequence[Block],
         moe: Sequence[int | None],
         layers: Sequence[MoELayer],
         source: Residents,
@@ -45,8 +46,10 @@ class LayerRun:
         kernels = [kernel for layer in layers if isinstance(kernel := layer.kernel, NativeExperts)]
         assert len(kernels) == len(layers), "an MoE layer has no native kernel"
         self.source = source
-        self._run = run
+        self._calls = calls
         self._moe = moe
+        self._held: HeldMemory | None = None
+        self._described = blocks
         self._top_k = max(block.router.top_k for block in blocks)
         self._chosen = array("q", bytes(8 * len(blocks) * FEW_ROWS * self._top_k))
         pointers = c_void_p * len(blocks)
@@ -61,19 +64,34 @@ class LayerRun:
         )
 
     def forward(
-        self, pool: Pool, first: int, later: Later | None, step: Step, routed: int, watches: Sequence[Watch] = ()
+        self, pool: Pool, first: int, later: Later | None, step: Step, routed: int, routes: StepRoutes
     ) -> int:
         """Run layers from `first` on, `later` being the experts of the one before. Returns the layer whose experts are
-        not all resident, up to its routes; or the number of layers.
+        not all at hand, up to its routes; or the number of layers.
         """
         self._descriptor.routed = routed
         reached = c_int32()
         experts = None if later is None else byref(later.call.call)
-        self._run(pool.address, byref(self._descriptor), first, experts, byref(step), byref(reached))
+        end = first, experts, byref(step), byref(reached)
+        if routes.reroute is None:
+            self._calls.run(pool.address, byref(self._descriptor), *end)
+        else:
+            held = self._among_held(routes.reroute)
+            self._calls.run_held(pool.address, byref(self._descriptor), byref(held.descriptor), *end)
         if later is not None:
             later.computed()
-        self._tell(first, reached.value, step.rows, watches)
+        if routes.reroute is None:
+            self._tell(first, reached.value, step.rows, routes.watches)
+        else:
+            routes.reroute.ran(held.met(first, reached.value, step.rows))
         return reached.value
+
+    def _among_held(self, reroute: Reroute) -> HeldMemory:
+        reroute.refresh()
+        if self._held is None or not self._held.is_of(reroute.masks, reroute.shared_by):
+            self._held = HeldMemory(self._described, self._moe, self._chosen, reroute.masks, reroute.shared_by)
+        self._held.begin(reroute.limits)
+        return self._held
 
     def _tell(self, first: int, reached: int, rows: int, watches: Sequence[Watch]) -> None:
         count, stride = rows * self._top_k, FEW_ROWS * self._top_k
@@ -90,8 +108,12 @@ class LayerRun:
 
 
 def may_run(routes: StepRoutes, rows: int) -> bool:
-    """Whether a step's layers may choose for themselves: all its tokens decode, and nobody has to be asked between."""
+    """Whether a step's layers may choose for themselves: nobody has to be asked between, and loads that they may come to
+    wait for are decoding tokens'."""
     if any(watch.sees_hidden for watch in routes.watches):
         return False
-    plain = routes.reroute is None and routes.routes is None and routes.decodes_alone
-    return plain and rows <= FEW_ROWS and not getattr(routes.source, "foresees", True)
+    if rows > FEW_ROWS or routes.routes is not None:
+        return False
+    if routes.reroute is not None:
+        return routes.reroute.runs
+    return routes.decodes_alone and not getattr(routes.source, "foresees", True)

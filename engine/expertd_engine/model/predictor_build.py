@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from expertd_engine.config import Config
 from expertd_engine.errors import ConfigError
+from expertd_engine.experts.half_life import HalfLives
 from expertd_engine.experts.ledger import Ledger
-from expertd_engine.experts.policy import HALF_LIFE_TOKENS, Policy, Victims, make_policy
+from expertd_engine.experts.policy import HALF_LIFE_TOKENS, AdaptiveNextUse, Policy, Victims, make_policy
 from expertd_engine.experts.scored import Scored, ScoredVictims
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import StoreIndex
@@ -23,7 +24,8 @@ class Choice:
     """Who gives way, and who foresees."""
 
     policy: str
-    half_life_tokens: float
+    half_life_tokens: float | None
+    """None: chosen while serving."""
     predictor: str
     """`none`, `next-gate` or `learned`."""
 
@@ -50,7 +52,7 @@ def choose(config: Config, store: ExpertStore, *, may_predict: bool) -> Choice:
         raise ConfigError(
             f"expert_policy: predicted is not allowed with predictor {predictor}: it ranks by the learned"
         )
-    return Choice(policy, advice.half_life_tokens if advice else HALF_LIFE_TOKENS, predictor)
+    return Choice(policy, advice.half_life_tokens if advice else None, predictor)
 
 
 def predictor_source(choice: Choice, store: ExpertStore, loaded: LoadedModel) -> Source | None:
@@ -70,8 +72,16 @@ def policy_and_victims(choice: Choice, index: StoreIndex) -> tuple[Policy, Victi
     if choice.policy == "predicted":
         scored = Scored(len(index.layers), max(layer.num_experts for layer in index.layers))
         return scored, ScoredVictims(scored)
-    policy = make_policy(choice.policy, len(index.layers) * index.top_k, choice.half_life_tokens)
+    policy = served_policy(choice, index)
     return policy, Victims(policy)
+
+
+def served_policy(choice: Choice, index: StoreIndex) -> Policy:
+    """Any but `predicted`."""
+    lookups = len(index.layers) * index.top_k
+    if choice.policy == "next-use" and choice.half_life_tokens is None:
+        return AdaptiveNextUse(HalfLives([layer.num_experts for layer in index.layers], lookups))
+    return make_policy(choice.policy, lookups, choice.half_life_tokens or HALF_LIFE_TOKENS)
 
 
 def predicted_routes(source: Source, index: StoreIndex, ledger: Ledger) -> tuple[PredictedRoutes, PredictorWatch]:

@@ -1,5 +1,5 @@
-"""Which of a row's choices others answer for, and with what weight. Arithmetic alone; numpy, because at a few rows a
-torch call costs more than what it computes.
+"""Which of a row's choices others answer for, and with what weight. Arithmetic alone, for routers that native code does
+not know; `kernels/native/substitute.cpp` has the same rule.
 
 One expert in another's place adds the lost one's size and a direction of its own; two that share its weight add a
 direction nearer to what most experts agree on. On a fine-grained model that halves the rise of perplexity at a fifth of
@@ -8,6 +8,7 @@ the choices substituted, and more than two add little.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -16,9 +17,41 @@ from numpy.typing import NDArray
 Ids: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float32]
 Bools: TypeAlias = NDArray[np.bool_]
+Int32s: TypeAlias = NDArray[np.int32]
 
 SHARED_BY = 2
 """Held experts that answer for one lost choice, as far as there are so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Substituted:
+    """Rows among held experts: experts and weights `[T, W]`, W ≥ K, how many of each row's choices were replaced `[T]`,
+    and the share of its weight that those had `[T]`."""
+
+    index: Ids
+    weights: Floats
+    replaced: Ids | Int32s
+    mass: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """What `n` MoE layers did with `T` rows."""
+
+    layers: list[int]
+    chosen: Ids
+    weights: Floats
+    """The routers' own choices, `[n, T, K]` both."""
+    lengths: Floats
+    """Of what the routers saw, `[n, T]`."""
+    served: Ids
+    """Who computed, `[n, T, 2K]`: the first `counts` `[n, T]` of each row."""
+    counts: Int32s
+    replaced: Int32s
+    """Choices that others answered for, `[n, T]`."""
+    mass: Floats
+    """Their share of each row's weights, `[n, T]`."""
+
 
 _TINY = np.finfo(np.float32).tiny
 _ROUNDING = np.float32(1e-6)
@@ -62,23 +95,6 @@ def with_substitutes(
     index = np.take_along_axis(np.concatenate([chosen, others], axis=1), at, axis=1)
     gates = np.take_along_axis(np.concatenate([weights, shares], axis=1), at, axis=1)
     return np.where(real, index, index[:, :1]), np.where(real, gates, 0).astype(np.float32)
-
-
-def one_row(
-    chosen: Ids, weights: Floats, replaced: Bools, logits: Floats, held: Bools, shared_by: int
-) -> tuple[Ids, Floats]:
-    """`with_substitutes` for one row, `[1, W]`, whose router weighs experts by exp(logit): all but `held` are `[K]`, or
-    `[E]` for logits; who stays without being held is among `chosen`."""
-    candidates = held.copy()
-    candidates[chosen] = False
-    others = candidates.nonzero()[0]
-    scores = logits[others]
-    count = min(int(replaced.sum()) * shared_by, len(others))
-    best = scores.argsort(kind="stable")[::-1][:count]
-    shares = np.exp(scores[best] - scores[best[0]])
-    shares *= weights[replaced].sum() / shares.sum()
-    index = np.concatenate([chosen[~replaced], others[best]])
-    return index[None], np.concatenate([weights[~replaced], shares]).astype(np.float32)[None]
 
 
 def widened(chosen: Ids, weights: Floats, width: int) -> tuple[Ids, Floats]:

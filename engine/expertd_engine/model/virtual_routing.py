@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from expertd_engine.experts.held import HeldExperts
-from expertd_engine.model.moe import FEW_ROWS
+from expertd_engine.model.moe import FEW_ROWS, Substitute
 from expertd_engine.model.substitution import (
     SHARED_BY,
     Bools,
     Floats,
     Ids,
-    one_row,
+    Int32s,
+    Met,
+    Substituted,
     replaced_choices,
     widened,
     with_substitutes,
@@ -33,9 +35,6 @@ from expertd_engine.request import Substitutions
 
 class LayerRouter(Protocol):
     """A `RouterAdapter`, as far as it is needed here."""
-
-    @property
-    def is_softmax(self) -> bool: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -48,15 +47,23 @@ class Foresight(Protocol):
     def expected(self, layer: int, hidden: Tensor) -> dict[int, float]: ...
 
 
-Score = Callable[[int, Floats, Ids, Floats], Floats]
-"""What each choice counts for: of layer, rows' norms `[T]`, experts and weights `[T, K]`, to `[T, K]`."""
+Layers = int | Ids
+"""One, or `[n, 1, 1]`."""
+
+Score = Callable[[Layers, Floats, Ids, Floats], Floats]
+"""What each choice counts for: of layer, rows' norms `[T]`, experts and weights `[T, K]`, to `[T, K]`; of several
+layers, `[n, T]` and `[n, T, K]`."""
 
 
 def importance(norms: Sequence[Floats]) -> Score:
     """SwapMoE's score, ‖x‖·g·‖E‖, from the norms `[E]` of each layer's experts."""
 
-    def score(layer: int, lengths: Floats, chosen: Ids, weights: Floats) -> Floats:
-        product: Floats = lengths[:, None] * weights * norms[layer][chosen]
+    table = np.zeros((len(norms), max(map(len, norms))), np.float32)
+    for layer, row in enumerate(norms):
+        table[layer, : len(row)] = row
+
+    def score(layer: Layers, lengths: Floats, chosen: Ids, weights: Floats) -> Floats:
+        product: Floats = lengths[..., None] * weights * table[layer, chosen]
         return product
 
     return score
@@ -84,6 +91,9 @@ class VirtualCounts:
 class VirtualRouting:
     """Routes virtual steps. Used by `MoELayer` in the place of what the model's router chose."""
 
+    routes_natively = True
+    """Whether `route` does what native code does; not where it is overridden."""
+
     def __init__(
         self,
         routers: Sequence[LayerRouter],
@@ -97,15 +107,17 @@ class VirtualRouting:
         self.counts = VirtualCounts.of(len(routers))
         self.logits: Tensor | None = None
         """Router logits `[T, E]` of the layer about to be routed, where the step's path has them."""
+        self._native: Substitute | None = None
+        """Who replaces choices in that layer, where native code has its rule."""
         self.routers = routers
         self.score = score
         self.foresight = foresight
         self.shared_by = shared_by
         self.settles = False
         """Layers wait for the loads under way: for measurements whose result may depend on nothing but the text."""
-        self._masks: list[Bools] = [np.zeros(count, bool) for count in held.room.experts]
+        self.masks: list[Bools] = [np.zeros(count, bool) for count in held.room.experts]
         self._made_at = [-1] * len(routers)
-        self._limits: Floats = np.zeros(0, np.float32)
+        self.limits: Floats = np.zeros(0, np.float32)
         self._substituted = np.zeros(0, np.int64)
         self._mass: Floats = np.zeros(0, np.float32)
         self._choices = 0
@@ -114,7 +126,7 @@ class VirtualRouting:
     def begin_step(self, limits: Sequence[float]) -> bool:
         """A step of rows with these limits of substituted mass begins; as `HeldExperts.begin_step`."""
         is_open = self.held.begin_step()
-        self._limits = np.array(limits, np.float32)
+        self.limits = np.array(limits, np.float32)
         self._substituted = np.zeros(len(limits), np.int64)
         self._mass = np.zeros(len(limits), np.float32)
         self._choices = 0
@@ -122,9 +134,9 @@ class VirtualRouting:
 
     def end_step(self, sequences: int) -> None:
         """The step of so many sequences has ended, well or not."""
-        self.logits = None
-        self.counts.tokens += len(self._limits)
-        self.held.end_step(len(self._limits) / max(1, sequences))
+        self.logits = self._native = None
+        self.counts.tokens += len(self.limits)
+        self.held.end_step(len(self.limits) / max(1, sequences))
 
     def row_counts(self, start: int, stop: int) -> Substitutions:
         """What the rows from `start` to `stop` met in the step, over all layers."""
@@ -145,40 +157,74 @@ class VirtualRouting:
         lacking = ~mask[chosen]
         if not lacking.any():
             return top_k_index, top_k_weights
-        replaced, mass = replaced_choices(weights, lacking, self._limits)
-        self.count(layer, replaced, mass)
-        self.counts.fetched += int(lacking.sum() - replaced.sum())
-        rows = np.flatnonzero(replaced.any(axis=1))
-        if not len(rows):
-            return top_k_index, top_k_weights
-        index, shares = self._substitute(layer, hidden, rows, chosen[rows], weights[rows], replaced[rows])
-        if len(rows) < len(chosen):
-            some, parts = index, shares
-            index, shares = widened(chosen, weights, some.shape[1])
-            index[rows], shares[rows] = some, parts
-        return torch.from_numpy(index), torch.from_numpy(shares).to(top_k_weights.dtype)
+        few = len(self.limits) <= FEW_ROWS  # memory was measured for K choices a row of larger steps
+        shared_by = self.shared_by if few else 1
+        if self._native is not None and self.logits is not None:
+            done = self._native(self.logits, chosen, weights, mask, self.limits, shared_by)
+        else:
+            done = self._substitute(layer, hidden, chosen, weights, lacking, shared_by)
+        self.count(layer, done.replaced, done.mass)
+        self.counts.fetched += int(lacking.sum() - done.replaced.sum())
+        return torch.from_numpy(done.index), torch.from_numpy(done.weights).to(top_k_weights.dtype)
 
     def _substitute(
-        self, layer: int, hidden: Tensor, rows: Ids, chosen: Ids, weights: Floats, replaced: Bools
-    ) -> tuple[Ids, Floats]:
-        """Experts and weights of `rows`, which have something replaced; `chosen`, `weights` and `replaced` are theirs.
+        self, layer: int, hidden: Tensor, chosen: Ids, weights: Floats, lacking: Bools, shared_by: int
+    ) -> Substituted:
+        """For routers that native code does not know.
 
         What stays is ranked last by the router's own rule, so that it fills up where the held are few and hides nobody.
         """
-        router, at = self.routers[layer], torch.from_numpy(rows)
-        logits = router.logits(hidden[at]) if self.logits is None else self.logits[at]
-        few = len(self._limits) <= FEW_ROWS  # memory was measured for K choices a row of larger steps
-        shared_by = self.shared_by if few else 1
-        if router.is_softmax and len(rows) == 1:  # decoding one sequence: most steps there are
-            return one_row(chosen[0], weights[0], replaced[0], logits[0].float().numpy(), self._masks[layer], shared_by)
-        stays = np.zeros(logits.shape, bool)
-        np.put_along_axis(stays, chosen, ~replaced, axis=1)
-        last = logits.amin(dim=1, keepdim=True) - 1
-        lowered = torch.where(torch.from_numpy(stays), last, logits)
-        index, scores = router.select(lowered, torch.from_numpy(self._masks[layer] | stays))
-        others = index.numpy()
-        useful = np.where(np.take_along_axis(stays, others, axis=1), 0, scores.float().numpy())
-        return with_substitutes(chosen, weights, replaced, others, useful, shared_by)
+        replaced, mass = replaced_choices(weights, lacking, self.limits)
+        rows = np.flatnonzero(replaced.any(axis=1))
+        index, shares = chosen, weights
+        if len(rows):
+            router, at = self.routers[layer], torch.from_numpy(rows)
+            logits = router.logits(hidden[at]) if self.logits is None else self.logits[at]
+            stays = np.zeros(logits.shape, bool)
+            np.put_along_axis(stays, chosen[rows], ~replaced[rows], axis=1)
+            last = logits.amin(dim=1, keepdim=True) - 1
+            lowered = torch.where(torch.from_numpy(stays), last, logits)
+            found, scores = router.select(lowered, torch.from_numpy(self.masks[layer] | stays))
+            others = found.numpy()
+            useful = np.where(np.take_along_axis(stays, others, axis=1), 0, scores.float().numpy())
+            some, parts = with_substitutes(chosen[rows], weights[rows], replaced[rows], others, useful, shared_by)
+            index, shares = widened(chosen, weights, some.shape[1])
+            index[rows], shares[rows] = some, parts
+        return Substituted(index, shares, replaced.sum(axis=1), mass)
+
+    # ------------------------------------------------------------ native runs
+
+    @property
+    def runs(self) -> bool:
+        """Whether native code may route layer after layer: who holds what stays as it is meanwhile."""
+        return self.routes_natively and not self.settles
+
+    def refresh(self) -> None:
+        """Native code is about to run: take in what has arrived."""
+        for layer in range(len(self.masks)):
+            self.mask(layer)
+
+    def seen(self, logits: Tensor, substitute: Substitute | None) -> None:
+        """As `Reroute.seen`."""
+        self.logits, self._native = logits, substitute
+
+    def ran(self, met: Met) -> None:
+        """Layers have run on: what `route` would have noted of them."""
+        if not met.layers:
+            return
+        num_layers, rows, top_k = met.chosen.shape
+        self._choices += num_layers * top_k
+        at = np.array(met.layers)[:, None, None]
+        values = self.score(at, met.lengths, met.chosen, met.weights)
+        self._substituted += met.replaced.sum(axis=0)
+        self._mass += met.mass.sum(axis=0)
+        counts, replaced, mass = self.counts, met.replaced.sum(axis=1).tolist(), met.mass.sum(axis=1).tolist()
+        for place, layer in enumerate(met.layers):
+            counts.activations[layer] += rows * top_k
+            counts.substituted[layer] += replaced[place]
+            counts.mass[layer] += mass[place]
+            self.held.sets.observe(layer, _sums(met.chosen[place], values[place]))
+        self.held.used(met.layers, _served(met))
 
     def _foresee(self, layer: int, hidden: Tensor) -> None:
         """Let the next layer's set begin to follow what the step will ask of it."""
@@ -199,7 +245,7 @@ class VirtualRouting:
             self.held.settle()
         elif not sets.is_settled:
             self.held.pump()
-        mask = self._masks[layer]
+        mask = self.masks[layer]
         if self._made_at[layer] != sets.changes:
             mask[:] = False
             mask[list(sets.held(layer))] = True
@@ -212,18 +258,28 @@ class VirtualRouting:
         self._choices += chosen.shape[1]
         rows = hidden.float().numpy()
         lengths: Floats = np.sqrt(np.einsum("th,th->t", rows, rows))
-        values = self.score(layer, lengths, chosen, weights).ravel()
-        flat = chosen.ravel()
-        if len(chosen) == 1:
-            sums = dict(zip(flat.tolist(), values.tolist(), strict=True))
-        else:
-            total = np.bincount(flat, values)
-            sums = {expert: float(total[expert]) for expert in np.flatnonzero(total).tolist()}
-        self.held.sets.observe(layer, sums)
+        self.held.sets.observe(layer, _sums(chosen, self.score(layer, lengths, chosen, weights)))
 
-    def count(self, layer: int, replaced: Bools, mass: Floats) -> None:
-        """Which of the step's choices `[T, K]` others answer for, and the mass `[T]` of those."""
-        self._substituted += replaced.sum(axis=1)
+    def count(self, layer: int, replaced: Ids | Int32s, mass: Floats) -> None:
+        """How many of each row's choices others answer for `[T]`, and the mass `[T]` of those."""
+        self._substituted += replaced
         self._mass += mass
         self.counts.substituted[layer] += int(replaced.sum())
         self.counts.mass[layer] += float(mass.sum())
+
+
+def _sums(chosen: Ids, values: Floats) -> dict[int, float]:
+    """By expert, from `[T, K]` each."""
+    if len(chosen) == 1:
+        return dict(zip(chosen[0].tolist(), values[0].tolist(), strict=True))
+    total = np.bincount(chosen.ravel(), values.ravel())
+    return {expert: float(total[expert]) for expert in np.flatnonzero(total).tolist()}
+
+
+def _served(met: Met) -> list[list[int]]:
+    """Who computed, with repeats, by layer."""
+    if met.served.shape[1] == 1:
+        rows, counts = met.served[:, 0].tolist(), met.counts[:, 0].tolist()
+        return [row[:count] for row, count in zip(rows, counts, strict=True)]
+    meant = np.arange(met.served.shape[2]) < met.counts[..., None]
+    return [experts[which].tolist() for experts, which in zip(met.served, meant, strict=True)]

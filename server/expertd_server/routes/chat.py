@@ -28,12 +28,11 @@ from expertd_server.chat_schemas import (
     parse_chat,
 )
 from expertd_server.choices import Delta, LoggedToken
-from expertd_server.envelope import request_id
-from expertd_server.errors import ApiError, ContextLengthExceeded, declared_generation
-from expertd_server.fields import body_of
+from expertd_server.errors import ApiError, ContextLengthExceeded
 from expertd_server.generation import Job, plan_job, read_and_plan, respond
 from expertd_server.prompts import TextCodec
 from expertd_server.records import RequestRecord
+from expertd_server.routes.generating import generating_router
 from expertd_server.schemas import Usage
 from expertd_server.service import ServedModel, Service
 from expertd_server.sse import DONE, error_event, event
@@ -44,24 +43,11 @@ ENDPOINT = "/v1/chat/completions"
 
 def router(service: Service) -> APIRouter:
     """The routes of this module, bound to `service`."""
-    routes = APIRouter()
-
-    @routes.post(
-        ENDPOINT,
-        response_model=ChatCompletion,
-        responses=declared_generation(),
-        openapi_extra=body_of(ChatRequest),
-    )
-    async def create_chat_completion(request: Request) -> Response:
-        """Answer a conversation. With `stream: true` the answer is a stream of server-sent events."""
-        record = RequestRecord(service.metrics, ENDPOINT, request_id(request.scope))
-        with record.closing():
-            return await _answer(service, request, record)
-
-    return routes
+    return generating_router(service, ENDPOINT, ChatRequest, ChatCompletion, create_chat_completion)
 
 
-async def _answer(service: Service, http: Request, record: RequestRecord) -> Response:
+async def create_chat_completion(service: Service, http: Request, record: RequestRecord) -> Response:
+    """Answer a conversation. With `stream: true` the answer is a stream of server-sent events."""
     request, (job, plan) = await read_and_plan(
         service, http, record, parse_chat, lambda model, request: plan_chat(service, model, request, record)
     )

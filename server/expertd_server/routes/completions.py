@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from fastapi import APIRouter, Request, Response
 
 from expertd_server.choices import Delta, LoggedToken
-from expertd_server.envelope import request_id
-from expertd_server.errors import ApiError, declared_generation
-from expertd_server.fields import body_of
+from expertd_server.errors import ApiError
 from expertd_server.generation import Job, plan_job, read_and_plan, respond
 from expertd_server.prompts import EncodedPrompt, parse
 from expertd_server.records import RequestRecord
+from expertd_server.routes.generating import generating_router
 from expertd_server.schemas import Completion, CompletionChoice, CompletionRequest, Logprobs, Usage, parse_completion
 from expertd_server.service import ServedModel, Service
 from expertd_server.sse import DONE, error_event, event
@@ -23,24 +22,12 @@ ENDPOINT = "/v1/completions"
 
 def router(service: Service) -> APIRouter:
     """The routes of this module, bound to `service`."""
-    routes = APIRouter()
-
-    @routes.post(
-        ENDPOINT,
-        response_model=Completion,
-        responses=declared_generation(),
-        openapi_extra=body_of(CompletionRequest),
-    )
-    async def create_completion(request: Request) -> Response:
-        """Continue one or more prompts. With `stream: true` the answer is a stream of server-sent events."""
-        record = RequestRecord(service.metrics, ENDPOINT, request_id(request.scope))
-        with record.closing():
-            return await _answer(service, request, record)
-
-    return routes
+    return generating_router(service, ENDPOINT, CompletionRequest, Completion, create_completion)
 
 
-async def _answer(service: Service, http: Request, record: RequestRecord) -> Response:
+async def create_completion(service: Service, http: Request, record: RequestRecord) -> Response:
+    """Continue one or more prompts. With `stream: true` the answer is a stream of server-sent events."""
+
     async def plan(model: ServedModel, request: CompletionRequest) -> Job:
         return await plan_job(service, model, request, await _encode(model, request), record)
 

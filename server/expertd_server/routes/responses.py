@@ -11,9 +11,7 @@ from pydantic import BaseModel
 
 from expertd_server.chat_format import ChatPlan, MessagePiece, MessageReader, Thought
 from expertd_server.choices import Delta
-from expertd_server.envelope import request_id
-from expertd_server.errors import ApiError, InvalidRequest, declared_generation
-from expertd_server.fields import body_of
+from expertd_server.errors import ApiError, InvalidRequest
 from expertd_server.generation import Job, read_and_plan, respond
 from expertd_server.records import RequestRecord
 from expertd_server.responses_schemas import (
@@ -33,6 +31,7 @@ from expertd_server.responses_schemas import (
     parse_response_request,
 )
 from expertd_server.routes.chat import plan_chat
+from expertd_server.routes.generating import generating_router
 from expertd_server.service import ServedModel, Service
 from expertd_server.sse import named_event
 from expertd_server.tool_calls import CallPiece, Text
@@ -42,24 +41,11 @@ ENDPOINT = "/v1/responses"
 
 def router(service: Service) -> APIRouter:
     """The routes of this module, bound to `service`."""
-    routes = APIRouter()
-
-    @routes.post(
-        ENDPOINT,
-        response_model=ResponseObject,
-        responses=declared_generation(),
-        openapi_extra=body_of(ResponsesRequest),
-    )
-    async def create_response(request: Request) -> Response:
-        """Answer a conversation in OpenAI's newer form. With `stream: true` the answer is a stream of named events."""
-        record = RequestRecord(service.metrics, ENDPOINT, request_id(request.scope))
-        with record.closing():
-            return await _answer(service, request, record)
-
-    return routes
+    return generating_router(service, ENDPOINT, ResponsesRequest, ResponseObject, create_response)
 
 
-async def _answer(service: Service, http: Request, record: RequestRecord) -> Response:
+async def create_response(service: Service, http: Request, record: RequestRecord) -> Response:
+    """Answer a conversation in OpenAI's newer form. With `stream: true` the answer is a stream of named events."""
     request, (job, plan) = await read_and_plan(
         service, http, record, parse_response_request, lambda model, request: _plan(service, model, request, record)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -10,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
-from expertd_engine.messages import HistogramData
+from expertd_engine.messages import HistogramData, Tiers
+from expertd_server.engine_families import LINK_CAUSES
 from expertd_server.engine_metrics import EngineCounters, add_histograms
+from expertd_server.status import tiers
 from support.fake_engine import engine_info, snapshot
 
 
@@ -87,6 +90,26 @@ def test_the_prefix_cache_is_shown_beside_the_kv_in_use() -> None:
     assert shown['expertd_kv_cache_used_bytes{tier="host"}'] == 0
     assert shown['expertd_kv_cache_cached_bytes{tier="host"}'] == 4096
     assert shown['expertd_memory_resident_bytes{pool="kv",tier="host"}'] == 4096
+
+
+def test_what_a_card_holds_and_what_crossed_its_link_are_shown_and_zeros_without_one() -> None:
+    counters = EngineCounters()
+    counters.engine_started(engine_info())
+    counters.observe(snapshot(3))
+    shown = samples(counters)
+    assert all(shown[f'expertd_link_bytes_total{{cause="{cause}"}}'] == 0 for cause in LINK_CAUSES)
+    crossed = dict(zip(LINK_CAUSES, (1, 2, 3, 4, 5), strict=True))
+    found = Tiers(4096, 8, 5, 2, 65536, True, crossed, 5e10, 1, 6, 7)
+    counters.observe(msgspec.structs.replace(snapshot(3), tiers=found))
+    shown = samples(counters)
+    assert [shown[f'expertd_link_bytes_total{{cause="{cause}"}}'] for cause in LINK_CAUSES] == [1, 2, 3, 4, 5]
+    slots = {use: shown[f'expertd_device_slots{{use="{use}"}}'] for use in ("resident", "set_aside", "empty")}
+    assert slots == {"resident": 5, "set_aside": 2, "empty": 1}
+    assert shown['expertd_tier_bytes{tier="device"}'] == 4096 and shown['expertd_tier_bytes{tier="host"}'] == 65536
+    assert shown["expertd_layer_waits_total"] == 7 and shown["expertd_link_duplicates_total"] == 6
+    body = tiers(found)
+    assert body["link"]["bytes"] == crossed and body["device"]["slots"] == 8 and body["link"]["bytes_per_s"] == 5e10
+    assert tiers(msgspec.structs.replace(found, link_bytes_per_s=math.inf))["link"]["bytes_per_s"] is None
 
 
 def test_what_was_being_prefetched_when_an_engine_ended_was_read_in_vain() -> None:

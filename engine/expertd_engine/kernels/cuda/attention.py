@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertd_engine.kernels.cuda.launch import OPTIONS, wait_for_inputs
-
 SPANS_MAX = 32
 """Spans of keys that a row is cut into at most."""
 QUERY_TILE = 16
@@ -101,7 +99,6 @@ def attend(
             KEYS=64 if keys.dtype == torch.bfloat16 else 16,
             num_warps=8 if members * queries > 64 else 4,
             num_stages=2,
-            **OPTIONS,
         )
         return
     config = config or (FASTEST if keys.dtype == torch.bfloat16 else EXACT)
@@ -115,7 +112,6 @@ def attend(
         SPAN=config.span,
         MERGED=config.merged,
         num_warps=config.warps,
-        **OPTIONS,
     )
 
 
@@ -152,7 +148,6 @@ def _rows_kernel(
     MERGED: tl.constexpr,
 ) -> None:  # fmt: skip
     row, head, span = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    wait_for_inputs()
     known = tl.load(positions + row).to(tl.int32) + 1
     sequence = tl.load(row_table + row).to(tl.int64)
     begin = 0
@@ -208,7 +203,6 @@ def _tiles_kernel(
     MEMBERS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ) -> None:  # fmt: skip
     tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    wait_for_inputs()
     first = tl.load(tiles + 2 * tile).to(tl.int64) + part * QUERIES
     count = tl.minimum(tl.load(tiles + 2 * tile + 1) - part * QUERIES, QUERIES)
     if count > 0:

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from expertd_engine.kernels.cuda.expert_blocks import activated, gated
-from expertd_engine.kernels.cuda.launch import OPTIONS, wait_for_inputs
 from expertd_engine.kernels.cuda.norms import DeviceNorm
 from expertd_engine.model.native_abi import NormKind, Rope
 
@@ -83,7 +82,6 @@ def store_qkv(
         CLIPS=layout.clip > 0,
         BLOCK_D=triton.next_power_of_2(max(layout.key_dim, layout.value_dim)),
         num_warps=1,
-        **OPTIONS,
     )
 
 
@@ -101,7 +99,6 @@ def activate(gate: Tensor | None, up: Tensor, out: Tensor, kind: str, alpha: flo
         LIMIT=limit,
         BLOCK=block,
         num_warps=4,
-        **OPTIONS,
     )
 
 
@@ -123,7 +120,6 @@ class Argmax:
             BLOCK=_ARGMAX_BLOCK,
             BLOCK_PARTS=triton.next_power_of_2(self._parts),
             num_warps=8,
-            **OPTIONS,
         )
 
 
@@ -145,7 +141,6 @@ def _place_kernel(
     NORM_LAST: tl.constexpr, CLIPS: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    wait_for_inputs()
     position = tl.load(positions + row).to(tl.int64)
     if position >= 0:
         d = tl.arange(0, BLOCK_D)
@@ -244,7 +239,6 @@ def _activate_kernel(
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    wait_for_inputs()
     u = tl.load(up + row * up_stride + i, i < width, 0.0).to(tl.float32)
     if gate is None:
         made = activated(u, KIND)
@@ -261,7 +255,6 @@ def _argmax_kernel(
 ) -> None:  # fmt: skip
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = part * BLOCK + tl.arange(0, BLOCK)
-    wait_for_inputs()
     given = tl.load(logits + row * stride + i, i < width, float("-inf"))
     found, at = _highest(tl.where(given == given, given, float("-inf")), i)
     tl.store(best + row * PARTS + part, found)

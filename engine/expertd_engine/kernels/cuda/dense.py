@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertd_engine.kernels.cuda.launch import OPTIONS, wait_for_inputs
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm, norm_rows
 from expertd_engine.kernels.cuda.tiles import high_steps, low_steps, product_by_tiles, tiles_config, zero_step
@@ -90,7 +89,6 @@ def product_by_rows(
         INPUTS=config.inputs,
         ADD=add,
         num_warps=config.warps,
-        **OPTIONS,
     )
 
 
@@ -104,7 +102,6 @@ def embed(matrix: DeviceMatrix, ids: Tensor, scale: float, out: Tensor) -> None:
         FORMAT=matrix.format,
         BLOCK_G=triton.next_power_of_2(groups),
         num_warps=4,
-        **OPTIONS,
     )
 
 
@@ -122,7 +119,6 @@ def _rows_kernel(
     stored = (n[:, None] < rows - first) & (v < PIECES)[None, :]
     at = (n * (PIECES * PIECE))[:, None, None] + column
     weights = tl.load(data + first.to(tl.int64) * (PIECES * PIECE) + at, stored[:, :, None], 0.0).to(tl.float32)
-    wait_for_inputs()
     for index in tl.static_range(INPUTS):
         row = tl.program_id(1) * INPUTS + index
         cols = tl.where(row < count, COLS, 0)
@@ -142,7 +138,6 @@ def _embed_kernel(
     scale: tl.tensor,
     COLS: tl.constexpr, GROUPS: tl.constexpr, FORMAT: tl.constexpr, BLOCK_G: tl.constexpr,
 ) -> None:  # fmt: skip
-    wait_for_inputs()
     wanted = tl.load(ids + tl.program_id(0)).to(tl.int64)
     begin = out + tl.program_id(0).to(tl.int64) * out_stride
     g = tl.arange(0, BLOCK_G)[:, None]

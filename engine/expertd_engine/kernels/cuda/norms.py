@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertd_engine.kernels.cuda.launch import OPTIONS, wait_for_inputs
 from expertd_engine.model.native_abi import NormKind
 
 _WARP_ELEMENTS = 512
@@ -33,7 +32,6 @@ def norm_rows(x: Tensor, norm: DeviceNorm, out: Tensor) -> None:
         LAYER=norm.kind == NormKind.LAYER,
         BLOCK=block,
         num_warps=row_warps(block),
-        **OPTIONS,
     )
 
 
@@ -50,7 +48,6 @@ def add_norm(
         LAYER=norm is not None and norm.kind == NormKind.LAYER,
         BLOCK=block,
         num_warps=row_warps(block),
-        **OPTIONS,
     )
 
 
@@ -79,7 +76,6 @@ def _norm_kernel(
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
-    wait_for_inputs()
     given = tl.load(x + row * x_stride + i, i < n, 0.0)
     made = normalised(given, weight, bias, i, n, eps, LAYER)
     tl.store(out + row * out_stride + i, made.to(out.dtype.element_ty), i < n)
@@ -93,7 +89,6 @@ def _add_norm_kernel(
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
-    wait_for_inputs()
     made = tl.load(x + row * x_stride + i, i < n, 0.0)
     if gate is not None:
         made = made * tl.sigmoid(tl.load(gate + row * gate_stride))

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertd_engine.kernels.cuda.launch import OPTIONS, wait_for_inputs
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm, normalised
 from expertd_engine.model.native_abi import NormKind, Scores
@@ -83,7 +82,6 @@ def route(
         BLOCK_G=triton.next_power_of_2(groups),
         BLOCK_S=triton.next_power_of_2(matrix.rows // groups),
         num_warps=max(1, min(8, block // 512)),
-        **OPTIONS,
     )
 
 
@@ -103,7 +101,6 @@ def _route_kernel(
     rows = tl.load(
         data + e[:, None] * PADDED + i[None, :], (e < EXPERTS)[:, None] & (i < COLS)[None, :], 0.0
     ).to(tl.float32)  # fmt: skip
-    wait_for_inputs()
     given = tl.load(x + row * x_stride + i, i < COLS, 0.0)
     if weight is not None:
         given = normalised(given, weight, norm_bias, i, COLS, eps, LAYER)

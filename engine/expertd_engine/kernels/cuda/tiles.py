@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertd_engine.kernels.cuda.launch import OPTIONS, wait_for_inputs
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm
 
@@ -56,7 +55,6 @@ def product_by_tiles(
         ADD=add,
         num_warps=config.warps,
         num_stages=config.stages,
-        **OPTIONS,
     )
 
 
@@ -71,7 +69,6 @@ def _tiles_kernel(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inputs = x + m.to(tl.int64)[:, None] * x_stride
-    wait_for_inputs()
     WIDTH: tl.constexpr = BLOCK_K // 2 if FORMAT == "int4" or FORMAT == "int4s" else BLOCK_K
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     squares = tl.zeros([BLOCK_M, WIDTH], tl.float32)

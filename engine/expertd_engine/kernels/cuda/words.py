@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertd_engine.kernels.cuda.launch import OPTIONS, wait_for_inputs
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm
 from expertd_engine.kernels.cuda.products import INTERPRETED
@@ -55,7 +54,6 @@ def product_by_words(
         INPUTS=config.inputs,
         ADD=add,
         num_warps=config.warps,
-        **OPTIONS,
     )
 
 
@@ -85,7 +83,6 @@ def _words_kernel(
     if FORMAT != "int8":
         high = (low >> 4) & 0x0F0F0F0F
         low = low & 0x0F0F0F0F
-    wait_for_inputs()
     for index in tl.static_range(INPUTS):
         row = tl.program_id(1) * INPUTS + index
         cols = tl.where(row < count, COLS, 0)

@@ -297,7 +297,7 @@ void Layer::route() {
   const Activation activation{ffn.activation, ffn.alpha, ffn.limit};
   for_rows(pool_, rows_, 4 * inner + 8 * router.experts, [&](int64_t row) {
     if (selects)
-      kernels_.select(router, step_.logits + row * router.experts, work + row * selecting,
+      kernels_.select(router, step_.logits + row * router.experts, nullptr, work + row * selecting,
                       step_.experts + row * router.top_k, step_.weights + row * router.top_k);
     if (inner) isa().activate(activation, gate ? gate + row * inner : nullptr, up + row * inner, inner);
   });

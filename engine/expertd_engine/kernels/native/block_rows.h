@@ -141,13 +141,34 @@ void score_experts(const expertd_router& router, const float* logits, float* sco
   }
 }
 
-void select_experts(const expertd_router& router, const float* logits, float* scratch, int64_t* chosen,
-                    float* weights) {
+// As keep_groups, for a choice among `allowed` experts alone. The lowest score stands for the others, so that a group
+// with one allowed expert can still win; where the best groups have fewer than top_k allowed ones, all groups count.
+void keep_allowed(const expertd_router& router, const uint8_t* allowed, float* eligible, float* worth) {
+  const int32_t n = router.experts;
+  if (router.groups > 1) {
+    float* const grouped = worth + router.groups;
+    float lowest = eligible[0];
+    for (int32_t e = 1; e < n; ++e) lowest = eligible[e] < lowest ? eligible[e] : lowest;
+    for (int32_t e = 0; e < n; ++e) grouped[e] = allowed[e] ? eligible[e] : lowest;
+    keep_groups(router, grouped, worth);
+    int32_t inside = 0;
+    for (int32_t e = 0; e < n; ++e) inside += allowed[e] && grouped[e] != kTaken;
+    for (int32_t e = 0; inside >= router.top_k && e < n; ++e) eligible[e] = grouped[e];
+  }
+  for (int32_t e = 0; e < n; ++e)
+    if (!allowed[e]) eligible[e] = kTaken;
+}
+
+void select_experts(const expertd_router& router, const float* logits, const uint8_t* allowed, float* scratch,
+                    int64_t* chosen, float* weights) {
   const int32_t n = router.experts, top_k = router.top_k;
   float *const scores = scratch, *const eligible = scores + n, *const worth = eligible + n;
   score_experts(router, logits, scores);
   for (int32_t e = 0; e < n; ++e) eligible[e] = router.bias ? scores[e] + router.bias[e] : scores[e];
-  if (router.groups > 1) keep_groups(router, eligible, worth);
+  if (allowed)
+    keep_allowed(router, allowed, eligible, worth);
+  else if (router.groups > 1)
+    keep_groups(router, eligible, worth);
   take_highest(eligible, n, top_k, chosen);
   for (int32_t k = 0; k < top_k; ++k) weights[k] = scores[chosen[k]];
   if (router.scores == EXPERTD_SCORES_CHOSEN) {

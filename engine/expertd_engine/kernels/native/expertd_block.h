@@ -121,6 +121,28 @@ EXPERTD_API int expertd_block_forward(expertd_pool *pool, const expertd_block *b
 EXPERTD_API int expertd_block_finish(expertd_pool *pool, const expertd_block *block, const expertd_moe_call *experts,
                                      float *routed, const expertd_step *step);
 
+/* One layer's routes among the experts that it holds. Of the choices that a row lacks, the lightest are replaced for as
+ * long as their share of the row's weights stays within its limit (1: all are). Choices that stay keep their weight; what
+ * the others weighed is shared by held experts, in proportion to their scores: the best by the router's own rule,
+ * `shared_by` for each replaced choice and top_k at most. */
+typedef struct expertd_substitution {
+  const uint8_t *held; /* [experts]: not 0 for at least top_k of them */
+  const float *limits; /* [rows]: of the share that is replaced */
+  int32_t shared_by;
+  /* Results, row by row. */
+  int64_t *experts;  /* [rows, 2 * top_k]: `counts` of them, then the first of them again */
+  float *weights;    /* [rows, 2 * top_k]: zeros beyond `counts` */
+  int32_t *counts;   /* [rows] */
+  int32_t *replaced; /* [rows]: choices */
+  float *mass;       /* [rows]: the share that was replaced */
+} expertd_substitution;
+
+/* Routes `rows` rows whose router chose `chosen` with `weights` [rows, top_k] by `logits` [rows, experts]. What is neither
+ * held nor replaced stays among the experts: it is to be waited for. The router must select natively. */
+EXPERTD_API int expertd_substitute(expertd_pool *pool, const expertd_router *router,
+                                   const expertd_substitution *substitution, int64_t rows, const float *logits,
+                                   const int64_t *chosen, const float *weights);
+
 /* A model's layers and where its experts lie. `slots[l]` has the slot of each expert of layer l, -1 where it is not
  * resident; slots and layouts are null for layers without routed experts. Nobody may change a slot during a call. */
 typedef struct expertd_run {
@@ -141,6 +163,19 @@ typedef struct expertd_run {
  * included. All layers select natively. */
 EXPERTD_API int expertd_run_forward(expertd_pool *pool, const expertd_run *run, int32_t first,
                                     const expertd_moe_call *experts, const expertd_step *step, int32_t *reached);
+
+/* What a run leaves of layers that it routes among held experts: by layer, from its own place in each array on. */
+typedef struct expertd_held_run {
+  const expertd_substitution *layers; /* [layers]; those without routed experts are not read */
+  float *weights; /* layer l's own weights, for `chosen` of the run: [rows, top_k] at weights + l * chosen_stride */
+  float *lengths; /* of what its router saw: [rows] at lengths + l * lengths_stride */
+  int64_t lengths_stride;
+} expertd_held_run;
+
+/* expertd_run_forward, but each layer's rows go to held experts, all of them resident. `reached` is also the first layer
+ * of which some row must wait for a choice of its own; that layer leaves nothing. */
+EXPERTD_API int expertd_run_held(expertd_pool *pool, const expertd_run *run, const expertd_held_run *held, int32_t first,
+                                 const expertd_moe_call *experts, const expertd_step *step, int32_t *reached);
 
 /* scale * head(norm(h)) of `count` rows of hidden [rows, norm->length], to logits [count, head->rows]. */
 EXPERTD_API int expertd_block_logits(expertd_pool *pool, const expertd_norm *norm, const expertd_matrix *head,

@@ -1,11 +1,13 @@
 // Many layers in one call, for as long as every expert that a layer chooses is at hand.
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <vector>
 
 #include "block.h"
 #include "errors.h"
 #include "moe.h"
+#include "substitute.h"
 
 namespace expertd {
 namespace {
@@ -16,15 +18,23 @@ struct Choice {
   float weight;
 };
 
+// What each row of a layer goes to: `width` experts and weights a row, of which `counts` (null: all) are meant.
+struct Routes {
+  const int64_t* experts;
+  const float* weights;
+  int32_t width;
+  const int32_t* counts;
+};
+
 // The experts of one layer as a call, with the memory that it points to.
 class Chosen {
  public:
   // False if one of them is absent.
-  bool choose(const expertd_run& run, int32_t layer, const expertd_step& step) {
-    const int32_t top_k = run.blocks[layer]->router.top_k;
+  bool choose(const expertd_run& run, int32_t layer, const expertd_step& step, const Routes& routes) {
     choices_.clear();
-    for (int64_t i = 0; i < step.rows * top_k; ++i)
-      choices_.push_back({step.experts[i], static_cast<int32_t>(i / top_k), step.weights[i]});
+    for (int64_t row = 0; row < step.rows; ++row)
+      for (int64_t i = row * routes.width, end = i + (routes.counts ? routes.counts[row] : routes.width); i < end; ++i)
+        choices_.push_back({routes.experts[i], static_cast<int32_t>(row), routes.weights[i]});
     std::sort(choices_.begin(), choices_.end(), [](const Choice& a, const Choice& b) {
       return a.expert != b.expert ? a.expert < b.expert : a.row < b.row;
     });
@@ -75,28 +85,80 @@ void check_run(const expertd_run* run, int32_t first, const expertd_step* step, 
   }
 }
 
-// Returns the layer that cannot go on, or the number of layers.
-int32_t run_layers(Pool& pool, const expertd_run& run, int32_t first, const expertd_moe_call* experts,
-                   const expertd_step& step) {
-  Chosen chosen;
-  for (int32_t layer = first; layer < run.layers; ++layer) {
-    if (experts) run_moe(pool, *experts);
-    experts = nullptr;
-    const expertd_block* previous = layer > 0 ? run.blocks[layer - 1] : nullptr;
-    const bool was_routed = layer > 0 && run.layouts[layer - 1];
-    layer_forward(pool, *run.blocks[layer], previous, was_routed ? run.routed : nullptr, step);
-    pool.scratch().reset();
-    if (!run.layouts[layer]) continue;
-    if (!chosen.choose(run, layer, step)) return layer;
-    const int64_t count = step.rows * run.blocks[layer]->router.top_k;
-    std::copy_n(step.experts, count, run.chosen + layer * run.chosen_stride);
-    experts = &chosen.call();
-  }
-  if (experts) run_moe(pool, *experts);
-  const int32_t last = run.layers - 1;
-  layer_finish(pool, *run.blocks[last], run.layouts[last] ? run.routed : nullptr, step);
-  return run.layers;
+void check_held(const expertd_run& run, const expertd_held_run* held, int32_t first, const expertd_step& step) {
+  require(held != nullptr && held->layers && held->weights && held->lengths, "held, or something it needs, is null");
+  for (int32_t layer = first; layer < run.layers; ++layer)
+    if (run.layouts[layer]) check_substitution(run.blocks[layer]->router, held->layers[layer], step.rows);
 }
+
+// The length of a row, in sixteen partial sums whatever the processor.
+float length_of(const float* x, int64_t count) {
+  float sums[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    for (int j = 0; j < 16; ++j) sums[j] += x[i + j] * x[i + j];
+  for (int j = 0; i < count; ++i, ++j) sums[j] += x[i] * x[i];
+  float total = 0.0f;
+  for (const float sum : sums) total += sum;
+  return std::sqrt(total);
+}
+
+class Run {
+ public:
+  // `held` null: rows go where their router sends them.
+  Run(Pool& pool, const expertd_run& run, const expertd_held_run* held, const expertd_step& step)
+      : pool_(pool), run_(run), held_(held), step_(step) {}
+
+  // Returns the layer that cannot go on, or the number of layers.
+  int32_t forward(int32_t first, const expertd_moe_call* experts) {
+    for (int32_t layer = first; layer < run_.layers; ++layer) {
+      if (experts) run_moe(pool_, *experts);
+      experts = nullptr;
+      const expertd_block* previous = layer > 0 ? run_.blocks[layer - 1] : nullptr;
+      const bool was_routed = layer > 0 && run_.layouts[layer - 1];
+      layer_forward(pool_, *run_.blocks[layer], previous, was_routed ? run_.routed : nullptr, step_);
+      pool_.scratch().reset();
+      if (!run_.layouts[layer]) continue;
+      if (!route(layer)) return layer;
+      experts = &chosen_.call();
+    }
+    if (experts) run_moe(pool_, *experts);
+    const int32_t last = run_.layers - 1;
+    layer_finish(pool_, *run_.blocks[last], run_.layouts[last] ? run_.routed : nullptr, step_);
+    return run_.layers;
+  }
+
+ private:
+  // Whether the layer's experts are at hand.
+  bool route(int32_t layer) {
+    const expertd_router& router = run_.blocks[layer]->router;
+    const int64_t count = step_.rows * router.top_k;
+    Routes routes{step_.experts, step_.weights, router.top_k, nullptr};
+    if (held_) {
+      const expertd_substitution& s = held_->layers[layer];
+      if (!substitute(pool_, router, s, step_.rows, step_.logits, step_.experts, step_.weights)) return false;
+      routes = {s.experts, s.weights, 2 * router.top_k, s.counts};
+    }
+    if (!chosen_.choose(run_, layer, step_, routes)) return false;
+    std::copy_n(step_.experts, count, run_.chosen + layer * run_.chosen_stride);
+    if (held_) observe(layer, count);
+    return true;
+  }
+
+  // What the router wanted, whoever serves it.
+  void observe(int32_t layer, int64_t count) {
+    std::copy_n(step_.weights, count, held_->weights + layer * run_.chosen_stride);
+    const int64_t width = run_.blocks[layer]->hidden;
+    for (int64_t row = 0; row < step_.rows; ++row)
+      held_->lengths[layer * held_->lengths_stride + row] = length_of(step_.normed + row * width, width);
+  }
+
+  Pool& pool_;
+  const expertd_run& run_;
+  const expertd_held_run* held_;
+  const expertd_step& step_;
+  Chosen chosen_;
+};
 
 }  // namespace
 }  // namespace expertd
@@ -109,6 +171,17 @@ extern "C" int expertd_run_forward(expertd_pool* pool, const expertd_run* run, i
     check_run(run, first, step, reached);
     if (experts) check_moe(*experts);
     Call call(pool);
-    *reached = run_layers(call.pool(), *run, first, experts, *step);
+    *reached = Run(call.pool(), *run, nullptr, *step).forward(first, experts);
+  });
+}
+
+extern "C" int expertd_run_held(expertd_pool* pool, const expertd_run* run, const expertd_held_run* held, int32_t first,
+                                const expertd_moe_call* experts, const expertd_step* step, int32_t* reached) {
+  return guarded([&] {
+    check_run(run, first, step, reached);
+    check_held(*run, held, first, *step);
+    if (experts) check_moe(*experts);
+    Call call(pool);
+    *reached = Run(call.pool(), *run, held, *step).forward(first, experts);
   });
 }
