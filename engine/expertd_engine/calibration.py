@@ -23,13 +23,14 @@ from expertd_engine.experts.held import HeldExperts
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
 from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
-from expertd_engine.model.attention import KVStorage, Span
+from expertd_engine.model.kv_storage import KVStorage
 from expertd_engine.model.moe import MoELayer, StepRoutes
 from expertd_engine.model.runner import Runner, StepModel
+from expertd_engine.model.step_rows import StepRows
 from expertd_engine.model.virtual_routing import Score, VirtualRouting
 from expertd_engine.planning.replay import Choice
-from expertd_engine.scheduler import StepPlan
 from expertd_engine.startup import Engine, start_engine
+from expertd_engine.step_plan import StepPlan
 
 Window = Sequence[int]
 """Token ids; the model sees nothing before the first."""
@@ -72,23 +73,16 @@ class _Tap:
         self.rows: list[Tensor] = []
         self._model = model
 
-    def forward(
-        self,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        spans: Sequence[Span],
-        storage: KVStorage,
-        layers: Sequence[MoELayer],
-        routes: StepRoutes,
-        logit_rows: Sequence[int],
-    ) -> Tensor:
-        logits = self._model.forward(token_ids, positions, spans, storage, layers, routes, logit_rows)
+    def forward(self, rows: StepRows, storage: KVStorage, layers: Sequence[MoELayer], routes: StepRoutes) -> Tensor:
+        logits = self._model.forward(rows, storage, layers, routes)
         self.rows.append(logits.log_softmax(dim=-1).clamp(min=-60000).half())
         return logits
 
 
 class RouteRecorder(VirtualRouting):
     """Substitutes nothing, and keeps what every router chose."""
+
+    routes_natively = False
 
     def __init__(self, model: VirtualRouting) -> None:
         super().__init__(model.routers, model.held, model.score, model.foresight)

@@ -79,6 +79,7 @@ Policy = Literal["auto", "lru", "lfu", "next-use", "predicted"]
 Predictor = Literal["auto", "none", "next-gate", "learned"]
 ToolParser = Literal["auto", "none", "hermes", "mistral", "json"]
 Mode = Literal["exact", "virtual"]
+Swaps = Literal["amortised", "foreseen"]
 Dtype = Literal["auto", "float32", "bf16", "int8", "int4", "int4s"]
 Verify = Literal["first", "always"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -104,7 +105,8 @@ class Config:
     )
     memory_budget: Size | None = _option(
         None,
-        "bytes a cgroup around server, engine and children is charged, less reclaimable page cache",
+        "bytes a cgroup around server, engine and children is charged, less reclaimable page cache; where a GPU "
+        "computes: bytes of its memory in use, PyTorch's own and graphs included",
         group="budget",
     )
     kv_budget: Size | None = _option(None, "bytes for keys and values; default: planned", group="budget")
@@ -134,6 +136,11 @@ class Config:
     virtual_slots: int | None = _option(
         None, "experts a layer held for virtual mode; default: what its share has room for", group="budget", low=1
     )
+    virtual_swaps: Swaps = _option(
+        "amortised", "amortised: held experts change between steps, which cost what a smaller model's do; foreseen: "
+        "also on the way to the layer that will want them, for nearer tokens at several times the reads",
+        group="budget",
+    )  # fmt: skip
     memory_pressure: bool = _option(
         False, "lend experts' memory to the box while it is short of it, as PSI and the cgroup's events say",
         group="budget",

@@ -11,7 +11,8 @@ from typing import Protocol
 
 from expertd_engine.messages import Constraint, Finished, FinishReason, Output, Steps, Submit, TokenLogprob
 from expertd_engine.request import Constrainer, ConstraintFailed, ExpertCounts, Sequence, Substitutions
-from expertd_engine.scheduler import Chunk, Scheduler, SequenceRefused, StepPlan
+from expertd_engine.scheduler import Scheduler, SequenceRefused
+from expertd_engine.step_plan import Chunk, StepPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,10 @@ from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_staging import Chunk
 from expertd_engine.kernels.cuda.resolve import TablePointers
 from expertd_engine.memory import available_bytes
-from expertd_engine.model.attention import Span
 from expertd_engine.model.cuda_kv import DeviceKV
 from expertd_engine.model.cuda_model import DeviceModel, StepTokens
 from expertd_engine.model.cuda_trial import is_invariant
+from expertd_engine.model.step_rows import Span
 from expertd_engine.planning.startup_plan import Measured
 from expertd_engine.startup import BLOCK_TOKENS
 

@@ -34,7 +34,7 @@ from expertd_engine.model.loader import load_model
 from expertd_engine.model.moe import RouteSource
 from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
 from expertd_engine.prefix_cache import PrefixCache
-from expertd_engine.scheduler import Scheduler, SchedulerLimits
+from expertd_engine.scheduler import Scheduler
 from expertd_engine.startup import (
     BLOCK_TOKENS,
     Report,
@@ -45,6 +45,7 @@ from expertd_engine.startup import (
     policy_name,
     verify_store,
 )
+from expertd_engine.step_plan import SchedulerLimits
 from expertd_engine.warm_restart import WarmRestart
 
 logger = logging.getLogger(__name__)

@@ -81,11 +81,16 @@ class LiveBudget:
             engine.measured, asked, memory_bytes,
             needed_blocks=self._needed_blocks(), most_blocks=engine.storage.num_blocks - 1,
         )  # fmt: skip
-        blocks = part.kv_blocks + 1
-        engine.core.scheduler.resize_pool(min(blocks, engine.pool.num_blocks))
+        before, blocks = engine.pool.num_blocks, part.kv_blocks + 1
+        engine.core.scheduler.resize_pool(min(blocks, before))
         self._drop_blocks()  # whoever shrinks makes room for the other first
-        engine.cache.set_budget(part.expert_budget_bytes)
-        engine.storage.provide(blocks)
+        try:
+            engine.cache.set_budget(part.expert_budget_bytes)
+            engine.storage.provide(blocks)
+        except ResourceError:
+            engine.storage.provide(before)
+            engine.core.scheduler.resize_pool(before)
+            raise
         engine.core.scheduler.resize_pool(blocks)
         self._touched_blocks = max(self._touched_blocks, blocks)
         self._asked, self.memory_budget_bytes = asked, memory_bytes
@@ -128,4 +133,11 @@ class LiveBudget:
             )
             self.shrinks += 1
         if guarded != ledger.budget_bytes:
-            self._engine.cache.set_budget(guarded)
+            self._set_guarded(guarded)
+
+    def _set_guarded(self, budget_bytes: int) -> None:
+        try:
+            self._engine.cache.set_budget(budget_bytes)
+        except ResourceError as refusal:  # others have taken what experts once had of a card
+            self._planned_experts = self._engine.cache.ledger.budget_bytes
+            logger.warning("experts stay at %d bytes: %s", self._planned_experts, refusal)

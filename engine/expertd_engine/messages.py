@@ -177,8 +177,9 @@ class EngineInfo(_Message, frozen=True):
     kernels: str
     """Instruction set of the native kernels, or `torch` where there are none."""
     step_path: str
-    """`native`: whole steps run on them; `modules`: transformers' modules do all but the experts. On a card `graph`: a
-    step is one launch; `layers`: the host brings experts in at every layer."""
+    """`native`: whole steps run on them; `modules`: transformers' modules do all but the experts (on a card, all but
+    these and attention). On a card `graph`: a step is one launch; `layers`: the host brings experts in at every
+    layer."""
     direct_io: bool
     fallbacks: list[str]
     """Every path that runs slower or weaker than designed, in one sentence each."""

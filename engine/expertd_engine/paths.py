@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 Union: TypeAlias = tuple[frozenset[int], ...]
 """Distinct experts that some tokens use together, head by head."""
@@ -26,6 +26,18 @@ class PathShape:
         return self.heads * self.top_k
 
 
+class Routes(NamedTuple):
+    """Experts (int64) and weights (float32) of some tokens, `[token][head][choice]`, flat."""
+
+    experts: array[int]
+    weights: array[float]
+
+    @classmethod
+    def blank(cls, tokens: int, stride: int) -> Routes:
+        """Zeros for so many tokens of `PathShape.stride` numbers."""
+        return cls(array("q", bytes(8 * tokens * stride)), array("f", bytes(4 * tokens * stride)))
+
+
 class Paths:
     """Experts and weights of the first `len` known tokens of a sequence, `[token][head][choice]`, flat."""
 
@@ -33,7 +45,7 @@ class Paths:
 
     def __init__(self, shape: PathShape) -> None:
         self.shape = shape
-        self.experts = array("H")
+        self.experts = array("q")
         self.weights = array("f")
         self.stored = 0
         """Tokens whose router keys and values lie in the sequence's KV blocks."""
@@ -41,19 +53,31 @@ class Paths:
     def __len__(self) -> int:
         return len(self.experts) // self.shape.stride
 
-    def extend(self, experts: bytes, weights: bytes) -> None:
-        """Those of the next tokens, as uint16 and float32."""
-        self.experts.frombytes(experts)
-        self.weights.frombytes(weights)
+    def extend(self, routes: Routes, start: int, stop: int) -> None:
+        """The next tokens have the routes that stand at `start` to `stop` (exclusive) in `routes`."""
+        first, end = start * self.shape.stride, stop * self.shape.stride
+        self.experts.extend(routes.experts[first:end])
+        self.weights.extend(routes.weights[first:end])
+
+    def routes(self, start: int, stop: int) -> Routes:
+        """Of the tokens at positions `start` to `stop` (exclusive), copied."""
+        first, end = start * self.shape.stride, stop * self.shape.stride
+        return Routes(self.experts[first:end], self.weights[first:end])
 
     def union(self, start: int, stop: int) -> Union:
         """Experts of the tokens at positions `start` to `stop` (exclusive), as far as they are known."""
-        heads, top_k, stride = self.shape.heads, self.shape.top_k, self.shape.stride
-        chosen = self.experts[start * stride : stop * stride]
-        return tuple(
-            frozenset().union(*(chosen[head * top_k + choice :: stride] for choice in range(top_k)))
-            for head in range(heads)
-        )
+        stride = self.shape.stride
+        return union_of(self.experts[start * stride : stop * stride], self.shape)
+
+
+def union_of(experts: array[int], shape: PathShape) -> Union:
+    """Of `experts` `[token][head][choice]`, flat."""
+    if shape.stride == 1:
+        return (frozenset(experts),)
+    return tuple(
+        frozenset().union(*(experts[head * shape.top_k + choice :: shape.stride] for choice in range(shape.top_k)))
+        for head in range(shape.heads)
+    )
 
 
 def join(unions: Iterable[Union]) -> Union:

@@ -13,43 +13,33 @@ import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from expertd_engine.checkpoint import Checkpoint, copy_text_files
 from expertd_engine.console import Progress, progress_bar, run_command, silent
 from expertd_engine.errors import ModelError, StoreError, UsageError
-from expertd_engine.experts.store import ExpertStore, describe_file, identify, is_store
+from expertd_engine.experts.store import ExpertStore, is_store
 from expertd_engine.experts.store_format import (
     DENSE_NAME,
-    FORMAT_VERSION,
-    INDEX_NAME,
     RECORDS_NAME,
     TARGETS,
-    FileEntry,
     LayerEntry,
     QuantisedTensor,
-    StoreIndex,
 )
 from expertd_engine.families import (
     DTYPES,
-    Config,
     Model,
     build_servable_model,
-    dense_dtype_plan,
     find_experts,
     load_config,
 )
-from expertd_engine.kernels.formats import STRIP_ROWS, Bytes, packed_bytes, quantise
+from expertd_engine.kernels.formats import STRIP_ROWS, Bytes, quantise
 from expertd_engine.kernels.row_order import ROW_FORMATS, quantise_rows
-from expertd_engine.model.router_kinds import adapt_router, check_adapter, router_kind_of
 from expertd_engine.publish import publish
+from expertd_engine.store_index import describe_store, write_index
 from expertd_engine.tensor_file import TensorFileWriter, TensorShape
 from expertd_engine.weights_plan import (
     EXPERT_FORMATS,
@@ -60,6 +50,7 @@ from expertd_engine.weights_plan import (
     check_format,
     compute_dtype,
     dense_format_beside,
+    dense_shapes,
     plan_quantised,
     plan_records,
 )
@@ -105,49 +96,16 @@ def prepare(
         copy_text_files(source, folder)
         _write_dense(folder / DENSE_NAME, checkpoint, dense, quantised, progress)
         entries = _write_records(folder / RECORDS_NAME, model, checkpoint, layers, progress)
-        index = StoreIndex(
-            format_version=FORMAT_VERSION,
-            store_id="",
-            name=name or source.resolve().name,
-            source=described_as or str(source.resolve()),
-            model_type=config.model_type,
-            architecture=type(model).__name__,
-            dense_dtype=compute_dtype(dense_format),
-            dense_format=dense_format,
-            experts_format=experts_format,
-            top_k=top_k_of(config),
-            layouts=layouts,
-            layers=entries,
-            router_kind=router_kind_as_stored(model, folder / DENSE_NAME),
-            quantised=quantised,
-            files=describe_files(folder),
-            created_by=created_by(),
-        )
+        names = (name or source.resolve().name, described_as or str(source.resolve()))
+        index = describe_store(folder, model, *names, experts_format, dense_format, layouts, entries, quantised)
         write_index(folder, index)
     return ExpertStore.open(destination)
-
-
-def write_index(folder: Path, index: StoreIndex) -> None:
-    """Give `index` its identity and write it, which makes a store of `folder`: all other files are there by now."""
-    (folder / INDEX_NAME).write_bytes(msgspec.json.encode(msgspec.structs.replace(index, store_id=identify(index))))
 
 
 def _copy_config(source: Path, folder: Path) -> None:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)  # the store's weights are plain numbers
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def dense_shapes(model: Model, dtype: torch.dtype, quantised: Mapping[str, QuantisedTensor]) -> dict[str, TensorShape]:
-    """What dense.safetensors will hold."""
-    state, shapes = model.state_dict(), {}
-    for name, kind in dense_dtype_plan(model, dtype).items():
-        if name in quantised:
-            rows, cols = quantised[name].shape
-            shapes[name] = TensorShape(torch.uint8, (packed_bytes(quantised[name].format, rows, cols),))
-        else:
-            shapes[name] = TensorShape(kind, tuple(state[name].shape))
-    return shapes
 
 
 def _write_dense(
@@ -227,47 +185,6 @@ def _stored(name: str, tensor: torch.Tensor, dtype: str, order: str = "strips") 
         return to_bytes(tensor.float().contiguous().numpy(), dtype, threads=len(os.sched_getaffinity(0)))
     except ValueError as error:
         raise ModelError(f"{name} cannot be stored as {dtype}: {error}") from error
-
-
-def router_kind_as_stored(model: Model, dense: Path) -> str | None:
-    """The routers' declared kind if adapters of it agree bit for bit with the model's own routers, else None."""
-    kind = router_kind_of(model)
-    if kind is None:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    with safe_open(dense, framework="pt") as file:
-        for name, _ in find_experts(model):
-            adapter = adapt_router(model, name)
-            if adapter is None:
-                return None
-            _load_router(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[0], adapter.module, file)
-            if not check_adapter(adapter, generator):
-                logger.warning("%s: routers do not act as %s; served in exact mode without prediction", name, kind)
-                return None
-    return kind.value
-
-
-def _load_router(block: torch.nn.Module, prefix: str, router: torch.nn.Module, file: Any) -> None:
-    """Give `router`, and what of the selection lies on `block` itself, the stored weights."""
-    own = next(name for name, child in block.named_children() if child is router)
-    names = [name for name in block.state_dict() if "." not in name or name.startswith(f"{own}.")]
-    block.load_state_dict({name: file.get_tensor(f"{prefix}.{name}") for name in names}, strict=False, assign=True)
-
-
-def describe_files(folder: Path) -> dict[str, FileEntry]:
-    """The index's entries for all files of a store that is about to get its index."""
-    return {path.name: describe_file(path, checksum=path.name != RECORDS_NAME) for path in sorted(folder.iterdir())}
-
-
-def top_k_of(config: Config) -> int:
-    """Experts chosen for a token; the most of any layer where they differ."""
-    top_k = config.num_experts_per_tok
-    return int(max(top_k) if isinstance(top_k, list) else top_k)
-
-
-def created_by() -> str:
-    """What wrote a store, for people to read."""
-    return ", ".join(f"{package} {version(package)}" for package in ("expertd", "transformers", "torch"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,8 +30,8 @@ from expertd_engine.messages import (
     VirtualLayer,
 )
 from expertd_engine.model.virtual_routing import VirtualRouting
-from expertd_engine.scheduler import StepPlan
 from expertd_engine.startup import Engine
+from expertd_engine.step_plan import StepPlan
 
 if TYPE_CHECKING:
     from expertd_engine.device_startup import DeviceEngine

@@ -34,8 +34,8 @@ from expertd_engine.lab.recorder import TraceRecorder
 from expertd_engine.lab.trace import header_of
 from expertd_engine.memory import MemoryMeter, available_bytes, release_free_memory
 from expertd_engine.messages import EngineInfo
-from expertd_engine.model.attention import KVStorage, LayerShape, block_bytes
 from expertd_engine.model.expert_torch import SlotViews
+from expertd_engine.model.kv_storage import KVStorage, LayerShape, block_bytes
 from expertd_engine.model.loader import LoadedModel, attach_experts, load_model
 from expertd_engine.model.moe import MoELayer, RouteSource
 from expertd_engine.model.native_model import NativeModel
@@ -57,7 +57,8 @@ from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, most_kv_blocks, plan_memory
 from expertd_engine.prefix_cache import PrefixCache
 from expertd_engine.profile_file import has_profile, read_profile
-from expertd_engine.scheduler import Scheduler, SchedulerLimits
+from expertd_engine.scheduler import Scheduler
+from expertd_engine.step_plan import SchedulerLimits
 from expertd_engine.warm_restart import WarmRestart
 
 logger = logging.getLogger(__name__)

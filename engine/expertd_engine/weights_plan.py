@@ -25,8 +25,9 @@ from expertd_engine.experts.store_format import (
     tensor_bytes,
 )
 from expertd_engine.families import DTYPES, Model, dense_dtype_plan, find_experts
-from expertd_engine.kernels.formats import QUANTISED
+from expertd_engine.kernels.formats import QUANTISED, packed_bytes
 from expertd_engine.kernels.row_order import FP8
+from expertd_engine.tensor_file import TensorShape
 
 FORMATS = (*DTYPES, *QUANTISED)
 """Formats of weights, as the user names them."""
@@ -175,3 +176,15 @@ def _stored_name(format: str) -> str:
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+def dense_shapes(model: Model, dtype: torch.dtype, quantised: Mapping[str, QuantisedTensor]) -> dict[str, TensorShape]:
+    """What dense.safetensors will hold."""
+    state, shapes = model.state_dict(), {}
+    for name, kind in dense_dtype_plan(model, dtype).items():
+        if name in quantised:
+            rows, cols = quantised[name].shape
+            shapes[name] = TensorShape(torch.uint8, (packed_bytes(quantised[name].format, rows, cols),))
+        else:
+            shapes[name] = TensorShape(kind, tuple(state[name].shape))
+    return shapes

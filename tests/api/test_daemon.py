@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -125,34 +123,6 @@ def test_swap_counters_are_the_disks(served: RunningDaemon) -> None:
 
 def _read_bytes(io: Path) -> int:
     return int(dict(line.split(": ") for line in io.read_text().splitlines())["read_bytes"])
-
-
-def test_a_killed_engine_is_replaced(tiny: Path) -> None:
-    with daemon(tiny, "--max-model-len", "128", "--threads", "1") as running:
-        before = complete(running.url, prompt="once more", max_tokens=8)
-        tokens = running.fresh_metrics()["expertd_generation_tokens_total"]
-        os.kill(running.engine_pid(), signal.SIGKILL)
-        end_s = time.monotonic() + 10
-        while running.http.get("/ready").status_code == 200:
-            assert time.monotonic() < end_s, "readiness never flipped"
-            time.sleep(0.01)
-        running.until_ready()
-        assert complete(running.url, prompt="once more", max_tokens=8) == before
-        after = running.fresh_metrics()
-        assert after["expertd_engine_restarts_total"] == 1
-        assert after["expertd_generation_tokens_total"] == tokens + 8
-        assert running.stop() == 0
-
-
-def test_the_engine_ends_with_the_server(tiny: Path) -> None:
-    with daemon(tiny, "--max-model-len", "128", "--threads", "1") as running:
-        engine = running.engine_pid()
-        running.process.kill()
-        running.process.wait()
-        end_s = time.monotonic() + 10
-        while Path(f"/proc/{engine}").exists():
-            assert time.monotonic() < end_s, "the engine outlived its server"
-            time.sleep(0.05)
 
 
 @pytest.mark.acceptance

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from expertd_engine.messages import Sampling
 from expertd_engine.prepare import prepare
 from expertd_engine.warm_restart import NAME
 from support.daemon import RunningDaemon, daemon
+from support.engine import generate, running_engine
 from support.tiny_mixtral import make_mixtral
 
 WARM = {"EXPERTD_WARM_RESTART": "on"}
@@ -53,6 +55,7 @@ def test_the_first_100_tokens_after_a_restart_hit_as_the_last_before(store: Path
     with daemon(store, *FLAGS, environment=WARM) as running:
         tokens(running, 100)
         steady, held = tokens(running, 100), resident(running)
+        assert running.stop() == 0
     assert (store / NAME).is_file()
     with daemon(store, *FLAGS, environment=WARM) as running:
         end_s = time.monotonic() + 30
@@ -61,7 +64,10 @@ def test_the_first_100_tokens_after_a_restart_hit_as_the_last_before(store: Path
             time.sleep(0.1)
         assert running.http.get("/status").json()["experts"]["lookups"] == 0
         assert tokens(running, 100) >= 0.9 * steady
+
+
+def test_what_cannot_be_read_is_a_cold_start(store: Path, caplog: pytest.LogCaptureFixture) -> None:
     (store / NAME).write_bytes(b"nonsense")
-    with daemon(store, *FLAGS, environment=WARM) as running:
-        tokens(running, 4)
-        assert any("starting cold" in line for line in running.lines)
+    with running_engine(store, expert_budget="40%", threads=1, warm_restart=True) as engine:
+        (generated,) = generate(engine, [[1, 2, 3]], Sampling(max_tokens=4, ignore_eos=True))
+    assert len(generated.token_ids) == 4 and "starting cold: cannot read" in caplog.text

@@ -14,12 +14,13 @@ from random import Random
 
 import pytest
 
+from expertd_engine.bench.virtual_clock import Clock
 from expertd_engine.config import option_names
 from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead
 from expertd_engine.experts.policy import make_policy
 from simulation.checkers import LedgerChecker, WatchedLedger
-from simulation.device import UNIT, Clock, DiskFaults, SimDisk, SimSlab
+from simulation.device import UNIT, DiskFaults, SimDisk, SimSlab
 from simulation.model import VOCAB, Shape
 from support.running_server import Start
 

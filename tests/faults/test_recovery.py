@@ -55,7 +55,10 @@ def complete(running: RunningDaemon) -> str:
 
 
 def test_an_engine_killed_under_load(tiny: Path) -> None:
-    """Clients hear of it within two seconds, readiness flips, counters go on, the next answer is right."""
+    """Clients hear of it within two seconds, readiness flips, counters go on, the next answer is right.
+
+    And when the server is killed, the engine ends by itself.
+    """
     flags = ("--max-model-len", "128", "--threads", "1", "--expert-budget", "25%")
     with daemon(tiny, *flags) as running, ThreadPoolExecutor(8) as pool:
         expected = complete(running)
@@ -76,8 +79,16 @@ def test_an_engine_killed_under_load(tiny: Path) -> None:
         assert complete(running) == expected
         after = running.fresh_metrics()
         assert after["expertd_engine_restarts_total"] == 1
+        assert after["expertd_generation_tokens_total"] >= before["expertd_generation_tokens_total"] + 8
         fallen = {n for n, v in before.items() if n.endswith(("_total", "_count", "_sum")) and after[n] < v}
         assert not fallen
+        engine = running.engine_pid()
+        running.process.kill()
+        running.process.wait()
+        end_s = time.monotonic() + 10
+        while Path(f"/proc/{engine}").exists():
+            assert time.monotonic() < end_s, "the engine outlived its server"
+            time.sleep(0.05)
 
 
 # ---------------------------------------------------------------- an engine hangs

@@ -9,16 +9,9 @@ import pytest
 import torch
 
 from expertd_engine.errors import ModelError
-from expertd_engine.model.attention import (
-    KEY_STEP,
-    TILE_QUERIES,
-    AttentionBatch,
-    KVStorage,
-    LayerShape,
-    ShapeRecorder,
-    Span,
-    block_bytes,
-)
+from expertd_engine.model.attention import KEY_STEP, TILE_QUERIES, AttentionBatch, ShapeRecorder
+from expertd_engine.model.kv_storage import KVStorage, LayerShape, block_bytes
+from expertd_engine.model.step_rows import Span
 
 BLOCK = 16
 SCALE = 0.17

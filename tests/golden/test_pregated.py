@@ -16,15 +16,16 @@ from expertd_engine.errors import ConfigError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.kernels.library import Pool, load, why_missing
 from expertd_engine.messages import Sampling
-from expertd_engine.model.attention import KVStorage, Span
+from expertd_engine.model.kv_storage import KVStorage
 from expertd_engine.model.loader import load_model
 from expertd_engine.model.pregate import Pregate, build_pregate
+from expertd_engine.model.step_rows import Span
 from expertd_engine.prepare import prepare
 from expertd_engine.refactor.export import export
 from expertd_engine.refactor.selection import select
 from expertd_engine.refactor.student import Student
-from expertd_engine.scheduler import StepPlan
 from expertd_engine.startup import Engine
+from expertd_engine.step_plan import StepPlan
 from golden.tolerances import PREGATED_LOGPROBS
 from refactor.tiny import HEADS, INDEX, dense, statistics
 from support.engine import Generated, generate, running_engine
@@ -74,10 +75,8 @@ def prompts_of(count: int, longest: int, seed: int) -> list[list[int]]:
 def route(pregate: Pregate, tokens: list[int], cuts: list[int], storage: KVStorage, first: int) -> torch.Tensor:
     """Experts `[heads, T, K]` of tokens that come in pieces."""
     blocks = list(range(first, first + CONTEXT // BLOCK))
-    pieces = [
-        pregate.route(tokens[a:b], range(a, b), [Span(0, a, b - a, blocks)], storage).index for a, b in pairwise(cuts)
-    ]
-    return torch.cat(pieces, dim=1)
+    pieces = [pregate.route(tokens[a:b], range(a, b), [Span(0, a, b - a, blocks)], storage) for a, b in pairwise(cuts)]
+    return pregate.known(pieces).tensors[0]
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -100,6 +99,19 @@ def test_pieces_are_routed_as_the_whole_for_a_thousand_prefixes(
             cuts = sorted({0, length, *(chance.randint(0, length) for _ in range(3))})
             pieces = route(pregate, tokens[:length], cuts, storage, 1 + CONTEXT // BLOCK)
             assert torch.equal(pieces, whole[:, :length])
+
+
+def test_a_token_that_the_model_lacks_is_refused(stores: dict[str, Path]) -> None:
+    if reason := why_missing():
+        pytest.skip(reason)
+    with Pool(load(), 1) as pool:
+        loaded = load_model(ExpertStore.open(stores["index-store"]), pool)
+        pregate, _ = build_pregate(loaded, CONTEXT)
+        storage = KVStorage([pregate.kv_shape], 3, BLOCK, torch.float32)
+        with pytest.raises(ValueError, match=rf"ids\[1\] is {loaded.vocab_size}; the matrix has"):
+            pregate.route([255, loaded.vocab_size], [0, 1], [Span(0, 0, 2, [1])], storage)
+        with pytest.raises(ValueError, match=f"position {CONTEXT} is not in the table of {CONTEXT}"):
+            pregate.route([1], [CONTEXT], [Span(0, CONTEXT, 1, [1] * 9)], storage)
 
 
 # ---------------------------------------------------------------- in the engine
@@ -125,11 +137,11 @@ class Watch:
             self.cut += chunk.is_prefill and chunk.stop < chunk.sequence.prefill_end
             self.cached += chunk.sequence.stats.cached_tokens > 0
         known = self._for_step(plan)
-        row = 0
+        chosen, row = known.tensors[0], 0
         for chunk in plan.chunks:
             of = self.routes.setdefault(chunk.sequence.sequence_id, {})
             for position in range(chunk.start, chunk.stop):
-                experts = known.index[:, row].tolist()
+                experts = chosen[:, row].tolist()
                 assert of.setdefault(position, experts) == experts
                 row += 1
         return known

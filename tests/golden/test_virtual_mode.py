@@ -7,14 +7,19 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
+from torch import Tensor
 
+from expertd_engine.calibration import with_slots
 from expertd_engine.experts.store import ExpertStore
+from expertd_engine.experts.virtual import SwapLimits
 from expertd_engine.messages import ExpertMode, Sampling, SequenceStats
 from expertd_engine.model.trial import Trial
 from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine
 from support.engine import Generated, collect, running_engine, submit_of
+from support.kernels import needs_kernels
 from support.tiny_families import FAMILIES, make_checkpoint
 
 GREEDY = Sampling(max_tokens=12, temperature=0, ignore_eos=True)
@@ -109,6 +114,58 @@ def test_a_limit_of_substituted_mass_is_kept(stores: dict[str, Path], family: st
     assert misses[0] == 0 < sum(misses), "without a limit nothing is waited for, with one its own experts are"
     assert generated.token_ids == exact, "all of its own experts were waited for"
     assert met[1e-9].substituted == 0 < met[0.4].substituted < met[1.0].substituted
+
+
+class Tap:
+    """Keeps the logits of all steps."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.logits: list[Tensor] = []
+        self._model = engine.runner.model
+        engine.runner.model = self
+
+    def forward(self, *step: Any) -> Tensor:
+        self.logits.append(self._model.forward(*step))
+        return self.logits[-1]
+
+
+STILL = SwapLimits(per_step=0, ahead=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", ["qwen2_moe", "glm4_moe", "gpt_oss"])
+@pytest.mark.parametrize("limits", [(1.0,), (1.0, 1.0, 0.3)])
+def test_native_runs_route_as_layers_do_one_by_one(
+    stores: dict[str, Path], family: str, limits: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits have the same bits, and what is learned and reported is the same."""
+    store = stores[family]
+    slots = [top_k_of(store) + 1] * len(ExpertStore.open(store).index.layers)
+    met, logits, scores = [], [], []
+    with running_engine(store, threads=2, expert_budget="75%", prefix_cache=False) as engine:
+        model, tap = virtual_of(engine), Tap(engine)
+        for number, natively in enumerate((False, True)):
+            routing = engine.runner.virtual = with_slots(model, slots, STILL)
+            routing.held.begin_step()
+            routing.held.settle()
+            routing.routes_natively = natively
+            if natively and min(limits) == 1:
+                monkeypatch.setattr(VirtualRouting, "route", None)
+            asks = [(MINE[: 9 + i], "virtual", limit) for i, limit in enumerate(limits)]
+            met.append([stats(one) for one in run(engine, *asks, first_id=10 * number + 1)])
+            logits.append(torch.cat(tap.logits))
+            tap.logits.clear()
+            sets = routing.held.sets
+            scores.append([sets.score(layer, e) for layer in range(len(slots)) for e in range(len(sets.priors[layer]))])
+            counts = routing.counts
+            routing.held.close()
+    assert torch.equal(*logits)
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    for layers, run_on in zip(*met, strict=True):
+        assert (layers.choices, layers.substituted) == (run_on.choices, run_on.substituted)
+        assert run_on.substituted_mass == pytest.approx(layers.substituted_mass, rel=1e-5)
+    assert sum(counts.substituted) == sum(one.substituted for one in met[1]) > 0
+    assert (counts.fetched > 0) == (min(limits) < 1)
 
 
 def test_the_sets_move_while_they_are_used_and_go_when_they_are_not(

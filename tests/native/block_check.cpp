@@ -4,20 +4,20 @@
 // and a hash of all results, and ends with 0.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
 #include <numeric>
-#include <random>
-#include <sstream>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "expertd_block.h"
 
 namespace {
+
+using check::expect, check::random_floats, check::succeeds;
 
 using Floats = std::vector<float>;
 using Doubles = std::vector<double>;
@@ -25,28 +25,6 @@ using Doubles = std::vector<double>;
 constexpr int kBlockTokens = 16;
 constexpr int kTokens = 150;  // past two key tiles
 constexpr int kMates = 5;
-
-std::mt19937 random_bits(20261122);
-int checks = 0;
-uint64_t all_bits = 14695981039346656037u;  // FNV-1a of every result, to compare processors
-
-[[noreturn]] void fail(const std::string& what) {
-  std::printf("FAILED: %s\n", what.c_str());
-  std::exit(1);
-}
-void expect(bool condition, const std::string& what) {
-  ++checks;
-  if (!condition) fail(what);
-}
-void succeeds(int code) {
-  if (code != EXPERTD_OK) fail(std::string("an error: ") + expertd_error());
-}
-Floats random_floats(size_t n, float around = 0.0f, float spread = 1.0f) {
-  Floats x(n);
-  std::uniform_real_distribution<float> uniform(around - spread, around + spread);
-  for (float& value : x) value = uniform(random_bits);
-  return x;
-}
 
 struct Shape {
   std::string name;
@@ -384,7 +362,7 @@ double worst_error(const Layer& layer, const Floats& ours, const std::vector<Row
   return worst;
 }
 
-void check(const Shape& shape, const std::vector<std::string>& instruction_sets) {
+void check_shape(const Shape& shape, const std::vector<std::string>& instruction_sets) {
   const Layer layer(shape);
   const Floats input = random_floats(size_t(kTokens) * shape.hidden);
   Floats whole;
@@ -402,8 +380,7 @@ void check(const Shape& shape, const std::vector<std::string>& instruction_sets)
     expect(same_bits(Run(layer, input, 3).sequence({1, 63, 2, 20, 1, 1, 40, 22}, 0), whole), shape.name + ": other bits in steps on " + name);
     expect(same_bits(Run(layer, input, 2).sequence(std::vector<int>(kTokens, 1), kMates), whole), shape.name + ": other bits beside others on " + name);
   }
-  const auto* bytes = reinterpret_cast<const unsigned char*>(whole.data());
-  for (size_t i = 0; i < whole.size() * sizeof(float); ++i) all_bits = (all_bits ^ bytes[i]) * 1099511628211u;
+  check::remember(whole);
 }
 
 std::vector<Shape> shapes() {
@@ -437,12 +414,7 @@ std::vector<Shape> shapes() {
 }  // namespace
 
 int main() {
-  std::istringstream names(expertd_isa_available());
-  std::vector<std::string> available;
-  for (std::string name; names >> name;) available.push_back(name);
-  for (const Shape& shape : shapes()) check(shape, available);
-  std::printf("%d checks on", checks);
-  for (const std::string& name : available) std::printf(" %s", name.c_str());
-  std::printf("\n%016llx\n", static_cast<unsigned long long>(all_bits));
-  return 0;
+  const std::vector<std::string> available = check::instruction_sets();
+  for (const Shape& shape : shapes()) check_shape(shape, available);
+  return check::report();
 }

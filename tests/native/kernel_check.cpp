@@ -4,44 +4,25 @@
 // hash of all results, and ends with 0.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
-#include <sstream>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "expertd_kernels.h"
 #include "pool.h"
 
 namespace {
 
+using check::expect, check::fail, check::random_floats, check::succeeds;
+
 constexpr const char* kFormats[] = {"f32", "bf16", "int8", "int4", "int4s"};
 constexpr double kTolerance = 1e-6;  // of the sum of magnitudes; measured: 3e-7
 
-std::mt19937 random_bits(20261122);
-int checks = 0;
-uint64_t all_bits = 14695981039346656037u;  // FNV-1a of every result, to compare processors
-
-[[noreturn]] void fail(const std::string& what) {
-  std::printf("FAILED: %s\n", what.c_str());
-  std::exit(1);
-}
-void expect(bool condition, const std::string& what) {
-  ++checks;
-  if (!condition) fail(what);
-}
-void succeeds(int code) {
-  if (code != EXPERTD_OK) fail(std::string("an error: ") + expertd_error());
-}
-float uniform(float low, float high) { return std::uniform_real_distribution<float>(low, high)(random_bits); }
-std::vector<float> random_floats(size_t n) {
-  std::vector<float> x(n);
-  for (float& value : x) value = uniform(-1, 1);
-  return x;
-}
+float uniform(float low, float high) { return std::uniform_real_distribution<float>(low, high)(check::random_bits); }
 
 // Bytes at a multiple of 64 and no more than fill the last 64: a sanitizer sees reads beyond them.
 struct Bytes {
@@ -66,7 +47,7 @@ void fill(int format, int64_t rows, int64_t cols, uint8_t* out) {
   const int64_t data = format == EXPERTD_BF16 ? 0 : groups * (format == EXPERTD_INT8 ? 512 : 256);
   const int64_t strip = format == EXPERTD_BF16 ? bytes : bytes / strips;
   for (int64_t at = 0; at < bytes; ++at) {
-    const uint32_t bits = random_bits();
+    const uint32_t bits = check::random_bits();
     const bool is_data = at % strip < data;
     const bool high_byte = at % 2 == 1;  // of a float16 or bfloat16: magnitudes between about 1/16 and 1
     const uint8_t exponent = format == EXPERTD_BF16 ? 0x3d + (bits >> 9) % 3 : 0x2c + (bits >> 9) % 16;
@@ -94,18 +75,11 @@ Pool make_pool(int threads) {
   return Pool(pool, expertd_pool_destroy);
 }
 
-std::vector<std::string> instruction_sets() {
-  std::istringstream names(expertd_isa_available());
-  std::vector<std::string> all;
-  for (std::string name; names >> name;) all.push_back(name);
-  return all;
-}
-
 // Runs `compute` (pool -> floats) on every instruction set with 1 to 4 threads; all must give the bits of the first.
 template <class Compute>
 std::vector<float> same_everywhere(const std::string& what, Compute compute) {
   std::vector<float> first;
-  for (const std::string& name : instruction_sets()) {
+  for (const std::string& name : check::instruction_sets()) {
     succeeds(expertd_isa_use(name.c_str()));
     for (int threads = 1; threads <= 4; ++threads) {
       const Pool pool = make_pool(threads);
@@ -115,11 +89,7 @@ std::vector<float> same_everywhere(const std::string& what, Compute compute) {
              what + ": other bits with " + name + ", " + std::to_string(threads) + " threads");
     }
   }
-  for (const float value : first) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    all_bits = (all_bits ^ bits) * 1099511628211u;
-  }
+  check::remember(first);
   return first;
 }
 
@@ -248,7 +218,5 @@ int main() {
     check_moe(format, 72, 40, 1);
     check_moe(format, 48, 96, 21);
   }
-  std::printf("%d checks on %s\nbits %016llx\n", checks, expertd_isa_available(),
-              static_cast<unsigned long long>(all_bits));
-  return 0;
+  return check::report();
 }

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from expertd_engine.kernels.library import KernelsMissing, Pool, load
+from expertd_engine.kernels.library import Pool
 
 pytest.importorskip("triton")
 
 from golden.tolerances import DEVICE_FLOAT32_LOGITS
 from support.device_models import TinyDevice
+from support.kernels import native_pool
 from support.native_models import eager_model
 from support.tiny_families import TINY_FAMILIES
 
@@ -32,11 +33,7 @@ FAMILIES = [
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    try:
-        library = load()
-    except KernelsMissing as error:
-        pytest.skip(str(error))
-    with Pool(library, 1) as pool:
+    with native_pool(threads=1) as pool:
         yield pool
 
 

@@ -6,14 +6,17 @@ With few slots and with one for each expert: the same bits, and those of the who
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from expertd_engine.errors import ConfigError
-from expertd_engine.messages import Sampling
+from expertd_engine.errors import ConfigError, ResourceError
+from expertd_engine.live_budget import LiveBudget
+from expertd_engine.messages import Sampling, SetBudget
+from expertd_engine.planning.startup_plan import GROWTH_BYTES
 from golden.tolerances import DEVICE_FLOAT32_LOGITS
 from support.device_engine import SEED, device_engine, make_store
 from support.engine import Generated, generate
@@ -28,8 +31,9 @@ def test_an_engine_gives_the_models_numbers_at_every_budget(tmp_path: Path) -> N
     store = make_store(FAMILY, tmp_path)
     results: list[Generated] = []
     for budget in ("40%", "100%"):
-        options = {"max_sequences": 1, "max_step_tokens": 8, "max_model_len": 32, "expert_budget": budget}
+        options = {"max_sequences": 2, "max_step_tokens": 8, "max_model_len": 32, "expert_budget": budget}
         with device_engine(store, "cpu", **options) as engine:
+            expect_kv_to_give_way(engine)
             results += generate(engine, [PROMPT], SAMPLING)
             engine.cache.settle()
             engine.cache.ledger.check()
@@ -37,6 +41,25 @@ def test_an_engine_gives_the_models_numbers_at_every_budget(tmp_path: Path) -> N
     few, whole = results
     assert [output.logprobs for output in few.outputs] == [output.logprobs for output in whole.outputs]
     assert largest_error(whole) <= DEVICE_FLOAT32_LOGITS.allowed
+
+
+def expect_kv_to_give_way(engine: Any) -> None:
+    """A lower memory budget takes blocks that nobody holds, and their memory; a higher one brings both back."""
+    measured, blocks = engine.measured, engine.pool.capacity
+    fixed = measured.base + measured.step + GROWTH_BYTES + measured.experts_total
+    engine.storage.keys[0][blocks] = engine.storage.keys[0][1] = 1.0
+    budget = LiveBudget(engine)
+    low, high = (SetBudget(memory_budget_bytes=fixed + n * measured.kv_block) for n in (blocks // 2, blocks))
+    assert budget.set(low).error is None and engine.pool.capacity == blocks // 2
+    assert float(engine.storage.keys[0][1].min()) == 1.0 and float(engine.storage.keys[0][blocks].max()) == 0.0
+    assert budget.set(high).error is None and engine.pool.capacity == blocks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.cache, "set_budget", refuse)
+        assert budget.set(low).error == "no room, as planted" and engine.pool.capacity == blocks
+
+
+def refuse(budget_bytes: int) -> None:
+    raise ResourceError("no room, as planted")
 
 
 def test_a_host_that_holds_half_of_the_experts_serves_layer_by_layer(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from heapq import heappop, heappush
 from random import Random
 from typing import NamedTuple
 
+from expertd_engine.bench.virtual_clock import Clock
 from expertd_engine.experts.events import Cancelled, ExpertId, Failed, Load, Loaded, Priority
 from expertd_engine.experts.transfer import Completion
 
@@ -23,35 +23,6 @@ UNIT = 4096
 
 class Violation(AssertionError):
     """A law is broken."""
-
-
-class Clock:
-    """Virtual seconds, and what happens at which."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = 0
-
-    def at(self, delay: float, act: Callable[[], None]) -> None:
-        """Call `act` when `delay` seconds have passed."""
-        self._order += 1
-        heappush(self._events, (self.now + delay, self._order, act))
-
-    def run_next(self) -> bool:
-        """Let the next event happen; False if there is none."""
-        if not self._events:
-            return False
-        self.now, _, act = heappop(self._events)
-        act()
-        return True
-
-    def advance(self, seconds: float) -> None:
-        """Let time pass, and happen what happens meanwhile."""
-        end = self.now + seconds
-        while self._events and self._events[0][0] <= end:
-            self.run_next()
-        self.now = end
 
 
 class View(NamedTuple):

@@ -19,7 +19,7 @@ from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.held import HeldExperts
 from expertd_engine.messages import TokenLogprob
 from expertd_engine.request import Sequence as EngineSequence
-from expertd_engine.scheduler import Chunk, StepPlan
+from expertd_engine.step_plan import Chunk, StepPlan
 from simulation.device import UNIT, SimSlab, Violation, record_of
 
 VOCAB = 24

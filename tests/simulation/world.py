@@ -9,6 +9,7 @@ from random import Random
 
 import msgspec
 
+from expertd_engine.bench.virtual_clock import Clock
 from expertd_engine.core import EngineCore
 from expertd_engine.errors import BudgetError
 from expertd_engine.experts.cache import ExpertCache
@@ -21,10 +22,11 @@ from expertd_engine.experts.virtual_room import VirtualRoom
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import Sampling, Snapshot, Submit, TextInput
 from expertd_engine.prefix_cache import PrefixCache
-from expertd_engine.scheduler import Scheduler, SchedulerLimits, StepPlan
+from expertd_engine.scheduler import Scheduler
+from expertd_engine.step_plan import SchedulerLimits, StepPlan
 from expertd_server.engine_families import empty_snapshot
 from simulation.checkers import CounterChecker, Expected, LedgerChecker, RequestChecker, WatchedLedger
-from simulation.device import Clock, DiskFaults, SimDisk, SimSlab, Violation
+from simulation.device import DiskFaults, SimDisk, SimSlab, Violation
 from simulation.model import EOS, VOCAB, Shape, SimRunner
 
 AGEING_STEPS = 8

@@ -14,7 +14,7 @@ import pytest
 from expertd_engine.core import EngineCore, StepFailed
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import ExpertMode, Submit
-from expertd_engine.scheduler import StepPlan
+from expertd_engine.step_plan import StepPlan
 from support.builders_core import HashForward, Told, make_core, make_scheduler, make_submit, run_alone
 
 MAX_STEPS = 40

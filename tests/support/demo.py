@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -41,7 +44,20 @@ PROMPTS = [
 ]
 
 
+_reader, _name_map = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
+
+
+@contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """Parse each GGUF file once a process: for one model transformers does it three times, each time for seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", _reader)
+        patch.setattr(gguf, "get_tensor_name_map", _name_map)
+        yield
+
+
 @cache
+@gguf_read_once()
 def demo_store(dtype: str) -> Path:
     """The demo's store in `dtype`, made on first use in the user's cache; skips where the demo cannot be had."""
     try:
@@ -61,6 +77,7 @@ def encode(text: str) -> list[int]:
 
 
 @cache
+@gguf_read_once()
 def dense_model(dtype: torch.dtype) -> Any:
     """The original dense model under plain transformers."""
     from transformers import AutoModelForCausalLM

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from expertd_engine.experts.device_streams import HostDevice
 from expertd_engine.kernels.library import Pool
-from expertd_engine.model.attention import Span
 from expertd_engine.model.cuda_inputs import StepInputs
 from expertd_engine.model.cuda_kv import DeviceKV
 from expertd_engine.model.cuda_layer import Carrier
 from expertd_engine.model.cuda_program import Program, Sizes, Workspace, query_tiles
 from expertd_engine.model.native_build import build_native
+from expertd_engine.model.step_rows import Span
 from support.native_models import CONTEXT, load_tiny, shapes_of
 
 BLOCK = 16

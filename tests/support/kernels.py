@@ -24,6 +24,13 @@ instruction_sets = pytest.mark.parametrize("instruction_set", AVAILABLE or ["non
 every_format = pytest.mark.parametrize("format", FORMATS)
 
 
+def native_pool(threads: int) -> Pool:
+    """A pool on the best instruction set; the test is skipped where there are no native kernels."""
+    if MISSING is not None:
+        pytest.skip(str(MISSING))
+    return Pool(library.load(), threads)
+
+
 @contextmanager
 def pool_on(instruction_set: str, threads: int = 2) -> Iterator[Pool]:
     """A pool whose calls run on that instruction set; afterwards the best one is in use again."""

@@ -11,7 +11,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from expertd_engine.families import find_experts
 from expertd_engine.kernels.library import Pool
-from expertd_engine.model.attention import ATTENTION_NAME, LayerShape, ShapeRecorder, paged_attention
+from expertd_engine.model.attention import ATTENTION_NAME, ShapeRecorder, paged_attention
+from expertd_engine.model.kv_storage import LayerShape
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.moe import EXPERTS_NAME, MoELayer, StepRoutes, experts_function
 from expertd_engine.model.native_witness import stood_in

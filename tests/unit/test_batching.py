@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from expertd_engine.batching import Batching, Candidate, Share, expert_aware, prefill_first
 from expertd_engine.core import EngineCore
-from expertd_engine.paths import Paths, PathShape
+from expertd_engine.paths import Paths, PathShape, Routes
 from expertd_engine.request import Sequence
 from support.builders_core import HashForward, make_scheduler, make_submit, run_alone, run_to_end
 
@@ -120,8 +121,8 @@ def find_paths(sequences: object) -> None:
     for sequence in sequences:
         assert isinstance(sequence, Sequence)
         sequence.paths = sequence.paths or Paths(PathShape(1, 1))
-        for token_id in sequence.tokens(len(sequence.paths), sequence.num_tokens):
-            sequence.paths.extend(expert_of(token_id).to_bytes(2, "little"), bytes(4))
+        experts = [expert_of(t) for t in sequence.tokens(len(sequence.paths), sequence.num_tokens)]
+        sequence.paths.extend(Routes(array("q", experts), array("f", [1.0] * len(experts))), 0, len(experts))
 
 
 @pytest.mark.parametrize("batching", ["expert-aware", "prefill-first"])

@@ -12,7 +12,7 @@ from expertd_engine.core import EngineCore, StepFailed
 from expertd_engine.errors import EngineError
 from expertd_engine.messages import Constraint, ExpertMode, SequenceStats, Steps, Submit
 from expertd_engine.request import ConstraintFailed
-from expertd_engine.scheduler import StepPlan
+from expertd_engine.step_plan import StepPlan
 from support.builders_core import (
     EOS,
     STEP_EXPERTS,

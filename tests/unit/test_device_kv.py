@@ -11,8 +11,8 @@ from expertd_engine.errors import ResourceError
 from expertd_engine.experts.device_range import CudaAddresses, DriverRefused
 from expertd_engine.experts.device_streams import HostDevice
 from expertd_engine.experts.slab import PAGE
-from expertd_engine.model.attention import LayerShape
 from expertd_engine.model.cuda_kv import DeviceKV
+from expertd_engine.model.kv_storage import LayerShape
 
 SHAPES = [LayerShape(1, 2, 20, 12), LayerShape(2, 1, 16, 16)]
 BLOCKS = 12

@@ -125,10 +125,10 @@ def test_a_source_that_says_how_sure_it_is_is_believed_by_that() -> None:
 
 def test_what_came_of_hints_is_counted_by_layer_and_lead() -> None:
     world = SureWorld()
-    for _ in range(20):
+    for _ in range(40):
         world.token(1)
     track = world.governor.tracks[1, 1]
-    assert (track.named, track.true) == (40, 20) and track.followed == track.followed_true == 20 - 13
+    assert (track.named, track.true) == (80, 40) and track.followed == track.followed_true == 40 - 20
     assert track.late == track.in_vain == 0
     world.loading = {1}
     world.token(1)
@@ -137,7 +137,7 @@ def test_what_came_of_hints_is_counted_by_layer_and_lead() -> None:
 
 def test_a_prefetch_that_nobody_used_is_counted_as_read_in_vain() -> None:
     world = SureWorld()
-    for _ in range(20):
+    for _ in range(40):
         world.token(1)
     world.step += 1
     assert [hint.expert.expert for hint in world.governor.routed(world.step, 0, [0])] == [1]

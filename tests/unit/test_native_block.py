@@ -10,7 +10,6 @@ import functools
 import re
 from collections.abc import Callable
 from ctypes import byref
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,15 +19,15 @@ import pytest
 from expertd_engine.kernels.library import KernelsMissing, Matrix, Pool
 from expertd_engine.model.native_abi import Block, BlockCalls, Norm, NormKind, Rope, Router, Scores, Step
 from support.kernels import needs_kernels, pool_on
-from support.native_programs import build, emulated, needs, run
+from support.native_programs import SANITIZERS, build, emulated, needs, run, sanitized
 
 HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS, TOP_K, BLOCK_TOKENS = 32, 4, 2, 16, 8, 2, 16
 POSITIONS = 64
 
 
 @pytest.fixture(scope="module")
-def said_here(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return run(build("block_check", tmp_path_factory.mktemp("here"), "g++"))
+def said_here() -> str:
+    return run(build("block_check"))
 
 
 def test_layers_are_right_and_their_bits_the_same(said_here: str) -> None:
@@ -36,16 +35,15 @@ def test_layers_are_right_and_their_bits_the_same(said_here: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizers_find_nothing(tmp_path: Path, sanitizer: str) -> None:
-    flags = (f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
-    assert "checks on" in run(build("block_check", tmp_path, "g++", *flags))
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_sanitizers_find_nothing(sanitizer: str) -> None:
+    assert "checks on" in run(sanitized("block_check", sanitizer))
 
 
 @pytest.mark.slow
-def test_neon_gives_the_bits_that_this_processor_gives(tmp_path: Path, said_here: str) -> None:
+def test_neon_gives_the_bits_that_this_processor_gives(said_here: str) -> None:
     needs("qemu-aarch64")  # Debian: qemu-user, g++-aarch64-linux-gnu
-    said = emulated(build("block_check", tmp_path, "aarch64-linux-gnu-g++", "-static"))
+    said = emulated(build("block_check", "aarch64-linux-gnu-g++", "-static"))
     assert "on neon portable" in said
     assert said.splitlines()[-1] == said_here.splitlines()[-1]
 

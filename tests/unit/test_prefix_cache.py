@@ -9,7 +9,7 @@ from expertd_engine.core import EngineCore, StepFailed
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import Submit
 from expertd_engine.prefix_cache import PrefixCache
-from expertd_engine.scheduler import StepPlan
+from expertd_engine.step_plan import StepPlan
 from support.builders_core import (
     HashForward,
     Told,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.pregated import PregatedLookahead, later_unions, step_union
-from expertd_engine.paths import Paths, PathShape, Union
+from expertd_engine.paths import Paths, PathShape, Routes, Union
 from expertd_engine.request import Sequence as EngineSequence
-from expertd_engine.scheduler import StepPlan
+from expertd_engine.step_plan import StepPlan
 from support.builders_core import make_scheduler, make_sequence
 
 LAYERS, EXPERTS = 3, 4
@@ -72,7 +72,7 @@ def test_later_uses_say_who_had_better_stay_and_load_nothing() -> None:
 
 def with_paths(sequence: EngineSequence, experts: Sequence[int]) -> EngineSequence:
     sequence.paths = Paths(PathShape(1, 1))
-    sequence.paths.extend(array("H", experts).tobytes(), array("f", [1.0] * len(experts)).tobytes())
+    sequence.paths.extend(Routes(array("q", experts), array("f", [1.0] * len(experts))), 0, len(experts))
     return sequence
 
 
@@ -90,7 +90,7 @@ def test_what_waits_is_the_rest_of_a_cut_prompt_and_the_queue_behind_it() -> Non
         with_paths(make_sequence(1, range(6)), [0, 0, 1, 1, 2, 3]), with_paths(make_sequence(2, range(3)), [3, 3, 1])
     )
     assert step_union(plan) == one_head(0, 1)
-    assert later_unions(plan, 4) == [(1, one_head(1)), (2, one_head(2, 3)), (2, one_head(1, 3))]
+    assert list(later_unions(plan, 4)) == [(1, one_head(1)), (2, one_head(2, 3)), (2, one_head(1, 3))]
 
 
 def test_the_queue_is_told_by_steps_and_not_without_end() -> None:
@@ -100,7 +100,7 @@ def test_the_queue_is_told_by_steps_and_not_without_end() -> None:
 
 def test_several_choices_a_token_are_taken_together() -> None:
     paths = Paths(PathShape(2, 2))
-    paths.extend(array("H", [0, 1, 2, 3, 1, 4, 2, 5]).tobytes(), array("f", [0.5] * 8).tobytes())
+    paths.extend(Routes(array("q", [0, 1, 2, 3, 1, 4, 2, 5]), array("f", [0.5] * 8)), 0, 2)
     assert len(paths) == 2
     assert paths.union(0, 2) == (frozenset({0, 1, 4}), frozenset({2, 3, 5}))
     assert paths.union(1, 9) == (frozenset({1, 4}), frozenset({2, 5}))

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from expertd_engine.bench.routing import RoutingShape, make_routing
 from expertd_engine.experts.events import ExpertId
+from expertd_engine.experts.half_life import HalfLives
 from expertd_engine.experts.lookahead import NoLookahead
-from expertd_engine.experts.policy import HALF_LIFE_TOKENS, make_policy
+from expertd_engine.experts.policy import HALF_LIFE_TOKENS, AdaptiveNextUse, make_policy
 from expertd_engine.experts.scored import Scored, ScoredVictims
 from expertd_engine.lab.compare import compare, recommend
 from expertd_engine.lab.events import NEVER, Events, events_of
 from expertd_engine.lab.rankings import (
+    AdaptiveRanking,
     ClairvoyantRanking,
     ForeseenRanking,
     LeastStaleRanking,
     LFURanking,
     LRURanking,
+    NamedRanking,
     Ranking,
     ScoredRanking,
 )
 from expertd_engine.lab.replay import replay
+from expertd_engine.lab.scores import named_by
 from expertd_engine.lab.trace import Ids, Trace, TraceHeader
+from expertd_engine.model.gates import Gate
 from expertd_engine.planning.replay import LedgerReplay, Met
 
 SHAPE = RoutingShape(6, 16, 4)
@@ -38,6 +45,13 @@ def trace_of(routes: Ids, decode: np.ndarray | None = None, steps: Ids | None = 
     return Trace(
         header, routes, np.arange(rows) if steps is None else steps, zeros, ones if decode is None else decode, zeros
     )
+
+
+def popular_routes(tokens: int) -> Ids:
+    """Some experts are always used more than others."""
+    luck = np.random.default_rng(0).random((tokens, SHAPE.layers, SHAPE.experts))
+    popular = np.argsort(-luck * np.arange(SHAPE.experts, 0, -1))[..., : SHAPE.top_k]
+    return np.sort(popular, axis=-1)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +74,20 @@ def test_hits_are_those_of_the_ledger(routes: Ids, name: str, slots: int) -> Non
     found = replay(events, slots, ranking)
     assert found.lookups == met.lookups == TOKENS * SHAPE.layers * SHAPE.top_k
     assert abs(found.hit_rate - met.hit_rate) < 0.001
+
+
+def test_hits_are_those_of_the_ledger_where_it_adapts() -> None:
+    routes = popular_routes(TOKENS)
+    counts, slots = [SHAPE.experts] * SHAPE.layers, 24
+    policy = AdaptiveNextUse(HalfLives(counts, 24))
+    ledger, met = LedgerReplay([1] * SHAPE.layers, counts, slots, policy), Met(by_layer=[0] * SHAPE.layers)
+    for token in routes.tolist():
+        ledger.token(token, met)
+    events = events_of(trace_of(routes))
+    found = replay(events, slots, AdaptiveRanking(events, slots))
+    assert abs(found.hit_rate - met.hit_rate) < 0.001
+    fixed = replay(events, slots, LFURanking(events))
+    assert policy.half_life > make_policy("next-use", 24).half_life and found.misses < fixed.misses
 
 
 def best_possible(events: Events, slots: int) -> int:
@@ -99,6 +127,35 @@ def test_all_that_is_known_makes_foresight_clairvoyant(routes: Ids) -> None:
     # Nothing is known before the first event has been met: the first uses alone may differ.
     assert seeing.misses <= replay(events, 24, ClairvoyantRanking(events)).misses * 1.02
     assert replay(events, 24, ForeseenRanking(events, 0)).misses == replay(events, 24, LFURanking(events)).misses
+
+
+def named_exactly(routes: Ids, leads: int) -> NDArray[np.int16]:
+    """What a predictor would name that is never wrong, but at the trace's end."""
+    following = np.concatenate([routes, np.roll(routes, -1, axis=0)], axis=1)
+    return np.stack([following[:, lead : lead + SHAPE.layers] for lead in range(1, leads + 1)], axis=2).astype(np.int16)
+
+
+def test_a_predictor_that_is_right_is_as_good_as_knowing_and_one_that_is_wrong_is_not(routes: Ids) -> None:
+    events = events_of(trace_of(routes))
+    known = replay(events, 24, ForeseenRanking(events, 4)).misses
+    named = named_exactly(routes, 4)
+    assert abs(replay(events, 24, NamedRanking(events, named)).misses - known) <= 2
+    assert replay(events, 24, NamedRanking(events, np.flip(named, 0))).misses > known
+
+
+def test_gates_name_what_they_choose() -> None:
+    rng = np.random.default_rng(0)
+    size = SHAPE.experts
+    gates = [
+        Gate(np.roll(np.eye(size, dtype=np.float32), layer, 0), *np.zeros((3, size), np.float32)) for layer in (0, 3)
+    ]
+    gates = [replace(gate, scale=np.ones(size, np.float32)) for gate in gates]
+    states = rng.random((5, 2, size)).astype(np.float16)
+    trace = replace(trace_of(np.zeros((5, 2, SHAPE.top_k), np.int64)), hidden=states)
+    named = named_by(trace, gates, leads=1)
+    for row in range(5):
+        best = set(np.argsort(-states[row, 0])[: SHAPE.top_k].tolist())
+        assert set(named[row, 0, 0].tolist()) == {(expert + 3) % size for expert in best}
 
 
 def test_rows_of_a_step_share_lookups_and_prompts_scan(routes: Ids) -> None:
@@ -166,14 +223,14 @@ def test_scores_rank_as_the_serving_victims_do(routes: Ids) -> None:
 
 
 def test_what_hits_most_is_recommended_and_the_simpler_where_they_are_alike() -> None:
-    luck = np.random.default_rng(0).random((TOKENS, SHAPE.layers, SHAPE.experts))
-    popular = np.argsort(-luck * np.arange(SHAPE.experts, 0, -1))[..., : SHAPE.top_k]
-    routes = np.sort(popular, axis=-1)
+    routes = popular_routes(TOKENS)
     found = compare(trace_of(routes), [24, 48], warm=0.1)
     assert found.closed(24, "lru") == 0 and found.closed(24, "clairvoyant") == 1
-    assert found.best() == "slow frequency", "where some are always used more, a long memory helps"
+    met = found.met[24]
+    assert met["slow frequency"].misses < met["frequency"].misses, "where some are always used more, memory helps"
+    assert found.best() == "adaptive frequency", "and it is found out"
     advice = recommend(found, "store")
-    assert (advice.policy, advice.predictor) == ("next-use", "none") and advice.half_life_tokens > HALF_LIFE_TOKENS
+    assert (advice.policy, advice.half_life_tokens, advice.predictor) == ("next-use", None, "none")
     assert advice.hit_rates["24"]["lru"] == found.met[24]["lru"].hit_rate
     everything = compare(trace_of(routes), [SHAPE.layers * SHAPE.experts])
     assert everything.best() == "lru" and everything.closed(SHAPE.layers * SHAPE.experts, "lru") is None

@@ -5,7 +5,8 @@ import pytest
 from expertd_engine.errors import EngineError
 from expertd_engine.messages import ExpertMode
 from expertd_engine.request import Sequence, SequenceState
-from expertd_engine.scheduler import Scheduler, SchedulerLimits, SequenceRefused, StepPlan
+from expertd_engine.scheduler import Scheduler, SequenceRefused
+from expertd_engine.step_plan import SchedulerLimits, StepPlan
 from support.builders_core import make_scheduler, make_sequence
 
 

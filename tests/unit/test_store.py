@@ -16,6 +16,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from expertd_engine.bench import slow_disk
+from expertd_engine.bench.slow_disk import SlowStore
 from expertd_engine.errors import StoreError
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.store import ExpertStore, RecordFile, describe_file, identify, is_store
@@ -102,6 +104,32 @@ def test_every_record_is_read_as_it_was_written(folder: Path) -> None:
         assert {expert: _read(records, expert) for expert in store.experts()} == written
         assert {expert: _read(buffered, expert) for expert in store.experts()} == written
         assert not buffered.direct and buffered.fallback_reason is None
+
+
+class Clock:
+    """Sleeping is all that takes time."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_records_come_as_slowly_as_a_slow_disk_brings_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = _write_store(folder)
+    clock = Clock()
+    monkeypatch.setattr(slow_disk, "time", clock)
+    store = ExpertStore.open(folder)
+    with SlowStore(store.path, store.index, bytes_per_s=2 * ALIGNMENT).open_records() as records:
+        assert {expert: _read(records, expert) for expert in store.experts()} == written
+        assert clock.now == 100 + EXPERTS * (0.5 + 1.5)
+        clock.now += 50
+        _read(records, LAST)
+        assert clock.now == 158 + 1.5, "what was not read while nobody asked is not made up for"
 
 
 def test_threads_read_at_once(folder: Path) -> None:

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd_engine.model.substitution import Bools, Floats, Ids, one_row, replaced_choices, widened, with_substitutes
+from expertd_engine.model.held_run import NativeSubstitution
+from expertd_engine.model.native_abi import BlockCalls, Router, Scores
+from expertd_engine.model.router_rules import (
+    Groups,
+    Rule,
+    ScoreTopK,
+    TopKSoftmax,
+    share,
+    sigmoid_scores,
+    softmax_scores,
+)
+from expertd_engine.model.substitution import (
+    Bools,
+    Floats,
+    Ids,
+    Substituted,
+    replaced_choices,
+    widened,
+    with_substitutes,
+)
+from expertd_engine.model.virtual_routing import among_held
+from support.kernels import native_pool, needs_kernels
 
 EXPERTS, K = 8, 3
 
@@ -78,28 +103,59 @@ def test_the_lightest_that_fit_the_limit_are_replaced() -> None:
     np.testing.assert_allclose(mass, [0.5, 0, 0.2, 1], rtol=1e-6)
 
 
-@given(
-    st.permutations(range(EXPERTS)), st.lists(st.integers(-20, 20), min_size=EXPERTS, max_size=EXPERTS, unique=True),
-    st.integers(1, 2**K - 1), st.integers(K, EXPERTS), st.integers(1, 3),
-)  # fmt: skip
-def test_one_row_is_as_many_rows(order: list[int], tenths: list[int], lost: int, num_held: int, shared_by: int) -> None:
-    logits = (np.array(tenths) / 10).astype(np.float32)
-    replaced = np.array([bool(lost >> i & 1) for i in range(K)])
-    chosen, weights = np.array(order[:K], np.int64), np.array([0.5, 0.3, 0.2], np.float32)
-    held = np.zeros(EXPERTS, bool)
-    held[[e for e, is_lost in zip(order[:K], replaced, strict=True) if not is_lost]] = True
-    held[order[K:][:num_held]] = True
-    others = sorted((e for e in order[K:] if held[e]), key=lambda e: -logits[e])[:K]
-    filler = [order[0]] * (K - len(others))
-    scores = floats((*np.exp(logits[others]), *[0.0] * len(filler)))
-    many = with_substitutes(
-        chosen[None],
-        weights[None],
-        replaced[None],
-        ids((*others, *filler)),
-        scores,
-        min(shared_by, K // replaced.sum()),
-    )
-    one = one_row(chosen, weights, replaced, logits, held, min(shared_by, K // int(replaced.sum())))
-    assert many[0].tolist() == one[0].tolist()
-    np.testing.assert_allclose(many[1], one[1], rtol=1e-5)
+BIAS: Floats = np.linspace(0.3, 0, EXPERTS, dtype=np.float32)
+ROUTERS: dict[str, tuple[Rule, dict[str, Any]]] = {
+    "softmax": (ScoreTopK(K, softmax_scores), {"scores": Scores.SOFTMAX}),
+    "shares": (ScoreTopK(K, softmax_scores, share, 2.5), {"scores": Scores.SOFTMAX, "shares": 1, "scale": 2.5}),
+    "chosen": (TopKSoftmax(K), {"scores": Scores.CHOSEN}),
+    "sigmoid": (ScoreTopK(K, sigmoid_scores, bias=lambda: torch.from_numpy(BIAS)), {"scores": Scores.SIGMOID}),
+    "groups": (
+        ScoreTopK(K, sigmoid_scores, share, bias=lambda: torch.from_numpy(BIAS), groups=Groups(4, 2, 2)),
+        {"scores": Scores.SIGMOID, "shares": 1, "groups": 4, "groups_kept": 2, "group_best": 2},
+    ),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_native_code_has_the_same_rule(kind: str) -> None:
+    rule, fields = ROUTERS[kind]
+    router = Router(experts=EXPERTS, top_k=K, **{"scale": 1.0, **fields})
+    router.bias = BIAS.ctypes.data if isinstance(rule, ScoreTopK) and rule.bias is not None else None
+    rng = np.random.default_rng(7)
+    with native_pool(2) as pool:
+        native = NativeSubstitution(BlockCalls(pool.library).substitute, pool, router)
+        for num_held in range(K, EXPERTS + 1):
+            logits = torch.from_numpy(rng.normal(size=(9, EXPERTS)).astype(np.float32))
+            chosen, weights = (found.numpy() for found in rule(logits, None))
+            held = np.zeros(EXPERTS, bool)
+            held[rng.permutation(EXPERTS)[:num_held]] = True
+            limits = np.array([1, 0.5, 0.2, 0, 1, 0.7, 0.4, 0.3, 1], np.float32)
+            for shared_by in (1, 2, 3):
+                ours = native(logits, chosen, weights, held, limits, shared_by)
+                theirs = among_held(rule, logits, chosen, weights, held, limits, shared_by)
+                assert ours.replaced.tolist() == theirs.replaced.tolist()
+                np.testing.assert_allclose(ours.mass, theirs.mass, rtol=1e-5)
+                np.testing.assert_allclose(_dense(ours), _dense(theirs), rtol=1e-5, atol=1e-7)
+
+
+def _dense(found: Substituted) -> Floats:
+    """Weights by expert, `[T, E]`."""
+    dense = np.zeros((len(found.index), EXPERTS), np.float32)
+    for row in range(len(dense)):
+        np.add.at(dense[row], found.index[row], found.weights[row])
+    return dense
+
+
+@needs_kernels
+def test_native_code_refuses_what_does_not_fit() -> None:
+    with native_pool(1) as pool:
+        native = NativeSubstitution(
+            BlockCalls(pool.library).substitute, pool, Router(experts=EXPERTS, top_k=K, scores=Scores.SOFTMAX)
+        )
+        few = np.array([True] * (K - 1) + [False] * (EXPERTS - K + 1))
+        row = (torch.zeros(1, EXPERTS), ids((0, 1, 2)), floats((0.5, 0.3, 0.2)))
+        with pytest.raises(ValueError, match=f"{K - 1} experts are held; a row needs {K}"):
+            native(*row, few, floats((1,))[0], 1)
+        with pytest.raises(ValueError, match="shared_by is 0; allowed are 1 and more"):
+            native(*row, ~few, floats((1,))[0], 0)

@@ -25,6 +25,7 @@ PURE = (
     "paths",
     "batching",
     "scheduler",
+    "step_plan",
     "core",
     "experts.events",
     "experts.ledger",

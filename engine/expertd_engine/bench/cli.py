@@ -101,7 +101,11 @@ def _add_run(command: argparse.ArgumentParser, prompt: int, tokens: int) -> None
 def _add_foresight(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_foresight)
     _add_model(command)
+    command.add_argument(
+        "--routing", default="uniform,calibrated:fine", metavar="R,…", help="(default: uniform,calibrated:fine)"
+    )
     command.add_argument("--trace", type=Path, metavar="TRACE", help="routes of `expertd trace record` too")
+    command.add_argument("--disk-mib-s", type=_positive, metavar="N", help="as on a disk that reads N MiB a second")
     command.add_argument("--policy", choices=get_args(Policy), default="auto", help="which expert gives way")
     command.add_argument("--pairs", type=_positive, default=15, metavar="N", help="interleaved rounds (default: 15)")
     command.add_argument("--tokens", type=_positive, default=32, metavar="N", help="timed tokens (default: 32)")
@@ -252,10 +256,12 @@ def _foresight(options: argparse.Namespace) -> str:
         io_threads=options.io_threads,
         seed=options.seed,
         device=options.device,
+        disk_mib_s=options.disk_mib_s,
     )
     request = DecodeRequest(options.tokens, options.warm, 8)
+    routings = options.routing.split(",")
     with progress_bar() as progress:
-        return foresight(spec, request, options.pairs, options.timeout, options.trace, progress)
+        return foresight(spec, request, options.pairs, options.timeout, routings, options.trace, progress)
 
 
 def _quality(options: argparse.Namespace) -> str:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import DENSE_NAME, RECORDS_NAME, LayerEntry
-from expertd_engine.prepare import describe_files, write_index
+from expertd_engine.store_index import describe_files, write_index
 
 CONFIG_NAME = "config.json"
 _OTHERS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -25,13 +25,15 @@ from expertd_engine.lab.predictor_file import has_predictor
 from expertd_engine.lab.trace import SUFFIX
 
 BUDGETS = ("25%", "50%")
-GENERATED = ("uniform", "calibrated:fine")
 HINTS = "default"
 FLOOR = 0.97
 """Of its speed without foresight, below which an engine must not fall with it."""
 WASTE = 0.2
 """Of prefetched bytes, at most."""
-HEADER = ("routes", "budget", "foresees", "tok/s off", "tok/s on", "on ÷ off", "95 %", "hits off", "hits on", "wasted")
+HEADER = (
+    "routes", "budget", "foresees", "tok/s off", "tok/s on", "on ÷ off", "95 %", "hits off", "hits on", "wasted",
+    "read ÷ LRU",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +57,17 @@ class Found:
     hits_on: float
     wasted: float | None
     """Of prefetched bytes; None where nothing was prefetched."""
+    of_lru: float | None
+    """Bytes read with foresight, of those that an LRU cache reads; None where nobody has replayed one."""
 
     @property
     def holds(self) -> bool:
         return self.ratio.low >= FLOOR and (self.wasted is None or self.wasted <= WASTE)
 
 
-def cells(store: Path, trace: Path | None) -> list[Cell]:
-    """All that can be measured of a store."""
-    routings = [*GENERATED, *([] if trace is None else [f"trace:{trace}"])]
+def cells(store: Path, routings: Sequence[str], trace: Path | None) -> list[Cell]:
+    """Generated routes, those of a trace, and the model's own where the store has a predictor for them."""
+    routings = [*routings, *([] if trace is None else [f"trace:{trace}"])]
     found = [Cell(routing, budget, HINTS) for routing in routings for budget in BUDGETS]
     if has_predictor(store):
         found += [Cell("model", budget, "learned") for budget in BUDGETS]
@@ -75,12 +79,13 @@ def foresight(
     request: DecodeRequest,
     pairs: int,
     timeout_s: float,
+    routings: Sequence[str],
     trace: Path | None = None,
     progress: Progress = silent,
 ) -> str:
     """Measure every cell, one after the other: the report. Raises what starting an engine raises."""
     found = []
-    wanted = cells(Path(spec.store), _part(trace))
+    wanted = cells(Path(spec.store), routings, _part(trace))
     for number_, cell in enumerate(wanted):
         progress("foresight", number_ / len(wanted))
         found.append(_measure(spec, cell, request, pairs, timeout_s))
@@ -105,7 +110,7 @@ def _measure(spec: EngineSpec, cell: Cell, request: DecodeRequest, pairs: int, t
         if runner.lost is not None:
             raise Lost(f"{cell.routing} at {cell.budget}, foresight {runner.name}: {runner.lost}")
     without, with_ = paired(*runners)
-    prefetched = sum(one.prefetched_bytes for one in with_)
+    prefetched, lru = sum(one.prefetched_bytes for one in with_), sum(one.lru_transferred_bytes for one in with_)
     return Found(
         cell,
         median_interval([one.tok_s for one in without]),
@@ -114,6 +119,7 @@ def _measure(spec: EngineSpec, cell: Cell, request: DecodeRequest, pairs: int, t
         _hits(without),
         _hits(with_),
         sum(one.wasted_bytes for one in with_) / prefetched if prefetched else None,
+        sum(one.transferred_bytes for one in with_) / lru if lru else None,
     )
 
 
@@ -127,11 +133,13 @@ def _report(spec: EngineSpec, pairs: int, found: Sequence[Found]) -> str:
             one.cell.routing.partition(os.sep)[0], one.cell.budget, one.cell.hints, number(one.off.median),
             number(one.on.median), number(one.ratio.median, 3), spread(one.ratio.low, one.ratio.high, 3),
             percent(one.hits_off), percent(one.hits_on), percent(one.wasted),
+            number(one.of_lru, 2),
         )
         for one in found
     ]  # fmt: skip
-    values = {"command": "foresight", "pairs": pairs, "cells": list(map(_values, found))}
-    title = f"{Path(spec.store).name}: foresight on against off, {pairs} pairs"
+    values = {"command": "foresight", "pairs": pairs, "disk_mib_s": spec.disk_mib_s, "cells": list(map(_values, found))}
+    disk = "" if spec.disk_mib_s is None else f", a disk of {spec.disk_mib_s:g} MiB/s"
+    title = f"{Path(spec.store).name}: foresight on against off, {pairs} pairs{disk}"
     return finish(title, HEADER, rows, [*_notes(found), ""], values)
 
 
@@ -146,5 +154,5 @@ def _values(one: Found) -> dict[str, Any]:
     return {
         "routing": one.cell.routing, "budget": one.cell.budget, "hints": one.cell.hints, "off": one.off.as_json(),
         "on": one.on.as_json(), "ratio": one.ratio.as_json(), "hits_off": one.hits_off, "hits_on": one.hits_on,
-        "wasted": one.wasted,
+        "wasted": one.wasted, "of_lru": one.of_lru,
     }  # fmt: skip

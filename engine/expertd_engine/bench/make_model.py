@@ -19,25 +19,16 @@ from expertd_engine.console import Progress, silent
 from expertd_engine.experts.store import ExpertStore, is_store
 from expertd_engine.experts.store_format import (
     DENSE_NAME,
-    FORMAT_VERSION,
     RECORDS_NAME,
     LayerEntry,
     QuantisedTensor,
     RecordLayout,
-    StoreIndex,
 )
-from expertd_engine.families import DTYPES, Model, build_servable_model
+from expertd_engine.families import DTYPES, build_servable_model
 from expertd_engine.kernels.formats import STRIP_ROWS, Bytes
 from expertd_engine.kernels.row_order import ROW_FORMATS
-from expertd_engine.prepare import (
-    created_by,
-    dense_shapes,
-    describe_files,
-    router_kind_as_stored,
-    top_k_of,
-    write_index,
-)
 from expertd_engine.publish import publish
+from expertd_engine.store_index import describe_store, write_index
 from expertd_engine.tensor_file import TensorFileWriter, TensorShape
 from expertd_engine.weights_plan import (
     LayerPlan,
@@ -45,6 +36,7 @@ from expertd_engine.weights_plan import (
     check_format,
     compute_dtype,
     dense_format_beside,
+    dense_shapes,
     plan_quantised,
     plan_records,
 )
@@ -89,7 +81,8 @@ def make_model(
         make_tokenizer(config.vocab_size).save(str(folder / "tokenizer.json"))
         _write_dense(folder / DENSE_NAME, dense, quantised, rng, progress)
         entries = _write_records(folder / RECORDS_NAME, plans, rng, progress)
-        index = _index(model, shape, (experts_format, dense_format), layouts, entries, quantised, folder)
+        names = (f"random-{shape}", f"random weights of the shape {shape}")
+        index = describe_store(folder, model, *names, experts_format, dense_format, layouts, entries, quantised)
         write_index(folder, index)
     return ExpertStore.open(destination)
 
@@ -102,36 +95,6 @@ def make_tokenizer(vocabulary: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
-
-
-def _index(
-    model: Model,
-    shape: str,
-    formats: tuple[str, str],
-    layouts: list[RecordLayout],
-    entries: list[LayerEntry],
-    quantised: dict[str, QuantisedTensor],
-    folder: Path,
-) -> StoreIndex:
-    experts_format, dense_format = formats
-    return StoreIndex(
-        format_version=FORMAT_VERSION,
-        store_id="",
-        name=f"random-{shape}",
-        source=f"random weights of the shape {shape}",
-        model_type=model.config.model_type,
-        architecture=type(model).__name__,
-        dense_dtype=compute_dtype(dense_format),
-        dense_format=dense_format,
-        experts_format=experts_format,
-        top_k=top_k_of(model.config),
-        layouts=layouts,
-        layers=entries,
-        router_kind=router_kind_as_stored(model, folder / DENSE_NAME),
-        quantised=quantised,
-        files=describe_files(folder),
-        created_by=created_by(),
-    )
 
 
 def _write_dense(

@@ -29,6 +29,8 @@ class EngineSpec(msgspec.Struct, frozen=True, tag="engine", forbid_unknown_field
     max_model_len: int = 512
     seed: int = 0
     device: str = "cpu"
+    disk_mib_s: float | None = None
+    """Records come no faster than that; None: as fast as they do."""
 
 
 class PeerSpec(msgspec.Struct, frozen=True, tag="peer", forbid_unknown_fields=True):

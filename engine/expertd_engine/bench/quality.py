@@ -213,7 +213,7 @@ class QualityBench:
         return found
 
 
-def _counts(layer: int, lengths: Any, chosen: Any, weights: Any) -> Any:
+def _counts(layer: Any, lengths: Any, chosen: Any, weights: Any) -> Any:
     return np.ones_like(weights)
 
 

@@ -26,8 +26,8 @@ from expertd_engine.experts.store import ExpertStore
 from expertd_engine.messages import Sampling, Submit, TextInput
 from expertd_engine.refactor.corpus import find_texts
 from expertd_engine.request import Sequence as EngineSequence
-from expertd_engine.scheduler import StepPlan
 from expertd_engine.startup import Engine, start_engine
+from expertd_engine.step_plan import StepPlan
 
 PROMPT_TOKENS = (16, 96)
 ANSWER_TOKENS = (16, 64)

@@ -6,14 +6,16 @@ Deterministic: the same trace, costs and arm give the same latencies. What decid
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from heapq import heappop, heappush
 
 from expertd_engine.batching import Batching
 from expertd_engine.bench.readme_traces import Arrival, Recorded
+from expertd_engine.bench.virtual_clock import Clock
 from expertd_engine.config import Policy
 from expertd_engine.core import EngineCore, SampledToken, StepResult
 from expertd_engine.experts.cache import ExpertCache
@@ -24,9 +26,10 @@ from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.pregated import PregatedLookahead, later_unions, step_union
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import Sampling, Steps, Submit, TextInput
-from expertd_engine.paths import Paths, PathShape
+from expertd_engine.paths import Paths, PathShape, Routes
 from expertd_engine.request import Sequence as EngineSequence
-from expertd_engine.scheduler import Scheduler, SchedulerLimits, StepPlan
+from expertd_engine.scheduler import Scheduler
+from expertd_engine.step_plan import SchedulerLimits, StepPlan
 
 RECORD = 4096
 """Bytes of a simulated record: all are alike, so that any number does."""
@@ -96,30 +99,6 @@ class Outcome:
     """Experts of each step."""
 
 
-class Clock:
-    """Virtual seconds, and what happens at which."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = 0
-
-    def at(self, delay: float, act: Callable[[], None]) -> None:
-        self._order += 1
-        heappush(self._events, (self.now + delay, self._order, act))
-
-    def next(self) -> None:
-        """Go on to the next event."""
-        self.now, _, act = heappop(self._events)
-        act()
-
-    def advance(self, seconds: float) -> None:
-        end = self.now + seconds
-        while self._events and self._events[0][0] <= end:
-            self.next()
-        self.now = end
-
-
 class _Completions:
     """Stands where `Transfers` has its queue: whoever waits lets virtual time pass."""
 
@@ -133,7 +112,8 @@ class _Completions:
     def get(self, timeout: float | None = None) -> Loaded | Cancelled:
         """`timeout` never passes."""
         while not self.arrived:
-            self._clock.next()
+            if not self._clock.run_next():
+                raise RuntimeError("a step waits for a load, and none is under way")
         return self.arrived.popleft()
 
 
@@ -198,7 +178,7 @@ class Simulation:
         self._pregated = PregatedLookahead(costs.layers, costs.experts, ledger.resident_slots)
         lookahead = NoLookahead() if arm.policy == "lru" and not arm.prefetch else self._pregated
         reads = SimReads(self.clock, costs.read_s, costs.readers)
-        self.cache = ExpertCache(ledger, _NoMemory(), reads, lookahead, [RECORD] * costs.layers)  # type: ignore[arg-type]  # stand-ins
+        self.cache = ExpertCache(ledger, _NoMemory(), reads, lookahead, [RECORD] * costs.layers)  # type: ignore[arg-type]  # neither is the real class; they have what the cache uses of it
         limits = SchedulerLimits(
             room.max_sequences, room.max_step_tokens, 1 << 20, patience_steps=room.patience
         )  # fmt: skip
@@ -244,7 +224,7 @@ class Simulation:
         for sequence in sequences:
             paths = sequence.paths = sequence.paths or Paths(_ONE_HEAD)
             experts = self._exchanges[sequence.sequence_id].experts[len(paths) : sequence.num_tokens]
-            paths.extend(b"".join(e.to_bytes(2, "little") for e in experts), bytes(4 * len(experts)))
+            paths.extend(Routes(array("q", experts), array("f", bytes(4 * len(experts)))), 0, len(experts))
 
     def _forward(self, plan: StepPlan) -> StepResult:
         costs, began = self._costs, self.clock.now

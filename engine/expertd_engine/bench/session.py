@@ -30,6 +30,7 @@ from expertd_engine.bench.protocol import (
 )
 from expertd_engine.bench.replay import LRUReplay
 from expertd_engine.bench.routing import RoutingShape, make_routing, shape_of
+from expertd_engine.bench.slow_disk import SlowStore
 from expertd_engine.config import Config, Device, Policy, Predictor, parse_size
 from expertd_engine.console import silent
 from expertd_engine.core import Forward, StepResult
@@ -40,8 +41,8 @@ from expertd_engine.kernels import library
 from expertd_engine.memory import peak_rss_bytes
 from expertd_engine.messages import Sampling, Submit, TextInput
 from expertd_engine.request import ExpertCounts
-from expertd_engine.scheduler import StepPlan
 from expertd_engine.startup import start_engine
+from expertd_engine.step_plan import StepPlan
 
 
 class EngineSession:
@@ -50,7 +51,7 @@ class EngineSession:
     def __init__(self, spec: EngineSpec) -> None:
         """Starts the engine. Raises what `start_engine` raises."""
         self._spec = spec
-        self._store = ExpertStore.open(Path(spec.store))
+        self._store = opened(spec)
         self._shape = shape_of(self._store.index)
         self._routes, channel = generated(spec, self._shape)
         foresight = ChannelLookahead(self._routes, channel) if self._routes and channel else NoLookahead()
@@ -259,6 +260,12 @@ class EngineSession:
                     leases.release([index for index, _ in taken])
                     left -= len(taken)
         cache.end_step()
+
+
+def opened(spec: EngineSpec) -> ExpertStore:
+    """The store, as quick as it shall be. Raises StoreError."""
+    store = ExpertStore.open(Path(spec.store))
+    return store if spec.disk_mib_s is None else SlowStore(store.path, store.index, spec.disk_mib_s * 2**20)
 
 
 def _dense_read_bytes(store: ExpertStore) -> int:

@@ -17,8 +17,8 @@ from expertd_engine.errors import EngineError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
 from expertd_engine.model.runner import Runner
-from expertd_engine.scheduler import StepPlan
 from expertd_engine.startup import start_engine
+from expertd_engine.step_plan import StepPlan
 
 PROMPT = 64
 WARM = 32

@@ -32,6 +32,7 @@ from expertd_engine.experts.events import (
     Predict,
     Promote,
     Release,
+    Remember,
     SetBudget,
     Tick,
     Used,

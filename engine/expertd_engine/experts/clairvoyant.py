@@ -9,11 +9,12 @@ each lookup of a sampled expert, and nothing for others.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from expertd_engine.experts.sampling import sampled_experts
 
 SAMPLED = 128
 """Experts followed, at most."""
@@ -30,12 +31,6 @@ class Sampled:
     """Realised."""
     clairvoyant_hits: int = 0
     """What they might have been."""
-
-
-def sampled_experts(experts: Sequence[int], most: int = SAMPLED) -> list[tuple[int, int]]:
-    """At most so many (layer, expert), chosen by hash, of a model with `experts` in each layer."""
-    everyone = [(layer, expert) for layer, count in enumerate(experts) for expert in range(count)]
-    return sorted(everyone, key=lambda one: zlib.crc32(f"{one[0]}/{one[1]}".encode()))[:most]
 
 
 class ClairvoyantEstimate:

@@ -43,8 +43,8 @@ class Record:
 
     @property
     def sure_precision(self) -> float:
-        """A standard error below: of many classes with few outcomes some are lucky, and those would be followed."""
-        return self.precision - math.sqrt(self.precision * (1 - self.precision) / self.all)
+        """Two standard errors below: of many classes with few outcomes some are lucky, and those would be followed."""
+        return self.precision - 2 * math.sqrt(self.precision * (1 - self.precision) / self.all)
 
     def add(self, came_true: bool) -> None:
         self.true += came_true

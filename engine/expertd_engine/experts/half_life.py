@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from expertd_engine.experts.clairvoyant import SAMPLED, sampled_experts
+from expertd_engine.experts.sampling import sampled_experts
 
+SAMPLED = 64
+"""Experts followed, at most."""
 CANDIDATES = (5.5, 16.0, 48.0)
 """Tokens. The first holds until another has proved itself."""
 _JUDGED_EVERY = 64

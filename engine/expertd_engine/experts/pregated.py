@@ -8,12 +8,12 @@ the token before, which tells who had better stay, loads nothing, and is the onl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from expertd_engine.experts.events import ExpertId, Hint
 from expertd_engine.experts.lookahead import Exactness
 from expertd_engine.paths import Union, join
-from expertd_engine.scheduler import StepPlan
+from expertd_engine.step_plan import StepPlan
 
 _STEPS_AHEAD = 4
 """How far what waits is told, in full steps."""
@@ -30,14 +30,15 @@ class PregatedLookahead:
         self._num_experts = num_experts
         self._slots = slots
         self._now: Union = ()
-        self._later: list[tuple[int, Union]] = []
+        self._later: Iterable[tuple[int, Union]] = ()
         self._next: dict[ExpertId, int] = {}
         self.lacks = False
         """Whether an expert of the running step was not resident when it began."""
 
     def plan(self, now: Union, later: Iterable[tuple[int, Union]]) -> None:
-        """The next step uses `now`; tokens that wait use `later`, so many steps ahead (at least one), in order."""
-        self._now, self._later = now, list(later)
+        """The next step uses `now`; tokens that wait use `later`, so many steps ahead (at least one), in order, which
+        is asked for only if the step lacks an expert."""
+        self._now, self._later = now, later
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
         """The step's own uses, to be read ahead; and later uses of what is resident, which say who had better stay.
@@ -80,20 +81,19 @@ def step_union(plan: StepPlan) -> Union:
     return join(chunk.sequence.paths.union(chunk.start, chunk.stop) for chunk in plan.chunks if chunk.sequence.paths)
 
 
-def later_unions(plan: StepPlan, step_tokens: int) -> list[tuple[int, Union]]:
+def later_unions(plan: StepPlan, step_tokens: int) -> Iterator[tuple[int, Union]]:
     """What is used after the plan's step, and in how many steps: in the next one by the plan's own sequences, whose
     tokens yet to come are believed to go where the ones before them went; then by all that waits, in its order."""
     stops = {chunk.sequence.sequence_id: chunk.stop for chunk in plan.chunks}
     last = [chunk.sequence.paths.union(chunk.stop - 1, chunk.stop) for chunk in plan.chunks if chunk.sequence.paths]
-    later: list[tuple[int, Union]] = [(1, join(last))]
+    yield 1, join(last)
     tokens = 0
     for sequence in plan.queue:
         start = stops.get(sequence.sequence_id, sequence.num_computed_tokens)
         stop = min(sequence.num_tokens, start + step_tokens)
         if sequence.paths is None or start >= stop:
             continue
-        later.append((2 + tokens // step_tokens, sequence.paths.union(start, stop)))
+        yield 2 + tokens // step_tokens, sequence.paths.union(start, stop)
         tokens += stop - start
         if tokens >= _STEPS_AHEAD * step_tokens:
             break
-    return later

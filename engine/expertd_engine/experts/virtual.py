@@ -153,8 +153,8 @@ class VirtualExperts:
         self.limits = limits
         self.swaps = [0] * len(priors)
         """Ended well, by layer, since start."""
-        self.changes = 0
-        """Grows with every change of a held set: whoever derives from `held` knows by it when to do so again."""
+        self.changes = [0] * len(priors)
+        """By layer, grows with every change of a held set: who derives from `held` knows by it when to do so again."""
         self._layers = [_Layer(prior) for prior in priors]
         self._loading = 0
         self._has_room = False
@@ -371,4 +371,4 @@ class VirtualExperts:
 
     def _changed(self, number: int) -> None:
         self._layers[number].changed()
-        self.changes += 1
+        self.changes[number] += 1

@@ -17,13 +17,15 @@ from expertd_engine.lab.rankings import (
     LeastStaleRanking,
     LFURanking,
     LRURanking,
+    NamedRanking,
     Ranking,
     ScoredRanking,
 )
 from expertd_engine.lab.recommendation import Recommendation
 from expertd_engine.lab.replay import Met, replay
-from expertd_engine.lab.scores import scores_of
+from expertd_engine.lab.scores import named_by, scores_of
 from expertd_engine.lab.trace import Trace
+from expertd_engine.model.gates import Gate
 
 SLOW_HALF_LIFE = 24.0
 """Tokens; where popularity outweighs recency."""
@@ -70,8 +72,10 @@ class Comparison:
         return chosen
 
 
-def rankings(trace: Trace, events: Events, predictor: Predictor | None) -> dict[str, Callable[[int], Ranking]]:
-    """By name, fresh ones for a cache of so many slots. `predicted` is there with a predictor and hidden states."""
+def rankings(
+    trace: Trace, events: Events, predictor: Predictor | None, gates: Sequence[Gate] | None
+) -> dict[str, Callable[[int], Ranking]]:
+    """By name, fresh ones for a cache of so many slots. Predictors are asked where the trace has hidden states."""
     found: dict[str, Callable[[int], Ranking]] = {
         "lru": lambda _: LRURanking(events),
         "least stale": lambda _: LeastStaleRanking(events),
@@ -85,6 +89,9 @@ def rankings(trace: Trace, events: Events, predictor: Predictor | None) -> dict[
     if predictor is not None and trace.hidden is not None:
         scores = scores_of(trace, events, predictor)
         found["predicted"] = lambda _: ScoredRanking(events, scores)
+    if gates is not None and trace.hidden is not None:
+        named = named_by(trace, gates)
+        found["4 layers by next gate"] = lambda _: NamedRanking(events, named, SLOW_HALF_LIFE)
     return found
 
 
@@ -92,13 +99,14 @@ def compare(
     trace: Trace,
     slots: Sequence[int],
     predictor: Predictor | None = None,
+    gates: Sequence[Gate] | None = None,
     *,
     warm: float = 0.1,
     progress: Progress = silent,
 ) -> Comparison:
     """The first `warm` of all events fill the cache and are not counted. Raises ValueError for too few slots."""
     events = events_of(trace)
-    made, count = rankings(trace, events, predictor), len(events.bounds) - 1
+    made, count = rankings(trace, events, predictor, gates), len(events.bounds) - 1
     met: dict[int, dict[str, Met]] = {}
     for i, one in enumerate(slots):
         met[one] = {}

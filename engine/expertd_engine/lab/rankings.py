@@ -152,6 +152,38 @@ class ForeseenRanking:
         self.ranks[experts] = np.where(known == NEVER, self._history.ranks[experts], float(NEVER) - known)
 
 
+class NamedRanking:
+    """`policy.NextUse` where a predictor names what the next layers will use; what it names wrongly is believed until
+    its layer has passed.
+
+    `named` `[rows, layers, leads, k]` are the experts that each token's state in each layer names, by lead.
+    """
+
+    def __init__(self, events: Events, named: NDArray[np.int16], half_life: float = HALF_LIFE_TOKENS) -> None:
+        self._history = LFURanking(events, half_life)
+        self._known = np.full(events.total, NEVER)
+        """Event of the next use that is believed in."""
+        self._events, self._named = events, named
+        self._rows = np.append(np.unique(events.tokens), len(named))
+        """Where each step begins."""
+        self.ranks: Floats = np.full(events.total, -np.inf)
+        self.changed: Ids | None = None
+
+    def used(self, number: int, experts: Ids, at: Ids, offset: int | Ids) -> None:
+        self._history.used(number, experts, at, offset)
+        layers, width = self._events.layers, self._events.width
+        step, layer = divmod(number, layers)
+        passed = np.arange(layer * width, (layer + 1) * width)
+        self._known[passed[self._known[passed] <= number]] = NEVER
+        named = self._named[self._rows[step] : self._rows[step + 1], layer]
+        for lead in range(named.shape[1], 0, -1):  # the soonest stands
+            self._known[(layer + lead) % layers * width + named[:, lead - 1].ravel()] = number + lead
+        leads = (layer + np.arange(named.shape[1] + 1)) % layers
+        self.changed = (leads[:, None] * width + np.arange(width)).ravel()
+        known = self._known[self.changed]
+        self.ranks[self.changed] = np.where(known == NEVER, self._history.ranks[self.changed], float(NEVER) - known)
+
+
 class ScoredRanking:
     """By scores that a predictor gave each expert of a layer once that layer had routed: lowest first.
 

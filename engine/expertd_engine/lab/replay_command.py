@@ -18,6 +18,7 @@ from expertd_engine.lab.compare import Comparison, compare, recommend
 from expertd_engine.lab.predictor_file import Predictor, has_predictor, read_predictor
 from expertd_engine.lab.recommendation import write_recommendation
 from expertd_engine.lab.trace import Trace, TraceHeader, read_part, read_traces
+from expertd_engine.lab.train_command import gates_of
 from expertd_engine.sources import resolve
 
 
@@ -110,7 +111,8 @@ def _run(options: argparse.Namespace) -> None:
             store = ExpertStore.open(resolve(options.store, options.cache_dir.expanduser(), progress=progress))
         trace, predictor = _read(options.traces, store)
         names = {slots_of(budget, trace.header): budget for budget in options.budgets.split(",")}
-        comparison = compare(trace, list(names), predictor, warm=options.warm, progress=progress)
+        gates = gates_of(store) if store is not None and trace.hidden is not None else None
+        comparison = compare(trace, list(names), predictor, gates, warm=options.warm, progress=progress)
     best = comparison.best()
     print(describe(comparison, names, best))
     if options.png is not None:

@@ -1,6 +1,8 @@
-"""What a trained predictor would have said during a trace: how soon an expert is used again. numpy alone."""
+"""What predictors would have said during a trace: what the next layers use, how soon an expert is used again."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +10,20 @@ from numpy.typing import NDArray
 from expertd_engine.lab.events import Events
 from expertd_engine.lab.predictor_file import Predictor, Recent
 from expertd_engine.lab.trace import Trace
+from expertd_engine.model.gates import Gate
+
+
+def named_by(trace: Trace, gates: Sequence[Gate], leads: int = 4) -> NDArray[np.int16]:
+    """`[rows, layers, leads, top_k]`: what the gates of the next layers choose, asked about each row's state."""
+    assert trace.hidden is not None, "the trace has no hidden states"
+    layers, top_k = len(gates), trace.header.top_k
+    found = np.empty((len(trace), layers, leads, top_k), np.int16)
+    for layer, gate in enumerate(gates):
+        states = trace.hidden[:, layer].astype(np.float32)
+        for lead in range(1, leads + 1):
+            matrix, bias = gates[(layer + lead) % layers].seen_from(gate)
+            found[:, layer, lead - 1] = np.argpartition(-(states @ matrix.T + bias), top_k - 1)[:, :top_k]
+    return found
 
 
 def scores_of(trace: Trace, events: Events, predictor: Predictor) -> NDArray[np.float32]:

@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> None:
         trace = read_traces(options.traces, hidden=True).decoding()
         if trace.header.store_id != store.index.store_id:
             raise UsageError(f"the trace is of store {trace.header.store_id[:12]}, not of {store.path}")
-        gates = _gates(store)
+        gates = gates_of(store)
         learn, judge = divide(trace, options.held)
         plan = Plan(options.leads, options.rank, options.epochs, options.seed)
         predictor = train(learn, gates, plan, progress)
@@ -88,7 +88,8 @@ def _run(options: argparse.Namespace) -> None:
         print(msgspec.json.encode(values_of(found, trace.header.top_k)).decode())
 
 
-def _gates(store: ExpertStore) -> list[Gate] | None:
+def gates_of(store: ExpertStore) -> list[Gate] | None:
+    """None where its routers are no matrices. Loads the model."""
     try:
         return find_gates(load_model(store).model, [layer.module for layer in store.index.layers])
     except NotLinear:

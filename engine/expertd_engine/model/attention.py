@@ -13,14 +13,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from expertd_engine.errors import ModelError
-from expertd_engine.experts.slab import PAGE, Slab
 from expertd_engine.families import untold_window
+from expertd_engine.model.kv_storage import KVStorage, LayerShape
+from expertd_engine.model.step_rows import Span
 
 ATTENTION_NAME = "expertd_paged"
 TILE_QUERIES = 8
@@ -30,87 +31,6 @@ CALL_BYTES_MAX = 16 * 2**20
 """Keys and values gathered for one kernel call, and its mask, at most each (one tile may exceed it alone)."""
 KEPT_MASK_KEYS_MAX = 4096
 """Masks over more keys than this are made anew for each layer: together they would outgrow the activations."""
-
-
-class LayerShape(NamedTuple):
-    """What one attention layer stores for a token: `kv_heads` keys of `key_dim` and values of `value_dim`.
-
-    `group` query heads share each of them.
-    """
-
-    kv_heads: int
-    group: int
-    key_dim: int
-    value_dim: int
-
-
-class KVStorage:
-    """The bytes behind the KV pool's block numbers: `[block][layer]`, then keys `[kv_head][key_dim][token]` and values
-    `[kv_head][token][value_dim]`.
-
-    One block is contiguous over all layers, so that a block that is given up can return its pages. A head's keys lie
-    transposed: scores of as many keys as a register holds are then one product after another, without sums over lanes.
-    Block 0 is the null block: never written, all zeros; tables are padded with it.
-    """
-
-    def __init__(
-        self,
-        shapes: Sequence[LayerShape],
-        num_blocks: int,
-        block_tokens: int,
-        dtype: torch.dtype,
-        spare_blocks: int = 0,
-    ) -> None:
-        """`spare_blocks` more lie behind the `num_blocks`: what is written there is read by the same call alone."""
-        self.block_tokens = block_tokens
-        self.num_blocks = num_blocks
-        self.dtype = dtype
-        self.block_bytes = block_bytes(shapes, block_tokens, dtype)
-        self.token_bytes_max = max(s.kv_heads * (s.key_dim + s.value_dim) for s in shapes) * dtype.itemsize
-        """Bytes one token's keys and values take in the layer that stores most."""
-        self.mask_row_bytes_max = TILE_QUERIES * max(s.group for s in shapes) * dtype.itemsize
-        """Bytes one key takes in the mask of one tile, in the layer with most heads to a key."""
-        self._slab = Slab(num_blocks + spare_blocks, self.block_bytes)
-        self.address = self._slab.address
-        """Of block 0."""
-        self.keys: list[torch.Tensor] = []
-        """Per layer, `[blocks, block_tokens, kv_heads, key_dim]`; `values` likewise."""
-        self.values: list[torch.Tensor] = []
-        self.offsets: list[tuple[int, int]] = []
-        """Per layer, bytes from a block's beginning to its keys and to its values."""
-        pool = torch.frombuffer(self._slab.whole, dtype=dtype).view(num_blocks + spare_blocks, -1)
-        begin = 0
-        for heads, _, key_dim, value_dim in shapes:
-            middle = begin + block_tokens * heads * key_dim
-            end = middle + block_tokens * heads * value_dim
-            self.offsets.append((begin * dtype.itemsize, middle * dtype.itemsize))
-            self.keys.append(pool[:, begin:middle].view(-1, heads, key_dim, block_tokens).permute(0, 3, 1, 2))
-            self.values.append(pool[:, middle:end].view(-1, heads, block_tokens, value_dim).permute(0, 2, 1, 3))
-            begin = end
-
-    def provide(self, num_blocks: int) -> None:
-        """Memory of blocks comes as they are written to."""
-
-    def drop(self, block: int) -> None:
-        """Return the block's memory to the system; its content is zeros from now on."""
-        self._slab.drop(block)
-
-
-def block_bytes(shapes: Sequence[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, rounded up to whole pages."""
-    raw = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in shapes) * block_tokens * dtype.itemsize
-    return -(-raw // PAGE) * PAGE
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Consecutive tokens of one sequence in this step: `rows` `[row, row + length)` of the batch at positions from
-    `start` on. `blocks` is the sequence's block table."""
-
-    row: int
-    start: int
-    length: int
-    blocks: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +192,7 @@ def _key_range(tile: _Tile, window: int | None) -> tuple[int, int]:
 
 def _plan_calls(tiles: Sequence[_Tile], window: int | None, storage: KVStorage) -> list[_Call]:
     """Tiles of one sequence over the same keys share one gather; single tiles of several sequences share a call."""
+    mask_row_bytes = TILE_QUERIES * storage.group_max * storage.dtype.itemsize
     by_sequence: dict[tuple[int, int, int], list[_Tile]] = defaultdict(list)
     for tile in tiles:
         by_sequence[(tile.span.row, *_key_range(tile, window))].append(tile)
@@ -279,11 +200,11 @@ def _plan_calls(tiles: Sequence[_Tile], window: int | None, storage: KVStorage) 
     singles: dict[int, list[_Tile]] = defaultdict(list)
     for (_, first, end), members in by_sequence.items():
         if len(members) > 1:
-            groups += _cut(members, (end - first) * storage.mask_row_bytes_max)
+            groups += _cut(members, (end - first) * mask_row_bytes)
         else:
             singles[end - first].extend(members)
     for num_keys, members in singles.items():
-        groups += _cut(members, num_keys * max(storage.token_bytes_max, storage.mask_row_bytes_max))
+        groups += _cut(members, num_keys * max(storage.token_bytes_max, mask_row_bytes))
     return [_Call(members, window, storage.block_tokens) for members in groups]
 
 

@@ -10,11 +10,12 @@ import torch
 from expertd_engine.errors import ModelError
 from expertd_engine.experts.store_format import StoreIndex
 from expertd_engine.kernels.cuda.experts import ExpertLayout
-from expertd_engine.model.attention import LayerShape, ShapeRecorder
+from expertd_engine.model.attention import ShapeRecorder
 from expertd_engine.model.cuda_layer import Carrier
 from expertd_engine.model.cuda_modules import DeviceModules
 from expertd_engine.model.cuda_program import DenseSide, KernelLayers
 from expertd_engine.model.expert_native import Unsupported, find_activation
+from expertd_engine.model.kv_storage import LayerShape
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.native_build import build_native
 from expertd_engine.model.native_witness import NotMatched, stood_in

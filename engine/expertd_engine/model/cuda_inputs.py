@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from expertd_engine.model.attention import Span
+from expertd_engine.model.step_rows import Span
 
 PADDING = -1
 """Position of a row that is none: it writes no keys, attends to nothing and reaches no expert."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from expertd_engine.experts.device_streams import Device
-from expertd_engine.model.attention import LayerShape
+from expertd_engine.model.kv_storage import LayerShape
 
 
 class DeviceKV:

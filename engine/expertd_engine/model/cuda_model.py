@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers
-from expertd_engine.model.attention import Span
 from expertd_engine.model.cuda_build import DeviceParts
 from expertd_engine.model.cuda_experts import GivenRoutes, Stage, StagedExperts, TableExperts
 from expertd_engine.model.cuda_graph import EagerLauncher, GraphLauncher, Launcher, bucket_of
 from expertd_engine.model.cuda_inputs import StepInputs
 from expertd_engine.model.cuda_kv import DeviceKV
 from expertd_engine.model.cuda_program import ProgramRoom, query_tiles
+from expertd_engine.model.step_rows import StepRows
 
 
 class Table(Protocol):
@@ -67,13 +67,9 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class StepTokens:
-    """What a step is told. `logit_rows` are the rows that somebody asks about."""
+class StepTokens(StepRows):
+    """What a step on a device is told."""
 
-    ids: Sequence[int]
-    positions: Sequence[int]
-    spans: Sequence[Span]
-    logit_rows: Sequence[int]
     read: frozenset[int] = frozenset()
     """Places in `logit_rows` whose logits are read; of the others the best token is all."""
     routes: NDArray[np.int64] | None = None

@@ -19,11 +19,11 @@ from expertd_engine.kernels.cuda.dense import Form, embed, matmul
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm, add_norm, norm_rows
 from expertd_engine.kernels.cuda.router import route
-from expertd_engine.model.attention import Span
 from expertd_engine.model.cuda_inputs import StepInputs
 from expertd_engine.model.cuda_kv import DeviceKV
 from expertd_engine.model.cuda_layer import DeviceEnds, DeviceFeedForward, DeviceLayer
 from expertd_engine.model.numerics import InvariantSigmoids
+from expertd_engine.model.step_rows import Span
 
 
 class Experts(Protocol):

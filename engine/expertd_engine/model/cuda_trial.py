@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from expertd_engine.experts.device_cache import DeviceCache
-from expertd_engine.model.attention import Span
 from expertd_engine.model.cuda_model import DeviceModel, Limits, StepTokens
+from expertd_engine.model.step_rows import Span
 
 _TOKENS = 41
 _CUTS = ((41,), (20, 9, 1, 1, 3, 7), (2, 39))

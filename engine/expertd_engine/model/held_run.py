@@ -1,4 +1,4 @@
-"""What native code reads and leaves where rows go to held experts: its memory, for a run of layers or one layer alone."""
+"""What native code reads and leaves where rows go to held experts: memory for a run of layers, or for one layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ class HeldMemory:
     """
 
     def __init__(
-        self, blocks: Sequence[Block], moe: Sequence[int | None], chosen: array[int], masks: Sequence[Bools], shared_by: int
+        self,
+        blocks: Sequence[Block],
+        moe: Sequence[int | None],
+        chosen: array[int],
+        masks: Sequence[Bools],
+        shared_by: int,
     ) -> None:
         count, top_k = len(blocks), max(block.router.top_k for block in blocks)
         self._moe, self._top_k = moe, top_k
@@ -60,14 +65,16 @@ class HeldMemory:
         """What the layers from `first` to before `stop` did with so many rows."""
         at = [layer for layer in range(first, stop) if self._moe[layer] is not None]
         layers = [index for layer in at if (index := self._moe[layer]) is not None]
-        few, wide = rows * self._top_k, 2 * rows * self._top_k
+        shape, wider = (len(at), rows, self._top_k), (len(at), rows, 2 * self._top_k)
         return Met(
             layers,
-            self._chosen[at, :few].reshape(len(at), rows, -1),
-            self._weights[at, :few].reshape(len(at), rows, -1),
+            self._chosen[at, : rows * self._top_k].reshape(shape),
+            self._weights[at, : rows * self._top_k].reshape(shape),
             self._lengths[at, :rows],
-            self._served[at, :wide].reshape(len(at), rows, -1),
-            *(results[at, :rows] for results in (self._counts, self._replaced, self._mass)),
+            self._served[at, : 2 * rows * self._top_k].reshape(wider),
+            self._counts[at, :rows],
+            self._replaced[at, :rows],
+            self._mass[at, :rows],
         )
 
     def _results(self) -> tuple[Ids | Floats | Int32s, ...]:

@@ -6,6 +6,8 @@ experts arrive, so that a token's sum never depends on budget, policy, prefetch 
 
 from __future__ import annotations
 
+import ctypes
+from array import array
 from collections.abc import Container, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 
 from expertd_engine.kernels.library import ExpertsCall
 from expertd_engine.model.substitution import Met, Substituted
+from expertd_engine.paths import PathShape, Routes
 
 EXPERTS_NAME = "expertd"
 
@@ -164,20 +167,41 @@ class ExpertKernel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KnownRoutes:
-    """Routes that are known before their step: experts (int64) and weights (float32), `[heads, T, K]`."""
+    """Routes that are known before their step: experts (int64) and weights (float32), `[T][head][choice]`, flat."""
 
-    index: torch.Tensor
-    weights: torch.Tensor
+    routes: Routes
+    shape: PathShape
+
+    @classmethod
+    def of(cls, experts: torch.Tensor, weights: torch.Tensor) -> KnownRoutes:
+        """From `[heads, T, K]`."""
+        heads, _, top_k = experts.shape
+        flat = [tensor.transpose(0, 1).contiguous().numpy().tobytes() for tensor in (experts, weights.float())]
+        return cls(Routes(array("q", flat[0]), array("f", flat[1])), PathShape(heads, top_k))
 
     @property
     def same_everywhere(self) -> bool:
         """Whether one choice holds in all layers."""
-        return len(self.index) == 1
+        return self.shape.heads == 1
 
-    def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Experts and weights `[T, K]` of an MoE layer."""
-        head = 0 if self.same_everywhere else layer
-        return self.index[head], self.weights[head]
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts and weights `[heads, T, K]`, which look at the same memory."""
+        size = -1, self.shape.heads, self.shape.top_k
+        experts = torch.frombuffer(self.routes.experts, dtype=torch.int64).view(size)
+        weights = torch.frombuffer(self.routes.weights, dtype=torch.float32).view(size)
+        return experts.transpose(0, 1), weights.transpose(0, 1)
+
+    def put(self, layer: int, experts: torch.Tensor, weights: torch.Tensor) -> None:
+        """Write those of an MoE layer to `[T, K]` each, without gaps."""
+        if not self.same_everywhere:
+            chosen, shares = self.tensors
+            experts.copy_(chosen[layer])
+            weights.copy_(shares[layer])
+            return
+        for tensor, values in ((experts, self.routes.experts), (weights, self.routes.weights)):
+            address, count = values.buffer_info()
+            ctypes.memmove(tensor.data_ptr(), address, count * values.itemsize)
 
 
 class Reroute(Protocol):
@@ -209,7 +233,7 @@ class Reroute(Protocol):
         ...
 
     def seen(self, logits: torch.Tensor, substitute: Substitute | None) -> None:
-        """Router logits `[T, E]` of the layer about to compute, and who replaces choices where native code has its rule."""
+        """Router logits `[T, E]` of the layer about to compute; who replaces choices, where native code can."""
         ...
 
     def route(

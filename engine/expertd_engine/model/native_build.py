@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from expertd_engine.families import find_experts
 from expertd_engine.kernels.library import KernelsMissing
-from expertd_engine.model.attention import KVStorage, LayerShape
 from expertd_engine.model.dense import QuantisedLinear
+from expertd_engine.model.kv_storage import KVStorage, LayerShape
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.native_abi import Rope
 from expertd_engine.model.native_match import Matched, match_layer, match_matrix, match_norm, set_variant, variants

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from expertd_engine.kernels.library import FORMATS, Matrix
-from expertd_engine.model.attention import LayerShape
 from expertd_engine.model.dense import QuantisedEmbedding, QuantisedLinear
+from expertd_engine.model.kv_storage import LayerShape
 from expertd_engine.model.native_abi import Block, FeedForward, Norm, NormKind, Rope, Router, Scores
 from expertd_engine.model.native_probe import activation_of, norm_kind
 from expertd_engine.model.native_witness import LayerSeen, NotMatched

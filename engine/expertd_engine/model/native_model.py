@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from expertd_engine.kernels.library import FORMATS, Matrix, Pool
-from expertd_engine.model.attention import KVStorage, Span
 from expertd_engine.model.expert_native import NativeExperts
 from expertd_engine.model.held_run import NativeSubstitution
+from expertd_engine.model.kv_storage import KVStorage
 from expertd_engine.model.moe import KnownRoutes, Later, MoELayer, StepRoutes
 from expertd_engine.model.native_abi import Block, BlockCalls, Norm, Scores, Step
 from expertd_engine.model.native_run import LayerRun, may_run
 from expertd_engine.model.numerics import InvariantSigmoids
+from expertd_engine.model.step_rows import Span, StepRows
 
 T = TypeVar("T")
 
@@ -125,11 +126,9 @@ class StepMemory:
 class NativeModel:
     """Computes steps of one model. Owns descriptors and activations; weights, keys and values are others'."""
 
-    def __init__(self, pool: Pool, layers: Sequence[NativeLayer], ends: Ends, *, last_of_storage: bool = False) -> None:
-        """`last_of_storage`: the layers' keys and values are the last of a storage, else the first."""
+    def __init__(self, pool: Pool, layers: Sequence[NativeLayer], ends: Ends) -> None:
         self.pool = pool
         self.calls = BlockCalls(pool.library)
-        self._last_of_storage = last_of_storage
         self._layers = layers
         self._substitutions = [self._substitution(layer) for layer in layers]
         self.ends = ends
@@ -147,29 +146,18 @@ class NativeModel:
         """As they were matched, for who computes them elsewhere."""
         return self._layers
 
-    def forward(
-        self,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        spans: Sequence[Span],
-        storage: KVStorage,
-        layers: Sequence[MoELayer],
-        routes: StepRoutes,
-        logit_rows: Sequence[int],
-    ) -> Tensor:
-        """Logits `[len(logit_rows), V]` in float32 for the flattened `token_ids` `[T]` at `positions` `[T]`.
-
-        `spans` are the rows of each sequence, in their order. Keys and values go into `storage`; `layers` are the MoE
-        layers' experts. Raises what they raise, KernelError, and ValueError for a token that the model does not have.
+    def forward(self, rows: StepRows, storage: KVStorage, layers: Sequence[MoELayer], routes: StepRoutes) -> Tensor:
+        """As `StepModel.forward`. Raises what the experts raise, KernelError, and ValueError for a token that the model
+        does not have.
         """
         for moe in layers:
             moe.step = routes
-        memory = self.begin(token_ids, positions, spans, storage)
+        memory = self.begin(rows.ids, rows.positions, rows.spans, storage)
         later: Later | None = None
         if routes.known is not None and routes.known.same_everywhere:
             self._put_routes(routes.known, 0, 0, memory)
         try:
-            run = self._layer_run(layers, routes) if may_run(routes, len(token_ids)) else None
+            run = self._layer_run(layers, routes) if may_run(routes, len(rows.ids)) else None
             index = 0
             while index < len(self._layers):
                 if run is None:
@@ -192,7 +180,7 @@ class NativeModel:
             if later is not None:
                 later.abandon()
         self.keep(memory)
-        return self.logits(memory, logit_rows)
+        return self.logits(memory, rows.logit_rows)
 
     def keep(self, memory: StepMemory) -> None:
         """A step has come to its end: the next one may use its memory, unless that is much."""
@@ -269,9 +257,7 @@ class NativeModel:
     def _put_routes(self, known: KnownRoutes, index: int, moe_index: int, memory: StepMemory) -> None:
         """What the router of a layer would have left, where there is none."""
         _, experts, weights = memory.activations.routes[index]
-        chosen, shares = known.of(moe_index)
-        experts.copy_(chosen)
-        weights.copy_(shares)
+        known.put(moe_index, experts, weights)
 
     def _experts(self, index: int, compute: Callable[[Tensor, Tensor, Tensor, Tensor], T], memory: StepMemory) -> T:
         activations = memory.activations
@@ -299,9 +285,7 @@ class NativeModel:
         return NativeSubstitution(self.calls.substitute, self.pool, layer.block.router)
 
     def _bind(self, storage: KVStorage) -> None:
-        count = len(self._layers)
-        offsets = storage.offsets[-count:] if self._last_of_storage else storage.offsets[:count]
-        for layer, (keys, values) in zip(self._layers, offsets, strict=True):
+        for layer, (keys, values) in zip(self._layers, storage.offsets, strict=False):  # a router's may follow
             layer.block.key_offset, layer.block.value_offset = keys, values
         self._storage = storage
 

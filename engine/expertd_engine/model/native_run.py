@@ -63,9 +63,7 @@ class LayerRun:
             *(None, self._chosen.buffer_info()[0], FEW_ROWS * self._top_k),
         )
 
-    def forward(
-        self, pool: Pool, first: int, later: Later | None, step: Step, routed: int, routes: StepRoutes
-    ) -> int:
+    def forward(self, pool: Pool, first: int, later: Later | None, step: Step, routed: int, routes: StepRoutes) -> int:
         """Run layers from `first` on, `later` being the experts of the one before. Returns the layer whose experts are
         not all at hand, up to its routes; or the number of layers.
         """
@@ -108,8 +106,8 @@ class LayerRun:
 
 
 def may_run(routes: StepRoutes, rows: int) -> bool:
-    """Whether a step's layers may choose for themselves: nobody has to be asked between, and loads that they may come to
-    wait for are decoding tokens'."""
+    """Whether a step's layers may choose for themselves: nobody has to be asked between, and loads that they may come
+    to wait for are decoding tokens'."""
     if any(watch.sees_hidden for watch in routes.watches):
         return False
     if rows > FEW_ROWS or routes.routes is not None:

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertd_engine.model.attention import AttentionBatch, KVStorage, LayerShape, Span
+from expertd_engine.model.attention import AttentionBatch
+from expertd_engine.model.kv_storage import KVStorage, LayerShape
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.moe import KnownRoutes
+from expertd_engine.model.step_rows import Span
 
 _SPANS = ((0, 29), (None, 19))
 """Start and length of the probe's sequences; None: far enough on that every window has moved past its beginning."""
@@ -207,7 +209,7 @@ def witness(loaded: LoadedModel, shapes: Sequence[LayerShape], block_tokens: int
     ]
     routes = None
     if loaded.pregating is not None:
-        routes = KnownRoutes(loaded.model.routes.index, loaded.model.routes.weights)
+        routes = KnownRoutes.of(loaded.model.routes.index, loaded.model.routes.weights)
     return Witness(token_ids, positions, spans, storage, num_blocks, seen, output.logits[0].float(), routes)
 
 

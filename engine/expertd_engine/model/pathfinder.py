@@ -10,24 +10,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable
 from itertools import pairwise
-from typing import TypeAlias
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from expertd_engine.experts.pregated import PregatedLookahead, later_unions, step_union
+from expertd_engine.experts.pregated import PregatedLookahead, later_unions
 from expertd_engine.kernels.library import KernelError
-from expertd_engine.model.attention import KVStorage, Span
+from expertd_engine.model.kv_storage import KVStorage
 from expertd_engine.model.moe import KnownRoutes
 from expertd_engine.model.pregate import Pregate
-from expertd_engine.paths import Paths
+from expertd_engine.model.step_rows import Span
+from expertd_engine.paths import Paths, union_of
 from expertd_engine.request import Sequence, SequenceState
-from expertd_engine.scheduler import Chunk, StepPlan
+from expertd_engine.step_plan import Chunk, StepPlan
 
 logger = logging.getLogger(__name__)
-
-Flat: TypeAlias = tuple[NDArray[np.uint16], NDArray[np.float32]]
 
 
 class Pathfinder:
@@ -51,80 +45,80 @@ class Pathfinder:
 
         What the box has no memory for is routed in its step.
         """
+        due: list[tuple[Sequence, Paths, int]] = []
         try:
-            self._route_last([s for s in sequences if s.state is SequenceState.RUNNING])
             for sequence in sequences:
+                paths, last = paths_of(sequence, self._pregate), sequence.num_tokens - 1
                 if sequence.state is not SequenceState.RUNNING:
-                    self._route_prompt(sequence)
+                    self._route_prompt(sequence, paths)
+                elif len(paths) == last:
+                    due.append((sequence, paths, last))
+            if due:
+                self._route_last(due)
         except (KernelError, MemoryError) as error:
             logger.warning("routes are not foreseen, and come with their step: %s", error)
 
-    def _route_last(self, sequences: Iterable[Sequence]) -> None:
-        """Sequences all of whose tokens but the last are computed, in one call."""
-        due = [s for s in sequences if len(paths_of(s, self._pregate)) == s.num_tokens - 1]
-        if not due:
-            return
-        covered = [len(s.block_table) * self._storage.block_tokens >= s.num_tokens for s in due]
-        spans = [
-            Span(row, s.num_tokens - 1, 1, s.block_table if has_block else [*s.block_table, self._spare + row])
-            for row, (s, has_block) in enumerate(zip(due, covered, strict=True))
-        ]
-        routes = self._route([s.tokens(s.num_tokens - 1, s.num_tokens)[0] for s in due], spans, self._storage)
-        for row, (sequence, has_block) in enumerate(zip(due, covered, strict=True)):
-            paths = paths_of(sequence, self._pregate)
-            _extend(paths, routes, row, row + 1)
-            if has_block and paths.stored == sequence.num_tokens - 1:
+    def _route_last(self, due: Iterable[tuple[Sequence, Paths, int]]) -> None:
+        """The tokens at these positions, before which all is routed, in one call."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        for row, (sequence, _, last) in enumerate(due):
+            table = sequence.block_table
+            if len(table) * self._storage.block_tokens <= last:
+                table = [*table, self._spare + row]
+            token_ids += sequence.tokens(last, last + 1)
+            positions.append(last)
+            spans.append(Span(row, last, 1, table))
+        routes = self._pregate.route(token_ids, positions, spans, self._storage)
+        for row, (sequence, paths, last) in enumerate(due):
+            paths.extend(routes, row, row + 1)
+            if paths.stored == last and spans[row].blocks is sequence.block_table:
                 paths.stored += 1
 
-    def _route_prompt(self, sequence: Sequence) -> None:
+    def _route_prompt(self, sequence: Sequence, paths: Paths) -> None:
         """All known tokens, over keys and values that are dropped again: the sequence has no blocks yet. In pieces no
         larger than a step, whose memory is planned for."""
-        paths, size, count = paths_of(sequence, self._pregate), self._storage.block_tokens, sequence.num_tokens
+        size, count = self._storage.block_tokens, sequence.num_tokens
         if len(paths):
             return  # a preempted one knows its paths
         blocks = list(range(1, 1 + -(-count // size)))
         storage = KVStorage([self._pregate.kv_shape], len(blocks) + 1, size, self._storage.dtype)
         for start, stop in pairwise([*range(0, count, self._step_tokens), count]):
-            routes = self._route(sequence.tokens(start, stop), [Span(0, start, stop - start, blocks)], storage)
-            _extend(paths, routes, 0, stop - start)
+            span = Span(0, start, stop - start, blocks)
+            routes = self._pregate.route(sequence.tokens(start, stop), range(start, stop), [span], storage)
+            paths.extend(routes, 0, stop - start)
 
     # ------------------------------------------------------------ in a step
 
     def for_step(self, plan: StepPlan) -> KnownRoutes:
         """Routes of the plan's rows. Afterwards the router's keys and values of these tokens lie in their blocks."""
-        self._store(plan.chunks)
-        known = [_slices(paths_of(c.sequence, self._pregate), c.start, c.stop) for c in plan.chunks]
-        index, weights = (np.concatenate(parts, axis=0) for parts in zip(*known, strict=True))
-        return KnownRoutes(
-            torch.from_numpy(index.astype(np.int64)).transpose(0, 1), torch.from_numpy(weights).transpose(0, 1)
-        )
+        rows = [(chunk, paths_of(chunk.sequence, self._pregate)) for chunk in plan.chunks]
+        missing = [(chunk, paths) for chunk, paths in rows if paths.stored < chunk.stop]
+        if missing:
+            self._store(missing)
+        return self._pregate.known(paths.routes(chunk.start, chunk.stop) for chunk, paths in rows)
 
-    def _store(self, chunks: Iterable[Chunk]) -> None:
+    def _store(self, missing: Collection[tuple[Chunk, Paths]]) -> None:
         """Run the router where its keys and values, or its routes, are still missing."""
-        missing = [(c, max(c.start, paths_of(c.sequence, self._pregate).stored)) for c in chunks]
-        missing = [(chunk, start) for chunk, start in missing if start < chunk.stop]
-        if not missing:
-            return
         spans, row = [], 0
-        for chunk, start in missing:
+        for chunk, paths in missing:
+            start = max(chunk.start, paths.stored)
             spans.append(Span(row, start, chunk.stop - start, chunk.sequence.block_table))
             row += chunk.stop - start
-        tokens = [token for chunk, start in missing for token in chunk.sequence.tokens(start, chunk.stop)]
-        routes = self._route(tokens, spans, self._storage)
-        for (chunk, start), span in zip(missing, spans, strict=True):
-            paths = paths_of(chunk.sequence, self._pregate)
-            known = len(paths) - start  # of the span
+        each = list(zip(missing, spans, strict=True))
+        tokens = [token for (chunk, _), span in each for token in chunk.sequence.tokens(span.start, chunk.stop)]
+        positions = [p for span in spans for p in range(span.start, span.start + span.length)]
+        routes = self._pregate.route(tokens, positions, spans, self._storage)
+        for (chunk, paths), span in each:
+            known = len(paths) - span.start  # of the span
             if known < span.length:
-                _extend(paths, routes, span.row + known, span.row + span.length)
+                paths.extend(routes, span.row + known, span.row + span.length)
             paths.stored = chunk.stop
 
-    def tell(self, lookahead: PregatedLookahead, plan: StepPlan) -> None:
+    def tell(self, lookahead: PregatedLookahead, plan: StepPlan, known: KnownRoutes) -> None:
         """What the plan's step uses, and what waits behind it."""
-        lookahead.plan(step_union(plan), later_unions(plan, self._step_tokens))
-
-    def _route(self, token_ids: list[int], spans: list[Span], storage: KVStorage) -> Flat:
-        positions = [p for span in spans for p in range(span.start, span.start + span.length)]
-        return _flat(self._pregate.route(token_ids, positions, spans, storage))
+        lookahead.plan(union_of(known.routes.experts, known.shape), later_unions(plan, self._step_tokens))
 
 
 def paths_of(sequence: Sequence, pregate: Pregate) -> Paths:
@@ -132,22 +126,3 @@ def paths_of(sequence: Sequence, pregate: Pregate) -> Paths:
     if sequence.paths is None:
         sequence.paths = Paths(pregate.path_shape)
     return sequence.paths
-
-
-def _flat(routes: KnownRoutes) -> Flat:
-    """As paths keep them: experts and weights `[T, heads, K]`."""
-    index = np.ascontiguousarray(routes.index.numpy().transpose(1, 0, 2), np.uint16)
-    return index, np.ascontiguousarray(routes.weights.numpy().transpose(1, 0, 2), np.float32)
-
-
-def _extend(paths: Paths, routes: Flat, start: int, stop: int) -> None:
-    """Append rows of `routes`."""
-    experts, weights = routes
-    paths.extend(experts[start:stop].tobytes(), weights[start:stop].tobytes())
-
-
-def _slices(paths: Paths, start: int, stop: int) -> Flat:
-    """Experts and weights `[tokens, heads, K]`, copied: an array that is looked at cannot grow."""
-    shape, stride = (stop - start, paths.shape.heads, paths.shape.top_k), paths.shape.stride
-    experts = np.array(paths.experts[start * stride : stop * stride], np.uint16)
-    return experts.reshape(shape), np.array(paths.weights[start * stride : stop * stride], np.float32).reshape(shape)

@@ -55,13 +55,6 @@ class ModuleRouterAdapter:
         """Router logits `[T, E]` of `hidden` `[T, H]`, bit-equal to the module's."""
         return self._project(hidden)
 
-    @property
-    def is_softmax(self) -> bool:
-        """Whether experts are chosen by their logits alone, and weigh in proportion to exp(logit)."""
-        rule = self.rule
-        scored = isinstance(rule, ScoreTopK) and rule.score is softmax_scores and not (rule.bias or rule.groups)
-        return scored or isinstance(rule, TopKSoftmax)
-
     def select(self, logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Chosen experts `[T, K]` and weights `[T, K]`, in the module's own order.
 

@@ -15,16 +15,18 @@ from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError
 from expertd_engine.experts.pregated import PregatedLookahead
 from expertd_engine.kernels.library import KernelError
 from expertd_engine.messages import TokenLogprob
-from expertd_engine.model.attention import Attend, AttentionBatch, KVStorage, Span
+from expertd_engine.model.attention import Attend, AttentionBatch
+from expertd_engine.model.kv_storage import KVStorage
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.moe import KnownRoutes, MoELayer, Reroute, RouteSource, StepRoutes, Watch
 from expertd_engine.model.numerics import ROW_MULTIPLE, InvariantSigmoids
 from expertd_engine.model.pathfinder import Pathfinder
 from expertd_engine.model.sampler import NoTokenLeft, SampleRow, sample, token_logprob
+from expertd_engine.model.step_rows import Span, StepRows
 from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.request import ConstraintFailed, Substitutions
 from expertd_engine.request import Sequence as EngineSequence
-from expertd_engine.scheduler import Chunk, StepPlan
+from expertd_engine.step_plan import Chunk, StepPlan
 
 
 @torch.inference_mode()
@@ -33,11 +35,9 @@ def forward(
     layers: Sequence[MoELayer],
     routes: StepRoutes,
     attend: Attend,
-    token_ids: Sequence[int],
-    positions: Sequence[int],
-    logit_rows: Sequence[int],
+    rows: StepRows,
 ) -> torch.Tensor:
-    """Logits `[len(logit_rows), V]` in float32 for the flattened `token_ids` `[T]` at `positions` `[T]`.
+    """Logits `[len(logit_rows), V]` in float32.
 
     Tokens and logit rows are padded to a multiple of four (see `numerics.ROW_MULTIPLE`), in bfloat16 too: many families
     compute their routers in float32 whatever the weights. The padding reaches neither experts nor keys and values.
@@ -47,14 +47,14 @@ def forward(
     known = {} if routes.known is None else {"routes": _padded_routes(routes.known)}
     with InvariantSigmoids() if loaded.float32_sigmoids else nullcontext():
         output = loaded.model(
-            input_ids=_padded(token_ids)[None],
-            position_ids=_padded(positions)[None],
+            input_ids=_padded(rows.ids)[None],
+            position_ids=_padded(rows.positions)[None],
             use_cache=False,
-            logits_to_keep=_padded(logit_rows or [0]),
+            logits_to_keep=_padded(rows.logit_rows or [0]),
             expertd_batch=attend,
             **known,
         )
-    logits: torch.Tensor = output.logits[0, : len(logit_rows)].float()
+    logits: torch.Tensor = output.logits[0, : len(rows.logit_rows)].float()
     return logits
 
 
@@ -62,19 +62,9 @@ class StepModel(Protocol):
     """Who computes a step's logits: the native path (`native_model`), or transformers' modules."""
 
     def forward(
-        self,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        spans: Sequence[Span],
-        storage: KVStorage,
-        layers: Sequence[MoELayer],
-        routes: StepRoutes,
-        logit_rows: Sequence[int],
+        self, rows: StepRows, storage: KVStorage, layers: Sequence[MoELayer], routes: StepRoutes
     ) -> torch.Tensor:
-        """Logits `[len(logit_rows), V]` in float32 for the flattened `token_ids` `[T]` at `positions` `[T]`.
-
-        `spans` are the rows of each sequence, whose keys and values go into `storage`; `layers` are the experts.
-        """
+        """Logits `[len(logit_rows), V]` in float32. Keys and values go into `storage`; `layers` are the experts."""
         ...
 
 
@@ -85,17 +75,9 @@ class ModuleModel:
         self._loaded = loaded
 
     def forward(
-        self,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        spans: Sequence[Span],
-        storage: KVStorage,
-        layers: Sequence[MoELayer],
-        routes: StepRoutes,
-        logit_rows: Sequence[int],
+        self, rows: StepRows, storage: KVStorage, layers: Sequence[MoELayer], routes: StepRoutes
     ) -> torch.Tensor:
-        attend = AttentionBatch(spans, storage)
-        return forward(self._loaded, layers, routes, attend, token_ids, positions, logit_rows)
+        return forward(self._loaded, layers, routes, AttentionBatch(rows.spans, storage), rows)
 
 
 class Onlooker(Watch, Protocol):
@@ -174,7 +156,7 @@ class Runner:
             return
         routes.known = self.pathfinder.for_step(plan)
         if isinstance(self._cache.lookahead, PregatedLookahead):
-            self.pathfinder.tell(self._cache.lookahead, plan)
+            self.pathfinder.tell(self._cache.lookahead, plan, routes.known)
 
     def _begin_watches(self, plan: StepPlan) -> list[Onlooker]:
         if not self.onlookers or plan.mode != "exact":
@@ -216,14 +198,15 @@ class Runner:
 
     def _logits(self, plan: StepPlan, routes: StepRoutes, token_ids: list[int]) -> torch.Tensor:
         spans: list[Span] = []
-        rows: list[int] = []
+        logit_rows: list[int] = []
         row = 0
         for chunk in plan.chunks:
             spans.append(Span(row, chunk.start, chunk.num_tokens, chunk.sequence.block_table))
-            rows += [row + position - chunk.start for position in logit_positions(chunk)]
+            logit_rows += [row + position - chunk.start for position in logit_positions(chunk)]
             row += chunk.num_tokens
         positions = [p for chunk in plan.chunks for p in range(chunk.start, chunk.stop)]
-        return self.model.forward(token_ids, positions, spans, self._storage, self.layers, routes, rows)
+        rows = StepRows(token_ids, positions, spans, logit_rows)
+        return self.model.forward(rows, self._storage, self.layers, routes)
 
 
 def _decode_rows(plan: StepPlan) -> list[int] | None:
@@ -299,8 +282,9 @@ def sample_row(sequence: EngineSequence) -> SampleRow:
 
 def _padded_routes(known: KnownRoutes) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts and weights with rows for the padding."""
-    rows = (0, 0, 0, -known.index.shape[1] % ROW_MULTIPLE)
-    return pad(known.index, rows), pad(known.weights, rows)
+    experts, weights = known.tensors
+    rows = (0, 0, 0, -experts.shape[1] % ROW_MULTIPLE)
+    return pad(experts, rows), pad(weights, rows)
 
 
 def _padded(values: Sequence[int]) -> torch.Tensor:

@@ -16,8 +16,9 @@ from expertd_engine.experts.store_format import TensorSpec
 from expertd_engine.kernels.formats import QUANTISED, STRIP_ROWS, quantise
 from expertd_engine.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
 from expertd_engine.messages import Sampling
-from expertd_engine.model.attention import AttentionBatch, KVStorage, LayerShape, ShapeRecorder, Span
+from expertd_engine.model.attention import AttentionBatch, ShapeRecorder
 from expertd_engine.model.expert_torch import SlotViews
+from expertd_engine.model.kv_storage import KVStorage, LayerShape
 from expertd_engine.model.loader import LoadedModel, attach_experts
 from expertd_engine.model.moe import MoELayer, StepRoutes
 from expertd_engine.model.native_build import build_native
@@ -25,7 +26,8 @@ from expertd_engine.model.native_witness import NotMatched
 from expertd_engine.model.pregate import Pregate, build_pregate
 from expertd_engine.model.runner import ModuleModel, StepModel, forward
 from expertd_engine.model.sampler import SampleRow, sample
-from expertd_engine.scheduler import SchedulerLimits
+from expertd_engine.model.step_rows import Span, StepRows
+from expertd_engine.step_plan import SchedulerLimits
 
 _PROBE_TOKENS = 41
 _PROBE_CUTS = ((20, 9, 1, 1, 3, 7), (41,), (2, 39))
@@ -134,7 +136,7 @@ class Trial:
         spans = [Span(0, 0, max_step_tokens, self._blocks(max_step_tokens))]
         rows = [i % max_step_tokens for i in range(logit_rows)]
         positions = list(range(max_step_tokens))
-        logits = self._forward(spans, storage, [1] * max_step_tokens, positions, rows)
+        logits = self._forward(StepRows([1] * max_step_tokens, positions, spans, rows), storage)
         options = Sampling(top_p=0.9, min_p=0.01, repetition_penalty=1.1, frequency_penalty=0.1, logprobs=20)
         sample(logits[0], SampleRow(options, 0, [1], [1], ()))  # rows are sampled one after the other
 
@@ -165,21 +167,20 @@ class Trial:
                 step_tokens = step_tokens + tokens[:count]
                 positions = positions + list(range(start, start + count))
                 assert start + count <= len(others) * size
-            logits.append(self._forward(spans, storage, step_tokens, positions, list(range(length))))
+            logits.append(self._forward(StepRows(step_tokens, positions, spans, range(length)), storage))
             start += length
         return torch.cat(logits)
 
     def _learn_shapes(self) -> list[LayerShape]:
         recorder = ShapeRecorder()
-        forward(self._loaded, self._layers, StepRoutes(1, self._stand_ins), recorder, [0], [0], [0])
+        forward(self._loaded, self._layers, StepRoutes(1, self._stand_ins), recorder, StepRows([0], [0], [], [0]))
         return recorder.in_order()
 
-    def _forward(
-        self, spans: list[Span], storage: KVStorage, tokens: list[int], positions: list[int], rows: list[int]
-    ) -> torch.Tensor:
-        known = None if self.pregate is None else self.pregate.route(tokens, positions, spans, storage)
-        routes = StepRoutes(len(tokens), self._stand_ins, known=known)
-        return self.model.forward(tokens, positions, spans, storage, self._layers, routes, rows)
+    def _forward(self, rows: StepRows, storage: KVStorage) -> torch.Tensor:
+        known = None
+        if self.pregate is not None:
+            known = self.pregate.known([self.pregate.route(rows.ids, rows.positions, rows.spans, storage)])
+        return self.model.forward(rows, storage, self._layers, StepRoutes(len(rows.ids), self._stand_ins, known=known))
 
     def _storage(self, num_tokens: int) -> KVStorage:
         num_blocks = 1 + -(-num_tokens // self._block_tokens)

@@ -58,9 +58,11 @@ def build_virtual(
         curves, record_bytes = profile.model.layers, room.record_bytes
         room = replace(room, divide=lambda nbytes: split_slots(curves, record_bytes, nbytes)[0])
     norms = [np.array(layer.norms or [1.0] * layer.num_experts, np.float32) for layer in index.layers]
+    foresees = config.virtual_swaps == "foreseen"
     limits = SwapLimits(in_flight=LOADS_A_THREAD * config.io_threads)
+    limits = limits if foresees else replace(limits, ahead=0)
     sets = VirtualExperts([norm.tolist() for norm in norms], index.top_k, limits)
-    foresight = _foresight(loaded, index, known, fallbacks)
+    foresight = _foresight(loaded, index, known, fallbacks if foresees else [])
     return VirtualRouting(known, HeldExperts(cache, sets, room), importance(norms), foresight)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -46,6 +47,9 @@ class Foresight(Protocol):
 
     def expected(self, layer: int, hidden: Tensor) -> dict[int, float]: ...
 
+
+Select = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`RouterAdapter.select` under a mask."""
 
 Layers = int | Ids
 """One, or `[n, 1, 1]`."""
@@ -102,7 +106,8 @@ class VirtualRouting:
         foresight: Foresight | None = None,
         shared_by: int = SHARED_BY,
     ) -> None:
-        """Without `foresight`, sets follow what has been asked for alone. `shared_by`: as `with_substitutes`."""
+        """Without `foresight`, or limits that let it bring anyone in, sets follow what has been asked for alone.
+        `shared_by`: as `with_substitutes`."""
         self.held = held
         self.counts = VirtualCounts.of(len(routers))
         self.logits: Tensor | None = None
@@ -158,51 +163,30 @@ class VirtualRouting:
         if not lacking.any():
             return top_k_index, top_k_weights
         few = len(self.limits) <= FEW_ROWS  # memory was measured for K choices a row of larger steps
-        shared_by = self.shared_by if few else 1
-        if self._native is not None and self.logits is not None:
-            done = self._native(self.logits, chosen, weights, mask, self.limits, shared_by)
-        else:
-            done = self._substitute(layer, hidden, chosen, weights, lacking, shared_by)
+        logits = self.routers[layer].logits(hidden) if self.logits is None else self.logits
+        substitute = self._native or partial(among_held, self.routers[layer].select)
+        done = substitute(logits, chosen, weights, mask, self.limits, self.shared_by if few else 1)
         self.count(layer, done.replaced, done.mass)
         self.counts.fetched += int(lacking.sum() - done.replaced.sum())
         return torch.from_numpy(done.index), torch.from_numpy(done.weights).to(top_k_weights.dtype)
 
-    def _substitute(
-        self, layer: int, hidden: Tensor, chosen: Ids, weights: Floats, lacking: Bools, shared_by: int
-    ) -> Substituted:
-        """For routers that native code does not know.
-
-        What stays is ranked last by the router's own rule, so that it fills up where the held are few and hides nobody.
-        """
-        replaced, mass = replaced_choices(weights, lacking, self.limits)
-        rows = np.flatnonzero(replaced.any(axis=1))
-        index, shares = chosen, weights
-        if len(rows):
-            router, at = self.routers[layer], torch.from_numpy(rows)
-            logits = router.logits(hidden[at]) if self.logits is None else self.logits[at]
-            stays = np.zeros(logits.shape, bool)
-            np.put_along_axis(stays, chosen[rows], ~replaced[rows], axis=1)
-            last = logits.amin(dim=1, keepdim=True) - 1
-            lowered = torch.where(torch.from_numpy(stays), last, logits)
-            found, scores = router.select(lowered, torch.from_numpy(self.masks[layer] | stays))
-            others = found.numpy()
-            useful = np.where(np.take_along_axis(stays, others, axis=1), 0, scores.float().numpy())
-            some, parts = with_substitutes(chosen[rows], weights[rows], replaced[rows], others, useful, shared_by)
-            index, shares = widened(chosen, weights, some.shape[1])
-            index[rows], shares[rows] = some, parts
-        return Substituted(index, shares, replaced.sum(axis=1), mass)
+    @property
+    def _foresees(self) -> bool:
+        return self.foresight is not None and self.held.sets.limits.ahead > 0
 
     # ------------------------------------------------------------ native runs
 
     @property
     def runs(self) -> bool:
-        """Whether native code may route layer after layer: who holds what stays as it is meanwhile."""
-        return self.routes_natively and not self.settles
+        """Whether native code may route layer after layer: nobody is brought in on the way to a layer."""
+        return self.routes_natively and not self._foresees
 
     def refresh(self) -> None:
         """Native code is about to run: take in what has arrived."""
-        for layer in range(len(self.masks)):
-            self.mask(layer)
+        self._take_in()
+        for layer, (made_at, changes) in enumerate(zip(self._made_at, self.held.sets.changes, strict=True)):
+            if made_at != changes:
+                self._make_mask(layer)
 
     def seen(self, logits: Tensor, substitute: Substitute | None) -> None:
         """As `Reroute.seen`."""
@@ -230,8 +214,9 @@ class VirtualRouting:
         """Let the next layer's set begin to follow what the step will ask of it."""
         following = layer + 1
         sets = self.held.sets
-        if self.foresight is None or following == len(self.routers) or sets.holds_all(following):
+        if not self._foresees or following == len(self.routers) or sets.holds_all(following):
             return
+        assert self.foresight is not None
         self.held.foresee(following, self.foresight.expected(layer, hidden))
 
     def slots(self, layer: int, experts: Sequence[int], pairs: Sequence[int]) -> list[int] | None:
@@ -240,17 +225,24 @@ class VirtualRouting:
 
     def mask(self, layer: int) -> Bools:
         """`[E]`: who is held now. Takes in what has arrived on the way here."""
-        sets = self.held.sets
-        if not sets.is_settled and self.settles:
+        self._take_in()
+        if self._made_at[layer] != self.held.sets.changes[layer]:
+            self._make_mask(layer)
+        return self.masks[layer]
+
+    def _take_in(self) -> None:
+        if self.held.sets.is_settled:
+            return
+        if self.settles:
             self.held.settle()
-        elif not sets.is_settled:
+        else:
             self.held.pump()
-        mask = self.masks[layer]
-        if self._made_at[layer] != sets.changes:
-            mask[:] = False
-            mask[list(sets.held(layer))] = True
-            self._made_at[layer] = sets.changes
-        return mask
+
+    def _make_mask(self, layer: int) -> None:
+        sets, mask = self.held.sets, self.masks[layer]
+        mask[:] = False
+        mask[list(sets.held(layer))] = True
+        self._made_at[layer] = sets.changes[layer]
 
     def observe(self, layer: int, hidden: Tensor, chosen: Ids, weights: Floats) -> None:
         """Where the router would have sent the step's rows."""
@@ -266,6 +258,30 @@ class VirtualRouting:
         self._mass += mass
         self.counts.substituted[layer] += int(replaced.sum())
         self.counts.mass[layer] += float(mass.sum())
+
+
+def among_held(
+    select: Select, logits: Tensor, chosen: Ids, weights: Floats, held: Bools, limits: Floats, shared_by: int
+) -> Substituted:
+    """As `Substitute`, by a router's own `select`.
+
+    What stays is ranked last by it, so that it fills up where the held are few and hides nobody.
+    """
+    replaced, mass = replaced_choices(weights, ~held[chosen], limits)
+    rows = np.flatnonzero(replaced.any(axis=1))
+    if not len(rows):
+        return Substituted(chosen, weights, replaced.sum(axis=1), mass)
+    asked = logits[torch.from_numpy(rows)]
+    stays = np.zeros(asked.shape, bool)
+    np.put_along_axis(stays, chosen[rows], ~replaced[rows], axis=1)
+    lowered = torch.where(torch.from_numpy(stays), asked.amin(dim=1, keepdim=True) - 1, asked)
+    found, scores = select(lowered, torch.from_numpy(held | stays))
+    others = found.numpy()
+    useful = np.where(np.take_along_axis(stays, others, axis=1), 0, scores.float().numpy())
+    some, parts = with_substitutes(chosen[rows], weights[rows], replaced[rows], others, useful, shared_by)
+    index, shares = widened(chosen, weights, some.shape[1])
+    index[rows], shares[rows] = some, parts
+    return Substituted(index, shares, replaced.sum(axis=1), mass)
 
 
 def _sums(chosen: Ids, values: Floats) -> dict[int, float]:

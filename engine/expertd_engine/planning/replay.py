@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from expertd_engine.experts.accounting import lease_window
-from expertd_engine.experts.events import Demand, Event, ExpertId, Granted, Load, Loaded, Release
+from expertd_engine.experts.events import Demand, Event, ExpertId, Granted, Load, Loaded, Release, Tick
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import Lookahead, NoLookahead
 from expertd_engine.experts.policy import Policy, Victims
@@ -76,6 +76,7 @@ class LedgerReplay:
                 met.by_layer[layer] += misses
                 met.together[misses] += misses > 0
         self._tokens += 1
+        self._ledger.handle(Tick(self._tokens * self._period))
         if met is not None:
             met.tokens += 1
 

@@ -1,0 +1,152 @@
+"""The pre-gating router as one native call: token ids to experts. Owns its descriptors and a thread for few rows.
+
+Inside, the router is a decoder layer between an input projection and a head, so a token's route has the same bits in
+every batch and for every cut.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from ctypes import POINTER, addressof, byref, c_int32, c_int64, c_void_p
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertd_engine.kernels.library import ACTIVATIONS, FORMATS, KernelsMissing, Library, Matrix, Pool
+from expertd_engine.model.kv_storage import KVStorage
+from expertd_engine.model.loader import LoadedModel
+from expertd_engine.model.native_abi import Block, FeedForward, Norm, NormKind, Rope, Router, Scores, Step
+from expertd_engine.model.native_match import match_matrix
+from expertd_engine.model.native_witness import NotMatched
+from expertd_engine.model.step_rows import Span
+from expertd_engine.paths import PathShape, Routes
+from expertd_engine.refactor.router import angles
+
+_EPS = 1e-6
+_KV_FORMATS = {torch.float32: FORMATS["float32"], torch.bfloat16: FORMATS["bfloat16"]}
+_FEW = 8
+"""Rows that one thread routes sooner than others are woken up."""
+
+
+class _Pregate(ctypes.Structure):
+    """`expertd_pregate` of `kernels/native/expertd_pregate.h`."""
+
+    _fields_ = [
+        ("embedding", Matrix),
+        ("entry_norm", Norm),
+        ("entry", Matrix),
+        ("block", Block),
+        ("head_norm", Norm),
+        ("head", Matrix),
+        ("router", Router),
+        ("heads", c_int32),
+    ]
+
+
+class NativeRouter:
+    """One model's router, in its kernels."""
+
+    def __init__(self, loaded: LoadedModel, shape: PathShape, max_positions: int) -> None:
+        """Raises NotMatched, and KernelsMissing for kernels of another version."""
+        if loaded.pool is None:
+            raise NotMatched("there are no native kernels")
+        self._forward = _bind(loaded.pool.library)
+        self._all_threads, self._one_thread = loaded.pool, Pool(loaded.pool.library, 1)
+        self._stride = shape.stride
+        module: Any = loaded.pregating
+        self._pregate = _Pregate()
+        self._keep = _fill(self._pregate, module, loaded.model.get_input_embeddings(), shape, max_positions)
+
+    def route(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        spans: Sequence[Span],
+        storage: KVStorage,
+        logits: Tensor | None = None,
+    ) -> Routes:
+        """As `Routing.route`; `logits` float32 `[T, outputs]` are written where they are asked for.
+
+        Raises KernelError, and ValueError for a token that the model does not have.
+        """
+        count, block = len(token_ids), self._pregate.block
+        pool = self._one_thread if count <= _FEW else self._all_threads
+        block.key_offset, block.value_offset = storage.offsets[-1]
+        ids, at = array("q", token_ids), array("q", positions)
+        rows = array("q", [*(span.row for span in spans), count])
+        starts = array("q", accumulate((len(span.blocks) for span in spans), initial=0))
+        tables = array("i", [number for span in spans for number in span.blocks])
+        step = Step(
+            *(count, _at(at), len(spans), _at(rows), _at(starts), _at(tables), storage.address, storage.block_bytes),
+            *(storage.block_tokens, _KV_FORMATS[storage.dtype]),
+            logits=None if logits is None else logits.data_ptr(),
+        )
+        routes = Routes.blank(count, self._stride)
+        call = pool.address, byref(self._pregate), _at(ids), addressof(step), _at(routes.experts), _at(routes.weights)
+        self._forward(*call)
+        return routes
+
+
+def _at(values: array[Any]) -> int:
+    return values.buffer_info()[0]
+
+
+def _bind(library: Library) -> Any:
+    size: Any = getattr(library.handle, "expertd_pregate_bytes", lambda: None)  # absent from older libraries
+    size.restype = c_int64
+    if size() != ctypes.sizeof(_Pregate):
+        raise KernelsMissing(f"native kernels {library.path} are of another version: install again")
+    return library.bind(
+        "expertd_pregate_forward", [c_void_p, POINTER(_Pregate), c_void_p, c_void_p, c_void_p, c_void_p]
+    )
+
+
+def _fill(pregate: _Pregate, module: Any, embedding: Any, shape: PathShape, max_positions: int) -> list[Tensor]:
+    """Describe `module`; what the description points to is returned."""
+    pregate.embedding, keep = match_matrix(embedding)
+    pregate.entry, entry = match_matrix(module.in_proj)
+    pregate.entry_norm, ones = _norm(torch.ones(pregate.embedding.cols))
+    pregate.head, head = match_matrix(module.head)
+    pregate.head_norm, norm = _norm(module.head_norm)
+    pregate.heads = shape.heads
+    router = pregate.router
+    router.experts, router.top_k = pregate.head.rows // shape.heads, shape.top_k
+    router.scores, router.shares, router.scale = Scores.SOFTMAX, 1, 1.0
+    return [*keep, *entry, *ones, *head, *norm, *_fill_block(pregate.block, module, max_positions)]
+
+
+def _fill_block(block: Block, module: Any, max_positions: int) -> list[Tensor]:
+    attention = module.attention
+    block.input_norm, norms = _norm(module.attention_norm)
+    block.ffn_norm, more = _norm(module.mlp_norm)
+    parts = [_slice(attention.qkv_proj, index, 3) for index in range(3)]
+    (block.query, q), (block.key, k), (block.value, v) = parts
+    block.output, o = match_matrix(attention.o_proj)
+    up, u = match_matrix(module.up_proj)
+    down, d = match_matrix(module.down_proj)
+    block.ffn = FeedForward(Matrix(), up, down, ACTIVATIONS["silu"])
+    cos, sin = angles(torch.arange(max_positions), attention.head_dim // 2)
+    block.cos, block.sin, block.positions = cos.data_ptr(), sin.data_ptr(), max_positions
+    block.rope, block.rotary_dim = Rope.HALVES, attention.head_dim
+    block.hidden, block.heads, block.kv_heads = module.shape.width, attention.heads, attention.heads
+    block.key_dim = block.value_dim = attention.head_dim
+    block.scale, block.attention_residual, block.ffn_residual = attention.scaling, 1.0, 1.0
+    return [*norms, *more, *q, *k, *v, *o, *u, *d, cos, sin]
+
+
+def _slice(module: Any, index: int, count: int) -> tuple[Matrix, list[Tensor]]:
+    """The `index`-th of `count` equal parts of a linear layer's outputs."""
+    if type(module) is not torch.nn.Linear:
+        raise NotMatched(f"{type(module).__name__} is no linear layer that can be cut")
+    part = torch.nn.Linear(1, 1, bias=False, device="meta")
+    part.weight = torch.nn.Parameter(module.weight.chunk(count)[index], requires_grad=False)
+    return match_matrix(part)
+
+
+def _norm(weight: Tensor) -> tuple[Norm, list[Tensor]]:
+    own = weight.detach().float().contiguous()
+    return Norm(own.data_ptr(), None, NormKind.RMS, len(own), _EPS), [own]
