@@ -13,7 +13,7 @@ serve: $(READY)  ## set everything up and serve the demo on 127.0.0.1:8000 (ARGS
 	$(VENV)/bin/expertd serve demo $(ARGS)
 
 test: $(READY)  ## all tests that need no more than this box
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 -m "not acceptance" $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not acceptance" $(ARGS)
 
 quick: $(READY)  ## the pure core and other unit tests, in seconds
 	$(VENV)/bin/python -m pytest tests/unit $(ARGS)
@@ -46,7 +46,7 @@ audit: $(READY)  ## known vulnerabilities of what is installed; says so where no
 
 test-oldest:  ## unit and golden tests on the oldest supported torch and transformers
 	$(MAKE) VENV=.venv-oldest .venv-oldest/.oldest
-	.venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 tests/unit tests/golden -m "not acceptance" $(ARGS)
+	.venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal tests/unit tests/golden -m "not acceptance" $(ARGS)
 
 $(READY): pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
+from functools import partial
 
 import pytest
 
@@ -22,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory(prefix="objects-")
         os.environ["TESTS_OBJECTS"] = folder.name
         config.add_cleanup(folder.cleanup)
-        config.add_cleanup(lambda: os.environ.pop("TESTS_OBJECTS"))
+        config.add_cleanup(partial(os.environ.__delitem__, "TESTS_OBJECTS"))
 
 
 def pytest_collection_finish() -> None:

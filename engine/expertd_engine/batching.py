@@ -7,12 +7,12 @@ for. As printed, tokens of a rare expert may wait for ever; here whoever was pas
 before all queues, the longest waiting first. Each step serves one of these at least, so nobody is passed over more than
 `patience` + (number of sequences - 1) times in a row. Three things were added, for a cache that does not hold all:
 decodes come before prompts, the experts of the step before before others, so that a group of sequences goes on until
-others are overdue; and a step takes no more experts than there is room for, though it has tokens left.
+others are overdue; and a step takes no more experts than there is room for, though it has tokens left, unless what
+there is no room for is read while the step computes: then nobody is held back (`PacedRoom`).
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -20,6 +20,9 @@ from typing import Literal, NamedTuple
 from expertd_engine.request import Sequence as Running
 
 Batching = Literal["decode-first", "prefill-first", "expert-aware"]
+
+_KEPT = 0.9
+"""Of what earlier steps said about the paces of computing and reading, by every later one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,19 +134,53 @@ def _fill(candidates: Sequence[Candidate], order: Iterable[int], max_tokens: int
     return shares
 
 
-Room = Callable[[], int]
+Room = Callable[[int], int]
+"""How many experts a step may use, of so many that all who wait would use together."""
 
 
-def unbounded() -> int:
+def unbounded(wanted: int) -> int:
     """Room where nothing is ever evicted."""
-    return sys.maxsize
+    return wanted
+
+
+class PacedRoom:
+    """Room for the experts that find a slot; for all where the others are read while a step computes anyway, since to
+    hold anybody back for the sake of reads that nobody waits for only loses time.
+
+    Learns both paces from the steps that it is told of, and grants slots alone until it knows them.
+    """
+
+    def __init__(self, slots: Callable[[], int], expert_bytes: int) -> None:
+        """`slots` is how many experts find a slot, `expert_bytes` what one of them takes in all its layers."""
+        self._slots = slots
+        self._expert_bytes = expert_bytes
+        self._compute_s = 0.0
+        self._read_bytes = 0.0
+        self._read_s = 0.0
+        self._total = (0, 0.0)
+
+    def __call__(self, wanted: int) -> int:
+        slots = self._slots()
+        unhidden_s = max(0, wanted - slots) * self._expert_bytes * self._read_s
+        return wanted if unhidden_s < self._compute_s * self._read_bytes else slots
+
+    def stepped(self, duration_s: float, total_bytes: int, total_s: float) -> None:
+        """A step took `duration_s`. Since start so many bytes have been read, which took all readers together
+        `total_s`."""
+        read_bytes, read_s = total_bytes - self._total[0], total_s - self._total[1]
+        self._total = (total_bytes, total_s)
+        if read_bytes:
+            self._read_bytes = self._read_bytes * _KEPT + read_bytes
+            self._read_s = self._read_s * _KEPT + read_s
+        else:
+            self._compute_s += (duration_s - self._compute_s) * (1 - _KEPT if self._compute_s else 1.0)
 
 
 class Chooser:
     """Applies a batching to running sequences, and keeps account of who was passed over. Owned by the scheduler."""
 
     def __init__(self, batching: Batching, max_tokens: int, patience: int, room: Room = unbounded) -> None:
-        """`max_tokens` in a step; `room` is how many experts, as candidates number them, can be at hand."""
+        """`max_tokens` in a step; `room` counts experts as candidates number them."""
         self.most_passed_over = 0
         """Steps in a row, of all sequences since start."""
         self._batching = batching
@@ -159,7 +196,8 @@ class Chooser:
         if self._batching == "prefill-first":
             shares = prefill_first(candidates, self._max_tokens)
         else:
-            shares = expert_aware(candidates, self._max_tokens, self._patience, self._room(), self._last)
+            room = self._room(len(_union(candidates, range(len(candidates)))))
+            shares = expert_aware(candidates, self._max_tokens, self._patience, room, self._last)
             self._last = _union(candidates, [share.place for share in shares])
         return {rows[share.place].sequence_id: share.tokens for share in shares}
 

@@ -24,8 +24,9 @@ from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
 from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
 from expertd_engine.model.kv_storage import KVStorage
-from expertd_engine.model.moe import MoELayer, StepRoutes
+from expertd_engine.model.moe import MoELayer
 from expertd_engine.model.runner import Runner, StepModel
+from expertd_engine.model.step_routes import StepRoutes
 from expertd_engine.model.step_rows import StepRows
 from expertd_engine.model.virtual_routing import Score, VirtualRouting
 from expertd_engine.planning.replay import Choice

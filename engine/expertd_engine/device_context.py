@@ -14,7 +14,7 @@ from expertd_engine.memory import MemoryMeter
 from expertd_engine.model.cuda_build import DeviceParts
 from expertd_engine.model.cuda_model import Limits
 from expertd_engine.model.loader import LoadedModel
-from expertd_engine.model.moe import RouteSource
+from expertd_engine.model.step_routes import RouteSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from expertd_engine.experts.store import RecordFile
 from expertd_engine.experts.store_format import ALIGNMENT, StoreIndex
 from expertd_engine.memory import available_bytes
 from expertd_engine.planning.startup_plan import StartupPlan
-from expertd_engine.startup import governed, policy_name
+from expertd_engine.startup_parts import governed, policy_name
 
 _PREFETCH_DEPTH = 64
 """Prefetches that may wait or be under way: what a step's hints name at once."""

@@ -22,7 +22,7 @@ from expertd_engine.model.cuda_model import DeviceModel, StepTokens
 from expertd_engine.model.cuda_trial import is_invariant
 from expertd_engine.model.step_rows import Span
 from expertd_engine.planning.startup_plan import Measured
-from expertd_engine.startup import BLOCK_TOKENS
+from expertd_engine.startup_parts import BLOCK_TOKENS
 
 Report = Callable[[str, float], None]
 

@@ -31,11 +31,11 @@ from expertd_engine.model.cuda_kv import DeviceKV
 from expertd_engine.model.cuda_model import Limits
 from expertd_engine.model.cuda_runner import DeviceRunner
 from expertd_engine.model.loader import load_model
-from expertd_engine.model.moe import RouteSource
+from expertd_engine.model.step_routes import RouteSource
 from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
 from expertd_engine.prefix_cache import PrefixCache
 from expertd_engine.scheduler import Scheduler
-from expertd_engine.startup import (
+from expertd_engine.startup_parts import (
     BLOCK_TOKENS,
     Report,
     asked_of,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import os
 import zlib
@@ -54,8 +53,6 @@ from expertd_engine.weights_plan import (
     plan_quantised,
     plan_records,
 )
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_FORMAT = "bf16"
 

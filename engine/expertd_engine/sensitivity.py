@@ -17,7 +17,7 @@ from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.planning.planner import missing_s
 from expertd_engine.planning.profile import LayerCurve, MissCurve, ModelProfile
 from expertd_engine.planning.replay import Choice, Met, Routes, replay_exact, replay_virtual
-from expertd_engine.startup import policy_name
+from expertd_engine.startup_parts import policy_name
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Of all expert bytes, at which routes are replayed."""

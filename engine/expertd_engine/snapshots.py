@@ -10,12 +10,12 @@ import msgspec
 from expertd_engine.core import Forward, StepResult
 from expertd_engine.experts.cache import ExpertCache, governor_in
 from expertd_engine.experts.clairvoyant import Sampled
-from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.governor import Track
-from expertd_engine.experts.ledger import Ledger, State
+from expertd_engine.experts.ledger_base import LedgerBase
 from expertd_engine.experts.lookahead import Lookahead
 from expertd_engine.experts.payoff import PayOff
+from expertd_engine.experts.residency import State
 from expertd_engine.experts.transfer import LATENCY_BOUNDS_S
 from expertd_engine.histogram import Histogram
 from expertd_engine.live_budget import LiveBudget
@@ -170,7 +170,7 @@ def virtual_by_layer(virtual: VirtualRouting | None) -> list[VirtualLayer]:
     return [VirtualLayer(*column) for column in columns]
 
 
-def lookups_by_layer(ledger: Ledger | DeviceLedger) -> list[LayerLookups]:
+def lookups_by_layer(ledger: LedgerBase) -> list[LayerLookups]:
     counters = ledger.counters
     activations = (counters.activations[result] for result in ("hit", "late", "miss"))
     columns = zip(counters.hits, counters.late, counters.misses, counters.covered, *activations, strict=True)

@@ -9,16 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from expertd_engine.batching import Batching, Room, unbounded
+from expertd_engine.batching import Batching, PacedRoom, unbounded
 from expertd_engine.config import Config
-from expertd_engine.core import Constrain, EngineCore, Forward, foresee_nothing, no_constraints
+from expertd_engine.core import Constrain, EngineCore, Forward, StepResult, foresee_nothing
 from expertd_engine.engine_info import How, Parts, describe
-from expertd_engine.errors import ConfigError, ModelError
+from expertd_engine.errors import ConfigError
 from expertd_engine.experts.cache import ExpertCache
-from expertd_engine.experts.device_ledger import DeviceLedger
-from expertd_engine.experts.events import ExpertId
-from expertd_engine.experts.governor import Governor
-from expertd_engine.experts.ledger import Ledger, State
+from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import EveryExpert, LayerScan, Lookahead, NoLookahead
 from expertd_engine.experts.pregated import PregatedLookahead
 from expertd_engine.experts.slab import Slab
@@ -26,9 +23,6 @@ from expertd_engine.experts.store import ExpertStore, RecordFile
 from expertd_engine.experts.store_format import StoreIndex
 from expertd_engine.experts.sweep import Sweep
 from expertd_engine.experts.transfer import Transfers
-from expertd_engine.grammar import Grammars
-from expertd_engine.kernels.library import KernelsMissing, Pool
-from expertd_engine.kernels.library import load as load_kernels
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.lab.recorder import TraceRecorder
 from expertd_engine.lab.trace import header_of
@@ -37,7 +31,7 @@ from expertd_engine.messages import EngineInfo
 from expertd_engine.model.expert_torch import SlotViews
 from expertd_engine.model.kv_storage import KVStorage, LayerShape, block_bytes
 from expertd_engine.model.loader import LoadedModel, attach_experts, load_model
-from expertd_engine.model.moe import MoELayer, RouteSource
+from expertd_engine.model.moe import MoELayer
 from expertd_engine.model.native_model import NativeModel
 from expertd_engine.model.pathfinder import Pathfinder
 from expertd_engine.model.predictor import Source
@@ -51,6 +45,7 @@ from expertd_engine.model.predictor_build import (
 )
 from expertd_engine.model.pregate import Pregate
 from expertd_engine.model.runner import Onlooker, Runner, StepModel
+from expertd_engine.model.step_routes import RouteSource
 from expertd_engine.model.trial import Trial
 from expertd_engine.model.virtual_build import NoVirtualMode, build_virtual, lacks_norms
 from expertd_engine.model.virtual_routing import VirtualRouting
@@ -58,17 +53,20 @@ from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, m
 from expertd_engine.prefix_cache import PrefixCache
 from expertd_engine.profile_file import has_profile, read_profile
 from expertd_engine.scheduler import Scheduler
-from expertd_engine.step_plan import SchedulerLimits
+from expertd_engine.startup_parts import (
+    BLOCK_TOKENS,
+    Report,
+    asked_of,
+    governed,
+    make_constrain,
+    model_len_of,
+    open_pool,
+    verify_store,
+)
+from expertd_engine.step_plan import SchedulerLimits, StepPlan
 from expertd_engine.warm_restart import WarmRestart
 
 logger = logging.getLogger(__name__)
-
-BLOCK_TOKENS = 16
-VERIFY_AT_START_BYTES = 4 * 2**30
-"""Stores up to this size are read and checked whole at start; larger ones record by record, on first load."""
-
-Report = Callable[[str, float], None]
-"""Told the stage of start-up and how much of it is done, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,47 +168,6 @@ def start_engine(
     return _assemble(context, (measured, asked), plan, meter, wrap)
 
 
-def device_of(config: Config, index: StoreIndex) -> torch.device | None:
-    """The card that computes; None: the processor does. Raises ConfigError for one that is asked for and not there."""
-    if config.device == "cpu" or (config.device == "auto" and {layout.order for layout in index.layouts} != {"rows"}):
-        return None
-    if torch.cuda.is_available():
-        return torch.device("cuda", 0)
-    if config.device == "cuda":
-        raise ConfigError("device: 'cuda' is not allowed: PyTorch finds no CUDA device here")
-    return None
-
-
-def open_pool(threads: int, fallbacks: list[str]) -> Pool | None:
-    try:
-        return Pool(load_kernels(), threads)
-    except KernelsMissing as reason:
-        fallbacks.append(f"everything is computed by PyTorch, slowly: {reason}")
-        return None
-
-
-def verify_store(store: ExpertStore, report: Report) -> None:
-    if store.index.expert_bytes_total() <= VERIFY_AT_START_BYTES:
-        store.verify(lambda _, fraction: report("verify", fraction))
-    else:
-        logger.info("store %s is large: each record is checked when it is first read", store.path)
-
-
-def make_constrain(store: ExpertStore, loaded: LoadedModel, fallbacks: list[str]) -> Constrain:
-    try:
-        return Grammars(store.path / "tokenizer.json", loaded.vocab_size, loaded.eos_token_ids).constrain
-    except ModelError as error:
-        fallbacks.append(str(error))
-        return no_constraints
-
-
-def model_len_of(config: Config, loaded: LoadedModel) -> int:
-    asked = config.max_model_len or loaded.context_tokens
-    if asked > loaded.context_tokens:
-        raise ConfigError(f"max_model_len: {asked} is not allowed: give at most the model's {loaded.context_tokens}")
-    return asked
-
-
 def _measured(context: _Context, base: int, step: int) -> Measured:
     index = context.store.index
     records = [index.record_bytes(layer) for layer in range(len(index.layers))]
@@ -224,10 +181,6 @@ def _measured(context: _Context, base: int, step: int) -> Measured:
         block_tokens=BLOCK_TOKENS,
         available=available_bytes(),
     )
-
-
-def asked_of(config: Config, max_model_len: int) -> Asked:
-    return Asked(config.expert_budget, config.memory_budget, config.kv_budget, max_model_len, config.max_sequences)
 
 
 def _assemble(
@@ -257,10 +210,12 @@ def _assemble(
     recorder = _recorder(context)
     runner.onlookers = [*onlookers, *([] if recorder is None else [recorder])]
     prefixes = PrefixCache(pool, store.index.store_id) if config.prefix_cache else None
-    scheduler = Scheduler(context.limits, pool, prefixes, _batching(context), _room(context, cache.ledger))
+    room = _room(context, cache.ledger)
+    scheduler = Scheduler(context.limits, pool, prefixes, _batching(context), room or unbounded)
     refusal = (lambda: virtual.reason) if isinstance(virtual, NoVirtualMode) else virtual.held.refusal
     foresee = foresee_nothing if pathfinder is None else pathfinder.foresee
-    core = EngineCore(scheduler, wrap(runner), loaded.eos_token_ids, context.constrain, refusal, foresee)
+    forward = wrap(runner) if room is None else _paced(wrap(runner), room, cache, config.io_threads)
+    core = EngineCore(scheduler, forward, loaded.eos_token_ids, context.constrain, refusal, foresee)
     for fallback in context.fallbacks:
         logger.warning("fallback: %s", fallback)
     info = describe(config, store, loaded, Parts(plan, cache, pool, storage, records), _how(context))
@@ -280,13 +235,26 @@ def _batching(context: _Context) -> Batching:
     return config.batching
 
 
-def _room(context: _Context, ledger: Ledger) -> Room:
-    """Distinct experts that slots hold, where a token's experts are numbered by the router's heads."""
+def _room(context: _Context, ledger: Ledger) -> PacedRoom | None:
+    """For distinct experts, numbered by the router's heads; None where they are not known ahead."""
     if context.pregate is None:
-        return unbounded
+        return None
     heads, records = context.pregate.path_shape.heads, context.store.index
     record, layers = max(layout.bytes for layout in records.layouts), len(records.layers)
-    return lambda: max(1, ledger.budget_bytes // record * heads // layers)
+    return PacedRoom(lambda: max(1, ledger.budget_bytes // record * heads // layers), record * layers // heads)
+
+
+def _paced(forward: Forward, room: PacedRoom, cache: ExpertCache, readers: int) -> Forward:
+    """`forward`, which tells `room` how long its steps take, and how long the readers took for what they read."""
+
+    def step(plan: StepPlan) -> StepResult:
+        result = forward(plan)
+        counters = cache.ledger.counters
+        read_bytes = counters.demand_bytes + counters.prefetch_bytes
+        room.stepped(result.duration_s, read_bytes, cache.transfers.stats.busy_s / readers)
+        return result
+
+    return step
 
 
 def _longest_prompt_bytes(trial: Trial, loaded: LoadedModel, max_model_len: int) -> int:
@@ -342,7 +310,7 @@ def _expert_cache(
     return cache, attach_experts(context.loaded, context.store, views), [] if watch is None else [watch]
 
 
-def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None, ledger: Ledger | DeviceLedger) -> Lookahead:
+def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None, ledger: Ledger) -> Lookahead:
     """Exact where every token chooses every expert; else what is given or nothing, but for steps of many rows.
 
     What a given one predicts is governed.
@@ -353,22 +321,6 @@ def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None, ledge
     if given is not None and given.exactness == "predicted":
         given = governed(given, index, ledger)
     return LayerScan(given or NoLookahead(), num_layers, max(counts), index.top_k)
-
-
-def governed(given: Lookahead, index: StoreIndex, ledger: Ledger | DeviceLedger) -> Governor:
-    """What a predictor says, as far as it has been right."""
-    num_layers, experts = len(index.layers), max(layer.num_experts for layer in index.layers)
-    lookups, reads_ahead = num_layers * index.top_k, ledger.counters.reads_ahead
-    return Governor(given, ledger.absent_for, num_layers, experts, lookups, _on_its_way(ledger), reads_ahead)
-
-
-def _on_its_way(ledger: Ledger | DeviceLedger) -> Callable[[ExpertId], bool]:
-    return lambda expert: ledger.state(expert) is State.LOADING
-
-
-def policy_name(config: Config) -> str:
-    """Where no replay has recommended another, `auto` is what is known of the future first, then frequency."""
-    return "next-use" if config.expert_policy == "auto" else config.expert_policy
 
 
 def _how(context: _Context) -> How:

@@ -95,7 +95,7 @@ class TextCodec:
             raise StoreError(f"store {store} cannot be read: {error}") from error
         try:
             tokenizer = Tokenizer.from_str(text)
-        except Exception as error:
+        except Exception as error:  # tokenizers raises that class itself
             raise StoreError(f"store {store}: tokenizer.json is not a tokenizer: {error}") from error
         return cls(tokenizer, str(index.get("name") or store.name), settings)
 

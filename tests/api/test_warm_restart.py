@@ -69,5 +69,7 @@ def test_the_first_100_tokens_after_a_restart_hit_as_the_last_before(store: Path
 def test_what_cannot_be_read_is_a_cold_start(store: Path, caplog: pytest.LogCaptureFixture) -> None:
     (store / NAME).write_bytes(b"nonsense")
     with running_engine(store, expert_budget="40%", threads=1, warm_restart=True) as engine:
+        assert engine.warm is not None
+        engine.warm.recall()
         (generated,) = generate(engine, [[1, 2, 3]], Sampling(max_tokens=4, ignore_eos=True))
     assert len(generated.token_ids) == 4 and "starting cold: cannot read" in caplog.text

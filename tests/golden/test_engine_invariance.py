@@ -223,7 +223,7 @@ def test_a_record_damaged_on_disk_is_named(
     (tmp_path / RECORDS_NAME).write_bytes(data)
     with pytest.raises(StoreError, match=r"layer 2, expert 11\) of experts.bin is corrupted"), running_engine(tmp_path):
         pass
-    monkeypatch.setattr("expertd_engine.startup.VERIFY_AT_START_BYTES", 0)
+    monkeypatch.setattr("expertd_engine.startup_parts.VERIFY_AT_START_BYTES", 0)
     with running_engine(tmp_path, expert_budget="25%") as engine:
         (result,) = generate(engine, [prompt(0, 60)], GREEDY)
         assert result.finished is not None and result.finished.reason == "error"

@@ -15,7 +15,8 @@ from expertd_engine.families import find_experts
 from expertd_engine.kernels.library import Pool, load, why_missing
 from expertd_engine.model.expert_native import NativeExperts, expert_layout
 from expertd_engine.model.expert_torch import SlotViews, TorchExperts
-from expertd_engine.model.moe import ExpertKernel, MoELayer, StepRoutes
+from expertd_engine.model.moe import ExpertKernel, MoELayer
+from expertd_engine.model.step_routes import StepRoutes
 from support.tiny_families import make_model
 
 FAMILIES = {

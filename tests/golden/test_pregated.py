@@ -126,7 +126,7 @@ class Watch:
         """By sequence and position: experts, head by head."""
         self.known_ahead = self.preempted = self.cut = self.cached = 0
         self._for_step = engine.runner.pathfinder.for_step
-        engine.runner.pathfinder.for_step = self.for_step  # type: ignore[method-assign]
+        engine.runner.pathfinder.for_step = self.for_step  # type: ignore[method-assign]  # to look on
 
     def for_step(self, plan: StepPlan) -> Any:
         self.preempted += len(plan.preempted)

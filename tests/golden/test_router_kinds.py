@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from expertd_engine.families import find_experts
-from expertd_engine.model.router import RouterAdapter, RouterKind
-from expertd_engine.model.router_kinds import ModuleRouterAdapter, adapt_router, check_adapter, router_kind_of
+from expertd_engine.model.router_kinds import RouterAdapter, adapt_router, check_adapter, router_kind_of
+from expertd_engine.model.router_rules import RouterKind
 from support.tiny_families import COMMON, FAMILIES, OTHERS, make_checkpoint, make_model, randomise
 
 ROWS = 48
@@ -77,13 +77,13 @@ def _experts(model: nn.Module) -> dict[str, nn.Module]:
     return dict(find_experts(model))
 
 
-def _adapters(model: nn.Module) -> list[ModuleRouterAdapter]:
+def _adapters(model: nn.Module) -> list[RouterAdapter]:
     adapters = [adapt_router(model, name) for name in _experts(model)]
     assert adapters
     return [adapter for adapter in adapters if adapter is not None]
 
 
-def _last(family: str) -> ModuleRouterAdapter:
+def _last(family: str) -> RouterAdapter:
     return _adapters(_model(family))[-1]
 
 
@@ -91,7 +91,7 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _hidden(adapter: ModuleRouterAdapter, rows: int = ROWS, seed: int = 2) -> Tensor:
+def _hidden(adapter: RouterAdapter, rows: int = ROWS, seed: int = 2) -> Tensor:
     return torch.randn(rows, adapter.hidden_size, generator=_generator(seed))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from expertd_engine.model.loader import load_model
-from expertd_engine.model.router_kinds import ModuleRouterAdapter, adapt_router
+from expertd_engine.model.router_kinds import RouterAdapter, adapt_router
 from expertd_engine.model.virtual_foresight import next_layers
 from expertd_engine.prepare import prepare
 from support.tiny_families import make_checkpoint
@@ -23,7 +23,7 @@ def test_the_next_layer_is_asked_about_the_present_state(family: str, tmp_path: 
     store = prepare(tmp_path / "model", tmp_path / "store", "float32")
     model = load_model(store).model
     names = [layer.module for layer in store.index.layers]
-    routers = [router for name in names if isinstance(router := adapt_router(model, name), ModuleRouterAdapter)]
+    routers = [router for name in names if isinstance(router := adapt_router(model, name), RouterAdapter)]
     foresight = next_layers(model, names, routers)
     state = torch.randn(ROWS, routers[0].hidden_size, generator=torch.Generator().manual_seed(0))
     layers = [model.get_submodule(name.partition(".mlp.")[0]) for name in names]

@@ -151,7 +151,9 @@ def test_native_runs_route_as_layers_do_one_by_one(
             routing.routes_natively = natively
             if natively and min(limits) == 1:
                 monkeypatch.setattr(VirtualRouting, "route", None)
-            asks = [(MINE[: 9 + i], "virtual", limit) for i, limit in enumerate(limits)]
+            asks: list[tuple[list[int], ExpertMode, float]] = [
+                (MINE[: 9 + i], "virtual", limit) for i, limit in enumerate(limits)
+            ]
             met.append([stats(one) for one in run(engine, *asks, first_id=10 * number + 1)])
             logits.append(torch.cat(tap.logits))
             tap.logits.clear()
@@ -168,15 +170,18 @@ def test_native_runs_route_as_layers_do_one_by_one(
     assert (counts.fetched > 0) == (min(limits) < 1)
 
 
+@pytest.mark.parametrize("swaps", ["amortised", "foreseen"])
 def test_the_sets_move_while_they_are_used_and_go_when_they_are_not(
-    stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    stores: dict[str, Path], swaps: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("expertd_engine.experts.held.IDLE_STEPS", 5)
-    with running_engine(stores["olmoe"], threads=1, expert_budget="75%", virtual_slots=5) as engine:
+    options = {"expert_budget": "75%", "virtual_slots": 5, "virtual_swaps": swaps}
+    with running_engine(stores["olmoe"], threads=1, **options) as engine:
         held = virtual_of(engine).held
         run(engine, (OTHER, "virtual", 1.0), (MINE, "virtual", 1.0))
         held.settle()
         assert held.sets.slots == [5] * 3 and sum(held.sets.swaps) > 0
+        assert virtual_of(engine).runs == (swaps == "amortised")
         run(engine, (MINE, "exact", 1.0), first_id=5)
         assert not held.sets.is_open and not engine.cache._leases
         run(engine, (MINE, "virtual", 1.0), first_id=6)

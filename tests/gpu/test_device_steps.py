@@ -12,7 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from expertd_engine.bench.make_model import make_model
 from expertd_engine.bench.shapes import Cut
 from expertd_engine.experts.store import ExpertStore
-from expertd_engine.messages import Sampling
+from expertd_engine.live_budget import LiveBudget
+from expertd_engine.messages import Sampling, SetBudget
+from expertd_engine.planning.startup_plan import GROWTH_BYTES
 from support.device_engine import device_engine, make_store
 from support.engine import submit_of
 
@@ -58,6 +60,24 @@ def test_a_lower_budget_gives_memory_back_as_the_card_tells_it(store: ExpertStor
             assert torch.cuda.mem_get_info()[0] - before >= budget // 2
         engine.cache.settle()
         engine.cache.ledger.check()
+
+
+def test_a_lower_memory_budget_gives_keys_and_values_back_as_the_card_tells_it(store: ExpertStore) -> None:
+    options = {"expert_budget": "25%", "max_sequences": 16, "max_model_len": 1024}
+    with device_engine(store, "cuda:0", **options) as engine:
+        assert engine.storage.fallback is None
+        measured, blocks, before = engine.measured, engine.pool.capacity, torch.cuda.mem_get_info()[0]
+        fixed = measured.base + measured.step + GROWTH_BYTES
+        low = fixed + engine.cache.ledger.budget_bytes + 64 * measured.kv_block
+        high = fixed + measured.experts_total + blocks * measured.kv_block
+        budget = LiveBudget(engine)
+        assert budget.set(SetBudget(memory_budget_bytes=low)).error is None
+        returned = (blocks - engine.pool.capacity) * measured.kv_block
+        assert returned > 2**24 and torch.cuda.mem_get_info()[0] - before >= returned - 2**22
+        assert budget.set(SetBudget(memory_budget_bytes=high)).error is None and engine.pool.capacity == blocks
+        engine.core.submit(submit_of(1, list(range(40)), Sampling(max_tokens=20, ignore_eos=True)), 0.0)
+        while engine.core.has_work:
+            engine.core.step(0.0)
 
 
 def test_a_failed_allocation_fails_one_step_and_the_next_one_runs(

@@ -12,6 +12,8 @@ from torch import Tensor
 from expertd_engine.kernels.cuda import dense
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm, add_norm
+from expertd_engine.model.cuda_modules import DeviceMatrices
+from expertd_engine.model.dense import Matrix, QuantisedEmbedding, QuantisedLinear
 from expertd_engine.model.native_abi import NormKind
 from golden.tolerances import DEVICE_PRODUCTS, DEVICE_PRODUCTS_BF16
 from support.interpreter import DEVICE
@@ -106,6 +108,17 @@ def test_rows_are_looked_up(format: str) -> None:
     assert torch.equal(out.cpu(), 2 * torch.from_numpy(case.packed.values)[ids.cpu()])
 
 
+def test_modules_over_a_quantised_matrix_read_it_on_the_device() -> None:
+    packed = pack(normal(np.random.default_rng(1), 37, 70), "int4")
+    matrix = Matrix(torch.from_numpy(packed.data.copy()), "int4", 37, 70)
+    kernels, ids = DeviceMatrices(torch.device(DEVICE)), torch.tensor([3, 36], device=DEVICE)
+    linear = QuantisedLinear(matrix, torch.nn.Parameter(torch.ones(37, device=DEVICE)), kernels)
+    rows = QuantisedEmbedding(matrix, torch.float32, kernels)(ids)
+    assert torch.equal(rows.cpu(), torch.from_numpy(packed.values)[ids.cpu()])
+    want = 1 + rows[0].cpu() @ torch.from_numpy(packed.values).T
+    torch.testing.assert_close(linear(rows[:1]).cpu()[0], want, rtol=0, atol=0.01 * float(want.abs().max()))
+
+
 @pytest.mark.parametrize("format", ["float32", "int4"])
 def test_matrices_side_by_side_are_one(format: str) -> None:
     parts = [make(format, rows, 70) for rows in (37, 16)]
@@ -123,8 +136,8 @@ def test_the_residual_stream_takes_what_is_normed_and_gated(kind: NormKind) -> N
     hidden, x, gate = torch.randn(3, 50), torch.randn(3, 50), torch.randn(3, 1)
     weight, bias = torch.rand(50), torch.rand(50) if kind == NormKind.LAYER else None
     gated = (x * gate.sigmoid()).double()
-    if kind == NormKind.LAYER:
-        want = torch.nn.functional.layer_norm(gated, (50,), weight.double(), bias.double(), 1e-5)  # type: ignore[union-attr]
+    if bias is not None:
+        want = torch.nn.functional.layer_norm(gated, (50,), weight.double(), bias.double(), 1e-5)
     else:
         want = gated * torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
     norm = DeviceNorm(kind, weight.to(DEVICE), None if bias is None else bias.to(DEVICE), 1e-5, 50)

@@ -27,7 +27,7 @@ def _student(shape: Shape | None, seed: int = 0) -> Student:
 
 
 def _train(student: Student, recipe: Recipe = RECIPE, **settings: Path | None) -> Curve:
-    return Trainer(student, corpus(), recipe, dense=dense(), **settings).run()  # type: ignore[arg-type]
+    return Trainer(student, corpus(), recipe, dense=dense(), **settings).run()  # type: ignore[arg-type]  # mypy joins the values' types
 
 
 def test_energy_is_activation_times_column_norm() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from support.zygote import LIMIT_S, Run, Zygote
+from support.zygote import Run, Zygote
 
 ROOT = Path(__file__).resolve().parents[2]
 TREES = ("engine", "server", "tests")
@@ -91,7 +92,7 @@ class Copy:
         output = self.folder / "output"
         outcome = zygote.run(Run(str(self.folder), paths, [*options, *arguments], environment, str(output)))
         said = output.read_text(errors="replace")
-        assert not outcome.overdue, f"it still ran after {LIMIT_S} s:\n{said[-20_000:]}"
+        assert not outcome.overdue, f"it did not end:\n{said[-20_000:]}"
         return outcome.code, said
 
 
@@ -124,6 +125,14 @@ def test_what_is_not_of_the_copy_is_noticed(zygote: Zygote, copy: Copy) -> None:
     (copy.folder / "server").symlink_to(ROOT / "server")
     code, said = copy.test(zygote, "tests/unit/test_tidy.py", "-p", "expertd_server", "--collect-only")
     assert code not in (0, 1) and f"not of the copy: ['{ROOT / 'server' / 'expertd_server'}" in said
+
+
+def test_what_hangs_is_ended_and_shows_where(zygote: Zygote, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("import threading\ndef test_it(): threading.Event().wait()\n")
+    output = tmp_path / "output"
+    outcome = zygote.run(Run(str(tmp_path), [], ["-s", "test_it.py"], dict(os.environ), str(output), limit_s=1))
+    assert outcome.overdue and outcome.code == -signal.SIGABRT
+    assert "Current thread" in output.read_text()
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.patch.stem for mutant in MUTANTS])

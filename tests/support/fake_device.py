@@ -67,10 +67,11 @@ class FakeLane:
 
     def move(self, moves: Sequence[AddressMove]) -> None:
         for target, source, count in moves:
-            half = count // 2 if count > 8 else count
-            self.give(partial(ctypes.memmove, target, source, half))
-            if half < count:
-                self.give(partial(ctypes.memmove, target + half, source + half, count - half))
+            if count <= 8:  # a word of the table, which is there as long as the device
+                self.give(partial(ctypes.memmove, target, source, count))
+                continue
+            for begin, end in ((0, count // 2), (count // 2, count)):
+                self.give(partial(self.device.write, target + begin, source + begin, end - begin))
 
     def run(self, work: Callable[[], None]) -> None:
         self.give(work)
@@ -123,6 +124,13 @@ class FakeDevice:
     def bytes_allotted(self) -> int:
         """Of memory that somebody still holds: what one sees from outside."""
         return sum(len(memory) for ref in self.allotted if (memory := ref()) is not None)
+
+    def write(self, target: int, source: int | bytes, count: int) -> None:
+        """What a broken cache writes elsewhere would come to light anywhere, or never."""
+        held = [memory for ref in self.allotted if (memory := ref()) is not None]
+        inside = any(m.data_ptr() <= target and target + count <= m.data_ptr() + len(m) for m in held)
+        assert inside, "law 1: a write into memory that is not the cache's, or no longer"
+        ctypes.memmove(target, source, count)
 
     def give_back(self) -> None:
         return None
@@ -179,8 +187,10 @@ class FakeStep:
     met: list[tuple[int, int]] = field(default_factory=list)
     _found: list[tuple[ExpertId, int, int]] = field(default_factory=list)
     _landed: list[tuple[ExpertId, int]] = field(default_factory=list)
+    _write: Callable[[int, bytes, int], object] = ctypes.memmove
 
     def give(self, lane: FakeLane) -> None:
+        self._write = lane.device.write
         lane.run(self.table.apply)
         for layer, chosen in enumerate(self.routes):
             if self.fails_after is not None and layer > self.fails_after:
@@ -232,7 +242,7 @@ class FakeStep:
             found = ctypes.string_at(address & ~HOME, RECORD)
             assert found == content(expert), f"two phases: {expert} was read where something else is being written"
             if expert in landing:
-                ctypes.memmove(int(self.table.slot_address[landing[expert]]), found, RECORD)
+                self._write(int(self.table.slot_address[landing[expert]]), found, RECORD)
         self._found.clear()
         return True
 

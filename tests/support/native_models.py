@@ -14,9 +14,10 @@ from expertd_engine.kernels.library import Pool
 from expertd_engine.model.attention import ATTENTION_NAME, ShapeRecorder, paged_attention
 from expertd_engine.model.kv_storage import LayerShape
 from expertd_engine.model.loader import LoadedModel
-from expertd_engine.model.moe import EXPERTS_NAME, MoELayer, StepRoutes, experts_function
+from expertd_engine.model.moe import EXPERTS_NAME, MoELayer, experts_function
 from expertd_engine.model.native_witness import stood_in
 from expertd_engine.model.numerics import make_invariant
+from expertd_engine.model.step_routes import StepRoutes
 from support.tiny_families import make_model
 
 CONTEXT = 256

@@ -7,6 +7,7 @@ each from the folders it is told, so that two children can test two versions of 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import importlib
 import importlib.util
@@ -17,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +28,6 @@ HEAVY = (
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mixtral", "qwen2_moe")),
     *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
 )
-LIMIT_S = 300  # a slow box may stall for minutes; only what hangs takes this long
 GRACE_S = 20  # for writing the stacks
 
 
@@ -39,11 +40,12 @@ class Run:
     arguments: list[str]
     environment: dict[str, str]
     output: str
+    limit_s: int = 300  # a slow box may stall for minutes; only what hangs takes this long
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The exit code, or minus the signal that ended it; whether it was ended for taking longer than `LIMIT_S`."""
+    """The exit code, or minus the signal that ended it; whether it was ended for taking too long."""
 
     code: int
     overdue: bool
@@ -95,6 +97,7 @@ def _become(run: Run) -> int:
     for stream in (1, 2):
         os.dup2(output, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    faulthandler.enable()  # until pytest does
     os.chdir(run.folder)
     os.environ.clear()
     os.environ.update(run.environment)
@@ -120,8 +123,8 @@ def _child(act: Callable[[], int]) -> None:
         os._exit(code)
 
 
-def _wait(pid: int) -> Outcome:
-    """Past the limit pytest's handler of SIGABRT writes all stacks; in the end nothing of its session is left."""
+def _wait(pid: int, limit_s: int) -> Outcome:
+    """Past the limit the handler of SIGABRT writes all stacks; in the end nothing of its session is left."""
     means = [signal.SIGABRT, signal.SIGKILL]
 
     def overdue(*_: object) -> None:
@@ -130,7 +133,7 @@ def _wait(pid: int) -> Outcome:
         signal.alarm(GRACE_S)
 
     signal.signal(signal.SIGALRM, overdue)
-    signal.alarm(LIMIT_S)
+    signal.alarm(limit_s)
     _, status = os.waitpid(pid, 0)
     signal.alarm(0)
     with contextlib.suppress(ProcessLookupError):
@@ -149,8 +152,8 @@ def main() -> None:
         run = Run(**json.loads(line))
         pid = os.fork()
         if pid == 0:
-            _child(lambda run=run: _become(run))  # type: ignore[misc]  # mypy infers no lambda with defaults
-        print(json.dumps(asdict(_wait(pid))), file=answers)
+            _child(partial(_become, run))
+        print(json.dumps(asdict(_wait(pid, run.limit_s))), file=answers)
     os._exit(0)  # libraries of others complain where they are torn down
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd_engine.batching import Batching, Candidate, Share, expert_aware, prefill_first
+from expertd_engine.batching import Batching, Candidate, PacedRoom, Share, expert_aware, prefill_first
 from expertd_engine.core import EngineCore
 from expertd_engine.paths import Paths, PathShape, Routes
 from expertd_engine.request import Sequence
@@ -104,6 +104,30 @@ def test_whoever_waited_too_long_goes_before_the_longest_queue() -> None:
 def test_a_prompt_that_waited_leaves_tokens_for_decodes_that_did() -> None:
     those = [prompt(50, 1, waited=9), decode(2, waited=8), decode(3, waited=8), decode(1)]
     assert expert_aware(those, 10, 8, EXPERTS) == [Share(0, 8), Share(1, 1), Share(2, 1)]
+
+
+def paced(compute_s: float, read_s: float) -> PacedRoom:
+    """Slots for 2 experts of 100 bytes, told of a step that reads nothing and of one that reads one."""
+    room = PacedRoom(lambda: 2, 100)
+    room.stepped(compute_s, 0, 0.0)
+    room.stepped(9.0, 100, read_s)
+    return room
+
+
+def test_nobody_is_held_back_for_reads_that_computing_hides() -> None:
+    assert PacedRoom(lambda: 2, 100)(6) == 2, "nothing is known yet"
+    assert paced(compute_s=1.0, read_s=0.2)(6) == 6, "the four without a slot are read in 0.8 s"
+    assert paced(compute_s=1.0, read_s=0.3)(6) == 2
+    assert paced(compute_s=1.0, read_s=0.3)(5) == 5, "fewer wait"
+    assert paced(compute_s=1.0, read_s=9.0)(2) == 2
+
+
+def test_the_pace_of_reads_is_followed() -> None:
+    room = paced(compute_s=1.0, read_s=0.1)
+    assert room(6) == 6
+    for step in range(2, 30):
+        room.stepped(9.0, 100 * step, 0.1 + 2.0 * step)
+    assert room(6) == 2
 
 
 def test_prompts_before_answers() -> None:

@@ -26,6 +26,7 @@ from expertd_engine.experts.events import (
     Priority,
     Promote,
     Release,
+    Served,
     SetBudget,
     Tick,
     Used,
@@ -441,6 +442,18 @@ def test_uses_in_passing_are_demands_and_releases(policy: str) -> None:
         assert [ledger.state(expert) for expert in (A, B, C, D)] == ["absent", "resident", "resident", "resident"]
         assert ledger.resident_slots(0)[0] == -1
     assert asked.counters == passed.counters
+
+
+def test_what_held_experts_serve_are_hits_and_age_nobody() -> None:
+    served, still = make(slots=3), make(slots=3)
+    for ledger in (served, still):
+        Consumer(ledger).use([A, B, C])
+    assert not served.handle(Served(((0, 2, 5),)))
+    served.check()
+    assert (served.counters.hits, served.counters.activations["hit"]) == ([2], [5])
+    for ledger in (served, still):
+        Consumer(ledger).use([D], start=20)
+    assert [served.state(e) for e in (A, B, C, D)] == [still.state(e) for e in (A, B, C, D)]
 
 
 def test_what_is_not_resident_cannot_be_used_in_passing() -> None:

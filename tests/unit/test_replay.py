@@ -87,7 +87,7 @@ def test_hits_are_those_of_the_ledger_where_it_adapts() -> None:
     found = replay(events, slots, AdaptiveRanking(events, slots))
     assert abs(found.hit_rate - met.hit_rate) < 0.001
     fixed = replay(events, slots, LFURanking(events))
-    assert policy.half_life > make_policy("next-use", 24).half_life and found.misses < fixed.misses
+    assert policy.half_life > round(HALF_LIFE_TOKENS * 24) and found.misses < fixed.misses
 
 
 def best_possible(events: Events, slots: int) -> int:

@@ -182,8 +182,7 @@ def _add_readme(command: argparse.ArgumentParser) -> None:
 
 def _add_routing(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_routing)
-    command.add_argument("--fit", action="store_true", help="fit the parameter file anew, then show it")
-    command.add_argument("--show", action="store_true", help="show the committed fit (the default)")
+    command.add_argument("--fit", action="store_true", help="fit the parameter file anew before it is shown")
 
 
 def _positive(text: str) -> int:

@@ -31,8 +31,8 @@ FLOOR = 0.97
 WASTE = 0.2
 """Of prefetched bytes, at most."""
 HEADER = (
-    "routes", "budget", "foresees", "tok/s off", "tok/s on", "on ÷ off", "95 %", "hits off", "hits on", "wasted",
-    "read ÷ LRU",
+    "routes", "budget", "foresees", "tok/s off", "tok/s on", "on ÷ off", "95 %", "hits off", "hits on", "ahead",
+    "wasted", "read ÷ LRU",
 )  # fmt: skip
 
 
@@ -55,6 +55,8 @@ class Found:
     ratio: Interval
     hits_off: float
     hits_on: float
+    ahead: float
+    """Bytes of prefetches that have ended, of all that was read while timed."""
     wasted: float | None
     """Of prefetched bytes; None where nothing was prefetched."""
     of_lru: float | None
@@ -111,6 +113,7 @@ def _measure(spec: EngineSpec, cell: Cell, request: DecodeRequest, pairs: int, t
             raise Lost(f"{cell.routing} at {cell.budget}, foresight {runner.name}: {runner.lost}")
     without, with_ = paired(*runners)
     prefetched, lru = sum(one.prefetched_bytes for one in with_), sum(one.lru_transferred_bytes for one in with_)
+    transferred = sum(one.transferred_bytes for one in with_)
     return Found(
         cell,
         median_interval([one.tok_s for one in without]),
@@ -118,8 +121,9 @@ def _measure(spec: EngineSpec, cell: Cell, request: DecodeRequest, pairs: int, t
         ratio_interval([one.tok_s for one in with_], [one.tok_s for one in without]),
         _hits(without),
         _hits(with_),
+        prefetched / max(1, transferred),
         sum(one.wasted_bytes for one in with_) / prefetched if prefetched else None,
-        sum(one.transferred_bytes for one in with_) / lru if lru else None,
+        transferred / lru if lru else None,
     )
 
 
@@ -132,8 +136,8 @@ def _report(spec: EngineSpec, pairs: int, found: Sequence[Found]) -> str:
         (
             one.cell.routing.partition(os.sep)[0], one.cell.budget, one.cell.hints, number(one.off.median),
             number(one.on.median), number(one.ratio.median, 3), spread(one.ratio.low, one.ratio.high, 3),
-            percent(one.hits_off), percent(one.hits_on), percent(one.wasted),
-            number(one.of_lru, 2),
+            percent(one.hits_off), percent(one.hits_on), percent(one.ahead),
+            percent(one.wasted), number(one.of_lru, 2),
         )
         for one in found
     ]  # fmt: skip
@@ -154,5 +158,5 @@ def _values(one: Found) -> dict[str, Any]:
     return {
         "routing": one.cell.routing, "budget": one.cell.budget, "hints": one.cell.hints, "off": one.off.as_json(),
         "on": one.on.as_json(), "ratio": one.ratio.as_json(), "hits_off": one.hits_off, "hits_on": one.hits_on,
-        "wasted": one.wasted, "of_lru": one.of_lru,
+        "ahead": one.ahead, "wasted": one.wasted, "of_lru": one.of_lru,
     }  # fmt: skip

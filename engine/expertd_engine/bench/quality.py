@@ -44,15 +44,15 @@ WINDOW = 256
 CALIBRATION = 2
 """Windows of other text, for static pruning; `expertd profile` takes its text from there, too."""
 METHODS = (
-    "planned", "genetic", "importance", "no-foresight", "swapmoe", "counts", "norms", "gate-norms", "random",
+    "planned", "foreseen", "genetic", "importance", "swapmoe", "counts", "norms", "gate-norms", "random",
     "cache-prior",
 )  # fmt: skip
-"""`planned` is what is served where there is a profile, `importance` where there is none; `genetic` splits slots over
-layers by SwapMoE's search, from the same profile. `no-foresight` swaps after steps alone; in `swapmoe` one expert
-answers for one, too. Then SwapMoE by token counts, static pruning by ‖E‖ and by gate × norm on other text, random sets,
-all masked as the papers have it; cache-prior routing, which may fetch."""
+"""`planned` is what is served where there is a profile, `importance` where there is none. `foreseen` is `planned` with
+swaps on the way to a layer; `genetic` splits slots over layers by SwapMoE's search, from the same profile. In `swapmoe`
+one expert answers for one. Then SwapMoE by token counts, static pruning by ‖E‖ and by gate × norm on other text, random
+sets, all masked as the papers have it; cache-prior routing, which may fetch."""
 
-SPLITS = ("planned", "genetic")
+SPLITS = ("planned", "foreseen", "genetic")
 """Methods that give layers unequal slots, by the store's profile."""
 
 
@@ -185,7 +185,7 @@ class QualityBench:
             "planned": lambda: with_slots(self._model, slots, served),
             "genetic": lambda: with_slots(self._model, slots, served),
             "importance": lambda: with_slots(self._model, slots, served),
-            "no-foresight": lambda: with_slots(self._model, slots, moving, foresees=False),
+            "foreseen": lambda: with_slots(self._model, slots, replace(served, ahead=SwapLimits().ahead)),
             "swapmoe": lambda: published(moving),
             "counts": lambda: published(moving, score=_counts),
             "norms": lambda: published(still, priors=norms),

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from heapq import heappop, heappush
 
-from expertd_engine.batching import Batching
+from expertd_engine.batching import Batching, PacedRoom
 from expertd_engine.bench.readme_traces import Arrival, Recorded
 from expertd_engine.bench.virtual_clock import Clock
 from expertd_engine.config import Policy
@@ -182,8 +182,9 @@ class Simulation:
         limits = SchedulerLimits(
             room.max_sequences, room.max_step_tokens, 1 << 20, patience_steps=room.patience
         )  # fmt: skip
-        at_hand = max(1, room.slots // costs.layers)
-        self._scheduler = Scheduler(limits, KVPool(1 << 16, 16), None, arm.batching, lambda: at_hand)
+        slots = max(1, room.slots // costs.layers)
+        self._paced = PacedRoom(lambda: slots, RECORD * costs.layers)
+        self._scheduler = Scheduler(limits, KVPool(1 << 16, 16), None, arm.batching, self._paced)
         self._core = EngineCore(self._scheduler, self._forward, (), foresee=self._foresee)
 
     def run(self, trace: Sequence[Arrival]) -> Outcome:
@@ -237,6 +238,7 @@ class Simulation:
             self.clock.advance(plain_s)
             self._layer(layer, experts)
         self._count(plan, now[0])
+        self._tell_room(self.clock.now - began)
         sampled = {}
         for chunk in plan.chunks:
             if chunk.samples:
@@ -254,6 +256,11 @@ class Simulation:
                 self.clock.advance(each_s * len(taken))
                 leases.release(taken)
                 missing -= len(taken)
+
+    def _tell_room(self, duration_s: float) -> None:
+        counters = self.cache.ledger.counters
+        read = counters.demand_bytes + counters.prefetch_bytes
+        self._paced.stepped(duration_s, read, read / RECORD * self._costs.read_s / self._costs.readers)
 
     def _count(self, plan: StepPlan, experts: frozenset[int]) -> None:
         outcome = self.outcome

@@ -33,6 +33,7 @@ from expertd_engine.experts.events import (
     Promote,
     Release,
     Remember,
+    Served,
     SetBudget,
     Tick,
     Used,
@@ -239,6 +240,11 @@ class ExpertCache:
         """Decoding tokens chose these experts (with repeats) of these layers, all resident, and have been computed."""
         self.pulse()
         self.handle([self._used(layer, experts) for layer, experts in layers])
+
+    def served(self, layers: Iterable[tuple[int, int, int]]) -> None:
+        """Held experts have been computed: by layer how many, and the (token, choice) pairs that chose them."""
+        self.pulse()
+        self.handle([Served(tuple(layers))])
 
     def _used(self, layer: int, experts: Sequence[int]) -> Used:
         counts = Counter(experts)

@@ -45,7 +45,6 @@ class SpilledHost:
         slots = budget_bytes // max(sizes)
         if slots < 2:
             raise BudgetError("host budget", budget_bytes, 2 * max(sizes), "one record copied, one read")
-        self._sizes = sizes
         self._device = device
         self._slab = PinnedSlab(slots, max(sizes))
         self.bytes = slots * self._slab.stride

@@ -65,6 +65,16 @@ class Used(msgspec.Struct, frozen=True, gc=False):
     position: int
 
 
+class Served(msgspec.Struct, frozen=True, gc=False):
+    """A virtual step has computed with experts that are held: lookups that hit, and no more. What is held is leased, so
+    it needs no recency; what is not should not age by it.
+
+    By layer: its number, how many of its experts, and the (token, choice) pairs that they served.
+    """
+
+    layers: tuple[tuple[int, int, int], ...]
+
+
 class Hint(msgspec.Struct, frozen=True, gc=False):
     expert: ExpertId
     needed_at: int
@@ -143,7 +153,7 @@ class Tick(msgspec.Struct, frozen=True, gc=False):
     position: int
 
 
-Event = Demand | Used | Predict | Loaded | Failed | Cancelled | Release | Abort | SetBudget | Tick | Remember
+Event = Demand | Used | Served | Predict | Loaded | Failed | Cancelled | Release | Abort | SetBudget | Tick | Remember
 
 # ---------------------------------------------------------------- instructions
 

@@ -65,15 +65,9 @@ class HeldExperts:
         until what this method's caller does next is done: nobody takes events in meanwhile. None where one is not."""
         if not self.sets.holds(layer, experts):
             return None
-        self.cache.used_in_passing(
-            [(layer, [e for e, count in zip(experts, pairs, strict=True) for _ in range(count)])]
-        )
+        self.cache.served([(layer, len(experts), sum(pairs))])
         resident = self.cache.ledger.resident_slots(layer)
         return [resident[expert] for expert in experts]
-
-    def used(self, layers: Sequence[int], experts: Sequence[Sequence[int]]) -> None:
-        """Native code has computed these experts of these layers, with repeats, all of them held."""
-        self.cache.used_in_passing(list(zip(layers, experts, strict=True)))
 
     def end_step(self, tokens: float) -> None:
         """The virtual step has ended; `tokens` as for `VirtualExperts.end_step`."""

@@ -46,6 +46,7 @@ from expertd_engine.experts.events import (
     Priority,
     Release,
     Remember,
+    Served,
     SetBudget,
     Tick,
     Used,
@@ -97,9 +98,9 @@ class Ledger(LedgerBase):
         self._queue: OrderedDict[ExpertId, Record] = OrderedDict()
         self._remembered: list[Record] = []  # to be loaded where there is room, the last one first
         self._handlers: dict[type, Callable[[Any], None]] = {
-            Demand: self._demand, Used: self._used, Predict: self._predict, Loaded: self._loaded, Failed: self._failed,
-            Cancelled: self._cancelled, Release: self._release, Abort: self._abort, SetBudget: self._set_budget,
-            Tick: self._tick, Remember: self._remember,
+            Demand: self._demand, Used: self._used, Served: self._served, Predict: self._predict,
+            Loaded: self._loaded, Failed: self._failed, Cancelled: self._cancelled, Release: self._release,
+            Abort: self._abort, SetBudget: self._set_budget, Tick: self._tick, Remember: self._remember,
         }  # fmt: skip
 
     def handle(self, event: Event) -> list[Instruction]:
@@ -199,6 +200,12 @@ class Ledger(LedgerBase):
             self._count_lookup(record, pairs, foreseen)
             if record.facts.ticket:
                 self._residency.victims.offer(record.facts)
+
+    def _served(self, event: Served) -> None:
+        for layer, lookups, pairs in event.layers:
+            self.counters.hits[layer] += lookups
+            self.counters.activations["hit"][layer] += pairs
+            self._foresight.lookups += lookups
 
     def _predict(self, event: Predict) -> None:
         records = [self._residency.record(hint.expert) for hint in event.hints]

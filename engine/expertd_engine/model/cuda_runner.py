@@ -14,9 +14,10 @@ from expertd_engine.experts.cache import ExpertUnavailableError
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.messages import TokenLogprob
 from expertd_engine.model.cuda_model import DeviceModel, StepOutcome, StepTokens
-from expertd_engine.model.moe import MoELayer, RouteSource
+from expertd_engine.model.moe import MoELayer
 from expertd_engine.model.runner import logit_positions, read_out, sample_row
 from expertd_engine.model.sampler import SampleRow, sample, takes_the_best
+from expertd_engine.model.step_routes import RouteSource
 from expertd_engine.model.step_rows import Span
 from expertd_engine.step_plan import Chunk, StepPlan
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from expertd_engine.families import Model
-from expertd_engine.model.router_kinds import ModuleRouterAdapter, adapt_router
+from expertd_engine.model.router_kinds import RouterAdapter, adapt_router
 
 Floats: TypeAlias = NDArray[np.float32]
 
@@ -59,13 +59,13 @@ def find_gates(model: Model, modules: list[str]) -> list[Gate]:
 @torch.inference_mode()
 def _gate(model: Model, name: str) -> Gate:
     router = adapt_router(model, name)
-    if not isinstance(router, ModuleRouterAdapter):
+    if not isinstance(router, RouterAdapter):
         raise NotLinear(f"the router of {name} is of no known kind")
     return Gate(*_linear(router, name), *norm_before(model, name, router))
 
 
 @torch.inference_mode()
-def norm_before(model: Model, name: str, router: ModuleRouterAdapter) -> tuple[Floats, Floats]:
+def norm_before(model: Model, name: str, router: RouterAdapter) -> tuple[Floats, Floats]:
     """Scale and shift `[H]` of the norm whose output the router sees; 1 and 0 where none is found. Raises NotLinear."""
     norm = _norm_before(model, name)
     if norm is None:
@@ -73,7 +73,7 @@ def norm_before(model: Model, name: str, router: ModuleRouterAdapter) -> tuple[F
     return _affine(norm, router.hidden_size, router.hidden_dtype, name)
 
 
-def _linear(router: ModuleRouterAdapter, name: str) -> tuple[Floats, Floats]:
+def _linear(router: RouterAdapter, name: str) -> tuple[Floats, Floats]:
     size, dtype = router.hidden_size, router.hidden_dtype
     bias = router.logits(torch.zeros(1, size, dtype=dtype))[0].float()
     weight = (router.logits(torch.eye(size, dtype=dtype)).float() - bias).T

@@ -63,9 +63,10 @@ class HeldMemory:
 
     def met(self, first: int, stop: int, rows: int) -> Met:
         """What the layers from `first` to before `stop` did with so many rows."""
-        at = [layer for layer in range(first, stop) if self._moe[layer] is not None]
-        layers = [index for layer in at if (index := self._moe[layer]) is not None]
-        shape, wider = (len(at), rows, self._top_k), (len(at), rows, 2 * self._top_k)
+        routed = [layer for layer in range(first, stop) if self._moe[layer] is not None]
+        layers = [index for layer in routed if (index := self._moe[layer]) is not None]
+        at = slice(first, stop) if len(layers) == stop - first else routed  # a slice copies nothing
+        shape, wider = (len(layers), rows, self._top_k), (len(layers), rows, 2 * self._top_k)
         return Met(
             layers,
             self._chosen[at, : rows * self._top_k].reshape(shape),

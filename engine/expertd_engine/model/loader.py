@@ -29,7 +29,7 @@ from expertd_engine.model.expert_native import NativeExperts, Unsupported, exper
 from expertd_engine.model.expert_torch import SlotViews, TorchExperts
 from expertd_engine.model.moe import EXPERTS_NAME, ExpertKernel, MoELayer, experts_function
 from expertd_engine.model.numerics import make_invariant
-from expertd_engine.model.router import RouterKind
+from expertd_engine.model.router_rules import RouterKind
 
 _CHUNK_BYTES = 8 * 2**20
 _SAFETENSORS_DTYPES = {

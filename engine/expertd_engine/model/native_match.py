@@ -20,7 +20,7 @@ from expertd_engine.model.kv_storage import LayerShape
 from expertd_engine.model.native_abi import Block, FeedForward, Norm, NormKind, Rope, Router, Scores
 from expertd_engine.model.native_probe import activation_of, norm_kind
 from expertd_engine.model.native_witness import LayerSeen, NotMatched
-from expertd_engine.model.router_kinds import ModuleRouterAdapter
+from expertd_engine.model.router_kinds import RouterAdapter
 from expertd_engine.model.router_rules import (
     Rule,
     ScoreTopK,
@@ -66,7 +66,7 @@ class Matched:
     keep: list[Tensor]
     experts: nn.Module | None
     """The routed experts' module; None in a dense layer."""
-    adapter: ModuleRouterAdapter | None
+    adapter: RouterAdapter | None
     """Selects where the native path gives logits alone."""
 
 
@@ -121,7 +121,7 @@ class _Parts:
 
 
 def match_layer(
-    seen: LayerSeen, shape: LayerShape, find_router: Callable[[nn.Module], ModuleRouterAdapter | None]
+    seen: LayerSeen, shape: LayerShape, find_router: Callable[[nn.Module], RouterAdapter | None]
 ) -> Matched:
     """The layer with everything but its rotation settled. Raises NotMatched."""
     parts = _Parts()
@@ -205,7 +205,7 @@ def _place_attention(parts: _Parts, module: Any, seen: LayerSeen, shape: LayerSh
     block.key_dim, block.value_dim = shape.key_dim, shape.value_dim
 
 
-def _place_moe(parts: _Parts, ffn: Any, experts: Any, adapter: ModuleRouterAdapter | None) -> None:
+def _place_moe(parts: _Parts, ffn: Any, experts: Any, adapter: RouterAdapter | None) -> None:
     if adapter is None and not getattr(ffn, "routes_are_given", False):
         raise NotMatched(f"{type(ffn).__name__} has a router of no known kind")
     block = parts.block
@@ -228,7 +228,7 @@ def _place_moe(parts: _Parts, ffn: Any, experts: Any, adapter: ModuleRouterAdapt
             raise NotMatched(f"{type(ffn).__name__} has a part {name!r} that is not known")
 
 
-def _router_matrix(parts: _Parts, adapter: ModuleRouterAdapter) -> Matrix:
+def _router_matrix(parts: _Parts, adapter: RouterAdapter) -> Matrix:
     """The router's one matrix `[experts, hidden]`, its own or its only linear layer's."""
     shape = (adapter.num_experts, adapter.hidden_size)
     for module in adapter.module.modules():
@@ -240,7 +240,7 @@ def _router_matrix(parts: _Parts, adapter: ModuleRouterAdapter) -> Matrix:
     raise NotMatched(f"{type(adapter.module).__name__} has no matrix of {shape[0]} × {shape[1]}")
 
 
-def _router(parts: _Parts, adapter: ModuleRouterAdapter) -> Router:
+def _router(parts: _Parts, adapter: RouterAdapter) -> Router:
     """With the rule where native code has it, else for its logits alone."""
     rule: Rule = adapter.rule
     router = Router(matrix=_router_matrix(parts, adapter), experts=adapter.num_experts, top_k=adapter.top_k, scale=1.0)

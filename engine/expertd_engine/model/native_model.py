@@ -21,10 +21,11 @@ from expertd_engine.kernels.library import FORMATS, Matrix, Pool
 from expertd_engine.model.expert_native import NativeExperts
 from expertd_engine.model.held_run import NativeSubstitution
 from expertd_engine.model.kv_storage import KVStorage
-from expertd_engine.model.moe import KnownRoutes, Later, MoELayer, StepRoutes
+from expertd_engine.model.moe import Later, MoELayer
 from expertd_engine.model.native_abi import Block, BlockCalls, Norm, Scores, Step
 from expertd_engine.model.native_run import LayerRun, may_run
 from expertd_engine.model.numerics import InvariantSigmoids
+from expertd_engine.model.step_routes import KnownRoutes, StepRoutes
 from expertd_engine.model.step_rows import Span, StepRows
 
 T = TypeVar("T")

@@ -10,22 +10,29 @@ import ctypes
 from array import array
 from collections.abc import Iterable, Sequence
 from ctypes import byref, c_int32, c_void_p
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from expertd_engine.experts.ledger_base import LedgerBase
 from expertd_engine.kernels.library import Pool
 from expertd_engine.model.expert_native import NativeExperts
 from expertd_engine.model.held_run import HeldMemory
-from expertd_engine.model.moe import FEW_ROWS, Later, MoELayer, Reroute, StepRoutes, Watch
+from expertd_engine.model.moe import FEW_ROWS, Later, MoELayer
 from expertd_engine.model.native_abi import Block, BlockCalls, Run, Step
+from expertd_engine.model.step_routes import Reroute, StepRoutes, Watch
 
 
 class Residents(Protocol):
     """The part of the expert cache that this needs."""
 
-    foresees: bool
-    ledger: Any
+    @property
+    def foresees(self) -> bool:
+        """Whether somebody wants to hear of each layer's routes when it has them."""
+        ...
+
+    @property
+    def ledger(self) -> LedgerBase: ...
 
     def used_in_passing(self, layers: Iterable[tuple[int, Sequence[int]]]) -> None:
         """Tell of experts that were computed."""

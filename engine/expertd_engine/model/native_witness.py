@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from expertd_engine.model.attention import AttentionBatch
 from expertd_engine.model.kv_storage import KVStorage, LayerShape
 from expertd_engine.model.loader import LoadedModel
-from expertd_engine.model.moe import KnownRoutes
+from expertd_engine.model.step_routes import KnownRoutes
 from expertd_engine.model.step_rows import Span
 
 _SPANS = ((0, 29), (None, 19))

@@ -14,8 +14,8 @@ from itertools import pairwise
 from expertd_engine.experts.pregated import PregatedLookahead, later_unions
 from expertd_engine.kernels.library import KernelError
 from expertd_engine.model.kv_storage import KVStorage
-from expertd_engine.model.moe import KnownRoutes
 from expertd_engine.model.pregate import Pregate
+from expertd_engine.model.step_routes import KnownRoutes
 from expertd_engine.model.step_rows import Span
 from expertd_engine.paths import Paths, union_of
 from expertd_engine.request import Sequence, SequenceState

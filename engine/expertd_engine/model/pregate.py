@@ -17,10 +17,10 @@ from expertd_engine.kernels.library import KernelsMissing
 from expertd_engine.model.attention import ATTENTION_NAME, AttentionBatch
 from expertd_engine.model.kv_storage import KVStorage, LayerShape
 from expertd_engine.model.loader import LoadedModel
-from expertd_engine.model.moe import KnownRoutes
 from expertd_engine.model.native_router import NativeRouter
 from expertd_engine.model.native_witness import NotMatched
 from expertd_engine.model.numerics import ROW_MULTIPLE
+from expertd_engine.model.step_routes import KnownRoutes
 from expertd_engine.model.step_rows import Span
 from expertd_engine.paths import PathShape, Routes
 

@@ -18,9 +18,9 @@ import torch
 from torch.nn.functional import linear
 
 from expertd_engine.families import find_experts
-from expertd_engine.model.router import RouterKind
 from expertd_engine.model.router_rules import (
     Groups,
+    RouterKind,
     Rule,
     ScoreTopK,
     SparseMixer,
@@ -38,8 +38,12 @@ _CHECK_ROWS = 64
 
 
 @dataclass(eq=False)
-class ModuleRouterAdapter:
-    """A `RouterAdapter` over one layer's own router `module`, which sees hidden states `[T, hidden_size]`."""
+class RouterAdapter:
+    """Logits and selection of one layer's own router `module`, which sees hidden states `[T, hidden_size]`.
+
+    Every family computes softmax and top-k inside its router's `forward`; virtual mode, predictors and scores need the
+    logits, and the selection under a mask. Without one, both are bit-equal to the module's.
+    """
 
     kind: RouterKind
     num_experts: int
@@ -221,7 +225,7 @@ _BEHAVIOURS: dict[tuple[str, ...], _Behaviour] = {
 _BY_CLASS = {name: behaviour for names, behaviour in _BEHAVIOURS.items() for name in names}
 
 
-def adapt_router(model: nn.Module, experts_module_name: str) -> ModuleRouterAdapter | None:
+def adapt_router(model: nn.Module, experts_module_name: str) -> RouterAdapter | None:
     """The adapter of the router beside the experts module of that name in `model`; None if it is of no known kind.
 
     `model` is a transformers model; its parameters may still be on meta, or be replaced later. Raises AttributeError
@@ -233,12 +237,12 @@ def adapt_router(model: nn.Module, experts_module_name: str) -> ModuleRouterAdap
     return _adapt(routers[0], block, model) if len(routers) == 1 else None
 
 
-def _adapt(router: Any, block: Any, model: Any) -> ModuleRouterAdapter | None:
+def _adapt(router: Any, block: Any, model: Any) -> RouterAdapter | None:
     behaviour = _BY_CLASS[type(router).__name__]
     rule = behaviour.rule(router, block, model.dtype)
     if rule is None:
         return None
-    return ModuleRouterAdapter(
+    return RouterAdapter(
         kind=behaviour.kind,
         num_experts=router.num_experts,
         top_k=router.top_k,
@@ -258,7 +262,7 @@ def router_kind_of(model: nn.Module) -> RouterKind | None:
     return kinds.pop() if len(kinds) == 1 else None
 
 
-def check_adapter(adapter: ModuleRouterAdapter, generator: torch.Generator) -> bool:
+def check_adapter(adapter: RouterAdapter, generator: torch.Generator) -> bool:
     """Whether the adapter without a mask is bit-equal to its module on random hidden states, in the module's order.
 
     Raises ValueError for a module in training mode, where a router may add noise.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -19,6 +20,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NEVER = float("-inf")
+
+
+class RouterKind(StrEnum):
+    """How logits become a selection and weights. Closed set; a router of no kind is served in exact mode alone."""
+
+    SOFTMAX_TOPK = "softmax-topk"
+    """softmax over all experts, then top-k; renormalised or not (mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2)."""
+    TOPK_SOFTMAX = "topk-softmax"
+    """top-k of the logits, then softmax over the chosen (gpt_oss, granitemoe)."""
+    SIGMOID_GROUPED = "sigmoid-grouped"
+    """sigmoid + selection bias, best groups, top-k; weights from the raw scores (deepseek_v3, glm4_moe)."""
+    SPARSEMIXER = "sparsemixer"
+    """two successive argmaxes with jitter thresholds (phimoe)."""
 
 
 class Rule(Protocol):

@@ -18,10 +18,11 @@ from expertd_engine.messages import TokenLogprob
 from expertd_engine.model.attention import Attend, AttentionBatch
 from expertd_engine.model.kv_storage import KVStorage
 from expertd_engine.model.loader import LoadedModel
-from expertd_engine.model.moe import KnownRoutes, MoELayer, Reroute, RouteSource, StepRoutes, Watch
+from expertd_engine.model.moe import MoELayer
 from expertd_engine.model.numerics import ROW_MULTIPLE, InvariantSigmoids
 from expertd_engine.model.pathfinder import Pathfinder
 from expertd_engine.model.sampler import NoTokenLeft, SampleRow, sample, token_logprob
+from expertd_engine.model.step_routes import KnownRoutes, Reroute, RouteSource, StepRoutes, Watch
 from expertd_engine.model.step_rows import Span, StepRows
 from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.request import ConstraintFailed, Substitutions

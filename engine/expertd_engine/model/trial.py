@@ -20,12 +20,13 @@ from expertd_engine.model.attention import AttentionBatch, ShapeRecorder
 from expertd_engine.model.expert_torch import SlotViews
 from expertd_engine.model.kv_storage import KVStorage, LayerShape
 from expertd_engine.model.loader import LoadedModel, attach_experts
-from expertd_engine.model.moe import MoELayer, StepRoutes
+from expertd_engine.model.moe import MoELayer
 from expertd_engine.model.native_build import build_native
 from expertd_engine.model.native_witness import NotMatched
 from expertd_engine.model.pregate import Pregate, build_pregate
 from expertd_engine.model.runner import ModuleModel, StepModel, forward
 from expertd_engine.model.sampler import SampleRow, sample
+from expertd_engine.model.step_routes import StepRoutes
 from expertd_engine.model.step_rows import Span, StepRows
 from expertd_engine.step_plan import SchedulerLimits
 

@@ -15,7 +15,7 @@ from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
 from expertd_engine.experts.virtual_room import VirtualRoom
 from expertd_engine.model.gates import NotLinear
 from expertd_engine.model.loader import LoadedModel
-from expertd_engine.model.router_kinds import ModuleRouterAdapter, adapt_router
+from expertd_engine.model.router_kinds import RouterAdapter, adapt_router
 from expertd_engine.model.virtual_foresight import NextLayers, next_layers
 from expertd_engine.model.virtual_routing import VirtualRouting, importance
 from expertd_engine.planning.profile import Profile
@@ -47,7 +47,7 @@ def build_virtual(
     Raises ConfigError for more or fewer virtual slots than a layer can have.
     """
     routers = [adapt_router(loaded.model, layer.module) for layer in index.layers]
-    known = [router for router in routers if isinstance(router, ModuleRouterAdapter)]
+    known = [router for router in routers if isinstance(router, RouterAdapter)]
     if index.router_kind is None or len(known) < len(routers):
         return NoVirtualMode(
             f"the routers of {index.model_type} are of no kind that is known to choose under a mask: expert_mode may "
@@ -67,7 +67,7 @@ def build_virtual(
 
 
 def _foresight(
-    loaded: LoadedModel, index: StoreIndex, routers: list[ModuleRouterAdapter], fallbacks: list[str]
+    loaded: LoadedModel, index: StoreIndex, routers: list[RouterAdapter], fallbacks: list[str]
 ) -> NextLayers | None:
     try:
         return next_layers(loaded.model, [layer.module for layer in index.layers], routers)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertd_engine.families import Model
 from expertd_engine.model.gates import norm_before
-from expertd_engine.model.router_kinds import ModuleRouterAdapter
+from expertd_engine.model.router_kinds import RouterAdapter
 from expertd_engine.model.substitution import Floats
 
 Norm = tuple[Floats, Floats]
@@ -24,7 +24,7 @@ Norm = tuple[Floats, Floats]
 class NextLayers:
     """One for a model; `routers` and `norms` are by MoE layer. Matrices are made when a layer is first asked about."""
 
-    def __init__(self, routers: Sequence[ModuleRouterAdapter], norms: Sequence[Norm]) -> None:
+    def __init__(self, routers: Sequence[RouterAdapter], norms: Sequence[Norm]) -> None:
         self._routers = routers
         self._norms = norms
         self._maps: dict[int, tuple[Floats, Floats]] = {}
@@ -64,6 +64,6 @@ class NextLayers:
 _TINY = 1e-6
 
 
-def next_layers(model: Model, modules: Sequence[str], routers: Sequence[ModuleRouterAdapter]) -> NextLayers:
+def next_layers(model: Model, modules: Sequence[str], routers: Sequence[RouterAdapter]) -> NextLayers:
     """For MoE layers whose experts modules have these names. Raises NotLinear, naming what cannot be foreseen."""
     return NextLayers(routers, [norm_before(model, *pair) for pair in zip(modules, routers, strict=True)])

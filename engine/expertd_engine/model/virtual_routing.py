@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from expertd_engine.experts.held import HeldExperts
-from expertd_engine.model.moe import FEW_ROWS, Substitute
+from expertd_engine.model.moe import FEW_ROWS
+from expertd_engine.model.step_routes import Substitute
 from expertd_engine.model.substitution import (
     SHARED_BY,
     Bools,
@@ -208,7 +209,7 @@ class VirtualRouting:
             counts.substituted[layer] += replaced[place]
             counts.mass[layer] += mass[place]
             self.held.sets.observe(layer, _sums(met.chosen[place], values[place]))
-        self.held.used(met.layers, _served(met))
+        self.held.cache.served(_served(met, max(map(len, self.masks))))
 
     def _foresee(self, layer: int, hidden: Tensor) -> None:
         """Let the next layer's set begin to follow what the step will ask of it."""
@@ -292,10 +293,12 @@ def _sums(chosen: Ids, values: Floats) -> dict[int, float]:
     return {expert: float(total[expert]) for expert in np.flatnonzero(total).tolist()}
 
 
-def _served(met: Met) -> list[list[int]]:
-    """Who computed, with repeats, by layer."""
-    if met.served.shape[1] == 1:
-        rows, counts = met.served[:, 0].tolist(), met.counts[:, 0].tolist()
-        return [row[:count] for row, count in zip(rows, counts, strict=True)]
-    meant = np.arange(met.served.shape[2]) < met.counts[..., None]
-    return [experts[which].tolist() for experts, which in zip(met.served, meant, strict=True)]
+def _served(met: Met, experts: int) -> list[tuple[int, int, int]]:
+    """By layer: its number, how many of `experts` computed, and for how many pairs."""
+    pairs = met.counts.sum(axis=1)
+    distinct = pairs
+    if met.counts.shape[1] > 1:
+        used = np.zeros((len(met.layers), experts), bool)
+        np.put_along_axis(used, met.served.reshape(len(met.layers), -1), True, axis=1)
+        distinct = used.sum(axis=1)
+    return list(zip(met.layers, distinct.tolist(), pairs.tolist(), strict=True))

@@ -1,22 +1,12 @@
 """Trainable FFN weights: full ones, or frozen ones with low-rank deltas. Each owns its parameters.
 
-All hold a stack `[3, E, N, H]`: for each of E experts and N neurons the row of gate, the row of up, the column of down.
+`stack` is `[3, E, N, H]`: for each of E experts and N neurons the row of gate, the row of up, the column of down.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
-
-
-class Part(Protocol):
-    """What a feed-forward block computes with."""
-
-    def stack(self, dtype: torch.dtype) -> Tensor:
-        """`[3, E, N, H]`."""
-        ...
 
 
 class FullPart(nn.Module):

@@ -5,13 +5,16 @@
 
 namespace expertd {
 
-constexpr int kTile = 8;  // input rows that one strip kernel call takes at most
+constexpr int kTile = 8;        // input rows that one unit kernel call takes at most
+constexpr int kUnitRows = 32;   // and rows of weights
+constexpr int kUnitStrips = 2;  // which are so many strips: what is loaded of an input row serves all of them
 
-// Multiplies one strip (16 rows, or `rows` < 16 at a float matrix's end) with `tokens` <= kTile input rows:
-// out[t * 16 + r] = sum_k W[r, k] * x_t[k]. Inputs are float rows, or rows of Group in the integer formats. `then` is
-// the strip that will probably be read next, of as many columns: integer kernels fetch its beginning meanwhile.
-using StripKernel = void (*)(const void* strip, const void* then, int64_t cols, int rows, const void* const* inputs,
-                             int tokens, float* out);
+// Multiplies `rows` <= kUnitRows rows of weights, from the beginning of a strip on, with `tokens` <= kTile input rows:
+// out[t * kUnitRows + r] = sum_k W[r, k] * x_t[k]; all rows of a strip are written in the integer formats. Inputs are
+// float rows, or rows of Group in the integer formats. `then` is the unit that will probably be read next, of as many
+// columns: integer kernels fetch its beginning meanwhile.
+using UnitKernel = void (*)(const void* strips, const void* then, int64_t cols, int rows, const void* const* inputs,
+                            int tokens, float* out);
 
 struct Activation {
   int kind;  // expertd_activation
@@ -21,7 +24,7 @@ struct Activation {
 struct Isa {
   const char* name;
   bool (*runs_here)();
-  StripKernel strip[5];  // by expertd_format
+  UnitKernel unit[5];  // by expertd_format
   // One row of `cols` floats as groups; `factor`: correction_factor of the format that will read it.
   void (*quantise)(const float* x, int64_t cols, int32_t factor, struct Group* out);
   // gate[i] = activation(gate[i], up[i]) for n values; gate null: up[i] = activation(up[i]).

@@ -62,7 +62,7 @@ inline void dot_tile(const Element* w, int64_t cols, const void* const* inputs, 
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int t = 0; t < T; ++t) out[t * kStripRows + r] = sum(acc[r][t]);
+    for (int t = 0; t < T; ++t) out[t * kUnitRows + r] = sum(acc[r][t]);
   }
 }
 
@@ -74,93 +74,141 @@ inline void dot_rows(const Element* w, int64_t cols, int rows, const void* const
 }
 
 template <class Element>
-void float_strip(const void* strip, const void* /*then*/, int64_t cols, int rows, const void* const* inputs, int tokens,
-                 float* out) {
-  const auto* w = static_cast<const Element*>(strip);
+void float_unit(const void* strips, const void* /*then*/, int64_t cols, int rows, const void* const* inputs, int tokens,
+                float* out) {
+  const auto* w = static_cast<const Element*>(strips);
   int t = 0;
   for (; t + kDotTokens <= tokens; t += kDotTokens) {
-    dot_rows<kDotTokens>(w, cols, rows, inputs + t, out + t * kStripRows);
+    dot_rows<kDotTokens>(w, cols, rows, inputs + t, out + t * kUnitRows);
   }
-  for (; t < tokens; ++t) dot_rows<1>(w, cols, rows, inputs + t, out + t * kStripRows);
+  for (; t < tokens; ++t) dot_rows<1>(w, cols, rows, inputs + t, out + t * kUnitRows);
 }
 
 // ---- integer formats ------------------------------------------------------------------------------------------------
+
+constexpr int64_t kBlockGroups = 16;  // that all input rows pass over while they are in the first-level cache
+
+// Strips side by side, and those that are read next.
+struct Unit {
+  const uint8_t *strips, *then;
+  int64_t groups, bytes;  // of a strip
+};
+
+// Which groups of which rows a pass works on, and whether it is the first that does and so fetches ahead.
+struct Part {
+  int64_t begin, end;
+  int first_row;
+  bool fetches;
+};
 
 template <int format>
 inline Weights unpack(const uint8_t* group, int first_row) {
   return format == EXPERTD_INT8 ? unpack_bytes(group, first_row) : unpack_nibbles(group, first_row);
 }
 
-// kPassRows rows from `first_row` on, T tokens, all groups.
-template <int format, int T>
-inline void integer_pass(const uint8_t* strip, const uint8_t* then, int64_t groups, int first_row,
-                         const void* const* inputs, float* out) {
+// Inlined by force: GCC takes a function that does nothing but prefetch for one without effect, and drops its calls.
+template <int format>
+__attribute__((always_inline)) inline void fetch_ahead(const Unit& unit, int strip, int64_t group) {
   constexpr int64_t kGroupBytes = format == EXPERTD_INT8 ? 512 : 256;
   constexpr int64_t kScaleBytes = format == EXPERTD_INT4 ? 64 : 32;
+  // Data: kPrefetchBytes ahead, and from the end on into the next strip's. Scales and minima: one unit ahead, because a
+  // group needs its own at once and they lie at the strip's end.
+  const int64_t later = group + kPrefetchBytes / kGroupBytes;
+  const uint8_t* then = unit.then + strip * unit.bytes;
+  const uint8_t* ahead = later < unit.groups ? unit.strips + strip * unit.bytes + later * kGroupBytes
+                                             : then + (later - unit.groups) * kGroupBytes;
+  for (int64_t line = 0; line < kGroupBytes; line += 64) prefetch(ahead + line);
+  prefetch(then + unit.groups * kGroupBytes + group * kScaleBytes);
+}
+
+// kPassRows rows of S strips, T tokens. What an input row's group needs is loaded once for all strips.
+template <int format, int S, int T>
+inline void integer_pass(const Unit& unit, const Part& part, const void* const* inputs, float* out) {
+  constexpr int64_t kGroupBytes = format == EXPERTD_INT8 ? 512 : 256;
   constexpr int kOffset = format == EXPERTD_INT8 ? 128 : format == EXPERTD_INT4S ? 8 : 0;
-  const auto* scales = reinterpret_cast<const uint16_t*>(strip + groups * kGroupBytes) + first_row;
-  const auto* minima = scales + groups * kStripRows;
-  constexpr int64_t kAhead = kPrefetchBytes / kGroupBytes;
   const Group* x[T];
   for (int t = 0; t < T; ++t) x[t] = static_cast<const Group*>(inputs[t]);
-  Rows acc[T];
-  for (int t = 0; t < T; ++t) acc[t] = rows_zero();
-  for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* data = strip + g * kGroupBytes;
-    // Data: kPrefetchBytes ahead, and from the end on into the next strip's. Scales and minima: one strip ahead,
-    // because a group needs its own at once and they lie at the strip's end.
-    const int64_t later = g + kAhead;
-    const uint8_t* ahead = later < groups ? strip + later * kGroupBytes : then + (later - groups) * kGroupBytes;
-    for (int64_t line = 0; line < kGroupBytes; line += 64) prefetch(ahead + line);
-    prefetch(then + groups * kGroupBytes + g * kScaleBytes);
-    const Weights w = unpack<format>(data, first_row);
-    const Rows d = rows_load_half(scales + g * kStripRows);
+  Rows acc[S][T];
+  for (int s = 0; s < S; ++s) {
+    for (int t = 0; t < T; ++t) {
+      acc[s][t] = part.begin ? rows_load(out + t * kUnitRows + s * kStripRows + part.first_row) : rows_zero();
+    }
+  }
+  for (int64_t g = part.begin; g < part.end; ++g) {
+    if (part.fetches) {
+      for (int s = 0; s < S; ++s) fetch_ahead<format>(unit, s, g);
+    }
+    Weights w[S];
+    Rows d[S], m[S];
+    for (int s = 0; s < S; ++s) {
+      const uint8_t* strip = unit.strips + s * unit.bytes;
+      const auto* scales = reinterpret_cast<const uint16_t*>(strip + unit.groups * kGroupBytes) + part.first_row;
+      w[s] = unpack<format>(strip + g * kGroupBytes, part.first_row);
+      d[s] = rows_load_half(scales + g * kStripRows);
+      if constexpr (format == EXPERTD_INT4) m[s] = rows_load_half(scales + (unit.groups + g) * kStripRows);
+    }
     for (int t = 0; t < T; ++t) {
       const Group& a = x[t][g];
-      acc[t] = fma(d * rows_broadcast(a.scale), integer_dot<kOffset>(w, a), acc[t]);
-    }
-    if constexpr (format == EXPERTD_INT4) {
-      const Rows m = rows_load_half(minima + g * kStripRows);
-      for (int t = 0; t < T; ++t) {
-        const Group& a = x[t][g];
-        const auto total = static_cast<float>(a.correction);
-        acc[t] = fma(m * rows_broadcast(a.scale), rows_broadcast(total), acc[t]);
+      const Rows scale = rows_broadcast(a.scale);
+      for (int s = 0; s < S; ++s) acc[s][t] = fma(d[s] * scale, integer_dot<kOffset>(w[s], a), acc[s][t]);
+      if constexpr (format == EXPERTD_INT4) {
+        const Rows total = rows_broadcast(static_cast<float>(a.correction));
+        for (int s = 0; s < S; ++s) acc[s][t] = fma(m[s] * scale, total, acc[s][t]);
       }
     }
   }
-  for (int t = 0; t < T; ++t) rows_store(out + t * kStripRows + first_row, acc[t]);
+  for (int s = 0; s < S; ++s) {
+    for (int t = 0; t < T; ++t) rows_store(out + t * kUnitRows + s * kStripRows + part.first_row, acc[s][t]);
+  }
 }
 
 // `tokens` <= T inputs, by as many as there are.
-template <int format, int T>
-inline void integer_tile(const uint8_t* strip, const uint8_t* then, int64_t groups, const void* const* inputs,
-                         int tokens, float* out) {
+template <int format, int S, int T>
+inline void integer_tile(const Unit& unit, const Part& part, const void* const* inputs, int tokens, float* out) {
   if (tokens == T) {
-    for (int row = 0; row < kStripRows; row += kPassRows) {
-      integer_pass<format, T>(strip, then, groups, row, inputs, out);
-    }
+    integer_pass<format, S, T>(unit, part, inputs, out);
   } else if constexpr (T > 1) {
-    integer_tile<format, T - 1>(strip, then, groups, inputs, tokens, out);
+    integer_tile<format, S, T - 1>(unit, part, inputs, tokens, out);
+  }
+}
+
+// S strips, block of groups after block, in each all tiles of tokens one after another.
+template <int format, int S>
+void integer_strips(const Unit& unit, const void* const* inputs, int tokens, float* out) {
+  const int tiles = (tokens + kIntegerTile - 1) / kIntegerTile;
+  const bool one_pass = tiles == 1 && kPassRows == kStripRows;
+  const int64_t step = one_pass ? unit.groups : kBlockGroups;
+  for (int64_t begin = 0; begin < unit.groups; begin += step) {
+    const int64_t end = begin + step < unit.groups ? begin + step : unit.groups;
+    for (int tile = 0, t = 0; tile < tiles; ++tile) {
+      const int count = (tokens - t + tiles - tile - 1) / (tiles - tile);
+      for (int row = 0; row < kStripRows; row += kPassRows) {
+        const Part part{begin, end, row, row == 0 && tile == 0};
+        integer_tile<format, S, kIntegerTile>(unit, part, inputs + t, count, out + t * kUnitRows);
+      }
+      t += count;
+    }
   }
 }
 
 template <int format>
-void integer_strip(const void* strip, const void* then, int64_t cols, int /*rows*/, const void* const* inputs,
-                   int tokens, float* out) {
-  const int64_t groups = (cols + kGroupColumns - 1) / kGroupColumns;
-  const auto* data = static_cast<const uint8_t*>(strip);
-  const auto* next = static_cast<const uint8_t*>(then);
-  for (int t = 0; t < tokens; t += kIntegerTile) {
-    const int count = tokens - t < kIntegerTile ? tokens - t : kIntegerTile;
-    integer_tile<format, kIntegerTile>(data, next, groups, inputs + t, count, out + t * kStripRows);
+void integer_unit(const void* strips, const void* then, int64_t cols, int rows, const void* const* inputs, int tokens,
+                  float* out) {
+  Unit unit{static_cast<const uint8_t*>(strips), static_cast<const uint8_t*>(then), groups_of(cols),
+            strip_bytes(format, cols)};
+  if (rows > kStripRows && kPassStrips == kUnitStrips) {
+    return integer_strips<format, kPassStrips>(unit, inputs, tokens, out);
+  }
+  for (int first = 0; first < rows; first += kStripRows, unit.strips += unit.bytes, unit.then += unit.bytes) {
+    integer_strips<format, 1>(unit, inputs, tokens, out + first);
   }
 }
 
 constexpr Isa isa_of(const char* name, bool (*runs_here)()) {
   return {name,
           runs_here,
-          {float_strip<float>, float_strip<uint16_t>, integer_strip<EXPERTD_INT8>, integer_strip<EXPERTD_INT4>,
-           integer_strip<EXPERTD_INT4S>},
+          {float_unit<float>, float_unit<uint16_t>, integer_unit<EXPERTD_INT8>, integer_unit<EXPERTD_INT4>,
+           integer_unit<EXPERTD_INT4S>},
           quantise,
           activate};
 }

@@ -111,11 +111,13 @@ inline int32_t store_bytes(int8_t* to, Lanes a, Lanes b) {
 struct Rows {
   __m256 v;
 };
+constexpr int kPassStrips = 1;
 constexpr int kPassRows = 8;
 constexpr int kIntegerTile = 4;
 constexpr int64_t kPrefetchBytes = 4096;
 
 inline Rows rows_zero() { return {_mm256_setzero_ps()}; }
+inline Rows rows_load(const float* from) { return {_mm256_loadu_ps(from)}; }
 inline Rows rows_broadcast(float x) { return {_mm256_set1_ps(x)}; }
 inline Rows rows_load_half(const uint16_t* from) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
@@ -178,7 +180,7 @@ inline Rows integer_dot<128>(const Weights& w, const Group& x) {
   return {_mm256_cvtepi32_ps(total)};
 }
 
-inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+__attribute__((always_inline)) inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
 
 }  // namespace
 }  // namespace expertd

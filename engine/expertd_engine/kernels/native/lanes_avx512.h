@@ -65,11 +65,13 @@ inline int32_t store_bytes(int8_t* to, Lanes a, Lanes b) {
 // ---- strips of the integer formats: one vector is 16 rows x 4 columns, one vpdpbusd its product --------------------
 
 using Rows = Lanes;
+constexpr int kPassStrips = 2;
 constexpr int kPassRows = 16;
-constexpr int kIntegerTile = 8;
+constexpr int kIntegerTile = 4;
 constexpr int64_t kPrefetchBytes = 4096;
 
 inline Rows rows_zero() { return {_mm512_setzero_ps()}; }
+inline Rows rows_load(const float* from) { return load(from); }
 inline Rows rows_broadcast(float x) { return broadcast(x); }
 inline Rows rows_load_half(const uint16_t* from) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
@@ -115,7 +117,7 @@ inline Rows integer_dot(const Weights& w, const Group& x) {
   return {_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd))};
 }
 
-inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+__attribute__((always_inline)) inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
 
 }  // namespace
 }  // namespace expertd

@@ -113,11 +113,13 @@ inline int32_t store_bytes(int8_t* to, const Lanes& a, const Lanes& b) {
 struct Rows {
   float32x4_t v[2];
 };
+constexpr int kPassStrips = 1;
 constexpr int kPassRows = 8;
 constexpr int kIntegerTile = 4;
 constexpr int64_t kPrefetchBytes = 4096;
 
 inline Rows rows_zero() { return {{vdupq_n_f32(0), vdupq_n_f32(0)}}; }
+inline Rows rows_load(const float* from) { return {{vld1q_f32(from), vld1q_f32(from + 4)}}; }
 inline Rows rows_broadcast(float x) { return {{vdupq_n_f32(x), vdupq_n_f32(x)}}; }
 inline Rows rows_load_half(const uint16_t* from) {
   const float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(from));
@@ -184,7 +186,7 @@ inline Rows integer_dot(const Weights& w, const Group& x) {
   return out;
 }
 
-inline void prefetch(const void* address) { __builtin_prefetch(address); }
+__attribute__((always_inline)) inline void prefetch(const void* address) { __builtin_prefetch(address); }
 
 }  // namespace
 }  // namespace expertd

@@ -115,10 +115,12 @@ inline int32_t store_bytes(int8_t* to, const Lanes& a, const Lanes& b) {
 // ---- strips of the integer formats ----------------------------------------------------------------------------------
 
 using Rows = Lanes;
+constexpr int kPassStrips = 1;
 constexpr int kPassRows = 16;
 constexpr int kIntegerTile = 4;  // tokens per pass over the weights
 
 inline Rows rows_zero() { return broadcast(0.0f); }
+inline Rows rows_load(const float* from) { return load(from); }
 inline Rows rows_broadcast(float x) { return broadcast(x); }
 inline Rows rows_load_half(const uint16_t* from) {
   return each([&](int i) { return half_to_float(from[i]); });

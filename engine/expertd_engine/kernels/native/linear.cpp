@@ -22,21 +22,20 @@ struct Tasks {
 
 void run_strips(const Product& product, int64_t strip_begin, int64_t strip_end, int64_t row_begin, int64_t row_end) {
   const expertd_matrix& w = *product.matrix;
-  const StripKernel kernel = isa().strip[w.format];
-  const int64_t bytes = strip_bytes(w.format, w.cols);
-  float sums[kTile * kStripRows];
-  for (int64_t strip = strip_begin; strip < strip_end; ++strip) {
-    const int64_t first = strip * kStripRows;
-    const int valid = static_cast<int>(std::min<int64_t>(kStripRows, w.rows - first));
-    const auto* data = static_cast<const std::byte*>(w.data) + strip * bytes;
+  const UnitKernel kernel = isa().unit[w.format];
+  const int64_t bytes = strip_bytes(w.format, w.cols), end = std::min<int64_t>(w.rows, strip_end * kStripRows);
+  float sums[kTile * kUnitRows];
+  for (int64_t first = strip_begin * kStripRows; first < end; first += kUnitRows) {
+    const int valid = static_cast<int>(std::min<int64_t>(kUnitRows, end - first));
+    const auto* data = static_cast<const std::byte*>(w.data) + first / kStripRows * bytes;
     for (int64_t row = row_begin; row < row_end; row += kTile) {
       const int tokens = static_cast<int>(std::min<int64_t>(kTile, row_end - row));
       const void* inputs[kTile];
       for (int t = 0; t < tokens; ++t) inputs[t] = product.inputs.row(row + t);
-      kernel(data, data + bytes, w.cols, valid, inputs, tokens, sums);
+      kernel(data, data + kUnitStrips * bytes, w.cols, valid, inputs, tokens, sums);
       for (int t = 0; t < tokens; ++t) {
         float* y = product.y + (row + t) * product.ldy + first;
-        const float* sum = sums + t * kStripRows;
+        const float* sum = sums + t * kUnitRows;
         for (int r = 0; r < valid; ++r) y[r] = w.bias ? sum[r] + w.bias[first + r] : sum[r];
       }
     }
@@ -126,7 +125,7 @@ void run_products(Pool& pool, const Product* products, int count) {
     const Product& product = products[i];
     const int64_t strips = strips_of(product.matrix->rows);
     const int64_t bytes = strip_bytes(product.matrix->format, product.matrix->cols);
-    const int64_t chunk = std::max<int64_t>(1, kTaskBytes / bytes);
+    const int64_t chunk = std::max<int64_t>(1, kTaskBytes / bytes / kUnitStrips) * kUnitStrips;
     const int64_t chunks = ceil_div(strips, chunk), block = rows_per_block(product.inputs.stride);
     total += chunks * ceil_div(product.rows, block);
     tasks[i] = {&product, strips, chunk, chunks, block, total};

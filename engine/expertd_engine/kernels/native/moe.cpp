@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t kBatchBytes = 8 << 20;   // inner activations held at a time; more pairs go in several rounds
 constexpr int kBlockRows = kGroupColumns;  // inner rows of a task: they make exactly one group of down's input
-constexpr int kBlockStrips = kBlockRows / kStripRows;
-constexpr int64_t kMostStrips = 4;         // strips of down per task: their inputs are read once for all of them
+static_assert(kBlockRows == kUnitRows, "a task calls one kernel for each matrix");
+constexpr int64_t kMostUnits = 2;          // units of down per task: their inputs are read once for all of them
 
 // Pairs of one expert within a round.
 struct Segment {
@@ -40,8 +40,8 @@ class Moe {
         inputs_(inputs),
         inner_stride_(input_bytes(layout_.format, layout_.inner)),
         blocks_(ceil_div(layout_.inner, kBlockRows)),
-        block_bytes_(kBlockStrips * strip_bytes(layout_.format, layout_.hidden)),
-        down_strip_bytes_(strip_bytes(layout_.format, layout_.inner)),
+        block_bytes_(kUnitStrips * strip_bytes(layout_.format, layout_.hidden)),
+        down_unit_bytes_(kUnitStrips * strip_bytes(layout_.format, layout_.inner)),
         rows_per_block_(rows_per_block(inputs.stride)),
         round_pairs_(std::max<int64_t>(kTile, kBatchBytes / inner_stride_)) {}
 
@@ -62,10 +62,10 @@ class Moe {
         pair = end;
       }
       pool_.parallel_for(round.tasks, [&](int64_t task) { inner_task(round, task); });
-      const int64_t strips = strips_of(layout_.hidden);
-      const int64_t chunk = std::clamp<int64_t>(strips / (8 * pool_.threads()), 1, kMostStrips);
-      pool_.parallel_for(ceil_div(strips, chunk), [&](int64_t task) {
-        down_task(round, task * chunk, std::min(strips, (task + 1) * chunk));
+      const int64_t units = ceil_div(layout_.hidden, kUnitRows);
+      const int64_t chunk = std::clamp<int64_t>(units / (8 * pool_.threads()), 1, kMostUnits);
+      pool_.parallel_for(ceil_div(units, chunk), [&](int64_t task) {
+        down_task(round, task * chunk, std::min(units, (task + 1) * chunk));
       });
     }
   }
@@ -124,59 +124,50 @@ class Moe {
   // whose same rows are read next.
   void project(const Segment& segment, int64_t matrix, int64_t bias, int64_t then, int64_t first, int valid,
                const void* const* inputs, int count, float (*out)[kBlockRows]) const {
-    const int64_t bytes = block_bytes_ / kBlockStrips;
-    const std::byte* strip = segment.record + matrix + first / kStripRows * bytes;
-    const std::byte* after = segment.record + then + first / kStripRows * bytes;
+    const std::byte* block = segment.record + first / kBlockRows * block_bytes_;
+    isa().unit[layout_.format](block + matrix, block + then, layout_.hidden, valid, inputs, count, out[0]);
     const float* biases = floats_at(segment, bias);
-    float sums[kTile * kStripRows];
-    for (int s = 0; s * kStripRows < valid; ++s, strip += bytes) {
-      const int rows = std::min(kStripRows, valid - s * kStripRows);
-      const bool last = (s + 1) * kStripRows >= valid;
-      isa().strip[layout_.format](strip, last ? after : strip + bytes, layout_.hidden, rows, inputs, count, sums);
-      for (int t = 0; t < count; ++t) {
-        for (int r = 0; r < rows; ++r) {
-          const int i = s * kStripRows + r;
-          out[t][i] = biases ? sums[t * kStripRows + r] + biases[first + i] : sums[t * kStripRows + r];
-        }
-      }
+    if (!biases) return;
+    for (int t = 0; t < count; ++t) {
+      for (int i = 0; i < valid; ++i) out[t][i] += biases[first + i];
     }
   }
 
-  // Strips of down of all experts, in ascending order: nobody else writes these columns.
-  void down_task(const Round& round, int64_t strip_begin, int64_t strip_end) const {
+  // Units of down of all experts, in ascending order: nobody else writes these columns.
+  void down_task(const Round& round, int64_t begin, int64_t end) const {
     for (int i = 0; i < round.count; ++i) {
       const Segment& segment = round.segments[i];
-      const std::byte* next = i + 1 < round.count ? down_strip(round.segments[i + 1], strip_begin)
-                                                  : down_strip(round.segments[0], strip_end);
+      const std::byte* next = i + 1 < round.count ? down_unit(round.segments[i + 1], begin)
+                                                  : down_unit(round.segments[0], end);
       for (int64_t pair = segment.begin; pair < segment.end; pair += kTile) {
         const void* inputs[kTile];
         const int count = static_cast<int>(std::min<int64_t>(kTile, segment.end - pair));
         for (int t = 0; t < count; ++t) {
           inputs[t] = round.inner + (pair + t - round.first_pair) * round.inner_stride;
         }
-        for (int64_t strip = strip_begin; strip < strip_end; ++strip) {
-          const std::byte* then = strip + 1 < strip_end ? down_strip(segment, strip + 1) : next;
-          down_tile(segment, strip, then, pair, inputs, count);
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const std::byte* then = unit + 1 < end ? down_unit(segment, unit + 1) : next;
+          down_tile(segment, unit, then, pair, inputs, count);
         }
       }
     }
   }
 
-  const std::byte* down_strip(const Segment& segment, int64_t strip) const {
-    return segment.record + layout_.down + strip * down_strip_bytes_;
+  const std::byte* down_unit(const Segment& segment, int64_t unit) const {
+    return segment.record + layout_.down + unit * down_unit_bytes_;
   }
 
-  void down_tile(const Segment& segment, int64_t strip, const std::byte* then, int64_t pair, const void* const* inputs,
+  void down_tile(const Segment& segment, int64_t unit, const std::byte* then, int64_t pair, const void* const* inputs,
                  int count) const {
-    const int64_t first = strip * kStripRows, hidden = layout_.hidden;
-    const int rows = static_cast<int>(std::min<int64_t>(kStripRows, hidden - first));
+    const int64_t first = unit * kUnitRows, hidden = layout_.hidden;
+    const int rows = static_cast<int>(std::min<int64_t>(kUnitRows, hidden - first));
     const float* bias = floats_at(segment, layout_.down_bias);
-    float sums[kTile * kStripRows];
-    isa().strip[layout_.format](down_strip(segment, strip), then, layout_.inner, rows, inputs, count, sums);
+    float sums[kTile * kUnitRows];
+    isa().unit[layout_.format](down_unit(segment, unit), then, layout_.inner, rows, inputs, count, sums);
     for (int t = 0; t < count; ++t) {
       const float weight = a_.pair_weight[pair + t];
-      const float* sum = sums + t * kStripRows;
-      float part[kStripRows];
+      const float* sum = sums + t * kUnitRows;
+      float part[kUnitRows];
       for (int r = 0; r < rows; ++r) part[r] = weight * (bias ? sum[r] + bias[first + r] : sum[r]);
       if (a_.partials != nullptr) {
         std::copy_n(part, rows, a_.partials + (pair + t) * hidden + first);
@@ -191,7 +182,7 @@ class Moe {
   const expertd_moe_call& a_;
   const expertd_expert_layout& layout_;
   const Inputs inputs_;
-  const int64_t inner_stride_, blocks_, block_bytes_, down_strip_bytes_, rows_per_block_, round_pairs_;
+  const int64_t inner_stride_, blocks_, block_bytes_, down_unit_bytes_, rows_per_block_, round_pairs_;
 };
 
 void check_layout(const expertd_expert_layout* layout) {
