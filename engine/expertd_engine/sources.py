@@ -214,8 +214,8 @@ def _first_line(error: Exception) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m expertd_engine.sources`. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m expertd_engine.sources", description=__doc__)
+    """`expertd fetch`. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="expertd fetch", description="Fetch and prepare a model as `serve` would.")
     parser.add_argument("model", help="store, checkpoint folder, GGUF file, hub id, or a demo")
     parser.add_argument("--cache-dir", type=Path, default=Config().cache_dir)
     parser.add_argument("--dtype", choices=get_args(Dtype), default="auto")

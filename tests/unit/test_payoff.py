@@ -49,13 +49,22 @@ def test_in_the_long_run_nothing_is_lost_by_it() -> None:
 def test_like_is_compared_with_like() -> None:
     payoff = PayOff()
     run(payoff, GRACE, on_s=1, off_s=1)
-    run(payoff, TRIAL_STEPS - 1, on_s=1.2, off_s=1.0)
-    run(payoff, 1, on_s=9, off_s=9, rows=2)  # another batch: the trial begins anew
+    for _ in range(TRIAL_STEPS - 1):  # two batches by turns: one of three rows takes longer
+        run(payoff, 1, on_s=1.2, off_s=1.0)
+        run(payoff, 1, on_s=3.2, off_s=3.0, rows=3)
     assert payoff.trials == 0
-    run(payoff, 5, on_s=1, off_s=1, rows=None)
-    assert payoff.trials == 0 and payoff.is_on
-    run(payoff, TRIAL_STEPS, on_s=1.2, off_s=1.0, rows=2)
+    run(payoff, 1, on_s=1.2, off_s=1.0)
     assert payoff.trials == 1 and payoff.switches == 1 and not payoff.is_on
+
+
+def test_prompts_in_between_do_not_begin_a_trial_anew() -> None:
+    payoff = PayOff()
+    run(payoff, GRACE, on_s=1, off_s=1)
+    for _ in range(TRIAL_STEPS // BLOCK):
+        run(payoff, 1, on_s=99, off_s=1, rows=None)
+        assert payoff.is_on and payoff.trials == 0
+        run(payoff, BLOCK, on_s=1.2, off_s=1.0)
+    assert payoff.trials == 1 and not payoff.is_on
 
 
 def test_a_difference_within_the_margin_changes_nothing() -> None:

@@ -29,13 +29,17 @@ class RealArm:
         self.engine: Engine = open_engine(store, config, None)
         self._next_id = 0
 
-    def run(self, trace: Sequence[Arrival]) -> Outcome:
-        """Serve the trace as it arrives. Raises EngineError where an answer is not the recorded one."""
+    def run(self, trace: Sequence[Arrival]) -> tuple[Outcome, list[list[float]]]:
+        """Serve the trace as it arrives. Also returns the log-probabilities of each answer's tokens.
+
+        Raises EngineError where an answer is not the recorded one.
+        """
         core, outcome = self.engine.core, Outcome()
         first, pending = self._next_id, deque(trace)
         self._next_id += len(trace)
         outcome.per_token_s, outcome.first_token_s = [0.0] * len(trace), [0.0] * len(trace)
         answers: list[list[int]] = [[] for _ in trace]
+        logprobs: list[list[float]] = [[] for _ in trace]
         began = time.perf_counter()
         while pending or core.has_work:
             now = time.perf_counter() - began
@@ -48,16 +52,17 @@ class RealArm:
             for output in told.outputs:
                 number = output.sequence_id - first
                 answers[number] += output.token_ids
+                logprobs[number] += [entry.logprob for entry in output.logprobs or ()]
                 outcome.first_token_s[number] = outcome.first_token_s[number] or now - trace[number].at_s
             for finished in told.finished:
                 number = finished.sequence_id - first
                 outcome.per_token_s[number] = (now - trace[number].at_s) / len(trace[number].exchange.answer)
         if answers != [arrival.exchange.answer for arrival in trace]:
             raise EngineError("an answer is not the one that was recorded: budgets must never change tokens")
-        return outcome
+        return outcome, logprobs
 
     def _submit(self, sequence_id: int, arrival: Arrival) -> None:
-        sampling = Sampling(temperature=0, max_tokens=len(arrival.exchange.answer), ignore_eos=True)
+        sampling = Sampling(temperature=0, max_tokens=len(arrival.exchange.answer), ignore_eos=True, logprobs=0)
         self.engine.core.submit(Submit(sequence_id, [TextInput(arrival.exchange.prompt)], sampling), time.monotonic())
 
 
@@ -65,15 +70,23 @@ def run_real(
     store: ExpertStore, arms: Sequence[Arm], room: Room, traces: Sequence[Sequence[Arrival]], threads: int | None,
     io_threads: int,
 ) -> list[list[Outcome]]:  # fmt: skip
-    """By arm, then trace. Every trace goes through all arms before the next one begins, in turning order."""
+    """By arm, then trace. Every trace goes through all arms before the next one begins, in turning order.
+
+    Raises EngineError where arms do not agree on every bit of a log-probability, on a box that promises so.
+    """
     real = [RealArm(store, arm, room, threads, io_threads) for arm in arms]
     outcomes: list[list[Outcome]] = [[] for _ in arms]
     try:
         for arm in real:  # first uses: memory, checksums
             arm.run(traces[0][: max(1, len(traces[0]) // 4)])
         for number, trace in enumerate(traces):
+            seen: list[list[list[float]]] = []
             for place in order_of(len(arms), number):
-                outcomes[place].append(real[place].run(trace))
+                outcome, logprobs = real[place].run(trace)
+                outcomes[place].append(outcome)
+                seen.append(logprobs)
+            if real[0].engine.info.numerics == "invariant" and any(one != seen[0] for one in seen):
+                raise EngineError("log-probabilities differ between arms: budgets must never change a bit")
     finally:
         for arm in real:
             arm.engine.cache.close()

@@ -20,6 +20,8 @@ GRACE = 16
 MARGIN = 0.01
 """Of the time of a step, by which the other way must be better to be taken."""
 
+_Times = tuple[list[float], list[float]]
+
 
 class PayOff:
     """Told of every step. `is_on`: whether predictions are made in the step that begins next or runs."""
@@ -32,40 +34,37 @@ class PayOff:
         self._kept = True
         self._left = GRACE
         """Steps until the next trial."""
-        self._rows: int | None = None
-        self._seconds: tuple[list[float], list[float]] = ([], [])
-        """Of the trial's steps, without and with."""
+        self._trial: dict[int, _Times] = {}
+        """By rows, for like is compared with like: seconds of the trial's steps, without and with."""
+        self._timed: _Times | None = None
+        """Where the running step's seconds belong."""
 
     def begin_step(self, rows: int | None) -> bool:
         """A step of so many decoding rows begins; None: one of another kind, which foresees and is not timed."""
+        self._timed = None
+        self.is_on = self._kept
         if rows is None:
-            self._rows = None
-            self.is_on = self._kept
             return self.is_on
         if self._left > 0:
             self._left -= 1
-            self.is_on, self._rows = self._kept, None
             return self.is_on
-        if self._rows != rows:  # a trial compares like with like
-            self._rows, self._seconds = rows, ([], [])
-        done = sum(map(len, self._seconds))
-        self.is_on = TRIAL[done // BLOCK]
+        self._timed = self._trial.setdefault(rows, ([], []))
+        self.is_on = TRIAL[sum(map(len, self._timed)) // BLOCK]
         return self.is_on
 
     def end_step(self, seconds: float) -> None:
         """The step has ended well."""
-        if self._rows is None:
+        if self._timed is None:
             return
-        self._seconds[self.is_on].append(seconds)
-        if sum(map(len, self._seconds)) == BLOCK * len(TRIAL):
-            self._judge()
+        self._timed[self.is_on].append(seconds)
+        if sum(map(len, self._timed)) == BLOCK * len(TRIAL):
+            self._judge(*map(median, self._timed))
 
-    def _judge(self) -> None:
-        without, with_ = map(median, self._seconds)
+    def _judge(self, without: float, with_: float) -> None:
         mine, other = (with_, without) if self._kept else (without, with_)
         if other < mine * (1 - MARGIN):
             self._kept = not self._kept
             self.switches += 1
         self.trials += 1
-        self.is_on, self._left, self._rows = self._kept, HOLD, None
-        self._seconds = ([], [])
+        self.is_on, self._left, self._timed = self._kept, HOLD, None
+        self._trial.clear()

@@ -15,7 +15,7 @@ _PRIOR = 8.0
 """Made-up reads that came to some use: the first few real ones settle nothing."""
 _MEMORY = 256.0
 """Reads after which the account is halved."""
-_STEPS = 512
+_STEPS = 256
 """After which it is halved too: so what stopped all reads is tried again, by little."""
 
 

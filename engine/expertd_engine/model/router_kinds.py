@@ -11,7 +11,7 @@ again under a mask by `adapter.select(adapter.logits(hidden), mask)`, without re
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,15 +59,19 @@ class RouterAdapter:
         """Router logits `[T, E]` of `hidden` `[T, H]`, bit-equal to the module's."""
         return self._project(hidden)
 
-    def select(self, logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Chosen experts `[T, K]` and weights `[T, K]`, in the module's own order.
+    def select(self, logits: Tensor, mask: Tensor | None = None, top_k: int | None = None) -> tuple[Tensor, Tensor]:
+        """Chosen experts `[T, K]` and weights `[T, K]`, in the module's own order. With `top_k`, so many are chosen,
+        where the rule is one of any number.
 
         Raises ValueError for a mask of another dtype or shape, and for a row that leaves fewer than K experts; the
         latter is checked on the CPU only, since reading a mask back from an accelerator would stall the step.
         """
         if mask is not None:
             self._check_mask(mask, logits.shape[0])
-        return self.rule(logits, mask)
+        rule = self.rule
+        if top_k is not None and isinstance(rule, ScoreTopK | TopKSoftmax):
+            rule = replace(rule, top_k=top_k)
+        return rule(logits, mask)
 
     def native(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the module itself answers for `hidden` `[T, H]`: logits `[T, E]`, experts and weights `[T, K]`."""

@@ -40,7 +40,7 @@ class LayerRouter(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
-    def select(self, logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def select(self, logits: Tensor, mask: Tensor | None = None, top_k: int | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 class Foresight(Protocol):
@@ -49,8 +49,8 @@ class Foresight(Protocol):
     def expected(self, layer: int, hidden: Tensor) -> dict[int, float]: ...
 
 
-Select = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""`RouterAdapter.select` under a mask."""
+Select = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""`RouterAdapter.select` under a mask, and how many to choose."""
 
 Layers = int | Ids
 """One, or `[n, 1, 1]`."""
@@ -276,7 +276,10 @@ def among_held(
     stays = np.zeros(asked.shape, bool)
     np.put_along_axis(stays, chosen[rows], ~replaced[rows], axis=1)
     lowered = torch.where(torch.from_numpy(stays), asked.amin(dim=1, keepdim=True) - 1, asked)
-    found, scores = select(lowered, torch.from_numpy(held | stays))
+    allowed = held | stays
+    more = int(replaced.sum(axis=1).max()) * (shared_by - 1)
+    top_k = min(chosen.shape[1] + more, 2 * chosen.shape[1], int(allowed.sum(axis=1).min()))
+    found, scores = select(lowered, torch.from_numpy(allowed), top_k)
     others = found.numpy()
     useful = np.where(np.take_along_axis(stays, others, axis=1), 0, scores.float().numpy())
     some, parts = with_substitutes(chosen[rows], weights[rows], replaced[rows], others, useful, shared_by)

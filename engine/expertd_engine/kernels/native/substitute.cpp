@@ -15,8 +15,8 @@ namespace {
 constexpr float kRounding = 1e-6f;  // of a sum of shares
 constexpr int64_t kRowsPerTask = 4;
 
-int64_t work_floats(const expertd_router& router) { return select_scratch(router) + router.experts + router.top_k; }
-int64_t work_ids(const expertd_router& router) { return router.top_k; }
+int64_t work_floats(const expertd_router& router) { return select_scratch(router) + router.experts + 2 * router.top_k; }
+int64_t work_ids(const expertd_router& router) { return 2 * router.top_k; }
 int64_t work_flags(const expertd_router& router) { return router.experts + router.top_k; }
 
 class Row {
@@ -94,18 +94,22 @@ class Row {
       lowered_[experts()[i]] = last;
       allowed_[experts()[i]] = 1;
     }
-    block_kernels().select(router_, lowered_, allowed_, scratch_, others_, scores_);
-    for (int32_t i = 0; i < top_k_; ++i)
+    const int64_t most = std::min<int64_t>(int64_t(replaced) * s_.shared_by, 2 * top_k_ - stay);
+    const int64_t allowed = n - std::count(allowed_, allowed_ + n, uint8_t{0});
+    expertd_router wide = router_;
+    wide.top_k = static_cast<int32_t>(std::min(stay + most, allowed));
+    block_kernels().select(wide, lowered_, allowed_, scratch_, others_, scores_);
+    for (int32_t i = 0; i < wide.top_k; ++i)
       if (std::find(experts(), experts() + stay, others_[i]) != experts() + stay) scores_[i] = 0.0f;
-    serve(std::min<int64_t>(int64_t(replaced) * s_.shared_by, top_k_));
+    serve(most, wide.top_k);
   }
 
-  // The `most` best of the others, as far as they score above 0, share what was lost; a row is never left without any.
-  void serve(int64_t most) {
+  // The `most` best of `count` others, as far as they score above 0, share what was lost; a row is never left without.
+  void serve(int64_t most, int32_t count) {
     const int32_t stay = count_;
     float sum = 0.0f;
     for (; count_ - stay < most; ++count_) {
-      const int32_t best = int32_t(std::max_element(scores_, scores_ + top_k_) - scores_);
+      const int32_t best = int32_t(std::max_element(scores_, scores_ + count) - scores_);
       if (!(scores_[best] > 0.0f) && count_ > 0) break;
       put(count_, others_[best], scores_[best]);
       sum += scores_[best];
