@@ -34,7 +34,7 @@ def _convert(model: Path, texts: Path, *options: str) -> int:
 
 
 def test_from_texts_to_a_store_with_report_and_baselines(model: Path, tmp_path: Path) -> None:
-    assert _convert(model, write_texts(tmp_path / "texts"), "--baselines") == 0
+    assert _convert(model, write_texts(tmp_path / "texts", words=96), "--baselines") == 0
     assert prepare(tmp_path / "moe", tmp_path / "store", "float32").index.layers[0].num_experts == 3
     work = tmp_path / "moe.work"
     results = {path.stem for path in (work / "results").iterdir()}

@@ -1,11 +1,13 @@
 """`expertd bench foresight`: a governed predictor against none, in turn, for every kind of routes and budget.
 
 Routes are uniform, calibrated, and those of a trace; what is foreseen of them is a channel of stated recall. Where the
-store has a predictor of its own, the model's own routes are measured too, as it foresees them.
+store has a predictor of its own, the model's own routes are measured too, as it foresees them. Rounds count once the
+governor has tried for the first time whether foresight pays, as it does again in a twentieth of all steps.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -21,6 +23,7 @@ from expertd_engine.bench.race import Runner, enter, paired, race
 from expertd_engine.bench.report import finish, number, percent, spread
 from expertd_engine.bench.stats import Interval, median_interval, ratio_interval
 from expertd_engine.console import Progress, silent
+from expertd_engine.experts.payoff import BLOCK, GRACE, TRIAL
 from expertd_engine.lab.predictor_file import has_predictor
 from expertd_engine.lab.trace import SUFFIX
 
@@ -58,7 +61,7 @@ class Found:
     ahead: float
     """Bytes of prefetches that have ended, of all that was read while timed."""
     wasted: float | None
-    """Of prefetched bytes; None where nothing was prefetched."""
+    """Of prefetched bytes, those before the timed rounds too; None where nothing was prefetched."""
     of_lru: float | None
     """Bytes read with foresight, of those that an LRU cache reads; None where nobody has replayed one."""
 
@@ -105,14 +108,18 @@ def _measure(spec: EngineSpec, cell: Cell, request: DecodeRequest, pairs: int, t
     runners = [
         Runner[Decoded](name, Contender(one, timeout_s=timeout_s), request) for name, one in (("off", off), ("on", on))
     ]
+    first = settling(request)
     with ExitStack() as stack:
         enter(stack, runners)
-        race(runners, pairs, Decoded, lambda: None)
+        race(runners, first + pairs, Decoded, lambda: None)
     for runner in runners:
         if runner.lost is not None:
             raise Lost(f"{cell.routing} at {cell.budget}, foresight {runner.name}: {runner.lost}")
     without, with_ = paired(*runners)
-    prefetched, lru = sum(one.prefetched_bytes for one in with_), sum(one.lru_transferred_bytes for one in with_)
+    prefetched = sum(one.prefetched_bytes for one in with_)
+    wasted = sum(one.wasted_bytes for one in with_) / prefetched if prefetched else None
+    without, with_ = without[first:], with_[first:]
+    ahead, lru = sum(one.prefetched_bytes for one in with_), sum(one.lru_transferred_bytes for one in with_)
     transferred = sum(one.transferred_bytes for one in with_)
     return Found(
         cell,
@@ -121,10 +128,15 @@ def _measure(spec: EngineSpec, cell: Cell, request: DecodeRequest, pairs: int, t
         ratio_interval([one.tok_s for one in with_], [one.tok_s for one in without]),
         _hits(without),
         _hits(with_),
-        prefetched / max(1, transferred),
-        sum(one.wasted_bytes for one in with_) / prefetched if prefetched else None,
+        ahead / max(1, transferred),
+        wasted,
         transferred / lru if lru else None,
     )
+
+
+def settling(request: DecodeRequest) -> int:
+    """Rounds before the timed ones: until the governor has tried once whether foresight pays."""
+    return math.ceil((GRACE + BLOCK * len(TRIAL)) / (request.warm + request.tokens))
 
 
 def _hits(samples: Sequence[Decoded]) -> float:
