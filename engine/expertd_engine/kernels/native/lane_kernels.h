@@ -117,6 +117,7 @@ __attribute__((always_inline)) inline void fetch_ahead(const Unit& unit, int str
   const uint8_t* then = unit.then + strip * unit.bytes;
   const uint8_t* ahead = later < unit.groups ? unit.strips + strip * unit.bytes + later * kGroupBytes
                                              : then + (later - unit.groups) * kGroupBytes;
+#pragma GCC unroll 1  // measured: unrolled, strips are read up to a tenth slower
   for (int64_t line = 0; line < kGroupBytes; line += 64) prefetch(ahead + line);
   prefetch(then + unit.groups * kGroupBytes + group * kScaleBytes);
 }
