@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from expertd_engine.bench.readme_plots import draw
+from expertd_engine.bench.readme_plots import draw, need_matplotlib
 from expertd_engine.bench.readme_real import run_real
 from expertd_engine.bench.readme_record import record, recording_config
 from expertd_engine.bench.readme_sim import Arm, Costs, Outcome, Room, Simulation, clairvoyant_hits
@@ -59,7 +59,11 @@ class Asked:
 
 
 def readme(path: Path, texts: Path, out: Path, asked: Asked, progress: Progress) -> str:
-    """Everything, into the folder `out`. Returns what is printed. Raises UsageError for a model of another kind."""
+    """Everything, into the folder `out`. Returns what is printed.
+
+    Raises UsageError for a model of another kind, and without matplotlib.
+    """
+    need_matplotlib()  # before minutes of work
     store = ExpertStore.open(path)
     progress("record", 0.0)
     config = recording_config(asked.max_step_tokens, asked.threads, asked.io_threads)

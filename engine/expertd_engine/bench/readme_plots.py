@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from expertd_engine.errors import UsageError
 
 
+def need_matplotlib() -> None:
+    """Raises UsageError without it."""
+    if find_spec("matplotlib") is None:
+        raise UsageError("the plots need matplotlib: install expertd[bench]")
+
+
 def draw(values: Mapping[str, Any], folder: Path) -> None:
-    """`hits.png` and `latency.png` in `folder`. Raises UsageError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("the plots need matplotlib: install expertd[bench]") from None
+    """`hits.png` and `latency.png` in `folder`."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     cached = [int(one) for one in values["hit_ratios"]]

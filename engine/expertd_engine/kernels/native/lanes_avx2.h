@@ -180,7 +180,9 @@ inline Rows integer_dot<128>(const Weights& w, const Group& x) {
   return {_mm256_cvtepi32_ps(total)};
 }
 
-__attribute__((always_inline)) inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+__attribute__((always_inline)) inline void prefetch(const void* address) {
+  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
+}
 
 }  // namespace
 }  // namespace expertd

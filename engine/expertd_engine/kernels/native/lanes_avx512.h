@@ -117,7 +117,9 @@ inline Rows integer_dot(const Weights& w, const Group& x) {
   return {_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd))};
 }
 
-__attribute__((always_inline)) inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+__attribute__((always_inline)) inline void prefetch(const void* address) {
+  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
+}
 
 }  // namespace
 }  // namespace expertd
