@@ -24,6 +24,8 @@ from support.engine import running_engine
 from support.tiny_families import make_checkpoint
 
 ALL = Request()
+SERVED = 10**11
+"""Bytes: more than this process has, whatever ran in it before."""
 
 pytestmark = pytest.mark.usefixtures("quick_start")
 
@@ -34,7 +36,7 @@ def quick_start() -> Iterator[None]:
         patch.setattr(Trial, "is_invariant", lambda self: True)
         patch.setattr(Trial, "largest_step_bytes", lambda self, *sizes: 0)
         patch.setattr("expertd_engine.profiling.READ_SECONDS", 0.01)
-        patch.setattr("expertd_engine.profiling.served_bytes", lambda *args: 10**9)
+        patch.setattr("expertd_engine.profiling.served_bytes", lambda *args: SERVED)
         yield
 
 
@@ -56,7 +58,7 @@ def profiled(store: ExpertStore, quick_start: None) -> Profile:
 def test_a_profile_holds_what_was_measured(store: ExpertStore, profiled: Profile) -> None:
     assert read_profile(store) == profiled
     assert profiled.num_experts == [12] * 3 and profiled.top_k == 4
-    assert profiled.memory.base == 10**9, "the server's processes count, too"
+    assert profiled.memory.base == SERVED, "the server's processes count, too"
     assert len(profiled.box.reads_s) == 12 and min(profiled.box.reads_s) > 0
     assert set(profiled.box.steps_s) == set(profiled.box.experts_s) == {"1", "2", "4"}
     assert profiled.box.virtual_s is not None and profiled.box.virtual_s > 0
