@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from expertd_engine.errors import ConfigError
 from expertd_engine.experts.store import ExpertStore
-from expertd_engine.kernels.library import Pool, load, why_missing
+from expertd_engine.kernels.library import Pool, why_missing
 from expertd_engine.messages import Sampling
 from expertd_engine.model.kv_storage import KVStorage
 from expertd_engine.model.loader import load_model
@@ -29,6 +29,7 @@ from expertd_engine.step_plan import StepPlan
 from golden.tolerances import PREGATED_LOGPROBS
 from refactor.tiny import HEADS, INDEX, dense, statistics
 from support.engine import Generated, generate, running_engine
+from support.kernels import native_pool
 from support.tiny_mixtral import make_mixtral
 
 CONTEXT = 128
@@ -58,9 +59,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Pool | None]:
     if request.param == "torch":
         yield None
         return
-    if reason := why_missing():
-        pytest.skip(reason)
-    with Pool(load(), 2) as pool:
+    with native_pool(2) as pool:
         yield pool
 
 
@@ -102,9 +101,7 @@ def test_pieces_are_routed_as_the_whole_for_a_thousand_prefixes(
 
 
 def test_a_token_that_the_model_lacks_is_refused(stores: dict[str, Path]) -> None:
-    if reason := why_missing():
-        pytest.skip(reason)
-    with Pool(load(), 1) as pool:
+    with native_pool(1) as pool:
         loaded = load_model(ExpertStore.open(stores["index-store"]), pool)
         pregate, _ = build_pregate(loaded, CONTEXT)
         storage = KVStorage([pregate.kv_shape], 3, BLOCK, torch.float32)

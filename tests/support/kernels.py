@@ -27,7 +27,7 @@ every_format = pytest.mark.parametrize("format", FORMATS)
 def native_pool(threads: int) -> Pool:
     """A pool on the best instruction set; the test is skipped where there are no native kernels."""
     if MISSING is not None:
-        pytest.skip(str(MISSING))
+        pytest.skip(str(MISSING))  # says why: no compiler at installation, or switched off
     return Pool(library.load(), threads)
 
 

@@ -236,7 +236,9 @@ def test_what_can_never_run_is_refused(prompt: int, max_tokens: int, message: st
 
 
 def test_the_last_token_needs_no_block() -> None:
-    make_scheduler(num_blocks=5).add(make_sequence(1, range(9), max_tokens=8))
+    scheduler = make_scheduler(num_blocks=5)
+    scheduler.add(make_sequence(1, range(9), max_tokens=8))
+    assert scheduler.has_sequences, "16 tokens are kept, for which the 4 blocks suffice"
 
 
 def test_an_id_in_use_is_an_error() -> None:
