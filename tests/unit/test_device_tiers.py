@@ -81,6 +81,13 @@ def test_a_budget_for_which_there_is_no_room_leaves_what_there_is() -> None:
     assert sum(cache.ledger.residents_by_layer()) == 6
 
 
+def test_a_lower_budget_keeps_all_that_it_has_room_for() -> None:
+    cache = make_cache(8, FakeDevice())
+    cache.fill()
+    cache.set_budget(6 * RECORD)
+    assert sum(cache.ledger.residents_by_layer()) == 6
+
+
 # ------------------------------------------------------------ two phases, event by event
 
 

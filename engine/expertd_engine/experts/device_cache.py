@@ -294,9 +294,10 @@ class DeviceCache:
     def _catch_up(self) -> None:
         """Take in the launch whose report is due, waiting for its end."""
         self._finish_digest()
-        launch, self._unread = self._unread, None
-        self._digesting = self._digest(launch)
-        self._finish_digest()
+        if self._unread is not None:
+            launch, self._unread = self._unread, None
+            self._digesting = self._digest(launch)
+            self._finish_digest()
 
     def _finish_digest(self) -> None:
         for _ in self._digesting:
@@ -356,7 +357,7 @@ class DeviceCache:
 
     def _wanted(self, streamed: int | None = None) -> Provide:
         pool = self.ledger.pool
-        unused = self.slab.slots - pool.number(Use.OWNED, Use.LENT)
+        unused = max(0, pool.limit - pool.number(Use.OWNED, Use.LENT))
         absent = sum(self.ledger.experts_per_layer) - pool.number(Use.OWNED)
         room = 0 if self.by_layer else self.table.layout.landing
         foresees = self.lookahead.exactness != "none"

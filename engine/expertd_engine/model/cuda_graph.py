@@ -33,7 +33,7 @@ class Launcher(Protocol):
         ...
 
     def wait(self, meanwhile: Callable[[], None]) -> None:
-        """Until all that was launched has ended; `meanwhile` is called again and again."""
+        """Until all that was given to the current stream has ended; `meanwhile` is called again and again."""
         ...
 
 
@@ -51,10 +51,10 @@ class EagerLauncher:
 
     def launch(self, rows: int) -> None:
         self._program(rows)
-        if self._ended is not None:
-            self._ended.record()
 
     def wait(self, meanwhile: Callable[[], None]) -> None:
+        if self._ended is not None:
+            self._ended.record()
         meanwhile()
         while self._ended is not None and not self._ended.query():
             meanwhile()
@@ -75,9 +75,9 @@ class GraphLauncher:
 
     def launch(self, rows: int) -> None:
         self._graphs[rows].replay()
-        self._ended.record()
 
     def wait(self, meanwhile: Callable[[], None]) -> None:
+        self._ended.record()
         meanwhile()
         while not self._ended.query():
             meanwhile()

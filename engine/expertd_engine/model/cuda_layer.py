@@ -19,8 +19,10 @@ from expertd_engine.kernels.cuda.norms import DeviceNorm
 from expertd_engine.kernels.cuda.router import RouterLayout
 from expertd_engine.kernels.library import ACTIVATIONS, FORMATS
 from expertd_engine.model.native_abi import Block, FeedForward, Norm, NormKind, Rope, Router, Scores
-from expertd_engine.model.native_model import Ends, NativeLayer, Select
+from expertd_engine.model.native_model import Ends, NativeLayer
 from expertd_engine.model.native_witness import NotMatched
+from expertd_engine.model.router_kinds import RouterAdapter
+from expertd_engine.model.router_rules import Rule
 
 _FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
 _ACTIVATION_NAMES = {number: name for name, number in ACTIVATIONS.items()}
@@ -47,7 +49,7 @@ class DeviceRouter:
     top_k: int
     rule: RouterLayout | None
     """How a kernel selects; None where no kernel knows the rule."""
-    select: Select | None
+    select: Rule | None
     """That rule as torch operations on the logits; None where `rule` is there."""
 
 
@@ -118,7 +120,7 @@ class Carrier:
             heads=self._heads(block),
             sinks=sinks,
             window=int(block.window),
-            router=None if layer.moe is None else self._router(block.router, layer.select),
+            router=None if layer.moe is None else self._router(block.router, layer.router),
             ffn=self._feed_forward(block.ffn) if block.ffn.up.data else None,
             ffn_gate=self._matrix(block.ffn_gate) if block.ffn_gate.data else None,
             parallel=bool(block.parallel),
@@ -186,10 +188,10 @@ class Carrier:
     def _angles(self, address: int, positions: int, half: int) -> Tensor:
         return self._vector(address, positions * half).view(positions, half)
 
-    def _router(self, router: Router, select: Select | None) -> DeviceRouter:
+    def _router(self, router: Router, adapter: RouterAdapter | None) -> DeviceRouter:
         matrix = self._matrix(router.matrix)
-        if select is not None:
-            return DeviceRouter(matrix, router.top_k, None, select)
+        if adapter is not None:
+            return DeviceRouter(matrix, router.top_k, None, adapter.rule_on(self._device))
         rule = RouterLayout(
             matrix=matrix,
             bias=None if router.bias is None else self._vector(router.bias, router.experts),

@@ -104,6 +104,7 @@ class DeviceModel:
         self._program = parts.dense.program(room, invariant=invariant)
         self._best = torch.zeros(limits.rows, dtype=torch.int64, device=device)
         self._best_host = torch.zeros(limits.rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._logits_host = torch.zeros(few, parts.dense.vocabulary, pin_memory=device.type == "cuda")
         self._given = [
             GivenRoutes(len(layouts), rows, parts.top_k, device) if given_routes else None
             for rows in (few, limits.rows)
@@ -152,10 +153,13 @@ class DeviceModel:
             self._given[0].fill(tokens.routes)
         experts.before_launch()
         self._launcher.launch(bucket_of(len(tokens.ids)))
+        wanted = {place: tokens.logit_rows[place] for place in tokens.read}
+        for row in wanted.values():  # sent behind the step, not fetched after it: that would be one more wait
+            self._logits_host[row].copy_(self._program.logits[row], non_blocking=True)
         experts.after_launch()
         self._launcher.wait(experts.poll)
         best = self._best_host.numpy()
-        logits = {place: self._program.logits[tokens.logit_rows[place]].cpu() for place in tokens.read}
+        logits = {place: self._logits_host[row].clone() for place, row in wanted.items()}
         return StepOutcome([int(best[row]) for row in tokens.logit_rows], logits)
 
     def _large(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:

@@ -239,7 +239,7 @@ class Program:
         self._normed(x, before, y)
         self._multiply(x, router.matrix, logits, norm=before, normed=work.normed[:rows])
         with InvariantSigmoids():
-            chosen, shares = router.select(logits)
+            chosen, shares = router.select(logits, None)
         index.copy_(chosen)
         weights.copy_(shares)
         return index, weights

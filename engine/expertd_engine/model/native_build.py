@@ -81,8 +81,7 @@ def _match_layers(model: Any, layers: Sequence[LayerSeen], shapes: Sequence[Laye
 def _native_layer(matched: Matched, seen: LayerSeen, moe: dict[nn.Module, int]) -> NativeLayer:
     rope = () if seen.rope is None else (seen.rope.cos, seen.rope.sin)
     index = None if matched.experts is None else moe[matched.experts]
-    select = None if matched.adapter is None else matched.adapter.select
-    return NativeLayer(matched.block, index, select, [*matched.keep, *rope])
+    return NativeLayer(matched.block, index, matched.adapter, [*matched.keep, *rope])
 
 
 def _ends(loaded: LoadedModel) -> Ends:

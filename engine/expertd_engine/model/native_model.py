@@ -25,6 +25,7 @@ from expertd_engine.model.moe import Later, MoELayer
 from expertd_engine.model.native_abi import Block, BlockCalls, Norm, Scores, Step
 from expertd_engine.model.native_run import LayerRun, may_run
 from expertd_engine.model.numerics import InvariantSigmoids
+from expertd_engine.model.router_kinds import RouterAdapter
 from expertd_engine.model.step_routes import KnownRoutes, StepRoutes
 from expertd_engine.model.step_rows import Span, StepRows
 
@@ -34,9 +35,6 @@ TOKENS_ALIGNED = 16
 """Tokens of a KV block are a multiple of this: a group of keys that is one register lies in one block."""
 _KEPT_ROWS = 64
 """Activations of steps up to this size are kept for the next one."""
-
-Select = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Router logits `[T, E]` to experts and weights `[T, K]`."""
 
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """Adds the routed experts of rows `[T, H]`, by experts and weights `[T, K]`, to `[T, H]` (`MoELayer.compute`)."""
@@ -49,8 +47,8 @@ class NativeLayer:
     block: Block
     moe: int | None
     """Which MoE layer it is; None: dense."""
-    select: Select | None
-    """Who routes, where the native path gives logits alone."""
+    router: RouterAdapter | None
+    """Who selects, where the native path gives logits alone."""
     keep: Sequence[Tensor]
 
 
@@ -220,10 +218,10 @@ class NativeModel:
         self.calls.forward(self.pool.address, byref(layer.block), before, _call_of(later), routed, byref(memory.step))
         if later is not None:
             later.computed()
-        if layer.select is not None:
+        if layer.router is not None:
             logits, experts, weights = activations.routes[index]
             with InvariantSigmoids():
-                chosen, shares = layer.select(logits)
+                chosen, shares = layer.router.select(logits)
             experts.copy_(chosen)
             weights.copy_(shares)
 
@@ -267,7 +265,7 @@ class NativeModel:
 
     def _layer_run(self, layers: Sequence[MoELayer], routes: StepRoutes) -> LayerRun | None:
         """How layers run without Python; None where one needs it to select, or its experts are not native."""
-        if any(layer.select is not None for layer in self._layers):
+        if any(layer.router is not None for layer in self._layers):
             return None
         if routes.known is not None and not routes.known.same_everywhere:
             return None  # each layer's are put in place before it

@@ -73,6 +73,13 @@ class RouterAdapter:
             rule = replace(rule, top_k=top_k)
         return rule(logits, mask)
 
+    def rule_on(self, device: torch.device) -> Rule:
+        """The rule for logits on `device`, wherever the module's parameters are."""
+        if not isinstance(self.rule, ScoreTopK) or self.rule.bias is None:
+            return self.rule
+        bias = self.rule.bias().to(device)
+        return replace(self.rule, bias=lambda: bias)
+
     def native(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the module itself answers for `hidden` `[T, H]`: logits `[T, E]`, experts and weights `[T, K]`."""
         first, weights, last = self._forward(hidden)
