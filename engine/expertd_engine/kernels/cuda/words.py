@@ -30,6 +30,37 @@ class WordsConfig(NamedTuple):
     warps: int
 
 
+class RoundedInputs(NamedTuple):
+    """Inputs as whole numbers, G groups of 32 columns each."""
+
+    words: Tensor
+    """int32 `[R, G, 8]`: four int8 a word; a group's first 16 columns, then its others."""
+    sizes: Tensor
+    """float32 `[R, G]`: what a step stands for."""
+    totals: Tensor
+    """float32 `[R, G]`: the sums of steps."""
+    factors: Tensor
+    """float32 `[R]`: what the norm multiplies a row with."""
+
+    @classmethod
+    def of(cls, x: Tensor, groups: int, cols: int, norm: DeviceNorm | None) -> RoundedInputs:
+        """Round once what every program of a product reads; `norm` is an RMS norm."""
+        gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        made = cls(
+            torch.empty(len(x), groups, 8, dtype=torch.int32, device=x.device),
+            *(torch.empty(len(x), groups, device=x.device) for _ in range(2)),
+            torch.empty(len(x), device=x.device),
+        )
+        _round_kernel[(len(x),)](
+            *(x, gain, *made, x.stride(0), eps),
+            COLS=cols,
+            GROUPS=groups,
+            BLOCK_G=triton.next_power_of_2(groups),
+            num_warps=max(1, min(8, groups // 16)),
+        )
+        return made
+
+
 def words_config(matrix: DeviceMatrix, count: int) -> WordsConfig:
     """What was fastest on an H100 for a matrix and `count` inputs."""
     groups = triton.next_power_of_2(matrix.padded // 32)
@@ -41,12 +72,11 @@ def product_by_words(
     x: Tensor, matrix: DeviceMatrix, out: Tensor, norm: DeviceNorm | None, add: bool, scale: float, config: WordsConfig
 ) -> None:
     """`dense.matmul` with a quantised matrix; `norm` is an RMS norm."""
-    gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     groups = matrix.padded // 32
+    rounded = RoundedInputs.of(x, groups, matrix.cols, norm)
     _words_kernel[(triton.cdiv(matrix.rows, config.block_n), triton.cdiv(len(x), config.inputs))](
-        *(x, matrix.data.view(torch.int32), matrix.scales, matrix.minima, matrix.bias, gain, out),
-        *(len(x), matrix.rows, x.stride(0), out.stride(0), eps, scale),
-        COLS=matrix.cols,
+        *(*rounded, matrix.data.view(torch.int32), matrix.scales, matrix.minima, matrix.bias, out),
+        *(len(x), matrix.rows, out.stride(0), scale),
         GROUPS=groups,
         FORMAT=matrix.format,
         BLOCK_N=config.block_n,
@@ -59,10 +89,10 @@ def product_by_words(
 
 @triton.jit(do_not_specialize=["count"])  # one kernel whatever the number of inputs
 def _words_kernel(
-    x: tl.tensor, data: tl.tensor, scales: tl.tensor, minima: tl.tensor, bias: tl.tensor, gain: tl.tensor,
-    out: tl.tensor, count: tl.tensor, rows: tl.tensor, x_stride: tl.tensor, out_stride: tl.tensor,
-    eps: tl.tensor, scale: tl.tensor,
-    COLS: tl.constexpr, GROUPS: tl.constexpr, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+    words: tl.tensor, sizes: tl.tensor, totals: tl.tensor, factors: tl.tensor,
+    data: tl.tensor, scales: tl.tensor, minima: tl.tensor, bias: tl.tensor, out: tl.tensor,
+    count: tl.tensor, rows: tl.tensor, out_stride: tl.tensor, scale: tl.tensor,
+    GROUPS: tl.constexpr, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
     INPUTS: tl.constexpr, ADD: tl.constexpr,
 ) -> None:  # fmt: skip
     first = tl.program_id(0) * BLOCK_N
@@ -85,49 +115,64 @@ def _words_kernel(
         low = low & 0x0F0F0F0F
     for index in tl.static_range(INPUTS):
         row = tl.program_id(1) * INPUTS + index
-        cols = tl.where(row < count, COLS, 0)
-        factor, size, ahead, behind, total = _rounded(x + row.to(tl.int64) * x_stride, gain, g, cols, eps, COLS)
+        groups = tl.where(row < count, GROUPS, 0)
+        given = row.to(tl.int64) * GROUPS + g
+        word = words + (given * 8)[None, :, None] + w
+        ahead = tl.load(word, (g < groups)[None, :, None], 0)
+        behind = tl.load(word + 4, (g < groups)[None, :, None], 0)
+        size = tl.load(sizes + given, g < groups, 0.0)[None, :]
         sums = tl.sum(dot4(high, behind, dot4(low, ahead, tl.zeros_like(low))), 2).to(tl.float32)
         if FORMAT == "int8":
             sums = sums * (steps * size)
-        elif FORMAT == "int4":
-            sums = sums * (steps * size) + total * (zeros * size)
         else:
-            sums = (sums - 8.0 * total) * (steps * size)
-        result = tl.sum(sums, 1) * factor
+            total = tl.load(totals + given, g < groups, 0.0)[None, :]
+            if FORMAT == "int4":
+                sums = sums * (steps * size) + total * (zeros * size)
+            else:
+                sums = (sums - 8.0 * total) * (steps * size)
+        factor = tl.load(factors + row, row < count, 0.0)
         end = tl.where(row < count, rows, 0)
-        finish(result, bias, out + row.to(tl.int64) * out_stride, first + n, end, scale, ADD)
+        finish(tl.sum(sums, 1) * factor, bias, out + row.to(tl.int64) * out_stride, first + n, end, scale, ADD)
 
 
 @triton.jit
-def _rounded(
-    x: tl.tensor, gain: tl.tensor, g: tl.tensor, cols: tl.tensor, eps: tl.tensor, COLS: tl.constexpr
-) -> tl.tensor:
-    """An input row's groups: RMS factor `[1]`, scales `[1, G]`, words of first and second halves, sums of steps."""
-    i = tl.arange(0, 4)[None, None, None, :]
-    column = (g * 32)[None, :, None, None] + (tl.arange(0, 4) * 4)[None, None, :, None] + i
-    low = tl.load(x + column, column < cols, 0.0).to(tl.float32)
-    high = tl.load(x + column + 16, column + 16 < cols, 0.0).to(tl.float32)
-    factor = tl.full([1], 1.0, tl.float32)
+def _round_kernel(
+    x: tl.tensor, gain: tl.tensor, words: tl.tensor, sizes: tl.tensor, totals: tl.tensor, factors: tl.tensor,
+    x_stride: tl.tensor, eps: tl.tensor, COLS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
+) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    g = tl.arange(0, BLOCK_G)
+    i = tl.arange(0, 4)[None, None, :]
+    w = tl.arange(0, 4)[None, :]
+    column = (g * 32)[:, None, None] + (tl.arange(0, 4) * 4)[None, :, None] + i
+    low = tl.load(x + row * x_stride + column, column < COLS, 0.0).to(tl.float32)
+    high = tl.load(x + row * x_stride + column + 16, column + 16 < COLS, 0.0).to(tl.float32)
+    factor = 1.0
     if gain is not None:
-        squares = tl.sum(tl.sum(low * low + high * high, 3), 2)
-        factor = 1.0 / tl.sqrt_rn(tl.sum(squares, 1) / COLS + eps)
+        squares = tl.sum(tl.sum(low * low + high * high, 2), 1)
+        factor = 1.0 / tl.sqrt_rn(tl.sum(squares, 0) / COLS + eps)
         low = low * tl.load(gain + column, column < COLS, 0.0)
         high = high * tl.load(gain + column + 16, column + 16 < COLS, 0.0)
-    largest = tl.max(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 3), 2)
-    inverse = (127.0 / tl.where(largest > 0.0, largest, 1.0))[:, :, None, None]
+    largest = tl.max(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 2), 1)
+    inverse = (127.0 / tl.where(largest > 0.0, largest, 1.0))[:, None, None]
     ahead = _packed(low * inverse)
     behind = _packed(high * inverse)
-    ones = tl.full([1, 1, 4], 0x01010101, tl.int32)
-    total = tl.sum(dot4(behind, ones, dot4(ahead, ones, tl.zeros_like(ahead))), 2).to(tl.float32)
-    return factor, largest * (1.0 / 127.0), ahead, behind, total
+    ones = tl.full([1, 4], 0x01010101, tl.int32)
+    total = tl.sum(dot4(behind, ones, dot4(ahead, ones, tl.zeros_like(ahead))), 1).to(tl.float32)
+    given = row * GROUPS + g
+    word = words + (given * 8)[:, None] + w
+    tl.store(word, ahead, (g < GROUPS)[:, None])
+    tl.store(word + 4, behind, (g < GROUPS)[:, None])
+    tl.store(sizes + given, largest * (1.0 / 127.0), g < GROUPS)
+    tl.store(totals + given, total, g < GROUPS)
+    tl.store(factors + row, factor)
 
 
 @triton.jit
 def _packed(values: tl.tensor) -> tl.tensor:
-    """The nearest int8 of `values` `[1, G, 4, 4]`, four in a word."""
-    i = tl.arange(0, 4)[None, None, None, :]
-    return tl.sum(((values + _ROUNDS).to(tl.int32, bitcast=True) & 255) << (8 * i), 3)
+    """The nearest int8 of `values` `[G, 4, 4]`, four in a word."""
+    i = tl.arange(0, 4)[None, None, :]
+    return tl.sum(((values + _ROUNDS).to(tl.int32, bitcast=True) & 255) << (8 * i), 2)
 
 
 @triton.jit
