@@ -67,3 +67,15 @@ def test_tokens_do_not_depend_on_batch_mates(stores: dict[str, Any]) -> None:
     with device_engine(store, "cuda:0") as engine:
         alone = [generate(engine, [prompt], GREEDY, first_id=1 + i)[0].token_ids for i, prompt in enumerate(PROMPTS)]
     assert alone == together
+
+
+def test_half_of_the_experts_in_the_host_and_the_rest_on_disk(stores: dict[str, Any]) -> None:
+    """A step then waits once a layer for its routes, and says so."""
+    store = store_of(stores, "qwen3_moe")
+    with device_engine(store, "cuda:0", expert_budget="50%", host_budget="50%") as engine:
+        assert engine.info.step_path == "layers" and not engine.cache.host.complete
+        results = generate(engine, PROMPTS, GREEDY)
+        assert engine.cache.layer_waits > 0
+        engine.cache.settle()
+        engine.cache.ledger.check()
+    assert largest_error("qwen3_moe", results) <= DEVICE_FLOAT32_LOGITS.allowed
