@@ -83,6 +83,7 @@ Swaps = Literal["amortised", "foreseen"]
 Dtype = Literal["auto", "float32", "bf16", "int8", "int4", "int4s"]
 Verify = Literal["first", "always"]
 Device = Literal["auto", "cpu", "cuda"]
+DeviceMisses = Literal["auto", "link", "cpu"]
 Numerics = Literal["auto", "invariant"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -168,6 +169,10 @@ class Config:
     host_budget: Size | None = _option(
         None, "cuda: bytes of pinned memory for experts, or a share of all; default: all of them", group="budget",
         share=True,
+    )  # fmt: skip
+    device_misses: DeviceMisses = _option(
+        "link", "cuda: what a step misses is read over the link, or computed by the processor, which rounds otherwise: "
+        "then tokens depend on what is resident; auto: by whoever was measured to be faster", group="compute",
     )  # fmt: skip
     numerics: Numerics = _option(
         "auto", "invariant: a token's bits never depend on its batch, or there is no start; auto: where that is free",

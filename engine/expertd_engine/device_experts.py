@@ -9,19 +9,20 @@ from dataclasses import replace
 from expertd_engine.device_context import Context
 from expertd_engine.errors import ResourceError
 from expertd_engine.experts.device_cache import DeviceCache
-from expertd_engine.experts.device_hints import AbsentHints
+from expertd_engine.experts.device_hints import AbsentHints, Tried
 from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.device_pool import ChunkPlan
 from expertd_engine.experts.device_slab import plan_chunks
 from expertd_engine.experts.device_spill import SpilledHost
 from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead
-from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.store import RecordFile
 from expertd_engine.experts.store_format import ALIGNMENT, StoreIndex
 from expertd_engine.memory import available_bytes
+from expertd_engine.model.substitution import SHARED_BY
+from expertd_engine.model.predictor_build import Choice, choose, served_policy
 from expertd_engine.planning.startup_plan import StartupPlan
-from expertd_engine.startup_parts import governed, policy_name
+from expertd_engine.startup_parts import governed
 
 _PREFETCH_DEPTH = 64
 """Prefetches that may wait or be under way: what a step's hints name at once."""
@@ -39,14 +40,19 @@ def expert_cache(context: Context, plan: StartupPlan, records: RecordFile, repor
         [layer.num_experts for layer in index.layers],
         chunks_of(context),
         plan.expert_budget_bytes,
-        make_policy(policy_name(config), len(index.layers) * index.top_k),
+        served_policy(choice_of(context), index),
         max_budget_bytes=all_slots_bytes(context),
         prefetch=config.prefetch and isinstance(host, HostTier) and host.pinned,
         prefetch_depth=_PREFETCH_DEPTH,
     )
     lookahead = foresight_for(index, context.lookahead, ledger)
-    rows = min(context.parts.experts, context.limits.buckets[-1] * index.top_k)
+    rows = min(context.parts.experts, context.limits.buckets[-1] * index.top_k * SHARED_BY)
     return DeviceCache(index, context.device, host, ledger, lookahead, rows)
+
+
+def choice_of(context: Context) -> Choice:
+    """Which policy decides who gives way. Raises ConfigError and StoreError, as `choose`."""
+    return choose(context.config, context.store, may_predict=False)
 
 
 def _host_tier(context: Context, records: RecordFile, report: Report) -> HostTier | SpilledHost:
@@ -62,7 +68,7 @@ def _host_tier(context: Context, records: RecordFile, report: Report) -> HostTie
         return host
     if budget > room:
         raise ResourceError(f"the host budget is {budget} bytes, but only {room} are available")
-    policy = make_policy(policy_name(config), len(index.layers) * index.top_k)
+    policy = served_policy(choice_of(context), index)
     spilled = SpilledHost(index, context.device, records, budget, policy, config.io_threads)
     context.fallbacks.append("the host does not hold all experts: steps wait at every layer for what is missing")
     if spilled.fallback is not None:
@@ -71,14 +77,15 @@ def _host_tier(context: Context, records: RecordFile, report: Report) -> HostTie
 
 
 def foresight_for(index: StoreIndex, given: Lookahead | None, ledger: DeviceLedger) -> Lookahead:
-    """As `startup.lookahead_for`, but that steps of many rows stream their experts and need no hints."""
+    """As `startup.lookahead_for`, but that steps of many rows stream their experts and need no hints, and that what is
+    exact has to pay as well."""
     num_layers, counts = len(index.layers), {layer.num_experts for layer in index.layers}
     if counts == {index.top_k}:
         return EveryExpert(num_layers, index.top_k, 0)
     if given is None or given.exactness == "none":
         return given or NoLookahead()
     absent = AbsentHints(given, ledger.resident_slots)
-    return governed(absent, index, ledger) if given.exactness == "predicted" else absent
+    return governed(absent, index, ledger) if given.exactness == "predicted" else Tried(absent)
 
 
 def chunks_of(context: Context) -> ChunkPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ import torch
 from expertd_engine.device_context import Context
 from expertd_engine.device_experts import all_slots_bytes, chunks_of
 from expertd_engine.device_memory import DeviceMeter
+from expertd_engine.device_misses import rehearsal_mailbox
+from expertd_engine.device_virtual import may_be_virtual
 from expertd_engine.errors import ConfigError
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_staging import Chunk
+from expertd_engine.kernels.cuda.host_experts import Mailbox
 from expertd_engine.kernels.cuda.resolve import TablePointers
 from expertd_engine.memory import available_bytes
 from expertd_engine.model.cuda_kv import DeviceKV
@@ -39,6 +43,7 @@ class _EmptyTable:
             ready=words(1), landing=words(2), head=words(1), tail=words(1),
             seen=words(layers, experts, 4), seen_count=words(layers), progress=words(1),
         )  # fmt: skip
+        self.held = words(layers, experts)
 
     def apply(self) -> None:
         """Nothing changes."""
@@ -60,7 +65,7 @@ class _NoExperts:
 
     after_launch = poll = before_launch
 
-    def stage(self) -> AbstractContextManager[_NoExperts]:
+    def stage(self, *, held_alone: bool) -> AbstractContextManager[_NoExperts]:
         return nullcontext(self)
 
     def resident(self, layer: int) -> Chunk:
@@ -73,11 +78,14 @@ class _NoExperts:
         """Nobody wants to know."""
 
 
-def make_model(context: Context, kv: DeviceKV, table: Any) -> DeviceModel:
-    """The model over keys and values and a table of experts, graphs captured."""
+def make_model(context: Context, kv: DeviceKV, table: Any, mailbox: Mailbox | None = None) -> DeviceModel:
+    """The model over keys and values and a table of experts, graphs captured. `mailbox`: see `DeviceModel`."""
     invariant = context.config.numerics == "invariant"
     given = context.routes is not None
-    return DeviceModel(context.parts, kv, table, context.limits, given_routes=given, invariant=invariant)
+    return DeviceModel(
+        context.parts, kv, table, context.limits, given_routes=given, invariant=invariant, mailbox=mailbox,
+        virtual=may_be_virtual(context),
+    )  # fmt: skip
 
 
 def measure(context: Context) -> Measured:
@@ -85,7 +93,8 @@ def measure(context: Context) -> Measured:
     index, parts, where = context.store.index, context.parts, context.device.torch_device
     kv = DeviceKV(parts.shapes, 2, BLOCK_TOKENS, parts.dtype, context.device)
     if where.type == "cuda" or parts.not_matched:
-        model = make_model(context, kv, _EmptyTable(len(index.layers), parts.experts, where))
+        table = _EmptyTable(len(index.layers), parts.experts, where)
+        model = make_model(context, kv, table, rehearsal_mailbox(context))
         if parts.not_matched:  # what modules allot on their way is theirs to say
             model.step(_largest_probe(context), _NoExperts(where))
         del model
@@ -117,7 +126,10 @@ def warm_up(context: Context, model: DeviceModel, cache: DeviceCache, report: Re
     if context.device.torch_device.type == "cpu":
         return  # nothing is compiled
     largest = _largest_probe(context)
-    for probe in (largest, _probe(context, len(largest.ids) - 1, 1)):
+    probes = [largest, _probe(context, len(largest.ids) - 1, 1)]
+    if model.virtual is not None:
+        probes.append(replace(largest, limits=[0.0] * len(largest.ids)))  # nobody is held: they keep their own experts
+    for probe in probes:
         cache.begin_step((), scan=True)
         model.step(probe, cache)
         cache.end_step()
@@ -141,7 +153,7 @@ def _probe(context: Context, first: int, length: int) -> StepTokens:
 def try_numerics(context: Context, model: DeviceModel, cache: DeviceCache) -> str:
     """`invariant` where that is asked for and holds, by trial. Raises ConfigError where it does not."""
     if context.config.numerics != "invariant":
-        return "per-batch"
+        return "per-batch" if cache.computing is None else "per-residency"
     if not is_invariant(model, cache, context.limits, BLOCK_TOKENS):
         raise ConfigError("numerics: 'invariant' is not allowed: on this device a row's bits depend on its batch")
     return "invariant"

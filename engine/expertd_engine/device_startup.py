@@ -12,9 +12,11 @@ import torch
 from expertd_engine.config import Config
 from expertd_engine.core import EngineCore, Forward
 from expertd_engine.device_context import Context
-from expertd_engine.device_experts import expert_cache
+from expertd_engine.device_experts import choice_of, expert_cache
 from expertd_engine.device_memory import DeviceMeter
+from expertd_engine.device_misses import settle_misses
 from expertd_engine.device_rehearsal import make_model, measure, try_numerics, warm_up
+from expertd_engine.device_virtual import open_virtual
 from expertd_engine.engine_info import How, Parts, describe
 from expertd_engine.errors import ConfigError
 from expertd_engine.experts.device_cache import DeviceCache
@@ -30,8 +32,10 @@ from expertd_engine.model.cuda_graph import buckets
 from expertd_engine.model.cuda_kv import DeviceKV
 from expertd_engine.model.cuda_model import Limits
 from expertd_engine.model.cuda_runner import DeviceRunner
+from expertd_engine.model.cuda_virtual import DeviceVirtual
 from expertd_engine.model.loader import load_model
 from expertd_engine.model.step_routes import RouteSource
+from expertd_engine.model.virtual_build import NoVirtualMode
 from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
 from expertd_engine.prefix_cache import PrefixCache
 from expertd_engine.scheduler import Scheduler
@@ -42,7 +46,6 @@ from expertd_engine.startup_parts import (
     make_constrain,
     model_len_of,
     open_pool,
-    policy_name,
     verify_store,
 )
 from expertd_engine.step_plan import SchedulerLimits
@@ -50,15 +53,8 @@ from expertd_engine.warm_restart import WarmRestart
 
 logger = logging.getLogger(__name__)
 
-_ALLOWED = {"batching": ("decode-first",), "expert_mode": ("exact",), "predictor": ("auto", "none")}
+_ALLOWED = {"batching": ("decode-first",), "predictor": ("auto", "none")}
 """Values of options that offer more on a processor."""
-NO_VIRTUAL_MODE = "virtual mode is not there on a device"
-
-
-def refuse_virtual() -> str:
-    """Why no sequence may ask for virtual mode."""
-    return NO_VIRTUAL_MODE
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceEngine:
@@ -154,14 +150,14 @@ def _assemble(
     if kv.fallback:
         fallbacks.append(kv.fallback)
     cache = expert_cache(context, plan, records, report)
-    model = make_model(context, kv, cache.table)
-    runner = DeviceRunner(model, cache, context.routes)
+    model = make_model(context, kv, cache.table, settle_misses(context, cache))
+    virtual = open_virtual(context, model, cache)
+    runner = DeviceRunner(model, cache, context.routes, virtual if isinstance(virtual, DeviceVirtual) else None)
     pool = KVPool(plan.kv_blocks + 1, BLOCK_TOKENS)
     prefixes = PrefixCache(pool, store.index.store_id) if config.prefix_cache else None
     limits = SchedulerLimits(config.max_sequences, config.max_step_tokens, context.limits.model_len)
-    core = EngineCore(
-        Scheduler(limits, pool, prefixes), wrap(runner), loaded.eos_token_ids, context.constrain, refuse_virtual
-    )
+    refusal = (lambda: virtual.reason) if isinstance(virtual, NoVirtualMode) else virtual.held.refusal
+    core = EngineCore(Scheduler(limits, pool, prefixes), wrap(runner), loaded.eos_token_ids, context.constrain, refusal)
     warm = _warm_restart(context, cache)
     if warm is not None:
         warm.recall()
@@ -183,7 +179,7 @@ def _warm_restart(context: Context, cache: DeviceCache) -> WarmRestart | None:
     if cache.by_layer:
         context.fallbacks.append("each start is cold: layers bring in their experts, and none is there before")
         return None
-    return WarmRestart(store.path, store.index.store_id, policy_name(context.config), cache)
+    return WarmRestart(store.path, store.index.store_id, choice_of(context).policy, cache)
 
 
 def _how(context: Context, numerics: str, cache: DeviceCache) -> How:
@@ -191,7 +187,7 @@ def _how(context: Context, numerics: str, cache: DeviceCache) -> How:
     path = "graph" if where.type == "cuda" else "interpreted"
     return How(
         max_model_len=context.limits.model_len,
-        policy=policy_name(context.config),
+        policy=choice_of(context).policy,
         numerics=numerics,
         kernels="triton",
         step_path="modules" if context.parts.not_matched else "layers" if cache.by_layer else path,

@@ -142,7 +142,8 @@ class Progress(_Message, frozen=True):
 
 
 class EngineInfo(_Message, frozen=True):
-    """What the engine serves, fixed for its lifetime. `numerics` is `invariant` or `per-batch` (law 7)."""
+    """What the engine serves, fixed for its lifetime. `numerics` is `invariant` or `per-batch` (law 7); `per-residency`
+    where a token's bits also depend on which experts a card held, because the processor computed the others."""
 
     protocol: int
     pid: int
@@ -360,7 +361,8 @@ class Tiers(_Message, frozen=True):
     """Whether the card reads them in place."""
     link_bytes: dict[str, int]
     """By what for: `landed` (kernels read and kept them), `read` (kernels read them), `prefetched` (copied before they
-    were needed), `filled` (copied into empty slots), `staged` (streamed through, for steps of many rows)."""
+    were needed), `filled` (copied into empty slots), `held` (copied for virtual mode), `staged` (streamed through, for
+    steps of many rows)."""
     link_bytes_per_s: float
     """As measured at start; infinite where host and device share their memory."""
     copies: int
@@ -369,6 +371,14 @@ class Tiers(_Message, frozen=True):
     """Records that a step landed while they were being copied: their bytes crossed twice."""
     layer_waits: int
     """Times that the host was asked, in the middle of a step, to bring in what a layer lacks."""
+    misses: str = "link"
+    """What steps miss is read over the `link`, or computed by the `cpu`."""
+    cpu_bytes_per_s: float = 0.0
+    """Of records that the processor computes, as measured at start; 0 where it was not."""
+    computed: int = 0
+    """Missing experts that the processor computed, one for each step and layer: they cross no link."""
+    computed_bytes: int = 0
+    """Of their records."""
 
 
 class HistogramData(_Message, frozen=True):

@@ -11,7 +11,7 @@ from expertd_engine.config import Config
 from expertd_engine.console import Progress
 from expertd_engine.errors import BudgetError, UsageError
 from expertd_engine.experts.lookahead import EveryExpert
-from expertd_engine.experts.policy import make_policy
+from expertd_engine.experts.policy import serving_policy
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.planning.planner import missing_s
@@ -103,7 +103,7 @@ class ModelMeasure:
 
     def _replay(self, share: float, routes: Routes) -> Met | None:
         """None for a share below what any budget may be."""
-        policy = make_policy(self._policy, len(self._experts) * self._top_k)
+        policy = serving_policy(self._policy, self._experts, self._top_k)
         budget, warm = int(share * self._total), len(routes) // 4
         try:
             return replay_exact(routes, self._record_bytes, self._experts, budget, policy, warm, self._cycle)

@@ -35,6 +35,7 @@ from expertd_engine.step_plan import StepPlan
 
 if TYPE_CHECKING:
     from expertd_engine.device_startup import DeviceEngine
+    from expertd_engine.model.cuda_virtual import DeviceVirtual
 
     AnyEngine: TypeAlias = Engine | DeviceEngine
 
@@ -139,8 +140,7 @@ def _counted(engine: AnyEngine, meter: StepMeter, memory: MemoryUse, budget: Liv
 def foresight_of(engine: AnyEngine) -> Foresight:
     """What a governor has counted, by lead, and the clairvoyant estimate."""
     met = engine.cache.clairvoyant.met if isinstance(engine.cache, ExpertCache) else Sampled()
-    governor = governor_in(engine.cache.lookahead)
-    payoff = PayOff() if governor is None else governor.payoff
+    payoff = engine.cache.payoff or PayOff()
     counts = (met.lookups, met.hits, met.clairvoyant_hits, payoff.is_on, payoff.trials, payoff.switches)
     recorder = engine.recorder
     traced = (0, None) if recorder is None else (recorder.rows, recorder.failure)
@@ -162,7 +162,7 @@ def leads_of(lookahead: Lookahead) -> list[LeadOutcomes]:
     ]
 
 
-def virtual_by_layer(virtual: VirtualRouting | None) -> list[VirtualLayer]:
+def virtual_by_layer(virtual: VirtualRouting | DeviceVirtual | None) -> list[VirtualLayer]:
     if virtual is None:
         return []
     counts, sets = virtual.counts, virtual.held.sets

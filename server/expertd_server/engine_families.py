@@ -26,8 +26,9 @@ FROM_TO = ("from_tier", "to_tier")
 PHASES = ("prefill", "decode")
 STALL_CAUSES = ("disk_read", "expert_wait")
 PREFETCH_OUTCOMES = ("used", "late", "wasted", "cancelled")
-LINK_CAUSES = ("landed", "read", "prefetched", "filled", "staged")
-NO_TIERS = Tiers(0, 0, 0, 0, 0, False, dict.fromkeys(LINK_CAUSES, 0), 0.0, 0, 0, 0)
+LINK_CAUSES = ("landed", "read", "prefetched", "filled", "held", "staged")
+MISSES = ("link", "cpu")
+NO_TIERS = Tiers(0, 0, 0, 0, 0, False, dict.fromkeys(LINK_CAUSES, 0), 0.0, 0, 0, 0, misses="")
 """Where there is no card."""
 
 
@@ -169,15 +170,21 @@ COUNTERS = (
     Family("store_read_bytes", "Bytes that transfer threads read from the store: the sum of swap_bytes.", (),
            _one(lambda s: s.read_bytes)),
     Family("stall_seconds", "Time in which compute stood still because data was missing: disk_read, an expert is being "
-           "read; expert_wait, it waits for a slot; link_estimated, a GPU read it over its link.",
+           "read; expert_wait, it waits for a slot; link_estimated, a GPU read it over its link; host_compute, the "
+           "processor computed it for a GPU.",
            ("cause",), _by_key(lambda s: s.stall_seconds)),
     Family("link_bytes", "Bytes that crossed a card's link: landed, kernels read and kept them; read, kernels read "
-           "them; prefetched and filled, copied; staged, streamed through for steps of many rows. 0 without a card.",
+           "them; prefetched, filled and held (by virtual mode), copied; staged, streamed through for steps of many "
+           "rows. 0 without a card.",
            ("cause",), _of_tiers(lambda x: {(cause,): x.link_bytes[cause] for cause in LINK_CAUSES})),
     Family("link_duplicates", "Records that a step landed while they were being copied to the card.", (),
            _of_tiers(lambda x: {(): x.duplicates})),
     Family("layer_waits", "Times that the host was asked, in the middle of a card's step, to bring in what a layer "
            "lacks.", (), _of_tiers(lambda x: {(): x.layer_waits})),
+    Family("host_computed_experts", "Missing experts that the processor computed for a card, by step and layer: misses "
+           "that cross no link.", (), _of_tiers(lambda x: {(): x.computed})),
+    Family("host_computed_bytes", "Bytes of the records of host_computed_experts.", (),
+           _of_tiers(lambda x: {(): x.computed_bytes})),
     Family("engine_steps", "Forward passes; prefill: with any prompt token in it.", ("phase",),
            _by_key(lambda s: s.steps)),
     Family("engine_cpu_seconds", "Processor time of the engine process, all threads.", (),
@@ -243,6 +250,10 @@ GAUGES = (
     Family("link_copies", "Copies to a card that wait or are under way.", (), _of_tiers(lambda x: {(): x.copies})),
     Family("link_bytes_per_second", "What a card's link carried when it was measured, at start.", (),
            _of_tiers(lambda x: {(): x.link_bytes_per_s})),
+    Family("host_bytes_per_second", "Of experts' records, as the processor computed them when it was measured beside a "
+           "card's link, at start; 0 where it was not.", (), _of_tiers(lambda x: {(): x.cpu_bytes_per_s})),
+    Family("device_misses", "1 for who computes what a card's steps miss: the card, over its link, or the processor.",
+           ("by",), _of_tiers(lambda x: {(by,): float(x.misses == by) for by in MISSES})),
     Family("requests_running", "Sequences being computed.", (), _one(lambda s: s.running)),
     Family("requests_waiting", "Sequences waiting in the engine.", (), _one(lambda s: s.waiting)),
 )  # fmt: skip

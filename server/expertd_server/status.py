@@ -107,6 +107,10 @@ def tiers(found: Tiers) -> dict[str, Any]:
             "bytes": found.link_bytes, "bytes_per_s": bandwidth, "copies": found.copies,
             "duplicates": found.duplicates, "layer_waits": found.layer_waits,
         },
+        "misses": {
+            "by": found.misses, "cpu_bytes_per_s": found.cpu_bytes_per_s or None, "computed": found.computed,
+            "computed_bytes": found.computed_bytes,
+        },
     }  # fmt: skip
 
 

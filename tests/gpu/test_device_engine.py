@@ -10,7 +10,7 @@ import torch
 
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.messages import Sampling
-from golden.tolerances import DEVICE_FLOAT32_LOGITS
+from golden.tolerances import DEVICE_EXPERTS_BF16, DEVICE_FLOAT32_LOGITS
 from support.device_engine import SEED, device_engine, make_store
 from support.engine import Generated, generate
 from support.tiny_families import TINY_FAMILIES, make_model
@@ -59,6 +59,30 @@ def largest_error(family: str, results: list[Generated]) -> float:
 def test_log_probabilities_are_those_of_transformers(family: str, stores: dict[str, Any]) -> None:
     results = run(store_of(stores, family), PROMPTS)
     assert largest_error(family, results) <= DEVICE_FLOAT32_LOGITS.allowed
+
+
+@pytest.mark.parametrize("experts_format", ["float32", "bf16", "int8"])
+def test_the_processor_computes_what_steps_miss(experts_format: str, tmp_path: Path) -> None:
+    """Steps of one to four rows, half of the experts resident: as over the link, but for rounding."""
+    store = make_store("qwen3_moe", tmp_path, experts_format)
+    results = {}
+    for misses in ("link", "cpu"):
+        with device_engine(store, "cuda:0", expert_budget="50%", device_misses=misses) as engine:
+            results[misses] = generate(engine, PROMPTS, GREEDY)
+            engine.cache.settle()
+            engine.cache.ledger.check()
+            tiers = engine.cache.tiers()
+            assert (tiers.misses, tiers.computed > 0) == (misses, misses == "cpu")
+            assert misses == "link" or tiers.link_bytes["read"] == tiers.link_bytes["landed"] == 0
+    allowed = DEVICE_FLOAT32_LOGITS if experts_format == "float32" else DEVICE_EXPERTS_BF16
+    for one, other in zip(results["link"], results["cpu"], strict=True):
+        for token, others, output, theirs in zip(
+            one.token_ids, other.token_ids, one.outputs, other.outputs, strict=True
+        ):
+            if token != others:
+                break  # nearly equal ones may change places, and then all that follows is another text
+            assert output.logprobs is not None and theirs.logprobs is not None
+            assert abs(output.logprobs[0].logprob - theirs.logprobs[0].logprob) <= 4 * allowed.allowed
 
 
 def test_tokens_do_not_depend_on_batch_mates(stores: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ With few slots and with one for each expert: the same bits, and those of the who
 
 from __future__ import annotations
 
+import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from expertd_engine.errors import ConfigError, ResourceError
+from expertd_engine.bench.device_session import DeviceSession
+from expertd_engine.bench.foresight import Cell, report
+from expertd_engine.bench.protocol import EngineSpec, Turns, TurnsRequest
+from expertd_engine.bench.turns import take_turns
+from expertd_engine.errors import ConfigError, EngineError, ResourceError
 from expertd_engine.live_budget import LiveBudget
 from expertd_engine.messages import Sampling, SetBudget
 from expertd_engine.planning.startup_plan import GROWTH_BYTES
@@ -77,6 +83,43 @@ def test_a_host_that_holds_half_of_the_experts_serves_layer_by_layer(tmp_path: P
     assert largest_error(result) <= DEVICE_FLOAT32_LOGITS.allowed
 
 
+def test_the_processor_computes_what_steps_miss(tmp_path: Path) -> None:
+    store = make_store(FAMILY, tmp_path)
+    options = {"max_sequences": 2, "max_step_tokens": 8, "max_model_len": 32, "expert_budget": "40%"}
+    with device_engine(store, "cpu", **options, device_misses="cpu") as engine:
+        assert engine.info.numerics == "per-residency"
+        [result] = generate(engine, [PROMPT], SAMPLING)
+        engine.cache.settle()
+        engine.cache.ledger.check()
+        tiers = engine.cache.tiers()
+        assert tiers.misses == "cpu" and tiers.cpu_bytes_per_s > 0
+        assert tiers.link_bytes["landed"] == tiers.link_bytes["read"] == 0 < tiers.computed
+        assert tiers.computed_bytes == tiers.computed * engine.info.expert_record_bytes
+        assert engine.cache.ledger.brought_in > 0
+        expect_a_lost_record_to_end_the_engine(engine)
+    assert largest_error(result) <= DEVICE_FLOAT32_LOGITS.allowed
+
+
+def expect_a_lost_record_to_end_the_engine(engine: Any) -> None:
+    """No step waits for ever for what the processor cannot compute."""
+    for layer in engine.cache.computing._layers:
+        for expert in range(len(layer.addresses)):
+            layer.addresses[expert] = None
+    with pytest.raises(EngineError, match=r"the processor could not compute a missing expert: .* has no record"):
+        generate(engine, [PROMPT[::-1]], SAMPLING, first_id=1)
+
+
+def test_misses_that_the_processor_cannot_compute_are_read_over_the_link_or_refused(tmp_path: Path) -> None:
+    store = make_store(FAMILY, tmp_path)
+    options: dict[str, Any] = {"max_sequences": 1, "max_step_tokens": 8, "max_model_len": 32, "host_budget": "50%"}
+    obstacle = "the host does not hold all experts in pinned memory"
+    with pytest.raises(ConfigError, match=f"device_misses: 'cpu' is not allowed here: {obstacle}; give link"):
+        device_engine(store, "cpu", **options, device_misses="cpu").__enter__()
+    with device_engine(store, "cpu", **options, device_misses="auto") as engine:
+        assert engine.cache.tiers().misses == "link"
+        assert f"missing experts are read over the link: {obstacle}" in engine.info.fallbacks
+
+
 def test_a_family_that_the_kernels_do_not_match_runs_through_its_modules(tmp_path: Path) -> None:
     store = make_store("deepseek_v2", tmp_path)
     options = {"max_sequences": 1, "max_step_tokens": 5, "max_model_len": 16, "expert_budget": "40%"}
@@ -88,9 +131,27 @@ def test_a_family_that_the_kernels_do_not_match_runs_through_its_modules(tmp_pat
     assert largest_error(result, "deepseek_v2") <= DEVICE_FLOAT32_LOGITS.allowed
 
 
+def test_foresight_is_measured_with_and_without_in_an_engine_that_is_retuned(tmp_path: Path) -> None:
+    store = make_store(FAMILY, tmp_path)
+    spec = EngineSpec(str(store.path), "25%", routing="uniform", max_step_tokens=4, max_model_len=16, threads=1)
+    request = TurnsRequest(pairs=1, settle=1, tokens=2, warm=1, prompt=1)
+    with closing(DeviceSession(spec, torch.device("cpu"))) as session:
+        few = session.describe().expert_budget
+
+        def turns(cell: Cell) -> Turns:
+            session.retune(cell.budget, cell.routing, cell.hints, 1)
+            return take_turns(session, request)
+
+        said = json.loads(report(spec, request, [Cell("calibrated:fine", "50%", "default")], turns).splitlines()[-1])
+        assert session.describe().expert_budget > few
+    [cell] = said["cells"]
+    assert (cell["routing"], cell["budget"], said["pairs"]) == ("calibrated:fine", "50%", 1)
+    assert cell["ratio"]["low"] > 0 and 0 < cell["hits_off"] <= 1 and 0 < cell["hits_on"] <= 1
+
+
 def test_options_that_would_do_nothing_on_a_device_are_refused(tmp_path: Path) -> None:
     store = make_store(FAMILY, tmp_path)
-    refused = {"batching": "expert-aware", "expert_mode": "virtual", "predictor": "next-gate", "trace_dir": tmp_path}
+    refused = {"batching": "expert-aware", "predictor": "next-gate", "trace_dir": tmp_path}
     for name, value in refused.items():
         with pytest.raises(ConfigError, match=f"{name}: .* on a device"), device_engine(store, "cpu", **{name: value}):
             pass

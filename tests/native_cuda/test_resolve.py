@@ -109,7 +109,7 @@ def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
         waits.append(wait)
     distinct = len(counts)
     assert table.seen[0, : int(table.seen_count[0])].tolist() == expected
-    assert scratch.totals.tolist() == [distinct, case.real]
+    assert scratch.totals.tolist() == [distinct, case.real, 0]
     assert scratch.address[:distinct].tolist() == where
     assert scratch.land[:distinct].tolist() == lands
     assert scratch.wait[:distinct].tolist() == waits

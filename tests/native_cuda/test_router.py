@@ -13,8 +13,11 @@ from torch import Tensor
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm
 from expertd_engine.kernels.cuda.router import RouterLayout, route
+from expertd_engine.kernels.cuda.substitute import MET, Among
 from expertd_engine.kernels.library import FORMATS, Matrix
 from expertd_engine.model.native_abi import Block, BlockCalls, Norm, NormKind, Router, Scores, Step
+from expertd_engine.model.router_rules import Groups, ScoreTopK, TopKSoftmax, share, sigmoid_scores, softmax_scores
+from expertd_engine.model.virtual_routing import Select, among_held
 from support.interpreter import DEVICE
 from support.kernels import needs_kernels, pool_on
 
@@ -58,8 +61,8 @@ class World:
         self.gain = rng.uniform(0.5, 1.5, HIDDEN).astype(np.float32)
         self.favour = (rng.standard_normal(rule.experts) / 3).astype(np.float32) if rule.has_bias else None
 
-    def on_device(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Experts, weights, and the normed rows."""
+    def on_device(self, among: Among | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Experts, weights, the normed rows, and logits."""
         rule, count = self.rule, self.rule.experts
         matrix = DeviceMatrix.of("float32", torch.from_numpy(self.matrix), count, HIDDEN, None, DEVICE)
         favour = None if self.favour is None else torch.from_numpy(self.favour).to(DEVICE)
@@ -72,9 +75,9 @@ class World:
         index = torch.full((ROWS, rule.top_k), -1, device=DEVICE, dtype=torch.int32)
         logits, weights = torch.empty(ROWS, count, device=DEVICE), torch.empty(ROWS, rule.top_k, device=DEVICE)
         y, done = torch.empty_like(x), torch.zeros(ROWS, dtype=torch.int32, device=DEVICE)
-        for _ in range(2):  # what a launch leaves behind must not matter to the next
-            route(x, norm, layout, logits, index, weights, y, done)
-        return index.cpu(), weights.cpu(), y.cpu()
+        for _ in range(2 if among is None else 1):  # what a launch leaves behind must not matter to the next
+            route(x, norm, layout, logits, index, weights, y, done, among)
+        return index.cpu(), weights.cpu(), y.cpu(), logits.cpu()
 
     def on_cpu(self) -> tuple[Tensor, Tensor, Tensor]:
         keep: list[np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = []
@@ -118,11 +121,66 @@ class World:
 )
 def test_routes_are_those_of_the_cpu(rule: Rule, spoil: str) -> None:
     world = World(rule, spoil)
-    index, weights, y = world.on_device()
+    index, weights, y, _ = world.on_device()
     their_index, their_weights, their_y = world.on_cpu()
     assert torch.equal(index.long(), their_index)
     torch.testing.assert_close(weights, their_weights, rtol=1e-5, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(y, their_y, rtol=1e-6, atol=1e-6)
+
+
+LIMITS = (1.0, 0.6, 0.3, 0.1, 0.0, 1.0)
+"""Of substituted mass, by row; the last row is padding."""
+
+
+@pytest.mark.parametrize("shared_by", [1, 2])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("held_more", [0, 3])
+def test_rows_among_held_experts_are_those_of_the_cpu(rule: Rule, shared_by: int, held_more: int) -> None:
+    world, width = World(rule, ""), rule.top_k * shared_by
+    held = torch.zeros(rule.experts, dtype=torch.int32)
+    held[torch.randperm(rule.experts, generator=torch.Generator().manual_seed(3))[: rule.top_k + held_more]] = 1
+    among = Among(
+        held=held.to(DEVICE), limits=torch.tensor(LIMITS, device=DEVICE),
+        num_rows=torch.tensor([ROWS - 1], dtype=torch.int32, device=DEVICE),
+        asked=torch.zeros(rule.experts, device=DEVICE), met=torch.zeros(ROWS, 2 * MET, device=DEVICE)[:, MET:],
+        experts=torch.full((ROWS, width), -1, dtype=torch.int32, device=DEVICE),
+        weights=torch.full((ROWS, width), -1.0, device=DEVICE), shared_by=shared_by,
+    )  # fmt: skip
+    index, weights, y, logits = world.on_device(among)
+    chosen, limits = index.numpy().astype(np.int64), np.array(LIMITS, np.float32)
+    lacking = (held.numpy()[chosen] == 0).sum(axis=1)
+    met, expected = np.zeros((ROWS, MET)), torch.zeros(ROWS, rule.experts)
+    for row in range(ROWS):  # together they would be given as many substitutes as the row that needs most
+        one = slice(row, row + 1)
+        rows = logits[one], chosen[one], weights[one].numpy()
+        theirs = among_held(rule_of(world), *rows, held.numpy() != 0, limits[one], shared_by)
+        met[row] = theirs.replaced[0], theirs.mass[0], lacking[row] - theirs.replaced[0]
+        expected[one] = spread(rule, torch.from_numpy(theirs.index), torch.from_numpy(theirs.weights))
+    np.testing.assert_allclose(among.met.cpu(), met, atol=2e-6)
+    assert 0 < met[:, 0].sum() < lacking.sum()
+    ours = among.experts.cpu().long(), among.weights.cpu()
+    torch.testing.assert_close(spread(rule, *ours), expected)
+    named = torch.zeros(ROWS, rule.experts).scatter_(1, ours[0], 1.0)
+    assert torch.equal(named, (spread(rule, *ours) != 0).float()), "who is named again is somebody who computes"
+    asked = spread(rule, torch.from_numpy(chosen), weights * y.norm(dim=1, keepdim=True))[:-1].sum(dim=0)
+    torch.testing.assert_close(among.asked.cpu(), asked, rtol=1e-5, atol=1e-6)
+
+
+def spread(rule: Rule, index: Tensor, weights: Tensor) -> Tensor:
+    """Weights `[R, experts]`, whatever the order in which experts are named, and how often."""
+    return torch.zeros(len(index), rule.experts).scatter_add_(1, index, weights)
+
+
+def rule_of(world: World) -> Select:
+    """`RouterAdapter.select` of the world's router."""
+    rule, favour = world.rule, world.favour
+    if rule.scores == Scores.CHOSEN:
+        return lambda logits, mask, top_k: TopKSoftmax(top_k)(logits, mask)
+    score = sigmoid_scores if rule.scores == Scores.SIGMOID else softmax_scores
+    groups = Groups(rule.groups, rule.groups_kept, rule.group_best) if rule.groups else None
+    bias = None if favour is None else (lambda: torch.from_numpy(favour))
+    normalise = share if rule.shares else None
+    return lambda logits, mask, top_k: ScoreTopK(top_k, score, normalise, rule.scale, bias, groups)(logits, mask)
 
 
 def test_what_cannot_be_is_refused() -> None:

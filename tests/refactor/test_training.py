@@ -16,7 +16,8 @@ from expertd_engine.refactor.selection import select
 from expertd_engine.refactor.shape import Routing, Shape
 from expertd_engine.refactor.statistics import probe
 from expertd_engine.refactor.student import Student
-from expertd_engine.refactor.training import Curve, Recipe, Trainer, TrainingError
+from expertd_engine.refactor.training import Curve, Recipe, Trainer, TrainingError, _schedule
+from expertd_engine.refactor.upcycle import upcycled
 from refactor.tiny import HEADS, INDEX, LAYERS, LOW_RANK, corpus, dense, statistics
 
 RECIPE = Recipe(steps=40, learning_rate=2e-3, router_steps=60, rows=6, micro_rows=3, length=32)
@@ -97,6 +98,37 @@ def test_the_router_learns_the_domains() -> None:
         for number, domain in enumerate(corpus().domains):
             ids = torch.from_numpy(corpus().windows(domain, 4, 64))
             assert (student.route_logits(ids).argmax(dim=-1) == number).float().mean() > 0.9
+
+
+def test_experts_begin_as_copies_of_the_pruned_ffn_whatever_the_route() -> None:
+    pruned = _student(Shape(Routing.NONE, 64))
+    _train(pruned, dataclasses.replace(RECIPE, steps=4))
+    grown = upcycled(pruned, INDEX, dense())
+    ids = torch.arange(20)[None]
+    for routes in (None, torch.full_like(ids, 2)):
+        torch.testing.assert_close(grown.logits(ids, routes), pruned.logits(ids), rtol=1e-4, atol=1e-4)
+    assert grown.selection is not None
+    assert torch.equal(grown.selection.experts[:, 0], grown.selection.experts[:, 2])
+
+
+@pytest.mark.parametrize("shape", [HEADS, LOW_RANK, dataclasses.replace(INDEX, permanent=24)], ids=lambda s: s.routing)
+def test_experts_that_cannot_be_copies_are_refused(shape: Shape) -> None:
+    with pytest.raises(ModelError, match="copies of a pruned FFN"):
+        upcycled(_student(Shape(Routing.NONE, 64)), shape, dense())
+
+
+def test_texts_domains_stand_in_for_the_router_for_a_share_of_the_steps() -> None:
+    student = _student(INDEX)
+    seen = []
+    student.route_logits = lambda ids: seen.append(ids) or torch.zeros(*ids.shape, 3)  # type: ignore[method-assign,func-returns-value]  # a spy
+    _train(student, dataclasses.replace(RECIPE, steps=8, rounds=1, router_steps=0, micro_rows=6, labelled=0.75))
+    assert len(seen) == 2
+
+
+def test_a_rate_that_is_kept_does_not_fall() -> None:
+    rates = [_schedule(step, 20, 0.1, 1.0) for step in range(20)]
+    assert rates[1:] == [1.0] * 19 and rates[0] == 0.5
+    assert _schedule(19, 20, 0.1, 0.05) < 0.06
 
 
 def test_low_rank_training_leaves_frozen_weights_alone() -> None:

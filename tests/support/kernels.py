@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from expertd_engine.kernels import formats, library
 from expertd_engine.kernels.library import FORMATS, ExpertLayout, Matrix, Pool
+from expertd_engine.kernels.row_order import from_strips
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -132,7 +133,9 @@ def make_experts(
     biases: bool = True,
     alpha: float = 1.7,
     limit: float = 1.0,
+    order: str = "strips",
 ) -> Experts:
+    """The same tensors in either order of records."""
     shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
     if not gated:
         del shapes["gate"]
@@ -142,13 +145,20 @@ def make_experts(
             name: pack(normal(rng, *shape) / np.float32(shape[1] ** 0.5), format) for name, shape in shapes.items()
         }
         tensors = {name: matrix.values for name, matrix in packed.items()}
-        parts = {name: matrix.data for name, matrix in packed.items()}
+        parts = {name: _ordered(matrix, order) for name, matrix in packed.items()}
         for name, shape in shapes.items() if biases else ():
             tensors[f"{name}_bias"] = normal(rng, shape[0]) / np.float32(10)
             parts[f"{name}_bias"] = tensors[f"{name}_bias"].view(np.uint8)
         made.append((_record(parts, offsets), tensors))
     layout = ExpertLayout(hidden, inner, FORMATS[format], library.ACTIVATIONS[activation], alpha, limit, **offsets)
+    layout.order = library.ORDERS[order]
     return Experts(layout, format, [record for record, _ in made], [tensors for _, tensors in made])
+
+
+def _ordered(matrix: Packed, order: str) -> NDArray[np.uint8]:
+    if order == "strips" or matrix.format not in formats.QUANTISED:
+        return matrix.data
+    return from_strips(matrix.data, matrix.format, *matrix.values.shape)
 
 
 def _record(parts: dict[str, NDArray[np.uint8]], offsets: dict[str, int]) -> NDArray[np.uint8]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from expertd_engine.config import Config, Policy
+from expertd_engine.config import Config, DeviceMisses, Policy
 from expertd_engine.console import progress_bar, run_command
 from expertd_engine.experts.store_format import TARGETS
 
@@ -67,6 +67,7 @@ def _add_engine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cgroup", action="store_true", help="run in a memory cgroup of --memory-budget; needs root")
     command.add_argument("--policy", choices=get_args(Policy), default="auto", help="which expert gives way")
     command.add_argument("--no-prefetch", action="store_true", help="load on demand alone")
+    command.add_argument("--device-misses", choices=get_args(DeviceMisses), default="link", help="as for serve")
     command.add_argument(
         "--routing",
         default="model",
@@ -178,6 +179,11 @@ def _add_readme(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--real", type=_positive, default=0, metavar="N", help="also run traces of N requests for real"
     )
+    command.add_argument(
+        "--real-arms", choices=("all", "prefetch"), default="all", help="ways of serving that run for real (all)"
+    )
+    command.add_argument("--real-only", action="store_true", help="leave the simulation out")
+    command.add_argument("--disk-mib-s", type=_positive, metavar="N", help="as on a disk that reads N MiB a second")
 
 
 def _add_routing(command: argparse.ArgumentParser) -> None:
@@ -245,8 +251,8 @@ def _perplexity(options: argparse.Namespace) -> str:
 
 
 def _foresight(options: argparse.Namespace) -> str:
-    from expertd_engine.bench.foresight import foresight
-    from expertd_engine.bench.protocol import DecodeRequest, EngineSpec
+    from expertd_engine.bench.foresight import foresight, turns_of
+    from expertd_engine.bench.protocol import EngineSpec
 
     spec = EngineSpec(
         store=str(_store(options)),
@@ -257,10 +263,10 @@ def _foresight(options: argparse.Namespace) -> str:
         device=options.device,
         disk_mib_s=options.disk_mib_s,
     )
-    request = DecodeRequest(options.tokens, options.warm, 8)
+    request = turns_of(options.pairs, options.tokens, options.warm)
     routings = options.routing.split(",")
     with progress_bar() as progress:
-        return foresight(spec, request, options.pairs, options.timeout, routings, options.trace, progress)
+        return foresight(spec, request, options.timeout, routings, options.trace, progress)
 
 
 def _quality(options: argparse.Namespace) -> str:
@@ -324,7 +330,8 @@ def _readme(options: argparse.Namespace) -> str:
     asked = Asked(
         traces=options.traces, requests=options.requests, cached=options.cached, load=options.load,
         max_sequences=options.max_sequences, max_step_tokens=options.max_step_tokens, real_requests=options.real,
-        threads=options.threads, io_threads=options.io_threads,
+        threads=options.threads, io_threads=options.io_threads, real_arms=options.real_arms,
+        real_only=options.real_only, disk_mib_s=options.disk_mib_s,
     )  # fmt: skip
     with progress_bar() as progress:
         return readme(_store(options), options.texts, options.out, asked, progress)

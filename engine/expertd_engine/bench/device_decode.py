@@ -7,6 +7,7 @@ it, and the card's own memory.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from expertd_engine.bench.peer_transformers import measure
 from expertd_engine.bench.protocol import Decoded, DecodeRequest, EngineFacts
 from expertd_engine.bench.report import finish, number, percent, spread
 from expertd_engine.bench.stats import bound_tok_s, median_interval, serial_tok_s
+from expertd_engine.experts.payoff import SETTLED
+from expertd_engine.messages import Tiers
 
 ALL = "100%"
 HEADER = (
@@ -81,12 +84,15 @@ def decode_report(session: DeviceSession, options: Options, cells: Sequence[Cell
         _values(cell, found, _limits(facts, link, samples[whole.get(cell, cell)], cell.streams), options.tokens)
         for cell, found in samples.items()
     ]
-    values = _summary(options, facts, link, tables, peer, session.vram_bytes())
+    values = _summary(options, facts, link, tables, peer, session.vram_bytes()) | _misses(session.tiers())
     return finish(_title(options, facts), HEADER, [_row(one) for one in tables], _notes(facts, values), values)
 
 
 def _samples(session: DeviceSession, cell: Cell, request: DecodeRequest, runs: int) -> list[Decoded]:
     session.retune(cell.budget, cell.routing, cell.hints, cell.streams)
+    if cell.hints != "none":  # not before it is known whether they pay
+        for _ in range(math.ceil(SETTLED / (request.warm + request.tokens))):
+            session.decode(request)
     return [session.decode(request) for _ in range(runs)]
 
 
@@ -142,6 +148,13 @@ def _summary(
     }  # fmt: skip
 
 
+def _misses(tiers: Tiers) -> dict[str, Any]:
+    return {
+        "misses": tiers.misses, "cpu_bytes_per_s": tiers.cpu_bytes_per_s, "computed_experts": tiers.computed,
+        "computed_bytes": tiers.computed_bytes,
+    }  # fmt: skip
+
+
 def _title(options: Options, facts: EngineFacts) -> str:
     return (
         f"decode: {options.store.index.name}, experts {facts.experts_format}, dense {facts.dense_format}, "
@@ -167,6 +180,11 @@ def _notes(facts: EngineFacts, values: dict[str, Any]) -> list[str]:
         f"link: {link} GB/s; card's memory {values['card_memory_bytes_per_s'] / 1e9:.0f} GB/s; at most "
         f"{values['vram_peak_bytes'] / 2**30:.2f} GiB of the card in use"
     )
+    if values["misses"] == "cpu":
+        notes.append(
+            f"misses are computed by the processor, {values['cpu_bytes_per_s'] / 1e9:.1f} GB/s as measured at start: "
+            f"{values['computed_bytes'] / 1e9:.1f} GB so far"
+        )
     if values["peer"] is not None:
         peer = values["peer"]
         speeds = ", ".join(f"{name} {speed}" for name, speed in peer["implementations"].items())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -26,8 +26,11 @@ from expertd_engine.core import StepResult
 from expertd_engine.device_experts import foresight_for
 from expertd_engine.device_startup import start_on_device
 from expertd_engine.errors import UsageError
-from expertd_engine.experts.lookahead import NoLookahead
+from expertd_engine.experts.lookahead import Lookahead, NoLookahead
+from expertd_engine.messages import Tiers
 from expertd_engine.request import ExpertCounts
+
+CUDA = torch.device("cuda", 0)
 
 
 class _StepExperts(Sequence[Sequence[int]]):
@@ -49,18 +52,20 @@ class _StepExperts(Sequence[Sequence[int]]):
 class DeviceSession(EngineSession):
     """`EngineSession` on a CUDA device, on generated routes."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, device: torch.device = CUDA) -> None:
+        """`device` may be the processor, for Triton's interpreter."""
         if spec.routing == "model":
             raise UsageError("on a device routes are generated: give --routing other than model")
+        self._device = device
         self._moved = 0
         """Bytes that had crossed the link after the last step."""
         super().__init__(spec)
         self._reported_routes = self._engine.cache.routes
+        self._foresight: Lookahead = self._engine.cache.lookahead
 
     def _started(self) -> Any:
-        device = torch.device("cuda", 0)
         return start_on_device(
-            self._store, self._config(), os.getpid(), silent, self._watch, device,
+            self._store, self._config(), os.getpid(), silent, self._watch, self._device,
             lookahead=self._recorder, routes=self._routes,
         )  # fmt: skip
 
@@ -77,21 +82,30 @@ class DeviceSession(EngineSession):
         routes, channel = generated(spec, self._shape)
         assert routes is not None and self._routes is not None
         self._routes.become(routes)  # the engine holds this one
-        foresight = ChannelLookahead(self._routes, channel) if channel else NoLookahead()
-        self._recorder.become(foresight)
         cache, index = self._engine.cache, self._store.index
-        cache.lookahead = foresight_for(index, self._recorder, cache.ledger)
+        slots_of = cache.ledger.resident_slots
+        foresight = ChannelLookahead(self._routes, channel, slots_of) if channel else NoLookahead()
+        self._foresight = foresight_for(index, foresight, cache.ledger)
+        self.foresee(True)
         cache.set_budget(parse_size(expert_budget, share_allowed=True).resolve(cache.ledger.max_budget_bytes))
         cache.fill()
-        cache.routes = self._layer_routes if channel else self._reported_routes
         slots = cache.ledger.budget_bytes // index.record_bytes(0)
         every = self._store.experts() if slots >= self._shape.layers * self._shape.experts else ()
         self._replay = LRUReplay(slots, every)
+
+    def foresee(self, on: bool) -> None:
+        cache = self._engine.cache
+        cache.lookahead = self._foresight if on else NoLookahead()
+        cache.routes = self._layer_routes if self._foresight.exactness != "none" and on else self._reported_routes
 
     def _layer_routes(self, layer: int) -> Sequence[int]:
         """What a layer of the running step routes to: foresight is told of it when the layer has routed."""
         assert self._routes is not None
         return sorted({expert for row in self._routes.current[:, layer].tolist() for expert in row})
+
+    def tiers(self) -> Tiers:
+        """What crossed the link, and who computes misses."""
+        return cast(Tiers, self._engine.cache.tiers())
 
     def vram_bytes(self) -> int:
         """What this process occupies of the card, at most so far."""

@@ -1,16 +1,16 @@
 """`expertd bench foresight`: a governed predictor against none, in turn, for every kind of routes and budget.
 
 Routes are uniform, calibrated, and those of a trace; what is foreseen of them is a channel of stated recall. Where the
-store has a predictor of its own, the model's own routes are measured too, as it foresees them. Rounds count once the
-governor has tried for the first time whether foresight pays, as it does again in a twentieth of all steps.
+store has a predictor of its own, the model's own routes are measured too, as it foresees them. One engine goes with and
+without, so that nothing else differs; rounds count once the governor has tried for the first time whether foresight
+pays, as it does again in a twentieth of all steps. On a device one engine also serves all cells.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ from typing import Any
 import msgspec
 
 from expertd_engine.bench.contender import Contender, Lost
-from expertd_engine.bench.protocol import Decoded, DecodeRequest, EngineSpec
-from expertd_engine.bench.race import Runner, enter, paired, race
+from expertd_engine.bench.protocol import Decoded, EngineSpec, Turns, TurnsRequest
 from expertd_engine.bench.report import finish, number, percent, spread
 from expertd_engine.bench.stats import Interval, median_interval, ratio_interval
 from expertd_engine.console import Progress, silent
-from expertd_engine.experts.payoff import BLOCK, GRACE, TRIAL
+from expertd_engine.experts.payoff import SETTLED
 from expertd_engine.lab.predictor_file import has_predictor
 from expertd_engine.lab.trace import SUFFIX
 
@@ -70,31 +69,58 @@ class Found:
         return self.ratio.low >= FLOOR and (self.wasted is None or self.wasted <= WASTE)
 
 
-def cells(store: Path, routings: Sequence[str], trace: Path | None) -> list[Cell]:
-    """Generated routes, those of a trace, and the model's own where the store has a predictor for them."""
+def cells(store: Path, routings: Sequence[str], trace: Path | None, device: str = "cpu") -> list[Cell]:
+    """Generated routes, those of a trace, and the model's own where something predicts them."""
     routings = [*routings, *([] if trace is None else [f"trace:{trace}"])]
     found = [Cell(routing, budget, HINTS) for routing in routings for budget in BUDGETS]
-    if has_predictor(store):
+    if device == "cpu" and has_predictor(store):
         found += [Cell("model", budget, "learned") for budget in BUDGETS]
     return found
 
 
+def turns_of(pairs: int, tokens: int, warm: int) -> TurnsRequest:
+    """What each cell is asked: so many pairs, once the governor has tried whether foresight pays."""
+    return TurnsRequest(pairs, SETTLED, tokens, warm, prompt=1)
+
+
 def foresight(
     spec: EngineSpec,
-    request: DecodeRequest,
-    pairs: int,
+    request: TurnsRequest,
     timeout_s: float,
     routings: Sequence[str],
     trace: Path | None = None,
     progress: Progress = silent,
 ) -> str:
     """Measure every cell, one after the other: the report. Raises what starting an engine raises."""
+    wanted = cells(Path(spec.store), routings, _part(trace), spec.device)
+    spec = msgspec.structs.replace(spec, max_model_len=_longest(request))
+    if spec.device == "cpu":
+        return report(spec, request, wanted, lambda cell: _asked(spec, cell, request, timeout_s), progress)
+    from expertd_engine.bench.device_session import DeviceSession  # needs triton
+    from expertd_engine.bench.turns import take_turns
+
+    with closing(DeviceSession(_as(spec, wanted[0]))) as session:
+
+        def turns(cell: Cell) -> Turns:
+            session.retune(cell.budget, cell.routing, cell.hints, 1)
+            return take_turns(session, request)
+
+        return report(spec, request, wanted, turns, progress)
+
+
+def report(
+    spec: EngineSpec,
+    request: TurnsRequest,
+    wanted: Sequence[Cell],
+    turns: Callable[[Cell], Turns],
+    progress: Progress = silent,
+) -> str:
+    """What `turns` measures of each cell, as a table."""
     found = []
-    wanted = cells(Path(spec.store), routings, _part(trace))
     for number_, cell in enumerate(wanted):
         progress("foresight", number_ / len(wanted))
-        found.append(_measure(spec, cell, request, pairs, timeout_s))
-    return _report(spec, pairs, found)
+        found.append(found_in(cell, turns(cell)))
+    return _report(spec, request.pairs, found)
 
 
 def _part(trace: Path | None) -> Path | None:
@@ -102,23 +128,28 @@ def _part(trace: Path | None) -> Path | None:
     return next(iter(sorted(trace.glob(f"*{SUFFIX}"))), trace) if trace is not None and trace.is_dir() else trace
 
 
-def _measure(spec: EngineSpec, cell: Cell, request: DecodeRequest, pairs: int, timeout_s: float) -> Found:
-    off = msgspec.structs.replace(spec, routing=cell.routing, expert_budget=cell.budget, hints="none")
-    on = msgspec.structs.replace(off, hints=cell.hints)
-    runners = [
-        Runner[Decoded](name, Contender(one, timeout_s=timeout_s), request) for name, one in (("off", off), ("on", on))
-    ]
-    first = settling(request)
-    with ExitStack() as stack:
-        enter(stack, runners)
-        race(runners, first + pairs, Decoded, lambda: None)
-    for runner in runners:
-        if runner.lost is not None:
-            raise Lost(f"{cell.routing} at {cell.budget}, foresight {runner.name}: {runner.lost}")
-    without, with_ = paired(*runners)
-    prefetched = sum(one.prefetched_bytes for one in with_)
-    wasted = sum(one.wasted_bytes for one in with_) / prefetched if prefetched else None
-    without, with_ = without[first:], with_[first:]
+def _longest(request: TurnsRequest) -> int:
+    """Tokens of a sequence, in whole blocks and with some to spare."""
+    tokens = request.prompt + request.settle + 2 * request.pairs * (request.warm + request.tokens)
+    return -(-(tokens + 64) // 64) * 64
+
+
+def _as(spec: EngineSpec, cell: Cell) -> EngineSpec:
+    return msgspec.structs.replace(spec, routing=cell.routing, expert_budget=cell.budget, hints=cell.hints)
+
+
+def _asked(spec: EngineSpec, cell: Cell, request: TurnsRequest, timeout_s: float) -> Turns:
+    """What a process of the cell's own measures."""
+    try:
+        with Contender(_as(spec, cell), timeout_s=timeout_s) as contender:
+            return contender.ask(request, Turns)
+    except Lost as reason:
+        raise Lost(f"{cell.routing} at {cell.budget}: {reason}") from None
+
+
+def found_in(cell: Cell, turns: Turns) -> Found:
+    """The turns' figures."""
+    without, with_ = turns.off, turns.on
     ahead, lru = sum(one.prefetched_bytes for one in with_), sum(one.lru_transferred_bytes for one in with_)
     transferred = sum(one.transferred_bytes for one in with_)
     return Found(
@@ -129,14 +160,9 @@ def _measure(spec: EngineSpec, cell: Cell, request: DecodeRequest, pairs: int, t
         _hits(without),
         _hits(with_),
         ahead / max(1, transferred),
-        wasted,
+        turns.wasted_bytes / turns.prefetched_bytes if turns.prefetched_bytes else None,
         transferred / lru if lru else None,
     )
-
-
-def settling(request: DecodeRequest) -> int:
-    """Rounds before the timed ones: until the governor has tried once whether foresight pays."""
-    return math.ceil((GRACE + BLOCK * len(TRIAL)) / (request.warm + request.tokens))
 
 
 def _hits(samples: Sequence[Decoded]) -> float:

@@ -6,7 +6,7 @@ to come, and says nothing that its channel does not carry.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -110,9 +110,14 @@ class ChannelLookahead:
     lead at which the channel still makes it; what is exact is said once.
     """
 
-    def __init__(self, source: GeneratedRoutes, channel: Channel) -> None:
+    def __init__(
+        self, source: GeneratedRoutes, channel: Channel, slots_of: Callable[[int], Sequence[int]] | None = None
+    ) -> None:
+        """`slots_of(layer)[expert]` is negative for an absent expert: then those alone are named, as an engine's own
+        predictors do."""
         self.exactness: Exactness = "exact" if channel.is_exact else "predicted"
         self._source = source
+        self._slots_of = slots_of
         self._leads = min(len(channel.recalls), source.shape.layers)
         self._period = source.shape.layers * source.shape.experts
         self._told: dict[int, set[int]] = {}
@@ -132,7 +137,7 @@ class ChannelLookahead:
             begin = self._begin_of(step + ahead, target)
             if self.exactness == "exact" and begin in self._told:
                 continue
-            named = self._source.predicted(target, lead, next_step=bool(ahead))
+            named = self._absent(target, self._source.predicted(target, lead, next_step=bool(ahead)))
             hints += [Hint(ExpertId(target, expert), begin + expert) for expert in named]
             self._told[begin] = set(named)
         return hints
@@ -141,6 +146,12 @@ class ChannelLookahead:
         uses = (begin + expert.expert for begin, told in self._told.items() if expert.expert in told)
         layer = expert.layer * self._source.shape.experts
         return min((use for use in uses if use > after and use % self._period == layer + expert.expert), default=None)
+
+    def _absent(self, layer: int, experts: list[int]) -> list[int]:
+        if self._slots_of is None:
+            return experts
+        slots = self._slots_of(layer)
+        return [expert for expert in experts if slots[expert] < 0]
 
     def _begin_of(self, step: int, layer: int) -> int:
         return step * self._period + layer * self._source.shape.experts
@@ -154,10 +165,6 @@ class Recorder:
         self._inner = inner
         self._shape = shape
         self._asked: dict[int, Sequence[int]] = {}
-
-    def become(self, inner: Lookahead) -> None:
-        """Record around `inner` from now on."""
-        self.exactness, self._inner = inner.exactness, inner
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
         self._asked = {}

@@ -147,6 +147,7 @@ def read_options(arguments: argparse.Namespace, store: Path) -> Options:
         max_model_len=_context(arguments),
         seed=arguments.seed,
         device=arguments.device,
+        device_misses=arguments.device_misses,
     )
     versus = _changed(engine, arguments.versus)
     for one in (engine, versus or engine):

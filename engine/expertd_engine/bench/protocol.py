@@ -29,6 +29,7 @@ class EngineSpec(msgspec.Struct, frozen=True, tag="engine", forbid_unknown_field
     max_model_len: int = 512
     seed: int = 0
     device: str = "cpu"
+    device_misses: str = "link"
     disk_mib_s: float | None = None
     """Records come no faster than that; None: as fast as they do."""
 
@@ -47,6 +48,18 @@ class PeerSpec(msgspec.Struct, frozen=True, tag="peer", forbid_unknown_fields=Tr
 class DecodeRequest(msgspec.Struct, frozen=True, tag="decode", forbid_unknown_fields=True):
     """Start every stream on a prompt, take `warm` tokens each, then time `tokens` each."""
 
+    tokens: int
+    warm: int
+    prompt: int
+
+
+class TurnsRequest(msgspec.Struct, frozen=True, tag="turns", forbid_unknown_fields=True):
+    """Start every stream on a prompt, take `settle` tokens with foresight; then `pairs` times, with and without it in
+    turn, take `warm` tokens and time `tokens` each. Answered by `Turns`.
+    """
+
+    pairs: int
+    settle: int
     tokens: int
     warm: int
     prompt: int
@@ -73,7 +86,7 @@ class DescribeRequest(msgspec.Struct, frozen=True, tag="describe", forbid_unknow
     """What was started? Answered by `EngineFacts` or `PeerFacts`."""
 
 
-Request = DecodeRequest | PrefillRequest | DiskRequest | DescribeRequest
+Request = DecodeRequest | TurnsRequest | PrefillRequest | DiskRequest | DescribeRequest
 
 
 class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -130,6 +143,16 @@ class Decoded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def tok_s(self) -> float:
         return self.tokens / self.elapsed_s
+
+
+class Turns(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Windows without and with foresight, by pairs."""
+
+    off: list[Decoded]
+    on: list[Decoded]
+    prefetched_bytes: int
+    """From the first of the settling steps on."""
+    wasted_bytes: int
 
 
 class Prefilled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

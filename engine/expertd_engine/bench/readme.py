@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 from expertd_engine.bench.readme_plots import draw, need_matplotlib
 from expertd_engine.bench.readme_real import run_real
@@ -19,9 +19,10 @@ from expertd_engine.bench.readme_record import record, recording_config
 from expertd_engine.bench.readme_sim import Arm, Costs, Outcome, Room, Simulation, clairvoyant_hits
 from expertd_engine.bench.readme_traces import Arrival, Recorded, make_trace
 from expertd_engine.bench.report import finish, number, percent, spread
+from expertd_engine.bench.slow_disk import open_store
 from expertd_engine.bench.stats import percentile, ratio_interval
 from expertd_engine.console import Progress
-from expertd_engine.experts.store import ExpertStore
+from expertd_engine.errors import UsageError
 
 EXCHANGES = 24
 """Of each domain, recorded once."""
@@ -34,6 +35,14 @@ ON_DEMAND = replace(READ_ME, prefetch=False)
 BASELINES = (Arm("decode-first", "lru", prefetch=False), Arm("prefill-first", "lru", prefetch=False))
 STRONGER = (Arm("decode-first", "next-use", prefetch=True), Arm("prefill-first", "next-use", prefetch=True))
 ARMS = (*BASELINES, *STRONGER, ON_DEMAND, READ_ME)
+
+
+RealArms = Literal["all", "prefetch"]
+"""Which ways of serving run for real: `prefetch` are those that differ by it alone."""
+REAL: dict[RealArms, tuple[Arm, ...]] = {
+    "all": (BASELINES[0], STRONGER[0], ON_DEMAND, READ_ME),
+    "prefetch": (ON_DEMAND, READ_ME),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,11 @@ class Asked:
     patience: int = 32
     real_requests: int = 0
     """Of each real trace; 0: no real run."""
+    real_arms: RealArms = "all"
+    real_only: bool = False
+    """Leaves the simulation out."""
+    disk_mib_s: int | None = None
+    """Experts are read as from a disk of that pace; None: as quickly as they come."""
     threads: int | None = None
     io_threads: int = 2
 
@@ -61,32 +75,46 @@ class Asked:
 def readme(path: Path, texts: Path, out: Path, asked: Asked, progress: Progress) -> str:
     """Everything, into the folder `out`. Returns what is printed.
 
-    Raises UsageError for a model of another kind, and without matplotlib.
+    Raises UsageError for a model of another kind, without matplotlib, and where nothing is asked for.
     """
+    if asked.real_only and not asked.real_requests:
+        raise UsageError("--real-only without --real N measures nothing")
     need_matplotlib()  # before minutes of work
-    store = ExpertStore.open(path)
+    store = open_store(path, asked.disk_mib_s)
     progress("record", 0.0)
     config = recording_config(asked.max_step_tokens, asked.threads, asked.io_threads)
-    recording = record(store, texts, EXCHANGES, config, out / "recorded.json")
+    recording = record(store, texts, EXCHANGES, config, out / "recorded.json", asked.disk_mib_s)
     costs = recording.costs.folded(min(SIM_LAYERS, recording.costs.layers))
-    traces = make_traces(recording.exchanges, costs, asked, asked.requests)
-    progress("hits", 0.0)
-    hits = hit_ratios(costs, traces, asked)
-    outcomes = {}
-    for place, arm in enumerate(ARMS):
-        progress("simulate", place / len(ARMS))
-        outcomes[arm.name] = [Simulation(costs, arm, asked.room(costs.layers)).run(trace) for trace in traces]
+    hits: dict[int, dict[str, float]] = {}
+    outcomes: dict[str, list[Outcome]] = {}
+    if not asked.real_only:
+        traces = make_traces(recording.exchanges, costs, asked, asked.requests)
+        progress("hits", 0.0)
+        hits = hit_ratios(costs, traces, asked)
+        outcomes = simulate(costs, traces, asked, progress)
     real: dict[str, list[Outcome]] = {}
     if asked.real_requests:
         progress("real", 0.0)
-        arms = (*BASELINES[:1], *STRONGER[:1], ON_DEMAND, READ_ME)
+        arms = REAL[asked.real_arms]
         short = make_traces(recording.exchanges, costs, asked, asked.real_requests)
         runs = run_real(store, arms, asked.room(recording.costs.layers), short, asked.threads, asked.io_threads)
         real = {arm.name: run for arm, run in zip(arms, runs, strict=True)}
     values = summary(recording.costs, hits, outcomes, real, asked)
     (out / "readme.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
-    draw(values, out)
+    if not asked.real_only:
+        draw(values, out)
     return report(values, asked)
+
+
+def simulate(
+    costs: Costs, traces: Sequence[Sequence[Arrival]], asked: Asked, progress: Progress
+) -> dict[str, list[Outcome]]:
+    """Every trace through every arm, by the arm's name."""
+    outcomes = {}
+    for place, arm in enumerate(ARMS):
+        progress("simulate", place / len(ARMS))
+        outcomes[arm.name] = [Simulation(costs, arm, asked.room(costs.layers)).run(trace) for trace in traces]
+    return outcomes
 
 
 def make_traces(exchanges: Sequence[Recorded], costs: Costs, asked: Asked, requests: int) -> list[list[Arrival]]:
@@ -128,6 +156,7 @@ def summary(
     values = {
         "costs": costs.to_json(),
         "cached": asked.cached,
+        "disk_mib_s": asked.disk_mib_s,
         "traces": asked.traces,
         "fairness_bound_steps": asked.patience + asked.max_sequences - 1,
         "hit_ratios": {str(cached): of for cached, of in hits.items()},
@@ -170,7 +199,8 @@ def report(values: dict[str, Any], asked: Asked) -> str:
     notes = [
         f"{asked.cached} of {values['costs']['experts']} experts cached, {asked.traces} traces; latency is from "
         f"arrival to the end over tokens of the answer; unique: experts of steps of {asked.max_step_tokens} tokens; "
-        f"nobody may be passed over more than {values['fairness_bound_steps']} steps in a row",
+        f"nobody may be passed over more than {values['fairness_bound_steps']} steps in a row"
+        + ("" if asked.disk_mib_s is None else f"; a disk of {asked.disk_mib_s} MiB/s"),
         *(
             f"hits with {cached} cached: " + ", ".join(f"{name} {percent(one)}" for name, one in of.items())
             for cached, of in values["hit_ratios"].items()

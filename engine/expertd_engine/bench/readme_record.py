@@ -65,9 +65,13 @@ def open_engine(store: ExpertStore, config: Config, watch: Callable[[StepPlan, S
     return engine
 
 
-def record(store: ExpertStore, texts: Path, count: int, config: Config, file: Path) -> Recording:
-    """`count` exchanges a domain of `texts`. What an earlier call recorded of the same is read from `file`."""
-    identity = [store.index.store_id, str(texts.resolve()), count, config.threads, config.io_threads]
+def record(
+    store: ExpertStore, texts: Path, count: int, config: Config, file: Path, disk_mib_s: int | None = None
+) -> Recording:
+    """`count` exchanges a domain of `texts`. What an earlier call recorded of the same is read from `file`.
+
+    `disk_mib_s`: of the disk that `store` is read as being on; None for its own."""
+    identity = [store.index.store_id, str(texts.resolve()), count, config.threads, config.io_threads, disk_mib_s]
     if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8")))["of"] == identity:
         return Recording([Recorded(**one) for one in found["exchanges"]], Costs(**found["costs"]))
     steps: list[tuple[int, int, float]] = []

@@ -30,8 +30,9 @@ from expertd_engine.bench.protocol import (
 )
 from expertd_engine.bench.replay import LRUReplay
 from expertd_engine.bench.routing import RoutingShape, make_routing, shape_of
-from expertd_engine.bench.slow_disk import SlowStore
-from expertd_engine.config import Config, Device, Policy, Predictor, parse_size
+from expertd_engine.bench.slow_disk import open_store
+from expertd_engine.bench.turns import Switch
+from expertd_engine.config import Config, Device, DeviceMisses, Policy, Predictor, parse_size
 from expertd_engine.console import silent
 from expertd_engine.core import Forward, StepResult
 from expertd_engine.errors import EngineError
@@ -41,7 +42,7 @@ from expertd_engine.kernels import library
 from expertd_engine.memory import peak_rss_bytes
 from expertd_engine.messages import Sampling, Submit, TextInput
 from expertd_engine.request import ExpertCounts
-from expertd_engine.startup import start_engine
+from expertd_engine.startup import lookahead_for, start_engine
 from expertd_engine.step_plan import StepPlan
 
 
@@ -64,8 +65,11 @@ class EngineSession:
         self._counts = ExpertCounts()
         self._outcomes: dict[str, int] = {}
         """Bytes of prefetches by outcome, when they were last told."""
+        self._switch: Switch | None = None
         self._decoded: list[Sequence[Sequence[int]]] = []
         """What each decode step asked for, by layer, that the replay has not seen."""
+        self._own_s = 0.0
+        """What the bench itself took of the step that runs."""
         self._engine = self._started()
         slots = self._engine.cache.ledger.budget_bytes // self._store.index.record_bytes(0)
         self._replay = LRUReplay(
@@ -110,26 +114,36 @@ class EngineSession:
         """Time `tokens` steps of all streams, after their prompts and `warm` steps."""
         self._load_all()
         steps = request.warm + request.tokens
-        streams = self._start(request.prompt, steps)
-        for _ in range(request.warm):
+        streams = self.start(request.prompt, steps)
+        met = self.window(request.warm, request.tokens, len(streams))
+        self.end(streams)
+        return met
+
+    def foresee(self, on: bool) -> None:
+        """Go on with what is foreseen, or as if nothing were; for engines that foresee."""
+        if self._switch is None:
+            engine = self._engine
+            plain = lookahead_for(self._store.index, 2 * self._spec.io_threads, NoLookahead(), engine.cache.ledger)
+            self._switch = Switch(engine.cache, engine.runner, plain)
+        self._switch.turn(on)
+
+    def window(self, warm: int, tokens: int, streams: int) -> Decoded:
+        """Time `tokens` steps of so many streams, all that there are, after `warm` others."""
+        for _ in range(warm):
             self._step()
         self._replay.feed(self._decoded)
         self._decoded.clear()
         before = self._counts
-        began = time.perf_counter()
-        for _ in range(request.tokens):
-            self._step()
-        elapsed_s = time.perf_counter() - began
+        elapsed_s = sum(self._step() for _ in range(tokens))
         met = self._counts - before
         union = sum(len(experts) for step in self._decoded for experts in step)
         lru = self._replay.feed(self._decoded)
         self._decoded.clear()
-        self._end(streams)
         record = self._store.index.record_bytes(0)
         prefetched, wasted = self._prefetched()
         return Decoded(
             elapsed_s=elapsed_s,
-            tokens=request.tokens * len(streams),
+            tokens=tokens * streams,
             hits=met.hits,
             late=met.late,
             misses=met.misses,
@@ -137,7 +151,7 @@ class EngineSession:
             transferred_bytes=met.loaded_bytes,
             stall_s=met.stall_s,
             lru_transferred_bytes=lru.misses * record,
-            union=union / (request.tokens * self._shape.layers),
+            union=union / (tokens * self._shape.layers),
             peak_bytes=self._engine.cache.ledger.peak_bytes,
             process_peak_bytes=peak_rss_bytes(),
             prefetched_bytes=prefetched,
@@ -154,16 +168,16 @@ class EngineSession:
     def prefill(self, request: PrefillRequest) -> Prefilled:
         """Time one prompt; with `decode`, while another stream decodes, whose pace is told before, during and after."""
         self._load_all()
-        other = self._start(request.warm, 3 * request.warm + request.tokens + request.after, streams=1)
+        other = self.start(request.warm, 3 * request.warm + request.tokens + request.after, streams=1)
         before_s = [self._step() for _ in range(request.warm)]
         if not request.decode:
-            self._end(other)
+            self.end(other)
         resident, before = self._engine.cache.ledger.resident_bytes, self._counts
         prompt = self._submit(request.tokens, 1, stream=self._spec.streams)
         during_s = self._step_until([prompt], 1)
         met = self._counts - before
         after_s = [self._step() for _ in range(request.after if request.decode else 0)]
-        self._end(other if request.decode else [])
+        self.end(other if request.decode else [])
         self._decoded.clear()
         return Prefilled(
             ttft_s=sum(during_s),
@@ -182,13 +196,17 @@ class EngineSession:
         """Around the runner: announces whose rows come, and keeps what a step met."""
 
         def forward(plan: StepPlan) -> StepResult:
+            began = time.perf_counter()
             if self._routes:
                 rows = [(self._stream_of[chunk.sequence.sequence_id], chunk.num_tokens) for chunk in plan.chunks]
                 self._routes.begin_step(rows)
+            started = time.perf_counter()
             result = runner(plan)
+            ended = time.perf_counter()
             self._counts += self._met(result)
             if plan.phase == "decode":
                 self._decoded.append(self._step_experts())
+            self._own_s += started - began + time.perf_counter() - ended
             return result
 
         return forward
@@ -204,10 +222,11 @@ class EngineSession:
         return self._recorder.take_step()
 
     def _step(self) -> float:
-        """One step; the seconds it took. Raises EngineError if it ended a sequence with an error."""
-        began = time.perf_counter()
+        """One step; the seconds that the engine took for it, without what drawing and keeping routes took. Raises
+        EngineError if it ended a sequence with an error."""
+        began, self._own_s = time.perf_counter(), 0.0
         told = self._engine.core.step(began)
-        elapsed_s = time.perf_counter() - began
+        elapsed_s = time.perf_counter() - began - self._own_s
         for output in told.outputs:
             self._outputs[output.sequence_id] = self._outputs.get(output.sequence_id, 0) + len(output.token_ids)
         for finished in told.finished:
@@ -222,7 +241,7 @@ class EngineSession:
             steps_s.append(self._step())
         return steps_s
 
-    def _start(self, prompt: int, tokens: int, streams: int | None = None) -> list[int]:
+    def start(self, prompt: int, tokens: int, streams: int | None = None) -> list[int]:
         """Submit all streams, with room for `tokens` each, and step until all decode."""
         count = streams or self._spec.streams
         if self._routes:
@@ -240,7 +259,7 @@ class EngineSession:
         self._engine.core.submit(Submit(sequence_id, [TextInput(ids)], sampling), time.perf_counter())
         return sequence_id
 
-    def _end(self, sequence_ids: Sequence[int]) -> None:
+    def end(self, sequence_ids: Sequence[int]) -> None:
         core = self._engine.core
         core.abort(sequence_ids, time.perf_counter())
         while core.has_work:
@@ -264,8 +283,7 @@ class EngineSession:
 
 def opened(spec: EngineSpec) -> ExpertStore:
     """The store, as quick as it shall be. Raises StoreError."""
-    store = ExpertStore.open(Path(spec.store))
-    return store if spec.disk_mib_s is None else SlowStore(store.path, store.index, spec.disk_mib_s * 2**20)
+    return open_store(Path(spec.store), spec.disk_mib_s)
 
 
 def _dense_read_bytes(store: ExpertStore) -> int:
@@ -306,4 +324,5 @@ def config_of(spec: EngineSpec) -> Config:
         threads=spec.threads,
         io_threads=spec.io_threads,
         device=cast(Device, spec.device),
+        device_misses=cast(DeviceMisses, spec.device_misses),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.store import ExpertStore, RecordFile
@@ -35,3 +36,9 @@ class SlowStore(ExpertStore):
 
     def open_records(self, *, direct: bool = True, verify_always: bool = False) -> RecordFile:
         return _SlowRecords(self, self.bytes_per_s, direct=direct, verify_always=verify_always)
+
+
+def open_store(path: Path, disk_mib_s: float | None) -> ExpertStore:
+    """The store at `path`, as quick as its disk is or as one of `disk_mib_s` MiB/s. Raises StoreError."""
+    store = ExpertStore.open(path)
+    return store if disk_mib_s is None else SlowStore(store.path, store.index, disk_mib_s * 2**20)

@@ -21,6 +21,7 @@ from expertd_engine.bench.protocol import (
     PeerSpec,
     PrefillRequest,
     Request,
+    TurnsRequest,
 )
 from expertd_engine.errors import ExpertdError
 
@@ -54,6 +55,7 @@ def _peer(specification: PeerSpec) -> Serve:
 
 def _engine(specification: EngineSpec) -> Serve:
     from expertd_engine.bench.session import EngineSession  # loads torch, which a peer's process must not
+    from expertd_engine.bench.turns import take_turns
 
     session = EngineSession(specification)
 
@@ -61,6 +63,8 @@ def _engine(specification: EngineSpec) -> Serve:
         match request:
             case DecodeRequest():
                 return session.decode(request)
+            case TurnsRequest():
+                return take_turns(session, request)
             case PrefillRequest():
                 return session.prefill(request)
             case DiskRequest(seconds=seconds):

@@ -13,9 +13,10 @@ from expertd_engine.messages import HistogramData
 
 PrefetchOutcome = Literal["used", "late", "wasted", "cancelled"]
 
-StallCause = Literal["disk_read", "expert_wait", "link_estimated"]
+StallCause = Literal["disk_read", "expert_wait", "link_estimated", "host_compute"]
 """`disk_read`: a demanded record is being read; `expert_wait`: it has no slot yet, loads given up must end first;
-`link_estimated`: a kernel read it over a device's link, where nobody can look at the clock: bytes ÷ bandwidth."""
+`link_estimated`: a kernel read it over a device's link, where nobody can look at the clock: bytes ÷ bandwidth;
+`host_compute`: the processor computed it for a device, which may have gone on with others meanwhile."""
 
 STALL_BOUNDS_S = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 40.0)
 

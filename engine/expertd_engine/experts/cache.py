@@ -223,7 +223,7 @@ class ExpertCache:
     def _after(self, layer: int, hints: tuple[Hint, ...]) -> Sequence[Event]:
         """What is foreseen once `layer` has routed. What was predicted of it alone and did not come is read no more."""
         told: list[Event] = [Predict(hints)] if hints else []
-        if self.lookahead.exactness == "predicted":
+        if self.lookahead.exactness == "predicted" and self._predicts:
             told.insert(0, Tick(self._step * self._period + (layer + 1) * self._experts_per_layer))
         return told
 
@@ -232,9 +232,12 @@ class ExpertCache:
         """Whether each layer has to be told: its routes give hints, or loads are under way for those after it."""
         if isinstance(self.lookahead, PregatedLookahead):
             return self.lookahead.lacks
-        if self.payoff is not None and not self.payoff.is_on:
-            return False
-        return self.lookahead.exactness != "none"
+        return self.lookahead.exactness != "none" and self._predicts
+
+    @property
+    def _predicts(self) -> bool:
+        """False while predictions do not pay: then a step goes as if there were nobody to make any."""
+        return self.payoff is None or self.payoff.is_on
 
     def used_in_passing(self, layers: Iterable[tuple[int, Sequence[int]]]) -> None:
         """Decoding tokens chose these experts (with repeats) of these layers, all resident, and have been computed."""

@@ -33,15 +33,17 @@ class Aside:
         self.prefetches += weight * (prefetches - self.prefetches)
 
     def wanted(
-        self, *, slots: int, unused: int, absent: int, room: int, foresees: bool, streamed: int | None = None
-    ) -> Provide:
+        self, *, slots: int, unused: int, absent: int, room: int, foresees: bool, wanted: int = 0,
+        streamed: int | None = None,
+    ) -> Provide:  # fmt: skip
         """What to set aside of `slots`, of which `unused` hold nothing: these cost nothing. `absent` experts are not
-        resident; steps can be handed `room` slots at most; prefetches are made if somebody `foresees`.
+        resident, of which `wanted` are to be copied; steps can be handed `room` slots at most; prefetches are made if
+        somebody `foresees`.
 
         `streamed`: for a prefill about to start, which streams what is absent through so many slots.
         """
         share = max(1, slots // MOST_SHARE)
         reserve = min(math.ceil(1.5 * self.prefetches) + 4, share) if foresees else 0
-        reserve = min(max(reserve, streamed or 0), absent)
+        reserve = min(max(reserve, streamed or 0) + wanted, absent)
         landing = max(min(math.ceil(2 * self.misses), share, slots - reserve), unused - reserve)
         return Provide(min(landing, absent, room), reserve, still=streamed is not None)

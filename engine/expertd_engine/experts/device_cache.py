@@ -15,20 +15,35 @@ from expertd_engine.errors import EngineError, ResourceError
 from expertd_engine.experts.accounting import Stalls
 from expertd_engine.experts.device_aside import Aside
 from expertd_engine.experts.device_copies import DeviceCopies, measure_link
-from expertd_engine.experts.device_events import HIT, READ, Adopt, Confine, Cooled, Fill, Lend, Provide, Seen
+from expertd_engine.experts.device_events import (
+    HIT,
+    READ,
+    Adopt,
+    Confine,
+    Cooled,
+    Fill,
+    Keep,
+    Lend,
+    LetGo,
+    Provide,
+    Seen,
+)
 from expertd_engine.experts.device_executor import Executor
+from expertd_engine.experts.device_hints import payoff_of
 from expertd_engine.experts.device_host import HostTier
+from expertd_engine.experts.device_host_compute import HostCompute
 from expertd_engine.experts.device_layout import TableLayout
 from expertd_engine.experts.device_ledger import DeviceEvent, DeviceLedger
 from expertd_engine.experts.device_pool import Use
 from expertd_engine.experts.device_publication import Boundary
 from expertd_engine.experts.device_report import Launch, count_report, num_misses, read_report
 from expertd_engine.experts.device_spill import SpilledHost
-from expertd_engine.experts.device_staging import Fetching, Staging, plan_ring
+from expertd_engine.experts.device_staging import Fetching, Residents, Ring, Staging, plan_ring
 from expertd_engine.experts.device_streams import Device, Mark
 from expertd_engine.experts.device_table import DeviceTable
 from expertd_engine.experts.events import ExpertId, Predict, Remember, SetBudget, Tick
 from expertd_engine.experts.lookahead import Lookahead
+from expertd_engine.experts.payoff import PayOff
 from expertd_engine.experts.store_format import StoreIndex
 from expertd_engine.messages import Tiers
 from expertd_engine.request import ExpertCounts
@@ -58,9 +73,15 @@ class DeviceCache:
         report_rows: int,
     ) -> None:
         self.device, self.host, self.ledger, self.lookahead = device, host, ledger, lookahead
-        self.stalls = Stalls(("link_estimated",))
+        self.stalls = Stalls(("link_estimated", "host_compute"))
+        self.computing: HostCompute | None = None
+        """Who computes what a step misses; None: the step itself, over the link."""
+        self.resizing: Callable[[], None] = _nobody
+        """Called before the budget changes: whoever keeps experts lets them go."""
         self.resized: Callable[[], None] = _nobody
         """Called when the budget has changed."""
+        self.meanwhile: Callable[[], None] = _nobody
+        """Called again and again while a launch runs, for what may wait until there is time."""
         self.routes: Callable[[int], Sequence[int]] = _unknown
         """What a layer of the running step routes to, where that is known to the host before it has ended."""
         self.record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
@@ -91,6 +112,8 @@ class DeviceCache:
         self._last: Launch | None = None
         self._executor.begin()
         self.link_bytes_per_s = math.inf if device.shares_memory else self._measure_link()
+        self.cpu_bytes_per_s = 0.0
+        """Of records that the processor computes; 0 where that was not measured."""
 
     # ------------------------------------------------------------ a step
 
@@ -111,6 +134,8 @@ class DeviceCache:
         self.table.stage(self._boundary.words)
         self._before = self.device.compute.mark()
         self._staged_words = True
+        if self.computing is not None:
+            self.computing.begin_step()
 
     def after_launch(self, whole: bool = True) -> None:
         """The launch is under way: have its report sent, and take in what the one before met."""
@@ -130,7 +155,7 @@ class DeviceCache:
         """
         events: list[DeviceEvent] = []
         known = self.table.layers_known
-        if self.routes is not _unknown and known > self._layers_known:
+        if self.routes is not _unknown and known > self._layers_known and self._foresees:
             self.ledger.foreseen_until(self._step * self._period + self._worth_copying(known) * self._experts)
             # The newest layer says what the others would have said, for layers that have not run yet.
             hints = tuple(self.lookahead.routed(self._step, known - 1, self.routes(known - 1)))
@@ -138,6 +163,17 @@ class DeviceCache:
             self._layers_known = known
         self._executor.pump(events)
         next(self._digesting, None)
+        self.meanwhile()
+
+    @property
+    def payoff(self) -> PayOff | None:
+        """Whether hints are taken now; None where nobody foresees."""
+        return payoff_of(self.lookahead)
+
+    @property
+    def _foresees(self) -> bool:
+        payoff = self.payoff
+        return self.lookahead.exactness != "none" and (payoff is None or payoff.is_on)
 
     def _worth_copying(self, known: int) -> int:
         """The first layer for which a copy begun now is announced early enough; those before read what they lack."""
@@ -149,8 +185,11 @@ class DeviceCache:
         if self._last is None or self._last.step != self._step:
             return self._scanned
         self._last.ended.wait()
-        counts = count_report(self.table.report(self._last.turn), self.record_bytes, self.link_bytes_per_s)
-        self.stalls.add("link_estimated", counts.stall_s)
+        computed_s = 0.0 if self.computing is None else self.computing.end_step()
+        report = self.table.report(self._last.turn)
+        counts = count_report(report, self.record_bytes, self.link_bytes_per_s, computed_s)
+        self.stalls.add("link_estimated", counts.stall_s - computed_s)
+        self.stalls.add("host_compute", computed_s)
         self.stalls.end_step()
         return counts
 
@@ -161,6 +200,9 @@ class DeviceCache:
             if self.table.layers_known == 0:  # then nothing has landed, and nobody knows whether it was applied
                 self.device.compute.run(self.table.apply)
             self.after_launch(whole=False)
+        if self.computing is not None:
+            self.device.compute.mark().wait()  # what runs still may wait for an answer
+            self.computing.end_step()
         self._executor.handle([Tick((self._step + 1) * self._period)])
 
     @property
@@ -187,14 +229,18 @@ class DeviceCache:
         self._executor.flush()
         self.device.compute.mark().wait()
 
-    def stage(self) -> Staging:
+    def stage(self, *, held_alone: bool = False) -> Staging:
         """For a step of many rows, launched layer by layer: its experts, streamed through a few slots. Call it between
-        `begin_step` and the first of its launches, for a `with` block around them; then `scanned`.
+        `begin_step` and the first of its launches, for a `with` block around them; then `scanned`. `held_alone`: no row
+        goes to any expert but those that virtual mode holds.
 
         Raises EngineError when there is no slot to stream through.
         """
         self._catch_up()
-        ring = plan_ring(self.ledger.pool.limit, max(self.record_bytes))
+        if held_alone:
+            self._executor.flush()
+            return Residents(self, (), Ring(0, 1))
+        ring = plan_ring(self._movable, max(self.record_bytes))
         while not self.device.shares_memory and not self._borrow(ring.slots):
             if self.ledger.is_idle():
                 raise EngineError(f"no slot of {self.ledger.pool.limit} can be lent to a prompt, and no copy frees one")
@@ -252,6 +298,7 @@ class DeviceCache:
         if self.device.shares_memory:
             raise ResourceError("this device shares the host's memory: it has no expert slots of its own to budget")
         self.ledger.check_budget(budget_bytes)
+        self.resizing()
         self.settle()
         self._executor.drain()
         slots = self.ledger.slots_within(budget_bytes)
@@ -281,13 +328,38 @@ class DeviceCache:
             copies=self.copies.depth(),
             duplicates=self.ledger.duplicates,
             layer_waits=self.layer_waits,
+            misses="link" if self.computing is None else "cpu",
+            cpu_bytes_per_s=self.cpu_bytes_per_s,
+            computed=0 if self.computing is None else self.computing.computed,
+            computed_bytes=0 if self.computing is None else self.computing.computed_bytes,
         )
 
     def close(self) -> None:
         """Wait for the device and unpin the host's memory."""
         self._executor.drain()
         self.device.compute.mark().wait()
+        if self.computing is not None:
+            self.computing.close()
         self.host.close()
+
+    # ------------------------------------------------------------ what virtual mode keeps
+
+    def keep(self, event: Keep | LetGo) -> None:
+        """Have an expert kept, or let go."""
+        self._executor.handle([event])
+
+    def take_kept(self) -> list[ExpertId]:
+        """Experts that are kept since this was asked last."""
+        kept, self._executor.kept = self._executor.kept, []
+        return kept
+
+    def bring(self) -> None:
+        """No step is running: have slots for the wanted, whoever else they were set aside for, and bring them in."""
+        self._catch_up()
+        self._executor.handle([Provide(0, len(self.ledger.wanted), still=True)])
+        self._executor.flush()
+        self._executor.drain()
+        self.settle()
 
     # ------------------------------------------------------------ what the ledger is told
 
@@ -351,7 +423,7 @@ class DeviceCache:
         return Seen(layer, experts, sources, [chosen[expert] for expert in experts], position, self._scan)
 
     def _tell_aside(self, misses: int) -> None:
-        issued = self.ledger.counters.prefetch_issued
+        issued = self.ledger.counters.prefetch_issued + self.ledger.brought_in
         self._aside.step(misses, issued - self._prefetches_before)
         self._prefetches_before = issued
 
@@ -359,11 +431,17 @@ class DeviceCache:
         pool = self.ledger.pool
         unused = max(0, pool.limit - pool.number(Use.OWNED, Use.LENT))
         absent = sum(self.ledger.experts_per_layer) - pool.number(Use.OWNED)
-        room = 0 if self.by_layer else self.table.layout.landing
-        foresees = self.lookahead.exactness != "none"
+        room = 0 if self.by_layer or self.computing is not None else self.table.layout.landing
+        foresees = self._foresees or self.computing is not None
         return self._aside.wanted(
-            slots=pool.limit, unused=unused, absent=absent, room=room, foresees=foresees, streamed=streamed
-        )
+            slots=self._movable, unused=unused, absent=absent, room=room, foresees=foresees,
+            wanted=len(self.ledger.wanted), streamed=streamed,
+        )  # fmt: skip
+
+    @property
+    def _movable(self) -> int:
+        """Slots that are not kept for anybody."""
+        return self.ledger.pool.limit - len(self.ledger.kept)
 
     def _measure_link(self) -> float:
         return measure_link(self.device, self.slab.address(0), self.host.address, self.record_bytes[0])

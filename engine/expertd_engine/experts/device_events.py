@@ -12,9 +12,9 @@ import msgspec
 
 from expertd_engine.experts.events import ExpertId
 
-HIT, READ, WAITED, LANDED = 0, 1, 2, 3
+HIT, READ, WAITED, LANDED, COMPUTED = 0, 1, 2, 3, 4
 """Where a use found its record: in a slot; at home, over the link; in a slot whose copy it waited for; at home, and
-wrote it into a slot on the way."""
+wrote it into a slot on the way; at home, where the processor computed it."""
 
 # ---------------------------------------------------------------- events
 
@@ -90,6 +90,18 @@ class Fill(msgspec.Struct, frozen=True, gc=False):
     experts: Sequence[ExpertId]
 
 
+class Keep(msgspec.Struct, frozen=True, gc=False):
+    """Bring the expert in, and let nothing evict it until `LetGo`; answered by `Kept`, now or later."""
+
+    expert: ExpertId
+
+
+class LetGo(msgspec.Struct, frozen=True, gc=False):
+    """The expert, kept or to be kept, may be evicted again."""
+
+    expert: ExpertId
+
+
 # ---------------------------------------------------------------- instructions
 
 
@@ -110,6 +122,12 @@ class Recall(msgspec.Struct, frozen=True, gc=False):
     """From the next launch on, these slots are no step's to write into any more; then answer `Cooled`."""
 
     slots: Sequence[int]
+
+
+class Kept(msgspec.Struct, frozen=True, gc=False):
+    """The expert is in a slot, and stays there."""
+
+    expert: ExpertId
 
 
 class Lent(msgspec.Struct, frozen=True, gc=False):

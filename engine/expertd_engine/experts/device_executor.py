@@ -14,8 +14,10 @@ from expertd_engine.experts.device_events import (
     Confine,
     Cooled,
     Hand,
+    Kept,
     Landed,
     Lent,
+    LetGo,
     Move,
     Recall,
     Retire,
@@ -51,6 +53,8 @@ class Executor:
         self.link = LinkBytes()
         self.lent: list[int] = []
         """Slots that were lent and not yet taken."""
+        self.kept: list[ExpertId] = []
+        """Experts that are kept since somebody last took note."""
         self._device, self._host, self._ledger, self._table = device, host, ledger, table
         self._record_bytes = record_bytes
         ledger.prefetch_at_most(self.copies.ahead)
@@ -74,6 +78,8 @@ class Executor:
             events.append(loaded)
             if load.priority is Priority.PREFETCH:
                 self.link.prefetched += self._record_bytes[load.expert.layer]
+            elif load.expert in self._ledger.wanted:
+                self.link.held += self._record_bytes[load.expert.layer]
             else:
                 self.link.filled += self._record_bytes[load.expert.layer]
         if events:
@@ -84,6 +90,9 @@ class Executor:
         """Tell the ledger, and do as it says. `landed`: those among the events."""
         cancelled: list[DeviceEvent] = []
         instructions = self._ledger.handle_all(events)
+        for event in events:
+            if isinstance(event, LetGo):
+                self.publication.hold(event.expert, False)
         for one in landed:
             lies_in = self._ledger.resident_slots(one.expert.layer)[one.expert.expert]
             self.publication.landed(one.expert, one.slot, lies_in)
@@ -107,6 +116,9 @@ class Executor:
                 cancelled += [] if taken_back is None else [taken_back]
             case Recall(slots):
                 self.publication.recall(slots)
+            case Kept(expert):
+                self.publication.hold(expert, True)
+                self.kept.append(expert)
             case Lent(slots):
                 self.lent = list(slots)
             case Move(expert, origin, slot):

@@ -21,7 +21,7 @@ class TableLayout:
     """A table of `layers` × `experts` entries, `slots` slots, and a circular list of `landing` places, a power of two.
 
     entries int64 [layers, experts, 2] · slot_address int64 [slots] · ready [slots] · landing [landing] · head · tail ·
-    one word that nobody reads
+    held [layers, experts] · one word that nobody reads
     """
 
     layers: int
@@ -54,8 +54,12 @@ class TableLayout:
         return self.head + 1
 
     @property
-    def unread(self) -> int:
+    def held(self) -> int:
         return self.tail + 1
+
+    @property
+    def unread(self) -> int:
+        return self.held + self.layers * self.experts
 
     @property
     def words(self) -> int:
@@ -71,6 +75,10 @@ class TableLayout:
         """Slot + 1 while a copy into a slot is under way, else 0."""
         first = 4 * (expert.layer * self.experts + expert.expert) + 2
         return {first: flag, first + 1: 0}
+
+    def held_words(self, expert: ExpertId, is_held: bool) -> Words:
+        """Whether virtual mode may route to the expert."""
+        return {self.held + expert.layer * self.experts + expert.expert: int(is_held)}
 
     def slot_words(self, slot: int, address: int) -> Words:
         """Where a slot lies."""

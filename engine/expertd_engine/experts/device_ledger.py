@@ -1,8 +1,9 @@
 """The residency ledger of a device whose steps read what is absent over the link. A pure state machine.
 
-Owner: the engine thread. The laws are those of `ledger`, with these differences: there are no leases, because a step
-runs as one launch and nobody asks before; what a step did is told when it has ended, so uses and landings come a step
-late and may tell of experts that have gone meanwhile; and the device has the last word on what a use met.
+Owner: the engine thread. The laws are those of `ledger`, with these differences: steps lease nothing, because a step
+runs as one launch and nobody asks before, and the only leases are those of experts that virtual mode keeps; what a step
+did is told when it has ended, so uses and landings come a step late and may tell of experts that have gone meanwhile;
+and the device has the last word on what a use met.
 
 1. charged bytes ≤ budget: slots in use, whole, set-aside ones included.
 2. A slot that a launched step may read is not written: only a slot that has cooled is given to a copy, and the slots
@@ -21,6 +22,7 @@ from typing import Any
 
 from expertd_engine.experts.accounting import StallCause
 from expertd_engine.experts.device_events import (
+    COMPUTED,
     HIT,
     LANDED,
     READ,
@@ -30,9 +32,12 @@ from expertd_engine.experts.device_events import (
     Cooled,
     Fill,
     Hand,
+    Keep,
+    Kept,
     Landed,
     Lend,
     Lent,
+    LetGo,
     Move,
     Provide,
     Recall,
@@ -55,16 +60,18 @@ from expertd_engine.experts.events import (
 )
 from expertd_engine.experts.ledger_base import LedgerBase
 from expertd_engine.experts.policy import Policy
-from expertd_engine.experts.residency import EvictionReason, State
+from expertd_engine.experts.residency import EvictionReason, Record, State
 
 __all__ = ["DeviceLedger"]
 
-DeviceEvent = Event | Seen | Landed | Cooled | Provide | Confine | Lend | Adopt | Fill
-DeviceInstruction = Instruction | Retire | Hand | Recall | Lent | Move
+DeviceEvent = Event | Seen | Landed | Cooled | Provide | Confine | Lend | Adopt | Fill | Keep | LetGo
+DeviceInstruction = Instruction | Retire | Hand | Recall | Lent | Move | Kept
 
-_RESULTS: tuple[LookupResult, ...] = ("hit", "miss", "late", "miss")
+_RESULTS: tuple[LookupResult, ...] = ("hit", "miss", "late", "miss", "miss")
 """By source."""
 _OVER_LINK = (READ, LANDED)
+_KEPT = -1
+"""The one lease that there is on a device: a kept expert's, however long."""
 
 
 class DeviceLedger(LedgerBase):
@@ -102,6 +109,13 @@ class DeviceLedger(LedgerBase):
         self._still = False
         """The budget changes: nothing is copied until what was retired has cooled."""
         self.duplicates = 0
+        self.brought_in = 0
+        """Copies begun of what the processor had to compute."""
+        self._computed: dict[ExpertId, Record] = {}
+        """What the processor had to compute of late, the latest last."""
+        self.kept: set[ExpertId] = set()
+        self.wanted: dict[ExpertId, None] = {}
+        """To be kept, and not there yet."""
         records = iter(self._residency.records.values())
         self._by_layer = [[next(records) for _ in range(count)] for count in experts_per_layer]
         self._out: list[DeviceInstruction] = []
@@ -109,7 +123,7 @@ class DeviceLedger(LedgerBase):
             Seen: self._seen, Landed: self._landed, Predict: self._predict, Loaded: self._loaded, Tick: self._tick,
             Cancelled: self._cancelled, Cooled: self._cooled, Provide: self._provide, Fill: self._fill,
             Confine: self._confine, Lend: self._lend, Adopt: self._adopt, SetBudget: self._set_budget,
-            Remember: self._recall_uses,
+            Remember: self._recall_uses, Keep: self._keep, LetGo: self._let_go,
         }  # fmt: skip
 
     def handle_all(self, events: Iterable[DeviceEvent]) -> list[DeviceInstruction]:
@@ -122,8 +136,11 @@ class DeviceLedger(LedgerBase):
         self._residency.out = out  # type: ignore[assignment]  # it only appends loads and cancellations
         for event in events:
             self._handlers[type(event)](event)
+        if self.wanted:
+            self._serve_wanted()
         if not self._still:
             self._start_prefetches()
+            self._bring_in()
         return out
 
     def prefetch_at_most(self, depth: int) -> None:
@@ -184,6 +201,8 @@ class DeviceLedger(LedgerBase):
             if facts.ticket:
                 self._residency.victims.offer(facts)
         foresight.lookups = lookups
+        if COMPUTED in event.sources and not scan:
+            self._note_computed(event)
         self.foreseen_until(event.position)
         self._count_seen(event, covered)
 
@@ -199,6 +218,13 @@ class DeviceLedger(LedgerBase):
                 if source in _OVER_LINK:
                     counters.demand_loads += count
                     counters.demand_bytes += count * self._by_layer[layer][0].nbytes
+
+    def _note_computed(self, event: Seen) -> None:
+        for index, source in zip(event.experts, event.sources, strict=True):
+            if source == COMPUTED:
+                record = self._by_layer[event.layer][index]
+                self._computed.pop(record.expert, None)
+                self._computed[record.expert] = record
 
     def _landed(self, event: Landed) -> None:
         record = self._residency.record(event.expert)
@@ -227,6 +253,7 @@ class DeviceLedger(LedgerBase):
 
     def _tick(self, event: Tick) -> None:
         self._foresight.advance(event.position)
+        self._adapt(self.pool.limit)
 
     # ------------------------------------------------------------ copies
 
@@ -262,6 +289,65 @@ class DeviceLedger(LedgerBase):
                 return
             self._residency.load(foreseen[1], Priority.PREFETCH, self.budget_bytes)
             self._foresight.prefetched(foreseen[1])
+
+    def _bring_in(self) -> None:
+        """The link is free of misses where the processor computes them: copy in what it had to compute, the latest
+        first, if that is worth more than who would give way next.
+        """
+        loads = self._residency.loads
+        while self._computed and len(loads) < self._prefetch_depth and self.pool.first(Use.COLD, Use.FREE) is not None:
+            _, record = self._computed.popitem()
+            if record.place is State.ABSENT and self._is_worth_a_slot(record):
+                self._residency.fill(record, self.budget_bytes)
+                self.brought_in += 1
+
+    def _is_worth_a_slot(self, record: Record) -> bool:
+        victims = self._residency.victims
+        if not len(victims):
+            return True
+        first = victims.take()
+        victims.offer(first)
+        return first.probation or self._policy.rank(record.facts) > self._policy.rank(first)
+
+    # ------------------------------------------------------------ what is kept
+
+    @property
+    def lacking(self) -> int:
+        """How many of the wanted no copy is under way for."""
+        return sum(self._residency.records[expert].place is State.ABSENT for expert in self.wanted)
+
+    def _keep(self, event: Keep) -> None:
+        expert = self._residency.record(event.expert).expert
+        if expert in self.wanted or expert in self.kept:
+            raise self._residency.story.error("law 3: the expert is kept already", expert)
+        self.wanted[expert] = None
+
+    def _let_go(self, event: LetGo) -> None:
+        record = self._residency.record(event.expert)
+        is_kept, is_wanted = record.expert in self.kept, record.expert in self.wanted
+        if not is_kept and (record.leases or not is_wanted):
+            raise self._residency.story.error("law 3: the expert is let go, but is not kept", record.expert)
+        self.wanted.pop(record.expert, None)
+        self.kept.discard(record.expert)
+        if record.leases.pop(_KEPT, False) is None:
+            self._residency.set_idle(record)
+
+    def _serve_wanted(self) -> None:
+        """Who is there is kept; copies begin for the others, as far as slots may be written now."""
+        for expert in list(self.wanted):
+            record = self._residency.records[expert]
+            if record.place is State.ABSENT and not self._still and self.pool.first(Use.COLD, Use.FREE) is not None:
+                record.leases[_KEPT] = None
+                self._residency.load(record, Priority.DEMAND, self.budget_bytes)
+            elif record.place is State.LOADING:
+                record.leases[_KEPT] = None
+                self._residency.promote(record)
+            elif record.place is State.RESIDENT:
+                record.leases[_KEPT] = None
+                self._residency.set_leased(record)
+                del self.wanted[expert]
+                self.kept.add(expert)
+                self._out.append(Kept(expert))
 
     # ------------------------------------------------------------ slots
 
@@ -345,7 +431,8 @@ class DeviceLedger(LedgerBase):
         self._still = True
         self._recall()
         while self.pool.number(Use.OWNED) > event.slots:
-            self._evict("budget_change")
+            if self._evict("budget_change") is None:
+                raise self._residency.story.error(f"law 1: {len(self.kept)} are kept, and {event.slots} slots are left")
         self._compact(event.slots)
         self.pool.set_limit(event.slots)
 

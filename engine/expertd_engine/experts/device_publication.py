@@ -93,6 +93,10 @@ class Publication:
         self._words |= self._layout.address_words(expert, self.slot_address[slot])
         self._retired.pop(slot, None)
 
+    def hold(self, expert: ExpertId, is_held: bool) -> None:
+        """Virtual mode may route to the expert from the next launch on, or may not any more."""
+        self._words |= self._layout.held_words(expert, is_held)
+
     def boundary(self) -> Boundary:
         """What was collected, for the next launch."""
         taken = Boundary(self._words, tuple(self._retired))

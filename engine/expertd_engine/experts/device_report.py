@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from expertd_engine.experts.device_events import HIT, LANDED, READ, WAITED, Landed, Seen
+from expertd_engine.experts.device_events import COMPUTED, HIT, LANDED, READ, WAITED, Landed, Seen
 from expertd_engine.experts.device_streams import Mark
 from expertd_engine.experts.device_table import Report
 from expertd_engine.experts.events import ExpertId
@@ -41,16 +41,19 @@ def read_report(report: Report, launch: Launch) -> Iterator[tuple[Seen, list[Lan
         yield Seen(layer, experts, sources, pairs, position, launch.scan), landed
 
 
-def count_report(report: Report, record_bytes: Sequence[int], link_bytes_per_s: float) -> ExpertCounts:
-    """Lookups by result; the time that the link took is estimated, since nobody can look at the clock in a kernel."""
+def count_report(
+    report: Report, record_bytes: Sequence[int], link_bytes_per_s: float, computed_s: float = 0.0
+) -> ExpertCounts:
+    """Lookups by result; the time that the link took is estimated, since nobody can look at the clock in a kernel.
+    `computed_s`: what the processor took for those left to it, whose bytes stay where they are."""
     rows = int(report.counts.max())
     sources = np.where(np.arange(rows) < report.counts[:, None], report.seen[:, :rows, 1], -1)
     over_link = ((sources == READ) | (sources == LANDED)).sum(axis=1)
-    late = int((sources == WAITED).sum())
+    computed, late = int((sources == COMPUTED).sum()), int((sources == WAITED).sum())
     nbytes = int(over_link @ np.array(record_bytes))
     # Of a copy that was waited for, half was under way already: nobody knows better.
-    stall_s = (nbytes + late * max(record_bytes) / 2) / link_bytes_per_s
-    return ExpertCounts(int((sources == HIT).sum()), late, int(over_link.sum()), nbytes, stall_s)
+    stall_s = (nbytes + late * max(record_bytes) / 2) / link_bytes_per_s + computed_s
+    return ExpertCounts(int((sources == HIT).sum()), late, int(over_link.sum()) + computed, nbytes, stall_s)
 
 
 def num_misses(seen: Seen) -> int:

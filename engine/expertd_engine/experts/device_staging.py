@@ -192,7 +192,20 @@ class Staging:
         return copies.mark()
 
 
-class Fetching(Staging):
+class Residents(Staging):
+    """For steps whose rows go to experts that are there, whatever their routers chose: nothing is streamed."""
+
+    def __enter__(self) -> Residents:
+        counts = self._cache.ledger.experts_per_layer
+        self._describe((layer, (self._split(layer, range(count))[0], [])) for layer, count in enumerate(counts))
+        return self
+
+    def chunks(self, layer: int, counts: Tensor) -> Iterator[Chunk]:
+        """None."""
+        return iter(())
+
+
+class Fetching(Residents):
     """For steps of any length where the device cannot read all experts at home: only what a layer chose is brought in,
     so the host waits once a layer to be told. What comes in by decoding stays, as far as there is room.
     """
@@ -204,8 +217,7 @@ class Fetching(Staging):
 
     def __enter__(self) -> Fetching:
         self._cache.host.begin_step()
-        counts = self._cache.ledger.experts_per_layer
-        self._describe((layer, (self._split(layer, range(count))[0], [])) for layer, count in enumerate(counts))
+        super().__enter__()
         return self
 
     def __exit__(

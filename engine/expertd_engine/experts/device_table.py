@@ -58,6 +58,8 @@ class DeviceTable:
         self.landing = self._words[layout.list :][: layout.landing]
         """int32 `[landing]`: slots that steps may land in, from `head` to `tail`, both counts that wrap."""
         self.head, self.tail = self._words[layout.head :][:1], self._words[layout.tail :][:1]
+        self.held = self._words[layout.held :][:experts].view(layout.layers, layout.experts)
+        """int32 `[layers, experts]`: not 0 for those that virtual mode may route to."""
         rows = layout.layers * report_rows * 4
         self._report = torch.zeros(rows + layout.layers, dtype=torch.int32, device=where)
         self.seen = self._report[:rows].view(layout.layers, report_rows, 4)

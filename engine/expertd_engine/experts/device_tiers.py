@@ -16,5 +16,7 @@ class LinkBytes:
     prefetched: int = 0
     filled: int = 0
     """To fill empty slots."""
+    held: int = 0
+    """For virtual mode to hold."""
     staged: int = 0
     """Streamed through for steps of many rows."""

@@ -128,7 +128,8 @@ class Governor:
         self._lookups_per_token = lookups_per_token
         self._on_its_way = on_its_way
         self._reads_ahead = reads_ahead
-        self._first_lead: dict[int, int] = {}
+        self._first_lead: dict[int, dict[int, int]] = {}
+        """Layers ahead when a use was first named: by layer's beginning, then position."""
         self._judged: dict[int, dict[int, dict[_Class, _Judged]]] = {}
         """Hints on experts that were absent then: by layer's beginning, then position, once for each class."""
 
@@ -146,7 +147,7 @@ class Governor:
         return self._let_through(now, self._inner.routed(step, layer, experts))
 
     def next_use(self, expert: ExpertId, after: int) -> int | None:
-        return self._inner.next_use(expert, after)
+        return self._inner.next_use(expert, after) if self.payoff.is_on else None
 
     def _settle(self, begin: int, layer: int, experts: Sequence[int]) -> None:
         """The layer that begins at position `begin` has routed: what was said of it came true or did not."""
@@ -155,9 +156,9 @@ class Governor:
             for one in judged.values():
                 self.records.setdefault(one.kind, Record()).add(position in chosen)
                 self._account(one, ExpertId(layer, position - begin), position in chosen)
-        for old in [first for first in self._judged if first < begin]:
-            del self._judged[old]
-        self._first_lead = {use: lead for use, lead in self._first_lead.items() if use >= begin + self._num_experts}
+        for told in (self._judged, self._first_lead):
+            for old in [first for first in told if first <= begin]:
+                del told[old]
 
     def _account(self, one: _Judged, expert: ExpertId, came_true: bool) -> None:
         track = self.tracks.setdefault((expert.layer, one.lead), Track())
@@ -176,8 +177,9 @@ class Governor:
 
     def _is_worth_it(self, now: int, hint: Hint) -> bool:
         """`now` counts layers since the first step's first. What is resident is only spared: that costs nothing."""
-        lead = hint.needed_at // self._num_experts - now
-        first = self._first_lead.setdefault(hint.needed_at, lead)
+        layer, at = divmod(hint.needed_at, self._num_experts)
+        lead, begin = layer - now, hint.needed_at - at
+        first = self._first_lead.setdefault(begin, {}).setdefault(hint.needed_at, lead)
         age = self._absent_for(hint.expert)
         if age is None:
             return True
@@ -187,7 +189,6 @@ class Governor:
         record, track = self.records.get(kind), self.tracks.get((hint.expert.layer, lead))
         approved = record is not None and record.sure_precision >= self.waste.least_precision
         followed = approved and not (track is not None and track.is_off)
-        begin = hint.needed_at - hint.needed_at % self._num_experts
         judged = self._judged.setdefault(begin, {}).setdefault(hint.needed_at, {})
         judged.setdefault(kind, _Judged(kind, lead, approved, followed))
         return followed

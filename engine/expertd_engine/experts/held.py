@@ -1,11 +1,12 @@
 """The thin shell around virtual experts: long leases on what is held, inside the room that the budget leaves them.
 
-Owner: the engine thread. `virtual` decides, the residency ledger grants; a held expert is a leased one, so nothing can
-evict it, and whatever else wants experts has the rest of the budget.
+Owner: the engine thread. `virtual` decides, a residency ledger grants; a held expert is a leased one, so nothing can
+evict it, and whatever else wants experts has the rest of the budget. `HeldSets` is what every ledger has in common.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from expertd_engine.errors import BudgetError
@@ -19,21 +20,40 @@ IDLE_STEPS = 256
 """Exact steps in a row after which held experts are given back."""
 
 
-class HeldExperts:
-    """Leases from `cache` what `sets` decides to hold."""
+class HeldSets(ABC):
+    """When the sets open, how large they are, when they close."""
 
-    def __init__(self, cache: ExpertCache, sets: VirtualExperts, room: VirtualRoom) -> None:
+    def __init__(self, sets: VirtualExperts, room: VirtualRoom) -> None:
         self.sets = sets
         self.room = room
-        self.granted: list[Lease] = []
-        """Not yet told to `sets`."""
-        self._denied: list[tuple[Lease, str]] = []
-        self.cache = cache
-        self._held: dict[ExpertId, Lease] = {}
         self._idle_steps = 0
-        self._acting = False
-        cache.resized = self.fit
-        cache.handled = self._after_handling
+
+    # ------------------------------------------------------------ what a ledger does
+
+    @property
+    @abstractmethod
+    def budget_bytes(self) -> int:
+        """The expert budget."""
+
+    @abstractmethod
+    def pump(self) -> None:
+        """Take in what has been loaded."""
+
+    @abstractmethod
+    def _wait(self) -> None:
+        """Until something that is on its way has ended, and take it in."""
+
+    @abstractmethod
+    def _carry_out(self, actions: Sequence[Action]) -> None:
+        """What comes of one action is taken in after the last: the others were decided before it."""
+
+    @abstractmethod
+    def _take_in(self) -> None:
+        """Tell `sets` of loads that have ended, and do what follows, until nothing does."""
+
+    @abstractmethod
+    def _at_hand(self) -> Sequence[ExpertId]:
+        """Experts in memory that may be held at once."""
 
     # ------------------------------------------------------------ steps
 
@@ -50,8 +70,7 @@ class HeldExperts:
         while self.sets.is_open and not self.sets.is_ready:
             if self.sets.is_settled:
                 raise ExpertUnavailableError(f"virtual mode needs {self.sets.top_k} experts a layer: not as many load")
-            self.cache.wait()
-            self._take_in()
+            self._wait()
         return self.sets.is_open
 
     def foresee(self, layer: int, expected: Mapping[int, float]) -> None:
@@ -59,15 +78,6 @@ class HeldExperts:
         if self.sets.is_open:
             self._carry_out(self.sets.foresee(layer, expected))
             self._take_in()
-
-    def slots(self, layer: int, experts: Sequence[int], pairs: Sequence[int]) -> list[int] | None:
-        """The slots of experts that `pairs` (token, choice) pairs of the step each use, where all are held; they stay
-        until what this method's caller does next is done: nobody takes events in meanwhile. None where one is not."""
-        if not self.sets.holds(layer, experts):
-            return None
-        self.cache.served([(layer, len(experts), sum(pairs))])
-        resident = self.cache.ledger.resident_slots(layer)
-        return [resident[expert] for expert in experts]
 
     def end_step(self, tokens: float) -> None:
         """The virtual step has ended; `tokens` as for `VirtualExperts.end_step`."""
@@ -83,17 +93,11 @@ class HeldExperts:
             if self._idle_steps >= IDLE_STEPS:
                 self._carry_out(self.sets.stop())
 
-    def pump(self) -> None:
-        """Take in what has been loaded."""
-        self.cache.pump()
-        self._take_in()
-
     def settle(self) -> None:
         """Wait until nothing is on its way."""
         self.pump()
         while not self.sets.is_settled:
-            self.cache.wait()
-            self._take_in()
+            self._wait()
 
     def close(self) -> None:
         """Give everything back, what is on its way too."""
@@ -104,7 +108,7 @@ class HeldExperts:
 
     def refusal(self) -> str | None:
         """Why virtual mode cannot be had in the present budget."""
-        budget = self.cache.ledger.budget_bytes
+        budget = self.budget_bytes
         if self.room.slots(budget) is not None:
             return None
         what = f"{self.sets.top_k} slots in each of {len(self.room.experts)} MoE layers and two to load through"
@@ -114,11 +118,47 @@ class HeldExperts:
         """Make the sets as large as the budget lets them be, if there are any or they are `opening`."""
         if not opening and not self.sets.is_open:
             return
-        slots = self.room.slots(self.cache.ledger.budget_bytes)
+        slots = self.room.slots(self.budget_bytes)
         if slots is None:
             self._carry_out(self.sets.stop())
         else:
             self._carry_out(self.sets.resize(slots, self._at_hand()))
+        self._take_in()
+
+
+class HeldExperts(HeldSets):
+    """Leases from `cache` what `sets` decides to hold."""
+
+    def __init__(self, cache: ExpertCache, sets: VirtualExperts, room: VirtualRoom) -> None:
+        super().__init__(sets, room)
+        self.granted: list[Lease] = []
+        """Not yet told to `sets`."""
+        self._denied: list[tuple[Lease, str]] = []
+        self.cache = cache
+        self._held: dict[ExpertId, Lease] = {}
+        self._acting = False
+        cache.resized = self.fit
+        cache.handled = self._after_handling
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.cache.ledger.budget_bytes
+
+    def slots(self, layer: int, experts: Sequence[int], pairs: Sequence[int]) -> list[int] | None:
+        """The slots of experts that `pairs` (token, choice) pairs of the step each use, where all are held; they stay
+        until what this method's caller does next is done: nobody takes events in meanwhile. None where one is not."""
+        if not self.sets.holds(layer, experts):
+            return None
+        self.cache.served([(layer, len(experts), sum(pairs))])
+        resident = self.cache.ledger.resident_slots(layer)
+        return [resident[expert] for expert in experts]
+
+    def pump(self) -> None:
+        self.cache.pump()
+        self._take_in()
+
+    def _wait(self) -> None:
+        self.cache.wait()
         self._take_in()
 
     def _at_hand(self) -> Sequence[ExpertId]:
@@ -139,7 +179,6 @@ class HeldExperts:
             self._take_in()
 
     def _take_in(self) -> None:
-        """Tell `sets` of loads that have ended, and do what follows, until nothing does."""
         while self.granted or self._denied:
             granted, self.granted = self.granted, []
             denied, self._denied = self._denied, []
@@ -152,7 +191,6 @@ class HeldExperts:
             self._carry_out(actions)
 
     def _carry_out(self, actions: Sequence[Action]) -> None:
-        """What comes of one action is taken in after the last: the others were decided before it."""
         was, self._acting = self._acting, True
         for action in actions:
             if isinstance(action, Hold):

@@ -272,10 +272,7 @@ class Ledger(LedgerBase):
 
     def _tick(self, event: Tick) -> None:
         self._foresight.advance(event.position)
-        slots = self.budget_bytes // self._largest
-        known = (record.facts for record in self._residency.records.values())
-        if self._policy.adapt(self._foresight.lookups, slots, known):
-            self._residency.victims.rank_anew()
+        self._adapt(self.budget_bytes // self._largest)
 
     def _remember(self, event: Remember) -> None:
         self._recall_uses(event)

@@ -103,6 +103,12 @@ class LedgerBase:
             facts = self._residency.record(use.expert).facts
             facts.last_use, facts.weight = use.last_use, use.weight
 
+    def _adapt(self, slots: int) -> None:
+        """The policy may rank otherwise from now on, in a cache of so many slots."""
+        known = (record.facts for record in self._residency.records.values())
+        if self._policy.adapt(self._foresight.lookups, slots, known):
+            self._residency.victims.rank_anew()
+
     def _checked_budget(self, budget_bytes: int) -> int:
         if budget_bytes < self.minimum_bytes:
             raise BudgetError("expert budget", budget_bytes, self.minimum_bytes, "one slot computing, one loading")

@@ -17,6 +17,8 @@ HOLD = 1216
 """Steps between trials: so a trial is a twentieth."""
 GRACE = 16
 """First steps, with foresight: the cache fills, the predictor proves itself."""
+SETTLED = GRACE + BLOCK * len(TRIAL)
+"""Steps until it has been found out for the first time whether foresight pays."""
 MARGIN = 0.01
 """Of the time of a step, by which the other way must be better to be taken."""
 

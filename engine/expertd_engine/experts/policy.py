@@ -6,7 +6,7 @@ Owner: the ledger. It tells `Victims` which experts are resident and unleased; n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Protocol
@@ -146,6 +146,14 @@ def make_policy(name: str, lookups_per_token: int = 128, half_life_tokens: float
     if name not in _POLICIES:
         raise ConfigError(f"expert policy {name!r} is not known: choose from {', '.join(_POLICIES)}")
     return _POLICIES[name](max(1, round(half_life_tokens * lookups_per_token)))
+
+
+def serving_policy(name: str, experts: Sequence[int], top_k: int, half_life_tokens: float | None = None) -> Policy:
+    """As `make_policy`, for layers of so many `experts`; without a half-life, that of `next-use` is chosen while serving."""
+    lookups = len(experts) * top_k
+    if name == NextUse.name and half_life_tokens is None:
+        return AdaptiveNextUse(HalfLives(experts, lookups))
+    return make_policy(name, lookups, half_life_tokens or HALF_LIFE_TOKENS)
 
 
 class Victims:

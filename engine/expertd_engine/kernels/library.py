@@ -18,6 +18,8 @@ from expertd_engine.errors import ConfigError, EngineError, ResourceError
 
 ABI_VERSION = 1
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "int4s": 4}
+ORDERS = {"strips": 0, "rows": 1}
+"""In which a record's matrices lie; 0 where nothing is said."""
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "swiglu_clamped": 5}
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "neon")
 VARIABLE = "EXPERTD_KERNELS"
@@ -63,6 +65,7 @@ class ExpertLayout(ctypes.Structure):
         ("gate_bias", c_int64),
         ("up_bias", c_int64),
         ("down_bias", c_int64),
+        ("order", c_int32),
     ]
 
 

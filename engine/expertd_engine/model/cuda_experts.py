@@ -13,6 +13,7 @@ from torch import Tensor
 from expertd_engine.experts.device_staging import Chunk
 from expertd_engine.kernels.cuda.experts import ExpertLayout, decode_tiles, experts_decode
 from expertd_engine.kernels.cuda.experts_prefill import PairGroups, combine, experts_prefill
+from expertd_engine.kernels.cuda.host_experts import Mailbox, ask, collect
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers, publish, resolve
 
 
@@ -39,19 +40,25 @@ class TableExperts:
 
     def __init__(
         self, layouts: Sequence[ExpertLayout], table: TablePointers, scratches: Mapping[int, ExpertScratch],
-        num_rows: Tensor, given: GivenRoutes | None,
+        num_rows: Tensor, given: GivenRoutes | None, mailbox: Mailbox | None = None,
     ) -> None:  # fmt: skip
         """`layouts[m]` is that of MoE layer m; `scratches` are by number of rows, since kernels launch a program for
-        every expert that may be met. `num_rows` int32 `[1]`: real rows of the step."""
+        every expert that may be met. `num_rows` int32 `[1]`: real rows of the step. `mailbox`: the
+        processor computes what is missing."""
         self._layouts, self._table, self._scratches = layouts, table, scratches
-        self._num_rows, self._given = num_rows, given
+        self._num_rows, self._given, self._mailbox = num_rows, given, mailbox
 
     def add(self, moe: int, x: Tensor, index: Tensor, weights: Tensor, out: Tensor) -> None:
         """See `cuda_program.Experts`."""
         scratch = self._scratches[len(index)]
         chosen = index if self._given is None else self._given.of(moe, len(index))
-        resolve(self._table, moe, chosen, self._num_rows, scratch)
+        box = self._mailbox
+        resolve(self._table, moe, chosen, self._num_rows, scratch, on_host=box is not None)
+        if box is not None:
+            ask(box, moe, x, weights, scratch)
         experts_decode(self._layouts[moe], self._table, x, weights, scratch, out)
+        if box is not None:
+            collect(box, scratch, out)
 
     def finish(self, rows: int) -> None:
         """Publish what landed in the last layer of a step of `rows` rows."""

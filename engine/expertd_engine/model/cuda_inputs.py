@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ class StepInputs:
 
     def __init__(self, rows: int, sequences: int, blocks: int, device: torch.device) -> None:
         self.rows, self.sequences = rows, sequences
-        sizes = {"num_rows": 1, "ids": rows, "positions": rows, "row_table": rows}
+        sizes = {"num_rows": 1, "ids": rows, "positions": rows, "row_table": rows, "limits": rows}
         total = sum(sizes.values()) + sequences * blocks
         self._host = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.zeros(total, dtype=torch.int32, device=device)
@@ -31,13 +32,18 @@ class StepInputs:
         """`[1]` real rows; `[rows]` token ids; `[rows]` positions, `PADDING` beyond the real ones."""
         self.row_table = theirs["row_table"]
         """`[rows]` which block table a row's sequence has."""
+        self.limits = theirs["limits"].view(torch.float32)
+        """float32 `[rows]`: in virtual mode, the share of a row's weights that may be substituted."""
         self.tables = theirs["rest"].view(sequences, blocks)
         """`[sequences, blocks]`; what lies beyond a sequence's end is of others, and read by nobody."""
         self._mine = {name: part.numpy() for name, part in mine.items()}
         self._tables = self._mine.pop("rest").reshape(sequences, blocks)
+        self._limits = self._mine.pop("limits").view(np.float32)
 
-    def fill(self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span]) -> None:
-        """Send one step, ordered before whatever is launched next on the current stream.
+    def fill(
+        self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], limits: Sequence[float] = ()
+    ) -> None:
+        """Send one step, ordered before whatever is launched next on the current stream. `limits`: in virtual mode.
 
         The caller has waited for the step before: its copy has long been made.
         """
@@ -46,6 +52,7 @@ class StepInputs:
         mine["num_rows"][0] = count
         mine["ids"][:count], mine["ids"][count:] = token_ids, 0
         mine["positions"][:count], mine["positions"][count:] = positions, PADDING
+        self._limits[: len(limits)] = limits
         for index, span in enumerate(spans):
             mine["row_table"][span.row : span.row + span.length] = index
             self._tables[index, : len(span.blocks)] = span.blocks

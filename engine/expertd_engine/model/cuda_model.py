@@ -6,7 +6,7 @@ but for the rows that somebody reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from expertd_engine.kernels.cuda.host_experts import Mailbox
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers
 from expertd_engine.model.cuda_build import DeviceParts
 from expertd_engine.model.cuda_experts import GivenRoutes, Stage, StagedExperts, TableExperts
@@ -23,6 +24,7 @@ from expertd_engine.model.cuda_graph import EagerLauncher, GraphLauncher, Launch
 from expertd_engine.model.cuda_inputs import StepInputs
 from expertd_engine.model.cuda_kv import DeviceKV
 from expertd_engine.model.cuda_program import ProgramRoom, query_tiles
+from expertd_engine.model.cuda_virtual import VirtualWork
 from expertd_engine.model.step_rows import StepRows
 
 
@@ -31,6 +33,11 @@ class Table(Protocol):
 
     @property
     def pointers(self) -> TablePointers: ...
+
+    @property
+    def held(self) -> Tensor:
+        """int32 `[layers, experts]`: not 0 for those that virtual mode may route to."""
+        ...
 
     def apply(self) -> None:
         """Launch what has changed since the step before; captured as a step's first work."""
@@ -48,7 +55,7 @@ class ExpertSource(Protocol):
     def before_launch(self) -> None: ...
     def after_launch(self) -> None: ...
     def poll(self) -> None: ...
-    def stage(self) -> AbstractContextManager[Stage]: ...
+    def stage(self, *, held_alone: bool) -> AbstractContextManager[Stage]: ...
     def scanned(self, pairs: Sequence[Sequence[int]]) -> None: ...
 
 
@@ -74,6 +81,8 @@ class StepTokens(StepRows):
     """Places in `logit_rows` whose logits are read; of the others the best token is all."""
     routes: NDArray[np.int64] | None = None
     """`[rows, layers, top_k]`, in the place of the routers' choices."""
+    limits: Sequence[float] | None = None
+    """In virtual mode: of each row, the share of its weights that may be substituted in a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +98,11 @@ class DeviceModel:
 
     def __init__(
         self, parts: DeviceParts, kv: DeviceKV, table: Table, limits: Limits, *, given_routes: bool = False,
-        invariant: bool = False,
+        invariant: bool = False, mailbox: Mailbox | None = None, virtual: bool = False,
     ) -> None:  # fmt: skip
         """Graphs are captured here. `given_routes`: steps bring routes in the routers' place. `invariant`: see
-        `cuda_program.DenseSide`."""
+        `cuda_program.DenseSide`. `mailbox`: the processor computes what small steps miss. `virtual`: there are
+        steps of virtual mode, with graphs of their own."""
         device, layouts, dtype = parts.dense.device, parts.layouts, parts.dtype
         blocks = -(-limits.model_len // kv.block_tokens)
         self._limits, self._device, self._table = limits, device, table
@@ -110,41 +120,64 @@ class DeviceModel:
             for rows in (few, limits.rows)
         ]
         inner = max(layout.inner for layout in layouts)
-        scratches = {
-            bucket: ExpertScratch.of(
-                hidden=hidden, inner=inner, max_rows=bucket, top_k=parts.top_k, num_experts=parts.experts,
-                dtype=dtype, device=device,
-            )
-            for bucket in limits.buckets
-        }  # fmt: skip
-        self._few = TableExperts(layouts, table.pointers, scratches, self._inputs.num_rows, self._given[0])
+        self.virtual = VirtualWork(table.held, self._inputs, parts.top_k, few) if virtual else None
+
+        def scratches(width: Callable[[int], int]) -> dict[int, ExpertScratch]:
+            return {
+                bucket: ExpertScratch.of(
+                    hidden=hidden, inner=inner, max_rows=bucket, top_k=width(bucket), num_experts=parts.experts,
+                    dtype=dtype, device=device,
+                )
+                for bucket in limits.buckets
+            }  # fmt: skip
+
+        pointers, num_rows = table.pointers, self._inputs.num_rows
+        own = scratches(lambda _: parts.top_k)
+        self._few = TableExperts(layouts, pointers, own, num_rows, self._given[0], mailbox)
         pairs = limits.rows * parts.top_k
         self._many = StagedExperts(
             layouts, parts.experts, torch.empty(pairs, inner, dtype=dtype, device=device),
             torch.empty(pairs, hidden, device=device), self._given[1], invariant=invariant,
         )  # fmt: skip
-        self._launcher = self._made_launcher(is_graph=parts.dense.is_graph and device.type == "cuda")
+        is_graph = parts.dense.is_graph and device.type == "cuda"
+        self._launcher = self._made_launcher(self._run_few, is_graph=is_graph)
+        if self.virtual is not None:
+            among = scratches(self.virtual.width)
+            self._few_virtual = TableExperts(layouts, pointers, among, num_rows, None)
+            self._virtual_launcher = self._made_launcher(self._run_virtual, is_graph=is_graph)
 
     @torch.inference_mode()
     def step(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
         """Compute one step. Raises torch.OutOfMemoryError, and what `experts` raises; the next step can run then."""
-        self._inputs.fill(tokens.ids, tokens.positions, tokens.spans)
+        self._inputs.fill(tokens.ids, tokens.positions, tokens.spans, tokens.limits or ())
         if len(tokens.ids) <= self._limits.buckets[-1] and not experts.by_layer:
             return self._small(tokens, experts)
         return self._large(tokens, experts)
 
-    def _made_launcher(self, *, is_graph: bool) -> Launcher:
+    def _made_launcher(self, program: Callable[[int], None], *, is_graph: bool) -> Launcher:
         self._inputs.fill((), (), ())
         with torch.inference_mode():
             if is_graph:
-                return GraphLauncher(self._run_few, self._limits.buckets)
-            return EagerLauncher(self._run_few, self._limits.buckets, self._device)
+                return GraphLauncher(program, self._limits.buckets)
+            return EagerLauncher(program, self._limits.buckets, self._device)
 
     def _run_few(self, rows: int) -> None:
         """What a graph is captured of."""
         self._table.apply()
         self._program.run_layers(rows, self._few)
         self._few.finish(rows)
+        self._run_head(rows)
+
+    def _run_virtual(self, rows: int) -> None:
+        """The same in virtual mode."""
+        assert self.virtual is not None
+        self._table.apply()
+        self.virtual.forget()
+        self._program.run_layers(rows, self._few_virtual, virtual=self.virtual)
+        self._few_virtual.finish(rows)
+        self._run_head(rows)
+
+    def _run_head(self, rows: int) -> None:
         self._program.run_head(self._program.hidden[:rows], self._best)
         self._best_host[:rows].copy_(self._best[:rows], non_blocking=True)
 
@@ -152,12 +185,16 @@ class DeviceModel:
         if self._given[0] is not None and tokens.routes is not None:
             self._given[0].fill(tokens.routes)
         experts.before_launch()
-        self._launcher.launch(bucket_of(len(tokens.ids)))
+        virtual = None if tokens.limits is None else self.virtual
+        launcher = self._launcher if virtual is None else self._virtual_launcher
+        launcher.launch(bucket_of(len(tokens.ids)))
         wanted = {place: tokens.logit_rows[place] for place in tokens.read}
         for row in wanted.values():  # sent behind the step, not fetched after it: that would be one more wait
             self._logits_host[row].copy_(self._program.logits[row], non_blocking=True)
+        if virtual is not None:
+            virtual.send(len(tokens.ids))
         experts.after_launch()
-        self._launcher.wait(experts.poll)
+        launcher.wait(experts.poll)
         best = self._best_host.numpy()
         logits = {place: self._logits_host[row].clone() for place, row in wanted.items()}
         return StepOutcome([int(best[row]) for row in tokens.logit_rows], logits)
@@ -167,9 +204,14 @@ class DeviceModel:
         if self._given[1] is not None and tokens.routes is not None:
             self._given[1].fill(tokens.routes)
         tiles = torch.tensor(query_tiles(tokens.spans), dtype=torch.int32).to(self._device, non_blocking=True)
-        with experts.stage() as staging:
+        virtual = None if tokens.limits is None else self.virtual
+        with experts.stage(held_alone=virtual is not None and min(tokens.limits or ()) >= 1) as staging:
             self._many.begin(staging)
-            program.run_layers(rows, self._many, tiles)
+            if virtual is not None:
+                virtual.forget()
+            program.run_layers(rows, self._many, tiles, virtual)
+            if virtual is not None:
+                virtual.send(rows)
             best, logits = self._large_head(tokens)
         experts.scanned(self._many.counts.tolist())
         return StepOutcome(best, logits)

@@ -20,6 +20,7 @@ from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.model.cuda_inputs import StepInputs
 from expertd_engine.model.cuda_kv import DeviceKV
 from expertd_engine.model.cuda_program import Experts, ProgramRoom
+from expertd_engine.model.cuda_virtual import VirtualWork
 from expertd_engine.model.dense import Matrix, QuantisedEmbedding, QuantisedLinear
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.native_abi import Rope
@@ -119,6 +120,7 @@ class DeviceModules:
 
     is_graph = False
     """Modules may launch what no graph can hold."""
+    no_virtual: str | None = "its routers are PyTorch's modules"
 
     def __init__(self, loaded: LoadedModel, device: torch.device, dtype: torch.dtype) -> None:
         """From here on the loaded model computes on `device` alone. `dtype`: of rows that expert kernels read."""
@@ -177,8 +179,11 @@ class ModulesProgram:
         self._dtype = modules.dtype
         self._argmax = Argmax(len(room.logits), room.logits.shape[1], device)
 
-    def run_layers(self, rows: int, experts: Experts, tiles: Tensor | None = None) -> None:
+    def run_layers(
+        self, rows: int, experts: Experts, tiles: Tensor | None = None, virtual: VirtualWork | None = None
+    ) -> None:
         """See `cuda_program.StepProgram`."""
+        assert virtual is None
         attention = _Attend(self._kv, self._inputs, self._scratch, rows, None if self._invariant else tiles)
         ids, positions = self._inputs.ids[:rows].long(), self._inputs.positions[:rows].clamp(min=0).long()
         self.hidden[:rows].copy_(self._modules.run_body(ids, positions, experts, attention))

@@ -19,9 +19,11 @@ from expertd_engine.kernels.cuda.dense import Form, embed, matmul
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm, add_norm, norm_rows
 from expertd_engine.kernels.cuda.router import route
+from expertd_engine.kernels.cuda.substitute import Among
 from expertd_engine.model.cuda_inputs import StepInputs
 from expertd_engine.model.cuda_kv import DeviceKV
 from expertd_engine.model.cuda_layer import DeviceEnds, DeviceFeedForward, DeviceLayer
+from expertd_engine.model.cuda_virtual import VirtualWork
 from expertd_engine.model.numerics import InvariantSigmoids
 from expertd_engine.model.step_rows import Span
 
@@ -43,10 +45,13 @@ class StepProgram(Protocol):
     logits: Tensor
     """`[N, V]`: room for the logits of N rows at a time."""
 
-    def run_layers(self, rows: int, experts: Experts, tiles: Tensor | None = None) -> None:
+    def run_layers(
+        self, rows: int, experts: Experts, tiles: Tensor | None = None, virtual: VirtualWork | None = None
+    ) -> None:
         """From the step's inputs to the residual stream behind the last layer, for the first `rows` rows.
 
         `tiles` `[n, 2]`: first row and length of runs of consecutive rows of one sequence, for steps of many rows.
+        `virtual`: rows go to held experts, which takes routers that a kernel selects for.
         """
         ...
 
@@ -62,6 +67,8 @@ class DenseSide(Protocol):
     """Whether its programs may be captured."""
     vocabulary: int
     device: torch.device
+    no_virtual: str | None
+    """Why its routers cannot choose among held experts; None where they can."""
 
     def program(self, room: ProgramRoom, *, invariant: bool) -> StepProgram:
         """`invariant`: a row's bits depend on its own sequence alone, at the price of prompts computed row by row."""
@@ -161,13 +168,15 @@ class Program:
         self._form: Form = "rows" if invariant else "auto"
         self._argmax = Argmax(len(logits), logits.shape[1], logits.device)
 
-    def run_layers(self, rows: int, experts: Experts, tiles: Tensor | None = None) -> None:
+    def run_layers(
+        self, rows: int, experts: Experts, tiles: Tensor | None = None, virtual: VirtualWork | None = None
+    ) -> None:
         """See `StepProgram`."""
         hidden = self.workspace.hidden[:rows]
         embed(self.ends.embedding, self.inputs.ids[:rows], self.ends.embedding_scale, hidden)
         for index, layer in enumerate(self.layers):
             self._attention(index, layer, hidden, tiles)
-            self._feed_forward(layer, hidden, experts)
+            self._feed_forward(layer, hidden, experts, virtual)
 
     def run_head(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """See `StepProgram`."""
@@ -207,15 +216,18 @@ class Program:
             self._multiply(attended, layer.output, work.added[:rows])
             add_norm(hidden, work.added[:rows], layer.attention_norm, layer.attention_residual)
 
-    def _feed_forward(self, layer: DeviceLayer, hidden: Tensor, experts: Experts) -> None:
+    def _feed_forward(
+        self, layer: DeviceLayer, hidden: Tensor, experts: Experts, virtual: VirtualWork | None
+    ) -> None:
         """Add the layer's FFN to `hidden`: straight, where nothing comes between the sum and the stream."""
         rows = len(hidden)
         straight = layer.output_norm is None and layer.ffn_residual == 1.0
         out = hidden if straight else self.workspace.added[:rows].zero_()
         y = self.workspace.routed_input[:rows]
         if layer.router is not None:
-            index, weights = self._route(layer, hidden, y)
             assert layer.moe is not None
+            among = None if virtual is None else virtual.among(layer.moe, rows)
+            index, weights = self._route(layer, hidden, y, among)
             experts.add(layer.moe, y, index, weights, out)
         elif not layer.parallel:
             self._normed(hidden, layer.ffn_norm, y)
@@ -224,8 +236,8 @@ class Program:
         if not straight:
             add_norm(hidden, out, layer.output_norm, layer.ffn_residual)
 
-    def _route(self, layer: DeviceLayer, hidden: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts and weights `[R, K]`; and `y`, the rows that experts read."""
+    def _route(self, layer: DeviceLayer, hidden: Tensor, y: Tensor, among: Among | None) -> tuple[Tensor, Tensor]:
+        """Experts and weights `[R, K]`, or those that compute in their place; and `y`, the rows that experts read."""
         work, router, rows = self.workspace, layer.router, len(hidden)
         assert router is not None
         logits = work.router_logits[: rows * router.matrix.rows].view(rows, -1)
@@ -233,9 +245,9 @@ class Program:
         weights = work.weights[: rows * router.top_k].view(rows, -1)
         x, before = (y, None) if layer.parallel else (hidden, layer.ffn_norm)
         if router.rule is not None:
-            route(x, before, router.rule, logits, index, weights, y, work.counter[:rows])
-            return index, weights
-        assert router.select is not None
+            route(x, before, router.rule, logits, index, weights, y, work.counter[:rows], among)
+            return (index, weights) if among is None else (among.experts, among.weights)
+        assert router.select is not None and among is None
         self._normed(x, before, y)
         self._multiply(x, router.matrix, logits, norm=before, normed=work.normed[:rows])
         with InvariantSigmoids():
@@ -275,6 +287,8 @@ class KernelLayers:
 
     def __init__(self, layers: Sequence[DeviceLayer], ends: DeviceEnds) -> None:
         self._layers, self._ends = layers, ends
+        by_kernels = all(layer.router is None or layer.router.rule is not None for layer in layers)
+        self.no_virtual = None if by_kernels else "no kernel knows by what rule its routers select"
         self.vocabulary, self.device = ends.head.rows, ends.head.data.device
 
     def program(self, room: ProgramRoom, *, invariant: bool) -> Program:

@@ -14,46 +14,83 @@ from expertd_engine.experts.cache import ExpertUnavailableError
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.messages import TokenLogprob
 from expertd_engine.model.cuda_model import DeviceModel, StepOutcome, StepTokens
+from expertd_engine.model.cuda_virtual import DeviceVirtual
 from expertd_engine.model.moe import MoELayer
 from expertd_engine.model.runner import logit_positions, read_out, sample_row
 from expertd_engine.model.sampler import SampleRow, sample, takes_the_best
 from expertd_engine.model.step_routes import RouteSource
 from expertd_engine.model.step_rows import Span
+from expertd_engine.request import Substitutions
 from expertd_engine.step_plan import Chunk, StepPlan
 
 
 class DeviceRunner:
     """Owns nothing but the connections between model and expert cache."""
 
-    virtual = None
-    """There is no virtual mode on this path."""
     layers: Sequence[MoELayer] = ()
     """Experts run inside the model's own steps."""
 
-    def __init__(self, model: DeviceModel, cache: DeviceCache, routes: RouteSource | None = None) -> None:
-        """`routes` choose experts in the routers' place, where the model was made for that."""
+    def __init__(
+        self, model: DeviceModel, cache: DeviceCache, routes: RouteSource | None = None,
+        virtual: DeviceVirtual | None = None,
+    ) -> None:  # fmt: skip
+        """`routes` choose experts in the routers' place, where the model was made for that. `virtual`: None where there
+        is no virtual mode."""
+        self.virtual = virtual
         self.model = model
         self._cache = cache
         self._routes = routes
 
     def __call__(self, plan: StepPlan) -> StepResult:
         began = time.perf_counter()
-        tokens = self._tokens(plan)
-        self._cache.begin_step(tokens.ids, scan=all(chunk.is_prefill for chunk in plan.chunks))
+        try:
+            tokens = self._tokens(plan, self._limits(plan))
+        except ExpertUnavailableError as error:
+            raise StepFailed((), str(error)) from error
+        payoff = self._cache.payoff
+        if payoff is not None:
+            payoff.begin_step(len(tokens.ids) if plan.phase == "decode" and plan.mode == "exact" else None)
+        foreseen = tokens.ids if plan.mode == "exact" else ()  # virtual mode does without the model's own experts
+        self._cache.begin_step(foreseen, scan=all(chunk.is_prefill for chunk in plan.chunks))
         try:
             outcome = self.model.step(tokens, self._cache)
         except (ExpertUnavailableError, MemoryError, torch.OutOfMemoryError) as error:
             self._cache.abandon_step()
             raise StepFailed((), str(error) or "the device has no memory left for this step") from error
         experts = self._cache.end_step()
+        substitutions = self._end_mode(plan, tokens)
         sampled, prompt_logprobs = read_out(plan, _OutcomeLogits(outcome))
-        return StepResult(sampled, time.perf_counter() - began, prompt_logprobs, experts)
+        duration_s = time.perf_counter() - began
+        if payoff is not None:
+            payoff.end_step(duration_s)
+        return StepResult(sampled, duration_s, prompt_logprobs, experts, substitutions)
 
     def idle(self) -> None:
         """There is no step to compute: take in what has been copied."""
         self._cache.pump()
+        if self.virtual is not None:
+            self.virtual.held.finish()
+            self.virtual.held.pump()
 
-    def _tokens(self, plan: StepPlan) -> StepTokens:
+    def _limits(self, plan: StepPlan) -> list[float] | None:
+        """Of each row of a virtual step; None in exact mode, and where the budget is too small for the other. Raises
+        ExpertUnavailableError."""
+        if self.virtual is None or plan.mode == "exact" or not self.virtual.held.begin_step():
+            return None
+        return [chunk.sequence.max_substituted_mass for chunk in plan.chunks for _ in range(chunk.num_tokens)]
+
+    def _end_mode(self, plan: StepPlan, tokens: StepTokens) -> dict[int, Substitutions]:
+        """What virtual mode did to each sequence."""
+        if self.virtual is None:
+            return {}
+        if plan.mode == "exact":
+            self.virtual.held.exact_step()
+        if tokens.limits is None:
+            return {}
+        met = self.virtual.end_step([chunk.num_tokens for chunk in plan.chunks])
+        return {chunk.sequence.sequence_id: one for chunk, one in zip(plan.chunks, met, strict=True)}
+
+    def _tokens(self, plan: StepPlan, limits: list[float] | None) -> StepTokens:
         ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
@@ -66,7 +103,7 @@ class DeviceRunner:
             ids += chunk.sequence.tokens(chunk.start, chunk.stop)
             positions += range(chunk.start, chunk.stop)
         routes = None if self._routes is None else self._routes.step_routes(len(ids))
-        return StepTokens(ids, positions, spans, rows, frozenset(read), routes)
+        return StepTokens(ids, positions, spans, rows, frozenset(read), routes, limits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from expertd_engine.config import Config
 from expertd_engine.errors import ConfigError
-from expertd_engine.experts.half_life import HalfLives
 from expertd_engine.experts.ledger import Ledger
-from expertd_engine.experts.policy import HALF_LIFE_TOKENS, AdaptiveNextUse, Policy, Victims, make_policy
+from expertd_engine.experts.policy import Policy, Victims, serving_policy
 from expertd_engine.experts.scored import Scored, ScoredVictims
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import StoreIndex
@@ -78,10 +77,8 @@ def policy_and_victims(choice: Choice, index: StoreIndex) -> tuple[Policy, Victi
 
 def served_policy(choice: Choice, index: StoreIndex) -> Policy:
     """Any but `predicted`."""
-    lookups = len(index.layers) * index.top_k
-    if choice.policy == "next-use" and choice.half_life_tokens is None:
-        return AdaptiveNextUse(HalfLives([layer.num_experts for layer in index.layers], lookups))
-    return make_policy(choice.policy, lookups, choice.half_life_tokens or HALF_LIFE_TOKENS)
+    experts = [layer.num_experts for layer in index.layers]
+    return serving_policy(choice.policy, experts, index.top_k, choice.half_life_tokens)
 
 
 def predicted_routes(source: Source, index: StoreIndex, ledger: Ledger) -> tuple[PredictedRoutes, PredictorWatch]:

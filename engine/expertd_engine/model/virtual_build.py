@@ -16,6 +16,7 @@ from expertd_engine.experts.virtual_room import VirtualRoom
 from expertd_engine.model.gates import NotLinear
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.router_kinds import RouterAdapter, adapt_router
+from expertd_engine.model.substitution import Floats
 from expertd_engine.model.virtual_foresight import NextLayers, next_layers
 from expertd_engine.model.virtual_routing import VirtualRouting, importance
 from expertd_engine.planning.profile import Profile
@@ -33,18 +34,23 @@ class NoVirtualMode:
     reason: str
 
 
-def build_virtual(
-    loaded: LoadedModel,
-    index: StoreIndex,
-    config: Config,
-    cache: ExpertCache,
-    fallbacks: list[str],
-    profile: Profile | None = None,
-) -> VirtualRouting | NoVirtualMode:
-    """`profile` says which layers are worth their slots; without, all get as many. What is weaker than designed goes
-    to `fallbacks`.
+@dataclass(frozen=True, slots=True)
+class VirtualParts:
+    """What virtual mode is made of, wherever a model's steps are computed."""
 
-    Raises ConfigError for more or fewer virtual slots than a layer can have.
+    routers: list[RouterAdapter]
+    norms: list[Floats]
+    """Of each layer's experts, `[E]`."""
+    sets: VirtualExperts
+    room: VirtualRoom
+
+
+def virtual_parts(
+    loaded: LoadedModel, index: StoreIndex, config: Config, profile: Profile | None, limits: SwapLimits,
+    slot_bytes: int | None = None,
+) -> VirtualParts | NoVirtualMode:  # fmt: skip
+    """`profile` says which layers are worth their slots; without, all get as many. `slot_bytes`: where every record
+    takes as much. Raises ConfigError for more or fewer virtual slots than a layer can have.
     """
     routers = [adapt_router(loaded.model, layer.module) for layer in index.layers]
     known = [router for router in routers if isinstance(router, RouterAdapter)]
@@ -53,17 +59,30 @@ def build_virtual(
             f"the routers of {index.model_type} are of no kind that is known to choose under a mask: expert_mode may "
             f"be exact alone"
         )
-    room = _room(index, config)
+    room = _room(index, config, slot_bytes)
     if config.virtual_slots is None and profile is not None and profile.model.layers:
         curves, record_bytes = profile.model.layers, room.record_bytes
         room = replace(room, divide=lambda nbytes: split_slots(curves, record_bytes, nbytes)[0])
     norms = [np.array(layer.norms or [1.0] * layer.num_experts, np.float32) for layer in index.layers]
+    return VirtualParts(known, norms, VirtualExperts([norm.tolist() for norm in norms], index.top_k, limits), room)
+
+
+def build_virtual(
+    loaded: LoadedModel,
+    index: StoreIndex,
+    config: Config,
+    cache: ExpertCache,
+    fallbacks: list[str],
+    profile: Profile | None = None,
+) -> VirtualRouting | NoVirtualMode:
+    """As `virtual_parts`, of a model that the processor computes. What is weaker than designed goes to `fallbacks`."""
     foresees = config.virtual_swaps == "foreseen"
     limits = SwapLimits(in_flight=LOADS_A_THREAD * config.io_threads)
-    limits = limits if foresees else replace(limits, ahead=0)
-    sets = VirtualExperts([norm.tolist() for norm in norms], index.top_k, limits)
-    foresight = _foresight(loaded, index, known, fallbacks if foresees else [])
-    return VirtualRouting(known, HeldExperts(cache, sets, room), importance(norms), foresight)
+    made = virtual_parts(loaded, index, config, profile, limits if foresees else replace(limits, ahead=0))
+    if isinstance(made, NoVirtualMode):
+        return made
+    foresight = _foresight(loaded, index, made.routers, fallbacks if foresees else [])
+    return VirtualRouting(made.routers, HeldExperts(cache, made.sets, made.room), importance(made.norms), foresight)
 
 
 def _foresight(
@@ -81,7 +100,7 @@ def lacks_norms(index: StoreIndex) -> bool:
     return any(layer.norms is None for layer in index.layers)
 
 
-def _room(index: StoreIndex, config: Config) -> VirtualRoom:
+def _room(index: StoreIndex, config: Config, slot_bytes: int | None) -> VirtualRoom:
     experts = [layer.num_experts for layer in index.layers]
     slots, fewest = config.virtual_slots, min(experts)
     if slots is not None and not index.top_k <= slots <= fewest:
@@ -89,6 +108,6 @@ def _room(index: StoreIndex, config: Config) -> VirtualRoom:
             f"virtual_slots: {slots} is not allowed: give {index.top_k}, which every token needs, to {fewest}, which "
             f"are all experts of a layer"
         )
-    record_bytes = [index.record_bytes(layer) for layer in range(len(experts))]
+    record_bytes = [slot_bytes or index.record_bytes(layer) for layer in range(len(experts))]
     wanted = experts if slots is None else [slots] * len(experts)
     return VirtualRoom(record_bytes, experts, index.top_k, config.virtual_share, wanted)

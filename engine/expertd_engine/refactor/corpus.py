@@ -54,6 +54,14 @@ class Corpus:
     def domains(self) -> list[str]:
         return sorted(self.train)
 
+    def only(self, domains: Sequence[str]) -> Corpus:
+        """Of these domains alone. Raises ModelError when one is missing."""
+        missing = sorted(set(domains) - set(self.domains))
+        if missing:
+            raise ModelError(f"no texts of {', '.join(missing)}: there are {', '.join(self.domains)}")
+        train, held = ({name: part[name] for name in domains} for part in (self.train, self.held_out))
+        return Corpus(train, held, [item for item in self.cloze if item.domain in domains])
+
     def windows(self, domain: str, count: int, length: int) -> NDArray[np.int64]:
         """At most `count` held-out windows `[N, length]`, evenly spread and not overlapping."""
         tokens = self.held_out[domain]

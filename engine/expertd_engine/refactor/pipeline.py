@@ -27,6 +27,7 @@ from expertd_engine.refactor.shape import Shape
 from expertd_engine.refactor.statistics import Statistics, gather_into
 from expertd_engine.refactor.student import Student
 from expertd_engine.refactor.training import Recipe, Trainer
+from expertd_engine.refactor.upcycle import upcycled
 
 TUNED = "dense-tuned"
 _POLL_S = 0.5
@@ -36,7 +37,8 @@ _EVALUATION_WINDOWS = 48
 @dataclass(frozen=True, slots=True)
 class Job:
     """One training run and its scores. `shape` None tunes the dense model itself. `teacher` is `dense`, the name of
-    another job, or None. `best_of` are jobs whose best learning rate this one takes.
+    another job, or None. `best_of` are jobs whose best learning rate this one takes. `begin` is a kept job whose
+    weights this one goes on from: of the same shape, or a pruned model's that experts begin as copies of.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Job:
     recipe: Recipe
     teacher: str | None = None
     best_of: tuple[str, ...] = ()
+    begin: str | None = None
     keep: bool = False
     """Whether the trained weights are wanted after the run."""
 
@@ -82,7 +85,7 @@ class Workshop:
             return found
         if job.best_of:
             job = replace(job, recipe=replace(job.recipe, learning_rate=self.best_rate(job.best_of)))
-        student = self._student(job.shape, job.recipe.seed)
+        student = self._begun(job)
         untrained = self._score(student, quick=True)
         checkpoint = self._path("checkpoints", job.name, "pt")
         trainer = Trainer(
@@ -110,9 +113,22 @@ class Workshop:
         """A finished job's model; it must have been kept. Waits for jobs that other processes run."""
         path = self._path("trained", job.name, "pt")
         self._awaited(lambda: self.result(job.name) if path.is_file() else None)
-        student = self._student(job.shape, job.recipe.seed)
+        student = self._begun(job)
         student.load_trained(torch.load(path, map_location=student.head.device, weights_only=True))
         return student
+
+    def _begun(self, job: Job) -> Student:
+        """The job's model before its first step."""
+        if job.begin is None:
+            return self._student(job.shape, job.recipe.seed)
+        ran = self._awaited(partial(self.result, job.begin))["job"]
+        before = None if ran["shape"] is None else Shape.from_json(ran["shape"])
+        student = self.trained(Job(job.begin, before, Recipe(0, 0.0, seed=ran["recipe"]["seed"]), begin=ran["begin"]))
+        if job.shape is None or job.shape == before:
+            return student
+        grown = upcycled(student, job.shape, self.dense, job.recipe.seed)
+        grown.compute_in(self.compute)
+        return grown
 
     def _teacher(self, name: str | None) -> Student | None:
         if name is None:

@@ -51,7 +51,7 @@ def _scores(results: Results) -> list[str]:
         score, job = result["score"], result.get("job")
         rate = f"{job['recipe']['learning_rate']:g}" if job else "–"
         tokens = f"{result['curve']['tokens'] / 1e6:.1f} M" if job else "–"
-        each = " | ".join(f"{score['perplexity'].get(domain, float('nan')):.2f}" for domain in domains)
+        each = " | ".join(f"{found:.2f}" if (found := score["perplexity"].get(one)) else "–" for one in domains)
         cloze = f"{score['cloze']:.1%}"
         lines.append(f"| {name} | {rate} | {tokens} | {score['mean_perplexity']:.3f} | {cloze} | {each} |")
     return lines

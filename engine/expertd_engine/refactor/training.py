@@ -46,12 +46,16 @@ class Recipe:
     micro_rows: int = 24
     length: int = 1024
     warmup_share: float = 0.05
+    end_share: float = 0.05
+    """Of the learning rate, at the end of its cosine; 1 keeps it, for a run that others go on from."""
     distillation: float = 0.5
     """Share of the loss that is the teacher's distribution."""
     overlap_share: float = 0.25
     """Share of an index router's loss that is the overlap of activations; the rest is the text's domain."""
     balance: float = 0.0
     """Weight of layers' own routers' imbalance in the loss of the expert stage."""
+    labelled: float = 0.0
+    """Share of an index's expert stage, from its beginning, in which texts' domains stand in for the router."""
     seed: int = 0
     domain_weights: Mapping[str, float] = field(default_factory=dict)
     compile: bool = False
@@ -127,7 +131,7 @@ class Trainer:
         batches = self.corpus.batches(self.recipe.rows, self.recipe.length, seed, self.recipe.domain_weights or None)
         since: list[Tensor] = []
         for step, batch in enumerate(itertools.islice(batches, self._done[stage], end), self._done[stage]):
-            _set_rate(optimiser, _schedule(step, total, self.recipe.warmup_share))
+            _set_rate(optimiser, _schedule(step, total, self.recipe.warmup_share, self.recipe.end_share))
             since.append(self._step(stage, batch))
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -142,25 +146,35 @@ class Trainer:
         tokens, labels = (_moved(torch.from_numpy(part), self.device) for part in batch)
         parameters = self._optimisers[stage].param_groups[0]["params"]
         total = torch.zeros((), device=self.device)
-        parts = list(zip(tokens.split(self.recipe.micro_rows), labels.split(self.recipe.micro_rows), strict=True))
+        count = -(-len(tokens) // self.recipe.micro_rows)
+        # Rows come sorted by domain: taken in strides, all parts have texts, and so work for experts, of all of them.
+        parts = [(tokens[number::count], labels[number::count]) for number in range(count)]
         for ids, domains in parts:
-            loss = self._expert_loss(ids) if stage == "experts" else self._router_loss(ids, domains)
+            loss = self._expert_loss(ids, domains) if stage == "experts" else self._router_loss(ids, domains)
             (loss / len(parts)).backward()
             total += loss.detach() / len(parts)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         return total
 
-    def _expert_loss(self, ids: Tensor) -> Tensor:
+    def _expert_loss(self, ids: Tensor, domains: Tensor) -> Tensor:
         labels = ids[:, 1:].reshape(-1)
+        forced = domains[:, None].expand_as(ids[:, :-1]) if self._labelled() else None
         taught = None
         with self._precision():
             if self.teacher is not None and self.recipe.distillation:
                 with torch.no_grad():
                     taught = self.teacher.logits(ids[:, :-1]).flatten(0, 1)
-            hidden = self.student.hidden(ids[:, :-1]).flatten(0, 1)
+            hidden = self.student.hidden(ids[:, :-1], forced).flatten(0, 1)
             head = self.student.head.to(hidden.dtype)
             loss = self._loss(hidden, head, labels, taught, self.recipe.distillation, self.student.softcap)
         return loss + self.recipe.balance * self.student.imbalance() if self.recipe.balance else loss
+
+    def _labelled(self) -> bool:
+        """Whether the step that runs is one whose routes are its texts' domains."""
+        shape = self.student.shape
+        if shape is None or shape.routing != Routing.INDEX:
+            return False
+        return self._done["experts"] < self.recipe.labelled * self.recipe.steps
 
     def _router_loss(self, ids: Tensor, domains: Tensor) -> Tensor:
         ids = ids[:, :-1]
@@ -268,10 +282,10 @@ def _set_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = optimiser.defaults["lr"] * factor
 
 
-def _schedule(step: int, total: int, warmup_share: float) -> float:
-    """Linear warm-up, then a cosine down to 5 %."""
+def _schedule(step: int, total: int, warmup_share: float, end_share: float) -> float:
+    """Linear warm-up, then a cosine down to `end_share`."""
     warmup = max(1, int(total * warmup_share))
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+    return end_share + (1 - end_share) * 0.5 * (1 + math.cos(math.pi * done))

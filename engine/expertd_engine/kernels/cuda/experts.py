@@ -168,6 +168,8 @@ def _gate_up_kernel(
         return
     first, last = tl.load(begin + nth), tl.load(begin + nth + 1)
     record, target = tl.load(address + nth), tl.load(land + nth)
+    if record == 0:
+        return  # the processor computes it
     wait_for(ready, tl.load(wait + nth))
     for start in range(first, last, MT):
         gate_up_block(
@@ -195,6 +197,9 @@ def _down_kernel(
     record, target = tl.load(address + nth), tl.load(land + nth)
     wait_for(ready, tl.load(wait + nth))
     block = tl.program_id(0)
+    if record == 0:
+        no_partials(partials, first, last, block * BN + tl.arange(0, BN), OUTPUTS, MT)
+        last = first
     for start in range(first, last, MT):
         down_block(
             record, target, block, start, last, pairs, inner, weights, partials,
@@ -206,6 +211,17 @@ def _down_kernel(
         tl.store(arrived + block, 0)
         output = block * BN + tl.arange(0, BN)
         add_partials(row_pairs, partials, out, tl.load(totals + 1), output, OUTPUTS, TOP_K, BN)
+
+
+@triton.jit
+def no_partials(
+    partials: tl.tensor, first: tl.tensor, last: tl.tensor, output: tl.tensor, OUTPUTS: tl.constexpr, MT: tl.constexpr
+) -> None:
+    """Pairs `[first, last)` add nothing to a block of outputs: the processor's answer does."""
+    for start in range(first, last, MT):
+        pair = start + tl.arange(0, MT)
+        at = partials + pair.to(tl.int64)[:, None] * OUTPUTS + output[None, :]
+        tl.store(at, 0.0, mask=(pair < last)[:, None] & (output < OUTPUTS)[None, :])
 
 
 @triton.jit

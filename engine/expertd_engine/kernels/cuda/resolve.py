@@ -20,7 +20,7 @@ FAR = 1
 """Bit of an entry's address: the record lies in host memory and is read over the link. Records are page-aligned."""
 LANDED = 3
 """The `source` in `seen` of an expert that was read over the link into a slot; 0 resident, 1 read over the link and
-dropped, 2 waited for."""
+dropped, 2 waited for, 4 (with `on_host`) left to the processor."""
 _COMPARED = 32
 
 
@@ -56,7 +56,7 @@ class ExpertScratch:
     num_experts: int
     max_rows: int
     totals: Tensor
-    """int32 `[2]`: distinct experts, real rows."""
+    """int32 `[3]`: distinct experts, real rows, experts among them that are left to the processor."""
     experts: Tensor
     """int32 `[U]`: the distinct experts, ascending."""
     target: Tensor
@@ -64,7 +64,7 @@ class ExpertScratch:
     begin: Tensor
     """int32 `[U + 1]`: first pair of each distinct expert, ascending."""
     address: Tensor
-    """int64 `[U]`: of its record."""
+    """int64 `[U]`: of its record; 0: the processor computes it."""
     land: Tensor
     """int64 `[U]`: where its bytes are to be written too; 0: nowhere."""
     wait: Tensor
@@ -107,7 +107,7 @@ class ExpertScratch:
             top_k=top_k,
             num_experts=num_experts,
             max_rows=max_rows,
-            totals=ints(2),
+            totals=ints(3),
             experts=ints(distinct),
             target=ints(distinct),
             begin=ints(distinct + 1),
@@ -122,11 +122,15 @@ class ExpertScratch:
         )
 
 
-def resolve(table: TablePointers, layer: int, top_k_index: Tensor, num_rows: Tensor, scratch: ExpertScratch) -> None:
+def resolve(
+    table: TablePointers, layer: int, top_k_index: Tensor, num_rows: Tensor, scratch: ExpertScratch, *,
+    on_host: bool = False,
+) -> None:  # fmt: skip
     """Group the pairs of `top_k_index` int `[R, K]` by expert and say where each expert is read from.
 
     Rows from `num_rows` (int32 `[1]`, on the device) on are padding. Publishes what landed in the layer before, takes
-    slots for what is read over the link, writes `seen` and `progress`.
+    slots for what is read over the link, writes `seen` and `progress`. `on_host`: nothing is read over it, since the
+    processor computes what is missing.
     """
     rows, top_k = top_k_index.shape
     if top_k != scratch.top_k or rows > scratch.max_rows:
@@ -145,6 +149,7 @@ def resolve(table: TablePointers, layer: int, top_k_index: Tensor, num_rows: Ten
         ROWS=rows,
         PAIRS=pairs,
         COMPARED=min(pairs, _COMPARED),
+        ON_HOST=on_host,
         num_warps=4 if pairs <= 64 else 8,
     )
 
@@ -187,7 +192,7 @@ def _resolve_kernel(
     land: tl.tensor, wait: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor,
     layer: tl.tensor, experts: tl.tensor, width: tl.tensor, ring: tl.tensor,
     NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
-    PAIRS: tl.constexpr, COMPARED: tl.constexpr,
+    PAIRS: tl.constexpr, COMPARED: tl.constexpr, ON_HOST: tl.constexpr,
 ) -> None:  # fmt: skip
     if layer > 0:
         _publish(entries, slot_address, totals, distinct_experts, targets, layer - 1, experts, WIDTH)
@@ -214,17 +219,21 @@ def _resolve_kernel(
     free = tl.load(tail) - taken
     order = tl.cumsum(far.to(tl.int32), 0) - 1
     lands = far & (order < free)
+    left = far & (expert < 0)  # to the processor: nobody
+    if ON_HOST:
+        lands, left = left, far
+    tl.store(totals + 2, tl.sum(left.to(tl.int32), 0))
     target = tl.load(landing + ((taken + order) & (ring - 1)), mask=lands, other=-1)
     tl.store(head, taken + tl.sum(lands.to(tl.int32), 0))
 
     from_slot = tl.load(slot_address + slot, mask=moving, other=0)
-    tl.store(address + nth, tl.where(moving, from_slot, at & -2), mask=chosen)
+    tl.store(address + nth, tl.where(moving, from_slot, tl.where(left, 0, at & -2)), mask=chosen)
     tl.store(land + nth, tl.load(slot_address + target, mask=lands, other=0), mask=chosen)
     tl.store(wait + nth, tl.where(awaited, slot, -1), mask=chosen)
 
     tl.store(distinct_experts + nth, expert, mask=chosen)
     tl.store(targets + nth, target, mask=chosen)
-    source = tl.where(lands, 3, tl.where(far, 1, tl.where(awaited, 2, 0)))
+    source = tl.where(left, 4, tl.where(lands, 3, tl.where(far, 1, tl.where(awaited, 2, 0))))
     record = seen + (layer * width + nth) * 4
     tl.store(record, expert, mask=chosen)
     tl.store(record + 1, source, mask=chosen)
@@ -257,7 +266,7 @@ def _sort_pairs(
         earlier = (theirs[None, :] == mine[:, None]) & (other[None, :] < pair[:, None])
         place += tl.sum((less | earlier).to(tl.int32), 1)
         same_row = (other[None, :] // TOP_K) == (pair[:, None] // TOP_K)
-        nth_of_row += tl.sum((less & same_row).to(tl.int32), 1)
+        nth_of_row += tl.sum(((less | earlier) & same_row).to(tl.int32), 1)  # a row may name an expert twice
         count += tl.sum((theirs[None, :] == expert[:, None]).to(tl.int32), 1)
     tl.store(pairs + place, pair, mask=real)
     tl.store(row_pairs + pair // TOP_K * TOP_K + nth_of_row, place, mask=real)

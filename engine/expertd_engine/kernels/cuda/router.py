@@ -14,6 +14,8 @@ from torch import Tensor
 
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm, normalised
+from expertd_engine.kernels.cuda.selection import in_best_groups, places, scored
+from expertd_engine.kernels.cuda.substitute import Among, answer
 from expertd_engine.model.native_abi import NormKind, Scores
 
 _EXPERTS_AT_ONCE = 4
@@ -54,19 +56,22 @@ def route(
     weights: Tensor,
     y: Tensor | None,
     done: Tensor,
+    among: Among | None = None,
 ) -> None:
     """The experts of rows x `[R, hidden]` float32 and their weights, in order of score.
 
     y (any float type, `[R, hidden]`) is norm(x), what experts read; None where they read x. logits float32 `[R,
-    experts]`; index int32 or int64 and weights float32 `[R, top_k]`; done int32 `[R]`, zeros between launches.
+    experts]`; index int32 or int64 and weights float32 `[R, top_k]`; done int32 `[R]`, zeros between launches. `among`:
+    of virtual mode, where it is left who computes in the place of what was chosen.
     """
     matrix, groups = router.matrix, max(1, router.groups)
     weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     block = triton.next_power_of_2(matrix.cols)
     _route_kernel[(len(x), triton.cdiv(matrix.rows, _EXPERTS_AT_ONCE))](
         *(x, weight, bias, matrix.data, matrix.bias, router.bias, logits, index, weights, y, done),
+        *_pointers(among),
         *(x.stride(0), logits.stride(0), index.stride(0), weights.stride(0), 0 if y is None else y.stride(0)),
-        *(eps, router.epsilon, router.scale),
+        *(0 if among is None else among.met.stride(0), eps, router.epsilon, router.scale),
         COLS=matrix.cols,
         PADDED=matrix.padded,
         EXPERTS=matrix.rows,
@@ -81,19 +86,31 @@ def route(
         SHARES=router.shares or router.scores == Scores.CHOSEN,
         BLOCK_G=triton.next_power_of_2(groups),
         BLOCK_S=triton.next_power_of_2(matrix.rows // groups),
+        WIDTH=1 if among is None else among.experts.shape[1],
+        BLOCK_W=1 if among is None else triton.next_power_of_2(among.experts.shape[1]),
+        SHARED=1 if among is None else among.shared_by,
         num_warps=max(1, min(8, block // 512)),
     )
+
+
+def _pointers(among: Among | None) -> tuple[Tensor | None, ...]:
+    if among is None:
+        return (None,) * 7
+    return among.held, among.limits, among.num_rows, among.asked, among.met, among.experts, among.weights
 
 
 @triton.jit
 def _route_kernel(
     x: tl.tensor, weight: tl.tensor, norm_bias: tl.tensor, data: tl.tensor, bias: tl.tensor, favour: tl.tensor,
     logits: tl.tensor, index: tl.tensor, weights: tl.tensor, y: tl.tensor, done: tl.tensor,
+    held: tl.tensor, limits: tl.tensor, num_rows: tl.tensor, asked: tl.tensor, met: tl.tensor,
+    served: tl.tensor, shares: tl.tensor,
     x_stride: tl.tensor, logits_stride: tl.tensor, index_stride: tl.tensor, weights_stride: tl.tensor,
-    y_stride: tl.tensor, eps: tl.tensor, epsilon: tl.tensor, scale: tl.tensor,
+    y_stride: tl.tensor, met_stride: tl.tensor, eps: tl.tensor, epsilon: tl.tensor, scale: tl.tensor,
     COLS: tl.constexpr, PADDED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
     LAYER: tl.constexpr, TOP_K: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr,
     KEPT: tl.constexpr, BEST: tl.constexpr, SHARES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, SHARED: tl.constexpr,
 ) -> None:  # fmt: skip
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, BLOCK)
@@ -117,14 +134,14 @@ def _route_kernel(
         lives = (g < GROUPS) & (s < EXPERTS // GROUPS)
         expert = tl.where(lives, g * (EXPERTS // GROUPS) + s, 2147483647)
         scores = tl.load(logits + row * logits_stride + expert, lives, float("-inf"), cache_modifier=".cg")
-        scores = _scored(scores, lives, SCORES)
+        scores = scored(scores, lives, SCORES)
         eligible = scores
         if favour is not None:
             eligible = scores + tl.load(favour + expert, lives, 0.0)
         eligible = tl.where(lives & (eligible == eligible), eligible, float("-inf"))  # NaN is chosen last
         if GROUPS > 1:
-            eligible = _in_best_groups(eligible, expert, g, GROUPS, KEPT, BEST)
-        place = _places(eligible, expert)
+            eligible = in_best_groups(eligible, expert, g, GROUPS, KEPT, BEST)
+        place = places(eligible, expert)
         chosen = lives & (place < TOP_K)
         if SCORES == 4:  # of what is chosen alone
             best = tl.max(tl.max(tl.where(place == 0, scores, float("-inf")), 1), 0)
@@ -133,46 +150,11 @@ def _route_kernel(
             scores = scores / (tl.sum(tl.sum(tl.where(chosen, scores, 0.0), 1), 0) + epsilon)
         tl.store(index + row * index_stride + place, expert.to(index.dtype.element_ty), chosen)
         tl.store(weights + row * weights_stride + place, scores * scale, chosen)
-
-
-@triton.jit
-def _places(eligible: tl.tensor, expert: tl.tensor) -> tl.tensor:
-    """How many come before each `[G, S]`: those that are higher, and equals of a lower id. All are compared at once."""
-    COUNT: tl.constexpr = eligible.shape[0] * eligible.shape[1]
-    values, ids = tl.reshape(eligible, (COUNT,)), tl.reshape(expert, (COUNT,))
-    ahead = (values[None, :] > values[:, None]) | ((values[None, :] == values[:, None]) & (ids[None, :] < ids[:, None]))
-    return tl.reshape(tl.sum(ahead.to(tl.int32), 1), eligible.shape)
-
-
-@triton.jit
-def _scored(logits: tl.tensor, lives: tl.tensor, SCORES: tl.constexpr) -> tl.tensor:
-    """Scores of a row's logits `[G, S]`."""
-    if SCORES == 3:
-        return tl.where(lives, 1.0 / (1.0 + tl.exp(-tl.where(lives, logits, 0.0))), 0.0)
-    elif SCORES == 4:
-        return logits
-    else:
-        best = tl.max(tl.max(logits, 1), 0)
-        scores = tl.where(lives, tl.exp(logits - best), 0.0)
-        return scores / tl.sum(tl.sum(scores, 1), 0)
-
-
-@triton.jit
-def _in_best_groups(
-    eligible: tl.tensor, expert: tl.tensor, g: tl.tensor, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr
-) -> tl.tensor:  # fmt: skip
-    """`eligible` but for the experts outside the best groups: a group is worth its BEST highest together."""
-    left = eligible
-    worth = tl.zeros([left.shape[0], 1], tl.float32)
-    for _ in tl.static_range(BEST):
-        best = tl.max(left, 1)[:, None]
-        first = tl.min(tl.where(left == best, expert, 2147483647), 1)[:, None]
-        worth += best
-        left = tl.where(expert == first, float("-inf"), left)
-    worth = tl.where(g < GROUPS, worth, float("-inf"))
-    kept = g < 0
-    for _ in tl.static_range(KEPT):
-        best = tl.max(tl.where(kept, float("-inf"), worth), 0)[None, :]
-        first = tl.min(tl.where((worth == best) & (kept == 0), g, 2147483647), 0)[None, :]
-        kept = kept | (g == first)
-    return tl.where(kept, eligible, float("-inf"))
+        if held is not None:
+            given = tl.where(i < COLS, given, 0.0)
+            answer(
+                logits + row * logits_stride, expert, g, lives, place, scores * scale,
+                tl.sqrt(tl.sum(given * given, 0)), row < tl.load(num_rows), favour, held, tl.load(limits + row),
+                asked, met + row * met_stride, served + row * WIDTH, shares + row * WIDTH,
+                TOP_K, WIDTH, BLOCK_W, SHARED, SCORES, GROUPS, KEPT, BEST,
+            )  # fmt: skip

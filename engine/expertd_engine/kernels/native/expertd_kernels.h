@@ -51,6 +51,10 @@ enum expertd_activation {
   EXPERTD_SWIGLU_CLAMPED = 5
 };
 
+/* In which order a record's matrices lie: as above, or as GPUs read them (kernels/row_order.py), which costs a turn of
+ * each word on the way. */
+enum expertd_order { EXPERTD_STRIPS = 0, EXPERTD_ROWS = 1 };
+
 typedef struct expertd_pool expertd_pool;
 
 typedef struct expertd_matrix {
@@ -72,6 +76,7 @@ typedef struct expertd_expert_layout {
   float limit;
   int64_t gate, up, down;
   int64_t gate_bias, up_bias, down_bias;
+  int32_t order; /* expertd_order; float formats lie alike in both */
 } expertd_expert_layout;
 
 /* Text of the calling thread's last error; valid until its next failing call. */

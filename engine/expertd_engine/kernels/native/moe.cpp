@@ -5,6 +5,7 @@
 #include "isa.h"
 #include "linear.h"
 #include "moe.h"
+#include "row_order.h"
 
 namespace expertd {
 namespace {
@@ -43,13 +44,16 @@ class Moe {
         block_bytes_(kUnitStrips * strip_bytes(layout_.format, layout_.hidden)),
         down_unit_bytes_(kUnitStrips * strip_bytes(layout_.format, layout_.inner)),
         rows_per_block_(rows_per_block(inputs.stride)),
-        round_pairs_(std::max<int64_t>(kTile, kBatchBytes / inner_stride_)) {}
+        round_pairs_(std::max<int64_t>(kTile, kBatchBytes / inner_stride_)),
+        by_rows_(layout_.order == EXPERTD_ROWS && !is_float_format(layout_.format)),
+        turned_bytes_(std::max(block_bytes_, down_unit_bytes_)) {}
 
   void run() {
     const int64_t pairs = a_.pair_begin[a_.num_experts];
     const int64_t most = std::min(pairs - a_.pair_begin[0], round_pairs_);
     auto* segments = pool_.scratch().get<Segment>(a_.num_experts);
     auto* inner = pool_.scratch().get<std::byte>(most * inner_stride_);
+    if (by_rows_) turned_ = pool_.scratch().get<std::byte>(pool_.threads() * turned_bytes_);
     int64_t pair = a_.pair_begin[0];
     for (int32_t expert = 0; pair < pairs;) {
       Round round{segments, 0, pair, 0, inner, inner_stride_};
@@ -61,11 +65,11 @@ class Moe {
         round.tasks += blocks_ * ceil_div(end - pair, rows_per_block_);
         pair = end;
       }
-      pool_.parallel_for(round.tasks, [&](int64_t task) { inner_task(round, task); });
+      pool_.parallel_for(round.tasks, [&](int64_t task, int thread) { inner_task(round, task, thread); });
       const int64_t units = ceil_div(layout_.hidden, kUnitRows);
       const int64_t chunk = std::clamp<int64_t>(units / (8 * pool_.threads()), 1, kMostUnits);
-      pool_.parallel_for(ceil_div(units, chunk), [&](int64_t task) {
-        down_task(round, task * chunk, std::min(units, (task + 1) * chunk));
+      pool_.parallel_for(ceil_div(units, chunk), [&](int64_t task, int thread) {
+        down_task(round, task * chunk, std::min(units, (task + 1) * chunk), thread);
       });
     }
   }
@@ -73,6 +77,17 @@ class Moe {
  private:
   static const float* floats_at(const Segment& segment, int64_t offset) {
     return offset < 0 ? nullptr : reinterpret_cast<const float*>(segment.record + offset);
+  }
+
+  // Rows `first` to `first` + kUnitRows of the `rows` x `cols` matrix at an offset, as kernels read them: a record that
+  // lies as GPUs read it is turned on the way, a unit at a time, in memory of the thread's own.
+  const std::byte* unit(const Segment& segment, int64_t matrix, int64_t rows, int64_t cols, int64_t first,
+                        int thread) const {
+    const std::byte* const begin = segment.record + matrix;
+    if (!by_rows_) return begin + first / kUnitRows * kUnitStrips * strip_bytes(layout_.format, cols);
+    std::byte* const strips = turned_ + thread * turned_bytes_;
+    strips_of_rows(layout_.format, begin, rows, cols, first, strips);
+    return strips;
   }
 
   // Up to kTile pairs from `pair` on: their inputs.
@@ -83,7 +98,7 @@ class Moe {
   }
 
   // One block of inner rows of one expert, for a block of its pairs.
-  void inner_task(const Round& round, int64_t task) const {
+  void inner_task(const Round& round, int64_t task, int thread) const {
     const Segment* segment = round.segments;
     int count = round.count;
     while (count > 1) {  // the last segment that begins at or before the task
@@ -98,20 +113,25 @@ class Moe {
     const int64_t local = task - segment->tasks_before;
     const int64_t begin = segment->begin + local / blocks_ * rows_per_block_;
     const int64_t end = std::min(segment->end, begin + rows_per_block_);
-    for (int64_t pair = begin; pair < end; pair += kTile) inner_tile(round, *segment, local % blocks_, pair, end);
+    for (int64_t pair = begin; pair < end; pair += kTile) {
+      inner_tile(round, *segment, local % blocks_, pair, end, thread);
+    }
   }
 
-  void inner_tile(const Round& round, const Segment& segment, int64_t block, int64_t pair, int64_t end) const {
+  void inner_tile(const Round& round, const Segment& segment, int64_t block, int64_t pair, int64_t end,
+                  int thread) const {
     const int64_t first = block * kBlockRows;
     const int valid = static_cast<int>(std::min<int64_t>(kBlockRows, layout_.inner - first));
     const bool gated = layout_.gate >= 0;
     const void* inputs[kTile];
     const int count = gather(pair, end, inputs);
     float gate[kTile][kBlockRows], up[kTile][kBlockRows];
-    if (gated) project(segment, layout_.gate, layout_.gate_bias, layout_.up, first, valid, inputs, count, gate);
+    if (gated) {
+      project(segment, layout_.gate, layout_.gate_bias, layout_.up, first, valid, inputs, count, gate, thread);
+    }
     // After up comes, for whoever takes it, the next block.
     const int64_t next_block = (gated ? layout_.gate : layout_.up) + block_bytes_;
-    project(segment, layout_.up, layout_.up_bias, next_block, first, valid, inputs, count, up);
+    project(segment, layout_.up, layout_.up_bias, next_block, first, valid, inputs, count, up, thread);
     const Activation activation{layout_.activation, layout_.alpha, layout_.limit};
     for (int t = 0; t < count; ++t) {
       isa().activate(activation, gated ? gate[t] : nullptr, up[t], valid);
@@ -123,9 +143,10 @@ class Moe {
   // out[t][i] = inner row first + i of the matrix at offset `matrix`, with its bias. `then`: the offset of the matrix
   // whose same rows are read next.
   void project(const Segment& segment, int64_t matrix, int64_t bias, int64_t then, int64_t first, int valid,
-               const void* const* inputs, int count, float (*out)[kBlockRows]) const {
-    const std::byte* block = segment.record + first / kBlockRows * block_bytes_;
-    isa().unit[layout_.format](block + matrix, block + then, layout_.hidden, valid, inputs, count, out[0]);
+               const void* const* inputs, int count, float (*out)[kBlockRows], int thread) const {
+    const std::byte* const weights = unit(segment, matrix, layout_.inner, layout_.hidden, first, thread);
+    const std::byte* const next = segment.record + first / kBlockRows * block_bytes_ + then;
+    isa().unit[layout_.format](weights, next, layout_.hidden, valid, inputs, count, out[0]);
     const float* biases = floats_at(segment, bias);
     if (!biases) return;
     for (int t = 0; t < count; ++t) {
@@ -134,7 +155,7 @@ class Moe {
   }
 
   // Units of down of all experts, in ascending order: nobody else writes these columns.
-  void down_task(const Round& round, int64_t begin, int64_t end) const {
+  void down_task(const Round& round, int64_t begin, int64_t end, int thread) const {
     for (int i = 0; i < round.count; ++i) {
       const Segment& segment = round.segments[i];
       const std::byte* next = i + 1 < round.count ? down_unit(round.segments[i + 1], begin)
@@ -147,7 +168,7 @@ class Moe {
         }
         for (int64_t unit = begin; unit < end; ++unit) {
           const std::byte* then = unit + 1 < end ? down_unit(segment, unit + 1) : next;
-          down_tile(segment, unit, then, pair, inputs, count);
+          down_tile(segment, unit, then, pair, inputs, count, thread);
         }
       }
     }
@@ -158,12 +179,13 @@ class Moe {
   }
 
   void down_tile(const Segment& segment, int64_t unit, const std::byte* then, int64_t pair, const void* const* inputs,
-                 int count) const {
+                 int count, int thread) const {
     const int64_t first = unit * kUnitRows, hidden = layout_.hidden;
     const int rows = static_cast<int>(std::min<int64_t>(kUnitRows, hidden - first));
     const float* bias = floats_at(segment, layout_.down_bias);
     float sums[kTile * kUnitRows];
-    isa().unit[layout_.format](down_unit(segment, unit), then, layout_.inner, rows, inputs, count, sums);
+    const std::byte* const weights = this->unit(segment, layout_.down, hidden, layout_.inner, first, thread);
+    isa().unit[layout_.format](weights, then, layout_.inner, rows, inputs, count, sums);
     for (int t = 0; t < count; ++t) {
       const float weight = a_.pair_weight[pair + t];
       const float* sum = sums + t * kUnitRows;
@@ -183,6 +205,9 @@ class Moe {
   const expertd_expert_layout& layout_;
   const Inputs inputs_;
   const int64_t inner_stride_, blocks_, block_bytes_, down_unit_bytes_, rows_per_block_, round_pairs_;
+  const bool by_rows_;
+  const int64_t turned_bytes_;
+  std::byte* turned_ = nullptr;  // a unit for each thread, where records lie as GPUs read them
 };
 
 void check_layout(const expertd_expert_layout* layout) {
@@ -195,6 +220,8 @@ void check_layout(const expertd_expert_layout* layout) {
   require(layout->up >= 0 && layout->down >= 0, "layout.up or layout.down is absent: every expert has both");
   require(layout->activation != EXPERTD_SWIGLU_CLAMPED || (layout->gate >= 0 && layout->limit >= 0),
           "the clamped swiglu needs a gate and a limit that is not negative");
+  require(layout->order == EXPERTD_STRIPS || layout->order == EXPERTD_ROWS,
+          "layout.order is " + std::to_string(layout->order) + "; allowed are 0 (strips) and 1 (rows)");
   for (const int64_t offset : {layout->gate, layout->up, layout->down, layout->gate_bias, layout->up_bias,
                                layout->down_bias}) {
     require(offset == -1 || (offset >= 0 && offset % 4 == 0),

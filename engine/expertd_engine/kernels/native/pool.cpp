@@ -2,6 +2,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 
 #include <algorithm>
@@ -175,6 +176,10 @@ void Pool::help(int thread) {
 // Returns when there may be a job newer than `last_job`, or at the pool's end.
 void Pool::wait_for_a_job(uint32_t last_job) {
   const auto posted = [&] { return job() != last_job || stopping_.load(); };
+  while (awake_.load()) {
+    if (spin_until([&] { return posted() || !awake_.load(); }) && posted()) return;
+    sched_yield();  // whoever has work goes first
+  }
   if (in_call_.load() && spin_until([&] { return posted() || !in_call_.load(); }) && posted()) return;
   std::unique_lock<std::mutex> lock(mutex_);
   ++sleeping_;

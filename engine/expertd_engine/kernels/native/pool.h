@@ -51,6 +51,11 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   int threads() const { return static_cast<int>(helpers_.size()) + 1; }
+
+  // From now on helpers that have worked stay awake between calls too, for calls that follow each other closely; until
+  // it is turned off.
+  void stay_awake(bool on) { awake_ = on; }
+
   Scratch& scratch() { return scratch_; }
   const Scratch& scratch() const { return scratch_; }
 
@@ -92,6 +97,7 @@ class Pool {
   alignas(64) std::atomic<int64_t> done_{0};
 
   std::atomic<bool> in_call_{false};  // helpers may spin for a moment only inside a call
+  std::atomic<bool> awake_{false};
   std::atomic<bool> stopping_{false};
   std::atomic<int> sleeping_{0};  // helpers that are parked, or about to be
   std::atomic<bool> caller_waits_{false};

@@ -15,7 +15,9 @@ from expertd_engine.refactor.demo.prompts import FOLLOW_UPS, prompts
 from expertd_engine.refactor.dense import Dense, open_dense
 
 _FOLLOW_UP_SHARE = 0.15
-_NEW_TOKENS = 96
+_NEW_TOKENS = 176
+_ROWS = 2048
+_QUESTION_TOKENS = 56
 _PROMPT_TOKENS = 224
 _PER_FILE = 50
 
@@ -23,7 +25,7 @@ Conversation = list[dict[str, str]]
 
 
 def converse(
-    dense: Dense, asked: Sequence[str], *, rows: int = 2048, seed: int = 0, progress: Progress = silent
+    dense: Dense, asked: Sequence[str], *, rows: int = _ROWS, seed: int = 0, progress: Progress = silent
 ) -> list[Conversation]:
     """One or two turns for each prompt, sampled at temperature 0.3 among the 50 likeliest tokens."""
     conversations: list[Conversation] = [[{"role": "user", "content": prompt}] for prompt in asked]
@@ -35,6 +37,20 @@ def converse(
         one.append({"role": "user", "content": generator.choice(FOLLOW_UPS)})
     _answer(dense, again, rows, progress)
     return conversations
+
+
+def questions(dense: Dense, count: int, seed: int = 0) -> list[str]:
+    """Prompts that the model thinks of by itself, at most `count` and all different: what it sampled, at temperature 1
+    among the 100 likeliest tokens, where its chat template has the user speak. Those that came to no end are left out.
+    """
+    mark = "PROMPT"
+    text = dense.tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    begin: list[int] = dense.tokenizer(text.split(mark)[0], add_special_tokens=False)["input_ids"]
+    torch.manual_seed(seed)
+    found = _sample(dense, [begin] * count, _QUESTION_TOKENS, temperature=1.0, top_k=100)
+    ended = found[(found == dense.end_of_text).any(dim=1)]
+    texts = dense.tokenizer.batch_decode(ended, skip_special_tokens=True)
+    return list(dict.fromkeys(text.strip() for text in texts if text.strip()))
 
 
 def render(dense: Dense, conversation: Conversation) -> str:
@@ -73,18 +89,31 @@ def _encode(dense: Dense, conversation: Conversation) -> list[int]:
 
 
 def _generate(dense: Dense, encoded: list[list[int]]) -> list[str]:
+    found = _sample(dense, encoded, _NEW_TOKENS, temperature=0.3, top_k=50)
+    texts: list[str] = dense.tokenizer.batch_decode(found, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _sample(dense: Dense, encoded: list[list[int]], count: int, *, temperature: float, top_k: int) -> torch.Tensor:
+    """What follows each, `[rows, at most count]`, the end-of-text token after its end."""
     longest = max(map(len, encoded))
     pad = dense.end_of_text
     device = dense.device
     ids = torch.tensor([[pad] * (longest - len(one)) + one for one in encoded], device=device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in encoded], device=device)
     with torch.inference_mode():
-        out = dense.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=_NEW_TOKENS, pad_token_id=pad,
-            eos_token_id=dense.end_of_text, do_sample=True, temperature=0.3, top_k=50, top_p=1.0,
+        out: torch.Tensor = dense.model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=count, pad_token_id=pad,
+            eos_token_id=dense.end_of_text, do_sample=True, temperature=temperature, top_k=top_k, top_p=1.0,
         )  # fmt: skip
-    texts: list[str] = dense.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return out[:, longest:]
+
+
+def _own(dense: Dense, count: int) -> list[str]:
+    found: dict[str, None] = {}
+    for seed in range(-(-count // _ROWS)):
+        found |= dict.fromkeys(questions(dense, min(_ROWS, count), seed))
+    return list(found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="the dense model: checkpoint folder or GGUF file")
     parser.add_argument("texts", type=Path, help="folder that demo.texts made; `chat` is added to it")
     parser.add_argument("--count", type=int, default=20_400, help="prompts (default: 20400)")
+    parser.add_argument("--own", type=int, metavar="COUNT", help="instead, at most COUNT prompts that the "
+                        "model thinks of by itself, as the domain `own`")  # fmt: skip
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(argv)
     return run_command(lambda: _run(options))
@@ -102,8 +133,9 @@ def _run(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     dense = open_dense(options.source, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     with progress_bar() as progress:
-        conversations = converse(dense, prompts(options.texts, options.count), progress=progress)
-    paths = write_texts(dense, conversations, options.texts / "chat")
+        asked = _own(dense, options.own) if options.own else prompts(options.texts, options.count)
+        conversations = converse(dense, asked, progress=progress)
+    paths = write_texts(dense, conversations, options.texts / ("own" if options.own else "chat"))
     print(json.dumps({"conversations": len(conversations), "files": len(paths)}))
 
 

@@ -14,28 +14,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch._dynamo import config as dynamo
 
 from expertd_engine.console import Progress, run_command
 from expertd_engine.publish import exclusive
 from expertd_engine.refactor.command import baseline_of
-from expertd_engine.refactor.corpus import read_corpus
+from expertd_engine.refactor.corpus import Corpus, read_corpus
+from expertd_engine.refactor.demo.texts import LANGUAGES
 from expertd_engine.refactor.dense import Dense, open_dense
 from expertd_engine.refactor.pipeline import TUNED, Job, Workshop
 from expertd_engine.refactor.shape import Routing, Shape
 from expertd_engine.refactor.training import Recipe
 
 STEPS = {
-    "teacher": 160, "sweep": 60, "final": 230, "demo": 250, "sparse": 200, "long-sweep": 140, "long-final": 1234
+    "teacher": 160, "sweep": 60, "final": 230, "demo": 250, "sparse": 200, "long-sweep": 140, "long-final": 1234,
+    "branch-base": 400, "branch-sweep": 110, "branch-final": 1000,
 }  # fmt: skip
 """Of 48 windows of 1,024 tokens, of 24 in the long runs; `--scale` multiplies them."""
 RATES = (3e-4, 6e-4, 1.2e-3)
 LONG_RATES = (1e-3, 2e-3, 4e-3)
+BRANCH_RATES = (4e-4, 8e-4, 1.6e-3)
 SEEDS = (0, 1, 2)
+DOMAINS = ("c-headers", "chat", "dictionary", "german", "kernel-docs", "manuals", "prose", "python")
+"""Of all runs; the branched ones have `texts.LANGUAGES` besides, and the demo's chat has `own`."""
 
 INDEX = Shape(Routing.INDEX, permanent=128, experts=8, top_k=1, from_dense=640, width=640)
 LAYERS = Shape(Routing.LAYERS, permanent=256, experts=16, top_k=5, from_dense=80, width=96)
+BRANCHED = replace(INDEX, experts=len(DOMAINS) + len(LANGUAGES))
 HEADS = replace(LAYERS, routing=Routing.HEADS)
 FINE = Shape(Routing.LAYERS, permanent=256, experts=64, top_k=8, from_dense=20, width=64)
 WIDE = replace(FINE, top_k=4, width=128)
@@ -73,6 +80,7 @@ def jobs(dense: Dense, scale: float = 1.0, *, compiled: bool) -> list[Job]:
         Job("demo", DEMO, replace(chatty, steps=steps["demo"], learning_rate=1.5e-3), "dense", keep=True),
         Job("sparse", SPARSE, replace(gates, domain_weights={"chat": 3.0}), "dense", keep=True),
         *_long_jobs(dense, steps, compiled=compiled),
+        *_branched_jobs(dense, steps, compiled=compiled),
     ]
 
 
@@ -91,6 +99,32 @@ def _long_jobs(dense: Dense, steps: Mapping[str, int], *, compiled: bool) -> lis
         final = replace(base, steps=steps["long-final"])
         found += swept
         found += [Job(f"long-final-{name}-{seed}", shape, replace(final, seed=seed), best_of=names) for seed in SEEDS]
+    return found
+
+
+def _branched_jobs(dense: Dense, steps: Mapping[str, int], *, compiled: bool) -> list[Job]:
+    """Experts that begin as copies of a pruned model's FFNs after its first steps, against that model going on."""
+    base = Recipe(
+        steps=steps["branch-base"], learning_rate=1e-3, router_steps=800, micro_rows=48, distillation=0.0,
+        overlap_share=0.0, labelled=0.7, compile=compiled,
+    )  # fmt: skip
+    sides = {"index": BRANCHED, "pruned": baseline_of(BRANCHED, dense)}
+    first = replace(base, end_share=1.0)
+    found = [Job(f"branch-base-{seed}", sides["pruned"], replace(first, seed=seed), keep=True) for seed in SEEDS]
+    for name, shape in sides.items():
+        short = replace(base, steps=steps["branch-sweep"], seed=10)
+        swept = [
+            Job(f"branch-sweep-{name}-{rate:g}", shape, replace(short, learning_rate=rate), begin="branch-base-0")
+            for rate in BRANCH_RATES
+        ]
+        final, names = replace(base, steps=steps["branch-final"]), tuple(job.name for job in swept)
+        found += swept
+        found += [
+            Job(
+                f"branch-final-{name}-{seed}", shape, replace(final, seed=20 + seed), None, names, f"branch-base-{seed}"
+            )
+            for seed in SEEDS
+        ]
     return found
 
 
@@ -119,22 +153,32 @@ def _run(options: argparse.Namespace) -> None:
     compute = torch.bfloat16 if cuda else torch.float32
     with exclusive(folder):  # the first process makes what all need
         corpus = read_corpus(options.texts, dense.fast_tokenizer, dense.end_of_text, folder, min_tokens=10**5)
-        shop = Workshop(options.work, dense, corpus, compute, progress=_lines())
-        shop.statistics()
     worker, workers = map(int, options.worker.split("/"))
     wanted = tuple(options.jobs) or ("",)
     chosen = [job for job in jobs(dense, options.scale, compiled=cuda) if job.name.startswith(wanted)]
     if options.list:
         print(*(job.name for job in chosen), sep="\n")
         return
-    if worker == 0:
-        shop.score_dense()
     for job in chosen[worker::workers]:
         begun = time.monotonic()
-        result = shop.run(job)
+        result = _shop(job, options.work, dense, corpus, compute).run(job)
         score = result["score"]
         took = time.monotonic() - begun
         print(f"{job.name}: {score['mean_perplexity']:.4f}, cloze {score['cloze']:.3f}, {took:.0f} s", flush=True)
+
+
+def _shop(job: Job, work: Path, dense: Dense, corpus: Corpus, compute: torch.dtype) -> Workshop:
+    """Where a job runs: the branched ones and the demo have texts, and so statistics and scores, of their own."""
+    kind = next((one for one in ("branch", "demo") if job.name.startswith(one)), "")
+    texts = corpus.only((*DOMAINS, *LANGUAGES) if kind == "branch" else DOMAINS)
+    if kind == "demo":
+        chat = np.concatenate([corpus.only(["chat"]).train["chat"], corpus.only(["own"]).train["own"]])
+        texts = replace(texts, train={**texts.train, "chat": chat})
+    shop = Workshop(work / kind, dense, texts, compute, progress=_lines())
+    with exclusive(shop.folder):  # the first process makes what all need
+        shop.statistics()
+        shop.score_dense()
+    return shop
 
 
 def _lines() -> Progress:

@@ -14,7 +14,9 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from gettext import GNUTranslations
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 
 from expertd_engine.console import run_command
@@ -32,7 +34,7 @@ class Domain:
     max_bytes: int = 24_000_000
 
 
-_HIDDEN = frozenset({"script", "style", "head", "nav"})
+_HIDDEN = frozenset({"script", "style", "head", "nav", "header", "aside", "footer"})
 
 
 class _TextOfHtml(HTMLParser):
@@ -94,6 +96,41 @@ def _entries(data: bytes) -> str:
     return re.sub(r"\s*\[(1913 Webster|Webster 1913 Suppl\.|PJC|WordNet [\d.]+)[^\]\n]*\]", "", _plain(data))
 
 
+def _catalogue(data: bytes) -> str:
+    """The translations of a gettext catalogue, a paragraph each, without keys for the keyboard."""
+    found = vars(GNUTranslations(BytesIO(data)))["_catalog"]
+    return "\n\n".join(one.replace("_", "").replace("~", "") for key, one in sorted(found.items(), key=str) if key)
+
+
+def _page(data: bytes) -> str:
+    """A page of HTML or Mallard, a message catalogue, or a manual page."""
+    if data.startswith(b"\xde\x12\x04\x95"):
+        return _catalogue(data)
+    marked = any(tag in data[:2000].lower() for tag in (b"<html", b"<page"))
+    return _html(data) if marked else _manual(data)
+
+
+LANGUAGES = {
+    "finnish": "fi", "french": "fr", "hungarian": "hu", "japanese": "ja", "polish": "pl", "russian": "ru",
+    "spanish": "es", "turkish": "tr",
+}  # fmt: skip
+"""Languages that the dense model knows little of: what the longest run teaches besides the other domains."""
+
+_WITH_MANUALS_OF_CALLS = frozenset({"fr", "ja", "pl", "ru", "es"})
+
+
+def _language(code: str) -> Domain:
+    """An office suite's help and messages, a desktop's help and manual pages in one language."""
+    packages = [f"libreoffice-help-{code}", f"libreoffice-l10n-{code}", "gnome-user-docs", f"manpages-{code}"]
+    packages += [f"manpages-{code}-dev"] if code in _WITH_MANUALS_OF_CALLS else []
+    return Domain(
+        tuple(packages),
+        "MPL-2.0, LGPL-3.0-or-later and Apache-2.0; CC-BY-3.0; manuals GPL-3.0-or-later and others, page by page",
+        rf"(help/{code}/.*\.(html|page)|resource/{code}/.*\.mo|man/{code}/man\d/.*\.gz)$",
+        _page,
+    )
+
+
 DOMAINS: dict[str, Domain] = {
     "kernel-docs": Domain(("linux-doc-6.1",), "GPL-2.0-only", r"_sources/.*\.txt$", _plain),
     "c-headers": Domain(
@@ -125,10 +162,11 @@ DOMAINS: dict[str, Domain] = {
         ("manpages-de", "debian-handbook"),
         "GPL-3.0-or-later and others, page by page; CC-BY-SA-3.0 or GPL-2.0-or-later",
         r"(man/de/man\d/.*\.gz|de-DE/.*\.html)$",
-        lambda data: _html(data) if b"<html" in data[:2000].lower() else _manual(data),
+        _page,
     ),
+    **{name: _language(code) for name, code in LANGUAGES.items()},
 }
-"""Seven domains; the eighth, `chat`, is what the dense model itself answers to prompts."""
+"""All but the domain `chat`, which is what the dense model itself answers to prompts."""
 
 _PARAGRAPH_BYTES = 120
 

@@ -1,0 +1,67 @@
+"""One engine with its foresight and without it, in turn: the same weights, pages and experts at hand, moments apart.
+
+Two processes differ by a few per cent for as long as they live, by where their memory happens to lie; that is more than
+what foresight may cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from expertd_engine.bench.protocol import Decoded, Turns, TurnsRequest
+from expertd_engine.bench.stats import order_of
+from expertd_engine.experts.cache import ExpertCache
+from expertd_engine.experts.lookahead import Lookahead
+from expertd_engine.model.predictor import PredictorWatch
+from expertd_engine.model.runner import Runner
+
+
+class Turner(Protocol):
+    """The part of a session that this needs."""
+
+    def start(self, prompt: int, tokens: int) -> Sequence[int]:
+        """Have all streams decode, with room for so many tokens each: their ids."""
+        ...
+
+    def foresee(self, on: bool) -> None:
+        """Go on with foresight, or as if there were none."""
+        ...
+
+    def window(self, warm: int, tokens: int, streams: int) -> Decoded:
+        """Time `tokens` steps of all streams, after `warm` others."""
+        ...
+
+    def end(self, sequence_ids: Sequence[int]) -> None:
+        """The streams are done with."""
+        ...
+
+
+def take_turns(session: Turner, request: TurnsRequest) -> Turns:
+    """Raises EngineError if a sequence ends in an error."""
+    each = request.warm + request.tokens
+    streams = session.start(request.prompt, request.settle + 2 * request.pairs * each)
+    session.foresee(True)
+    whole = [session.window(0, request.settle, len(streams))]
+    samples: tuple[list[Decoded], list[Decoded]] = [], []
+    for pair in range(request.pairs):
+        for on in order_of(2, pair):
+            session.foresee(bool(on))
+            samples[on].append(session.window(request.warm, request.tokens, len(streams)))
+    session.end(streams)
+    whole += samples[0] + samples[1]
+    prefetched, wasted = sum(one.prefetched_bytes for one in whole), sum(one.wasted_bytes for one in whole)
+    return Turns(off=samples[0], on=samples[1], prefetched_bytes=prefetched, wasted_bytes=wasted)
+
+
+class Switch:
+    """Takes foresight away from an engine on a processor, which then has `plain`, and gives it back."""
+
+    def __init__(self, cache: ExpertCache, runner: Runner, plain: Lookahead) -> None:
+        self._cache, self._runner = cache, runner
+        others = [one for one in runner.onlookers if not isinstance(one, PredictorWatch)]
+        self._parts = (plain, None, others), (cache.lookahead, cache.payoff, runner.onlookers)
+
+    def turn(self, on: bool) -> None:
+        """Between steps."""
+        self._cache.lookahead, self._cache.payoff, self._runner.onlookers = self._parts[on]

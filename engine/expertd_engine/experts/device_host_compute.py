@@ -1,0 +1,148 @@
+"""Experts that a device's step misses, computed by the processor from the host tier's records while the step runs.
+
+Owner: the engine thread. The memory that both sides see lies here; who writes into it when is the device's and the
+native thread's business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertd_engine.errors import EngineError
+from expertd_engine.experts.device_streams import Device
+from expertd_engine.kernels.host_experts import Counts, HostLayer, HostThread, Mailbox
+from expertd_engine.kernels.library import Library
+
+if TYPE_CHECKING:
+    from expertd_engine.kernels.cuda.host_experts import Mailbox as DeviceMailbox
+
+_LINE_WORDS = 32
+"""Between two words that different sides write."""
+_MEASURED_BYTES = 512 * 2**20
+_PATIENCE_S = 60.0
+"""For one answer, at start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Of the largest request: rows, choices of each, distinct experts, and the length of a row."""
+
+    rows: int
+    top_k: int
+    experts: int
+    hidden: int
+
+
+class HostCompute:
+    """`threads` of the processor, ready to compute `layers`' experts for `device`. Raises ResourceError, KernelsMissing
+    and ValueError as pinning and the kernels do.
+    """
+
+    def __init__(self, library: Library, device: Device, layers: Sequence[HostLayer], room: Room, threads: int) -> None:
+        def ints(*shape: int) -> Tensor:
+            return device.pinned(_product(shape), torch.int32).view(shape)
+
+        def floats(*shape: int) -> Tensor:
+            return device.pinned(_product(shape), torch.float32).view(shape)
+
+        words = ints(3 * _LINE_WORDS)
+        self.posted, self.done, self.head = words[:1], words[_LINE_WORDS:][:1], words[2 * _LINE_WORDS :][:3]
+        """int32 `[1]`, `[1]`, `[3]`; as `kernels.cuda.host_experts.Mailbox`, and so are the others."""
+        self.experts, self.pairs = ints(3, room.experts), ints(room.rows * room.top_k)
+        self.x, self.weights = floats(room.rows, room.hidden), floats(room.rows, room.top_k)
+        self.sums = floats(room.rows, room.hidden)
+        self.computed = self.computed_bytes = 0
+        """Experts, and bytes of their records."""
+        self.busy_s = 0.0
+        """Time from requests to their answers, as the processor sees it."""
+        self.threads, self._layers, self._room = threads, layers, room
+        parts = (self.posted, self.done, self.head, *self.experts, self.pairs, self.x, self.weights, self.sums)
+        mailbox = Mailbox(*(part.data_ptr() for part in parts), room.rows, room.experts, room.top_k)
+        self._thread = HostThread(library, threads, layers, mailbox)
+        self._first = Counts()
+        """What was computed before the first step."""
+
+    def mailbox(self, where: torch.device) -> DeviceMailbox:
+        """For the kernels of a device. Ask for it after `measure`."""
+        from expertd_engine.kernels.cuda.host_experts import Mailbox as DeviceMailbox  # needs triton
+
+        shared = (self.posted, self.done, self.head, self.experts, self.pairs, self.x, self.weights, self.sums)
+        return DeviceMailbox(
+            *shared, sent=self.posted.to(where, copy=True), arrived=torch.zeros(1, dtype=torch.int32, device=where)
+        )
+
+    def begin_step(self) -> None:
+        """A step is about to be launched: look for its requests."""
+        self._thread.begin()
+
+    def end_step(self) -> float:
+        """It has ended: the seconds that the processor computed for it. Raises EngineError where it could not."""
+        before = self.busy_s
+        try:
+            counts = self._thread.end()
+        except ValueError as error:
+            raise EngineError(f"the processor could not compute a missing expert: {error}") from error
+        first = self._first
+        self.computed, self.computed_bytes = counts.experts - first.experts, counts.bytes - first.bytes
+        self.busy_s = (counts.nanoseconds - first.nanoseconds) / 1e9
+        return self.busy_s - before
+
+    def ask(self, layer: int, experts: Sequence[int]) -> None:
+        """What a device would ask for one row, of which row 0 of `x` and `weights` are to be there; and wait for it."""
+        count = len(experts)
+        assert count <= self._room.top_k
+        choices = np.arange(count)
+        self.experts.numpy()[:, :count] = experts, choices, choices + 1
+        self.pairs.numpy()[:count] = choices
+        self.head.numpy()[:] = layer, 1, count
+        posted, done, until = self.posted.numpy(), self.done.numpy(), time.monotonic() + _PATIENCE_S
+        posted[0] += 1
+        while done[0] != posted[0]:
+            if time.monotonic() > until:
+                raise EngineError(f"the processor computed no expert of layer {layer} in {_PATIENCE_S:.0f} s")
+
+    def measure(self) -> float:
+        """Bytes of records a second, a few experts of one row at a time, as a step's layers ask for them. No step has
+        run: counts begin anew."""
+        self.x.fill_(1.0)
+        self.weights.fill_(1.0)
+        asked = self._few_of_each_layer()
+        self.begin_step()
+        self.ask(*asked[0])  # threads wake up
+        began, nbytes = time.perf_counter(), 0
+        for layer, experts in asked:
+            self.ask(layer, experts)
+            nbytes += len(experts) * self._layers[layer].struct.record_bytes
+        elapsed = time.perf_counter() - began
+        self._first = self._thread.end()
+        return nbytes / elapsed
+
+    def close(self) -> None:
+        """End the threads. No step runs."""
+        self._thread.close()
+
+    def _few_of_each_layer(self) -> list[tuple[int, range]]:
+        """Requests for different experts, as many as take a few milliseconds to read from memory."""
+        asked: list[tuple[int, range]] = []
+        left = float(_MEASURED_BYTES)
+        for first in range(0, self._room.experts, self._room.top_k):
+            for layer, one in enumerate(self._layers):
+                some = range(first, min(first + self._room.top_k, len(one.addresses)))
+                if some and left > 0:
+                    asked.append((layer, some))
+                    left -= len(some) * one.struct.record_bytes
+        return asked
+
+
+def _product(shape: Sequence[int]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count

@@ -1,0 +1,14 @@
+// Quantised matrices in the order in which GPUs read them: all data, then all scales, then all minima, each part a run
+// of blocks of 16 rows (`kernels/row_order.py`). What a unit kernel reads is made of them a few strips at a time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace expertd {
+
+// Rows first .. first + kUnitRows (fewer at the end) of a `rows` x `cols` matrix in the order "rows", as strips at
+// `out`, which has room for kUnitStrips of them. `first` is a multiple of kStripRows, `format` one of the integers'.
+void strips_of_rows(int format, const std::byte* matrix, int64_t rows, int64_t cols, int64_t first, std::byte* out);
+
+}  // namespace expertd

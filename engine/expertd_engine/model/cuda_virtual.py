@@ -1,0 +1,118 @@
+"""Virtual mode on a device: what its kernels are given and leave behind, and what is told of that.
+
+Masks, sums of what was asked for and substituted mass lie in the device's memory, where a captured step finds them; the
+host reads them when the step has ended, and moves experts for the steps after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from expertd_engine.experts.device_held import DeviceHeld
+from expertd_engine.kernels.cuda.resolve import LARGEST_PAIRS
+from expertd_engine.kernels.cuda.substitute import MET, Among
+from expertd_engine.model.cuda_inputs import StepInputs
+from expertd_engine.model.substitution import SHARED_BY, Floats
+from expertd_engine.model.virtual_routing import VirtualCounts
+from expertd_engine.request import Substitutions
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a step's kernels left."""
+
+    asked: Floats
+    """`[layers, experts]`: ‖x‖ · weight that the routers themselves gave each expert."""
+    met: Floats
+    """`[rows, layers, MET]`"""
+
+
+class VirtualWork:
+    """Room for steps of as many rows as `inputs` has. Steps of up to `few` rows replace a choice by `SHARED_BY` experts
+    where their pairs can be sorted, larger ones by one: their memory was measured for `top_k` a row."""
+
+    def __init__(self, held: Tensor, inputs: StepInputs, top_k: int, few: int) -> None:
+        """`held` int32 `[layers, experts]`, on the device: not 0 for those that rows may be sent to."""
+        layers, experts = held.shape
+        device, rows = held.device, inputs.rows
+        self._held, self._inputs, self._top_k, self._few = held, inputs, top_k, few
+        count = layers * experts
+        self._left = torch.zeros(count + rows * layers * MET, device=device)
+        self._host = torch.zeros(len(self._left), pin_memory=device.type == "cuda")
+        self._asked = self._left[:count].view(layers, experts)
+        self._met = self._left[count:].view(rows, layers, MET)
+        pairs = max(rows * top_k, *(size * self.width(size) for size in range(1, few + 1)))
+        self._experts = torch.zeros(pairs, dtype=torch.int32, device=device)
+        self._weights = torch.zeros(pairs, device=device)
+
+    def width(self, rows: int) -> int:
+        """Experts a row in steps of so many."""
+        return self._top_k * (SHARED_BY if rows <= self._few and rows * self._top_k * SHARED_BY <= LARGEST_PAIRS else 1)
+
+    def among(self, moe: int, rows: int) -> Among:
+        """What the router of MoE layer `moe` is given for a step of `rows` rows."""
+        width = self.width(rows)
+        return Among(
+            held=self._held[moe],
+            limits=self._inputs.limits[:rows],
+            num_rows=self._inputs.num_rows,
+            asked=self._asked[moe],
+            met=self._met[:rows, moe],
+            experts=self._experts[: rows * width].view(rows, width),
+            weights=self._weights[: rows * width].view(rows, width),
+            shared_by=width // self._top_k,
+        )
+
+    def forget(self) -> None:
+        """The first work of a step: nothing has been asked for."""
+        self._asked.zero_()
+
+    def send(self, rows: int) -> None:
+        """Behind a step of so many rows: have what it left sent to the host."""
+        count = self._asked.numel() + rows * self._met[0].numel()
+        self._host[:count].copy_(self._left[:count], non_blocking=True)
+
+    def told(self, rows: int) -> Told:
+        """What was sent, once the device has come past it."""
+        left, count = self._host.numpy(), self._asked.numel()
+        met = left[count:].reshape(self._met.shape)[:rows]
+        return Told(left[:count].reshape(self._asked.shape).copy(), met.copy())
+
+
+class DeviceVirtual:
+    """Counts what virtual steps did to their rows, and lets held sets follow; as `VirtualRouting` on a processor."""
+
+    def __init__(self, work: VirtualWork, held: DeviceHeld, norms: Sequence[NDArray[np.float32]], top_k: int) -> None:
+        """`norms`: of each layer's experts."""
+        self.held = held
+        self.counts = VirtualCounts.of(len(norms))
+        self._work, self._top_k = work, top_k
+        self._norms = np.zeros((len(norms), max(map(len, norms))), np.float32)
+        for layer, row in enumerate(norms):
+            self._norms[layer, : len(row)] = row
+
+    def end_step(self, lengths: Sequence[int]) -> list[Substitutions]:
+        """A virtual step over sequences of so many rows each has ended, well: what it did to each."""
+        rows = sum(lengths)
+        told, counts = self._work.told(rows), self.counts
+        by_layer = told.met.sum(axis=0).tolist()
+        for layer, (replaced, mass, fetched) in enumerate(by_layer):
+            counts.activations[layer] += rows * self._top_k
+            counts.substituted[layer] += int(replaced)
+            counts.mass[layer] += mass
+            counts.fetched += int(fetched)
+        counts.tokens += rows
+        self.held.digest(told.asked * self._norms, rows / max(1, len(lengths)))
+        ends = np.cumsum(lengths).tolist()
+        return [self._of(told.met[end - count : end]) for count, end in zip(lengths, ends, strict=True)]
+
+    def _of(self, met: Floats) -> Substitutions:
+        rows, layers, _ = met.shape
+        replaced, mass, _ = met.sum(axis=(0, 1)).tolist()
+        return Substitutions(rows * layers * self._top_k, int(replaced), mass / layers, rows)

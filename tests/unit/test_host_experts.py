@@ -1,0 +1,109 @@
+"""Experts that the processor computes for a device: records as GPUs read them, requests through shared memory, and
+what fails there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from expertd_engine.errors import EngineError
+from expertd_engine.experts.device_host_compute import HostCompute, Room
+from expertd_engine.experts.device_streams import HostDevice
+from expertd_engine.kernels import library
+from expertd_engine.kernels.host_experts import HostLayer
+from support.kernels import (
+    Experts,
+    every_format,
+    instruction_sets,
+    make_experts,
+    make_routes,
+    needs_kernels,
+    normal,
+    pool_on,
+    run_moe,
+)
+
+pytestmark = needs_kernels
+
+EXPERTS, HIDDEN, INNER, TOP_K = 4, 100, 40, 2
+
+
+def made(format: str, order: str, hidden: int = HIDDEN, inner: int = INNER) -> Experts:
+    return make_experts(np.random.default_rng(3), EXPERTS, hidden, inner, format, order=order)
+
+
+@contextmanager
+def computing(*layers: Experts, absent: tuple[int, int] | None = None) -> Iterator[HostCompute]:
+    """Two threads; of one (layer, expert) there may be no record."""
+    addresses = [[record.ctypes.data for record in layer.records] for layer in layers]
+    if absent is not None:
+        addresses[absent[0]][absent[1]] = 0
+    given = [HostLayer(layer.layout, addresses[nth], len(layer.records[0])) for nth, layer in enumerate(layers)]
+    compute = HostCompute(library.load(), HostDevice(), given, Room(2, TOP_K, EXPERTS, HIDDEN), 2)
+    try:
+        yield compute
+    finally:
+        compute.close()
+
+
+@instruction_sets
+@every_format
+@pytest.mark.parametrize("shape", [(HIDDEN, INNER), (32, 32), (17, 33), (96, 100)])
+def test_records_in_either_order_give_the_same_bits(format: str, instruction_set: str, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(7)
+    x, routes = normal(rng, 11, shape[0]), make_routes(rng, 11, EXPERTS, TOP_K)
+    with pool_on(instruction_set) as pool:
+        strips, rows = (run_moe(pool, made(format, order, *shape), x, routes) for order in ("strips", "rows"))
+    assert np.array_equal(strips, rows) and np.any(strips)
+
+
+def test_a_request_is_answered_with_weighted_sums() -> None:
+    rng = np.random.default_rng(5)
+    layers = made("int8", "rows"), made("bfloat16", "rows")
+    x = normal(rng, 1, HIDDEN)
+    with computing(*layers) as compute:
+        compute.x.numpy()[:1] = x
+        compute.weights.numpy()[0] = 0.75, -0.5
+        compute.begin_step()
+        answers = []
+        for layer in range(2):
+            compute.ask(layer, [1, 3])
+            answers.append(compute.sums.numpy()[0].copy())
+        assert compute.end_step() > 0
+        assert (compute.computed, compute.computed_bytes) == (4, 2 * sum(len(one.records[0]) for one in layers))
+    with pool_on("") as pool:
+        for one, answer in zip(layers, answers, strict=True):
+            expected = np.zeros((1, HIDDEN), np.float32)
+            records = library.record_addresses([one.records[1].ctypes.data, one.records[3].ctypes.data])
+            begin, row = np.array([0, 1, 2], np.int32), np.zeros(2, np.int32)
+            weight = np.array([0.75, -0.5], np.float32)
+            arrays = (begin.ctypes.data, row.ctypes.data, weight.ctypes.data)
+            pool.moe(one.layout, x.ctypes.data, 1, records, *arrays, out=expected.ctypes.data)
+            assert np.array_equal(answer, expected[0])
+
+
+@pytest.mark.parametrize(
+    ("layer", "expert", "told"),
+    [(0, 2, "expert 2 of layer 0 has no record"), (0, 4, "expert 4 of layer 0 has no"), (1, 0, "layer 1 is asked for")],
+)
+def test_what_cannot_be_computed_is_answered_and_ends_the_step(layer: int, expert: int, told: str) -> None:
+    with computing(made("float32", "rows"), absent=(0, 2)) as compute:
+        compute.begin_step()
+        compute.ask(layer, [expert])
+        with pytest.raises(EngineError, match=f"the processor could not compute .*{told}"):
+            compute.end_step()
+        compute.begin_step()
+        compute.ask(0, [1])
+        assert compute.end_step() > 0 and compute.computed == 1
+
+
+def test_what_is_measured_is_not_counted() -> None:
+    with computing(made("float32", "rows"), made("float32", "rows")) as compute:
+        assert compute.measure() > 0
+        compute.begin_step()
+        compute.ask(1, [0])
+        compute.end_step()
+        assert compute.computed == 1
