@@ -6,9 +6,10 @@ when all queues are empty; here it ends with them, with the step's tokens, or wi
 for. As printed, tokens of a rare expert may wait for ever; here whoever was passed over `patience` steps in a row goes
 before all queues, the longest waiting first. Each step serves one of these at least, so nobody is passed over more than
 `patience` + (number of sequences - 1) times in a row. Three things were added, for a cache that does not hold all:
-decodes come before prompts, the experts of the step before before others, so that a group of sequences goes on until
-others are overdue; and a step takes no more experts than there is room for, though it has tokens left, unless what
-there is no room for is read while the step computes: then nobody is held back (`PacedRoom`).
+prompts come before decodes, since a prompt held back for each of its pieces makes a long wait for a first token; the
+experts of the step before before others, so that a group of sequences goes on until others are overdue; and a step
+takes no more experts than there is room for, though it has tokens left, unless what there is no room for is read while
+the step computes: then nobody is held back (`PacedRoom`).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def expert_aware(
     used = _union(candidates, [share.place for share in shares])
     left = max_tokens - sum(share.tokens for share in shares)
     others = set(range(len(candidates))).difference(overdue)
-    for prefills in (False, True):
+    for prefills in (True, False):
         queues = _queues(candidates, [i for i in others if candidates[i].prefills == prefills])
         while left and queues:
             experts = max(queues, key=lambda key: _worth(candidates, queues[key], key - used, last, left))

@@ -28,6 +28,8 @@ from expertd_engine.model.moe import MoELayer
 from expertd_engine.model.runner import Runner, StepModel
 from expertd_engine.model.step_routes import StepRoutes
 from expertd_engine.model.step_rows import StepRows
+from expertd_engine.model.substitution import Floats
+from expertd_engine.model.token_routes import MapFit
 from expertd_engine.model.virtual_routing import Score, VirtualRouting
 from expertd_engine.planning.replay import Choice
 from expertd_engine.startup import Engine, start_engine
@@ -79,6 +81,9 @@ class _Tap:
         self.rows.append(logits.log_softmax(dim=-1).clamp(min=-60000).half())
         return logits
 
+    def embeddings(self, token_ids: Sequence[int]) -> Tensor:
+        return self._model.embeddings(token_ids)
+
 
 class RouteRecorder(VirtualRouting):
     """Substitutes nothing, and keeps what every router chose."""
@@ -87,12 +92,17 @@ class RouteRecorder(VirtualRouting):
 
     def __init__(self, model: VirtualRouting) -> None:
         super().__init__(model.routers, model.held, model.score, model.foresight)
+        self.tokens = model.tokens
         self._foreseen: list[dict[int, float]] = []
         """By row, for the layer about to be routed."""
+        self._ahead: list[Floats] = []
+        """By row, `[L, E]`, where tokens tell."""
         self.choices: list[list[Choice]] = [[] for _ in model.routers]
         """By MoE layer, then token."""
 
-    def begin_step(self, limits: Sequence[float]) -> bool:
+    def begin_step(self, limits: Sequence[float], token_ids: Sequence[int]) -> bool:
+        follows = self.tokens is not None and self.held.sets.limits.foreseen > 0
+        self._ahead = [self.tokens.expected([token]) for token in token_ids] if self.tokens and follows else []
         return True
 
     def end_step(self, sequences: int) -> None:
@@ -107,7 +117,9 @@ class RouteRecorder(VirtualRouting):
         return top_k_index, top_k_weights
 
     def _expected(self, layer: int, hidden: Tensor) -> list[dict[int, float]]:
-        """By row, what the layer before foresaw for this one; asks about the next."""
+        """By row, what its token, or the layer before, foresaw for this one; asks about the next."""
+        if self._ahead:
+            return [_named(rows[layer]) for rows in self._ahead]
         foreseen = self._foreseen if layer and self._foreseen else [{} for _ in hidden]
         if self.foresight is not None and layer + 1 < len(self.routers):
             self._foreseen = [self.foresight.expected(layer, row[None]) for row in hidden]
@@ -116,6 +128,41 @@ class RouteRecorder(VirtualRouting):
     def routes(self) -> list[list[Sequence[int]]]:
         """Experts by token and layer."""
         return [[choice.experts for choice in layers] for layers in zip(*self.choices, strict=True)]
+
+
+def _named(shares: Floats) -> dict[int, float]:
+    return {expert: float(shares[expert]) for expert in np.flatnonzero(shares).tolist()}
+
+
+class LogitRecorder(VirtualRouting):
+    """Substitutes nothing, and fits a token map to what every router said. Steps of one sequence."""
+
+    routes_natively = False
+
+    def __init__(self, model: VirtualRouting, fit: MapFit) -> None:
+        super().__init__(model.routers, model.held, model.score)
+        self._fit = fit
+        self._token_ids: Sequence[int] = ()
+        self._told: list[Floats] = []
+        self._shares: list[Floats] = []
+
+    def begin_step(self, limits: Sequence[float], token_ids: Sequence[int]) -> bool:
+        self._token_ids = token_ids
+        self._told, self._shares = [], []
+        return True
+
+    def end_step(self, sequences: int) -> None:
+        width = max(map(len, self.masks))
+        logits = np.stack([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in self._told], axis=1)
+        shares = np.stack([np.pad(part, (0, width - len(part))) for part in self._shares])
+        self._fit.add(self._token_ids, logits, shares)
+
+    def route(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.routers[layer].logits(hidden) if self.logits is None else self.logits
+        self._told.append(logits.float().numpy().copy())
+        sums = np.bincount(top_k_index.numpy().ravel(), top_k_weights.float().numpy().ravel(), len(self.masks[layer]))
+        self._shares.append(sums.astype(np.float32))
+        return top_k_index, top_k_weights
 
 
 def with_slots(
@@ -138,7 +185,8 @@ def with_slots(
     room = replace(model.held.room, wanted=slots, share=1.0, divide=None)
     held = HeldExperts(model.held.cache, fresh, room)
     foresight = model.foresight if foresees else None
-    return VirtualRouting(model.routers, held, score or model.score, foresight, shared_by or model.shared_by)
+    tokens = model.tokens if foresees else None
+    return VirtualRouting(model.routers, held, score or model.score, foresight, shared_by or model.shared_by, tokens)
 
 
 class SomeLayers(VirtualRouting):
@@ -147,7 +195,7 @@ class SomeLayers(VirtualRouting):
     routes_natively = False
 
     def __init__(self, model: VirtualRouting, layers: Collection[int]) -> None:
-        super().__init__(model.routers, model.held, model.score, model.foresight, model.shared_by)
+        super().__init__(model.routers, model.held, model.score, model.foresight, model.shared_by, model.tokens)
         self._chosen = frozenset(layers)
 
     def route(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,8 +232,15 @@ class TextEngine:
         """The model's own virtual mode."""
         return self.engine.runner.virtual
 
-    def tell(self, windows: Sequence[Window], routing: VirtualRouting | None = None, *, settle: bool = True) -> Told:
-        """What the engine says of the windows: exact, or as `routing` has it.
+    def tell(
+        self,
+        windows: Sequence[Window],
+        routing: VirtualRouting | None = None,
+        *,
+        settle: bool = True,
+        at_once: int = 1,
+    ) -> Told:
+        """What the engine says of the windows: exact, or as `routing` has it. Steps have `at_once` tokens.
 
         With `settle`, loads of held experts end between steps, and those foreseen before the layer that they are for,
         so that results depend on nothing but the text.
@@ -197,7 +252,7 @@ class TextEngine:
         runner.virtual = own if routing is None else routing
         if routing is not None:
             routing.settles = settle
-        scheduler.limits = replace(self._limits, max_step_tokens=1)
+        scheduler.limits = replace(self._limits, max_step_tokens=at_once)
         told = Told([], [], [])
         self._reading = True
         try:

@@ -19,8 +19,8 @@ from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead
 from expertd_engine.experts.store import RecordFile
 from expertd_engine.experts.store_format import ALIGNMENT, StoreIndex
 from expertd_engine.memory import available_bytes
-from expertd_engine.model.substitution import SHARED_BY
 from expertd_engine.model.predictor_build import Choice, choose, served_policy
+from expertd_engine.model.substitution import SHARED_BY
 from expertd_engine.planning.startup_plan import StartupPlan
 from expertd_engine.startup_parts import governed
 
@@ -98,6 +98,4 @@ def chunks_of(context: Context) -> ChunkPlan:
 
 def all_slots_bytes(context: Context) -> int:
     """Memory of as many slots as there are experts, in chunks."""
-    chunks = chunks_of(context)
-    whole, rest = divmod(sum(layer.num_experts for layer in context.store.index.layers), chunks.chunk_slots)
-    return whole * chunks.bytes_of(chunks.chunk_slots) + chunks.bytes_of(rest)
+    return chunks_of(context).budget_of(sum(layer.num_experts for layer in context.store.index.layers))

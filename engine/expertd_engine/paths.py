@@ -6,7 +6,7 @@ Owned by the sequence, filled by whoever runs the router. They depend on the tok
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -41,7 +41,7 @@ class Routes(NamedTuple):
 class Paths:
     """Experts and weights of the first `len` known tokens of a sequence, `[token][head][choice]`, flat."""
 
-    __slots__ = ("experts", "shape", "stored", "weights")
+    __slots__ = ("awaited", "experts", "shape", "stored", "weights")
 
     def __init__(self, shape: PathShape) -> None:
         self.shape = shape
@@ -49,8 +49,11 @@ class Paths:
         self.weights = array("f")
         self.stored = 0
         """Tokens whose router keys and values lie in the sequence's KV blocks."""
+        self.awaited: Callable[[], None] | None = None
+        """Brings the routes that are being worked out, and is None again; called by whoever looks at the paths."""
 
     def __len__(self) -> int:
+        self._arrive()
         return len(self.experts) // self.shape.stride
 
     def extend(self, routes: Routes, start: int, stop: int) -> None:
@@ -61,13 +64,19 @@ class Paths:
 
     def routes(self, start: int, stop: int) -> Routes:
         """Of the tokens at positions `start` to `stop` (exclusive), copied."""
+        self._arrive()
         first, end = start * self.shape.stride, stop * self.shape.stride
         return Routes(self.experts[first:end], self.weights[first:end])
 
     def union(self, start: int, stop: int) -> Union:
         """Experts of the tokens at positions `start` to `stop` (exclusive), as far as they are known."""
+        self._arrive()
         stride = self.shape.stride
         return union_of(self.experts[start * stride : stop * stride], self.shape)
+
+    def _arrive(self) -> None:
+        if self.awaited is not None:
+            self.awaited()
 
 
 def union_of(experts: array[int], shape: PathShape) -> Union:

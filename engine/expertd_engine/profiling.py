@@ -18,9 +18,9 @@ import torch
 from tokenizers import Tokenizer
 
 from expertd_engine.bench.disk import read_bandwidth
-from expertd_engine.bench.perplexity import held_out
+from expertd_engine.bench.perplexity import WINDOW_TOKENS, all_text, held_out
 from expertd_engine.bench.serve import running_daemon
-from expertd_engine.calibration import TextEngine, Window
+from expertd_engine.calibration import LogitRecorder, TextEngine, Window
 from expertd_engine.config import Config
 from expertd_engine.console import Progress, progress_bar, run_command, silent
 from expertd_engine.errors import StoreError
@@ -31,6 +31,8 @@ from expertd_engine.experts.transfer import Transfers
 from expertd_engine.memory import MemoryMeter
 from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
 from expertd_engine.model.moe import Pairs
+from expertd_engine.model.token_routes import MapFit, TokenRoutes, write_token_map
+from expertd_engine.model.virtual_build import following_tokens, priors_of
 from expertd_engine.planning.profile import PROFILE_VERSION, BoxProfile, MemoryProfile, Profile
 from expertd_engine.profile_file import write_profile
 from expertd_engine.sensitivity import ModelMeasure
@@ -42,6 +44,8 @@ START_S = 600.0
 READ_SECONDS = 0.5
 WINDOW = 128
 STEPS = 16
+AT_ONCE = 128
+"""Tokens of a step while it is learned where they go."""
 
 
 def profile(
@@ -50,8 +54,10 @@ def profile(
     tokens: int = 256,
     routings: Sequence[str] = (),
     progress: Progress = silent,
+    learned: int = 0,
 ) -> Profile:
-    """Measure. `tokens` of text are computed one by one, once for each MoE layer and three times more.
+    """Measure. `tokens` of text are computed one by one, once for each MoE layer and three times more. Of `learned`
+    other ones it is learned, and written beside the store, where tokens go in virtual mode; 0: what is there stays.
 
     Raises what `start_engine` raises, and UsageError for more tokens than there is text.
     """
@@ -64,6 +70,8 @@ def profile(
     try:
         memory = _memory(text, config, served)
         steps = {str(n): _decode_step(text, n) for n in BATCHES if n <= config.max_sequences}
+        if learned and text.virtual is not None:
+            learn_tokens(text, store, learned, progress)
         virtual_s = _virtual_step(text)
         experts = {n: _experts_s(text, store, int(n)) for n in steps}
         measure = ModelMeasure(text, store, config, windows)
@@ -83,6 +91,27 @@ def profile(
         memory=memory,
         model=model,
     )
+
+
+def learn_tokens(text: TextEngine, store: ExpertStore, tokens: int, progress: Progress = silent) -> None:
+    """Learn where tokens go, from the end of the text that quality is measured on at its beginning; write it beside the
+    store, and let the engine's virtual mode follow it. Raises UsageError for more tokens than there are."""
+    virtual, model = text.virtual, text.engine.runner.model
+    assert virtual is not None, "only asked for where there is virtual mode"
+    experts = [layer.num_experts for layer in store.index.layers]
+    fit = MapFit(lambda ids: model.embeddings(ids).numpy(), experts)
+    tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
+    windows = [window[:-1] for window in all_text(tokenizer)[: -1 - tokens // WINDOW_TOKENS : -1]]
+    for done, window in enumerate(windows):
+        progress("where tokens go", done / len(windows))
+        text.tell(
+            [window[: text.engine.info.max_model_len - 1]], LogitRecorder(virtual, fit), settle=False, at_once=AT_ONCE
+        )
+    numbers = fit.fit(text.engine.info.vocab_size)
+    write_token_map(store.path, numbers, store.index.store_id)
+    virtual.tokens = TokenRoutes(numbers, store.index.top_k)
+    virtual.held.sets.limits = following_tokens(virtual.held.sets.limits)
+    virtual.held.sets.priors = priors_of(numbers, store.index)
 
 
 def _windows(store: ExpertStore, tokens: int) -> list[Window]:
@@ -220,6 +249,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--routing", action="append", default=[], metavar="R", help="misses of generated routes too, as for bench"
     )
+    parser.add_argument(
+        "--learn-tokens", type=int, default=16384, metavar="N", help="of text, from which virtual mode learns where "
+        "tokens go; 0: not at all",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="compute threads (default: all cores)")
     parser.add_argument("--io-threads", type=int, default=2, metavar="N", help="reading threads")
     parser.add_argument("--max-model-len", type=int, metavar="N", help="as for serve")
@@ -241,4 +274,5 @@ def _run(options: argparse.Namespace) -> None:
             max_step_tokens=options.max_step_tokens,
             prefix_cache=False,
         )
-        print(write_profile(store, profile(store, config, options.tokens, options.routing, progress)))
+        measured = profile(store, config, options.tokens, options.routing, progress, options.learn_tokens)
+        print(write_profile(store, measured))

@@ -46,6 +46,7 @@ from expertd_engine.model.predictor_build import (
 from expertd_engine.model.pregate import Pregate
 from expertd_engine.model.runner import Onlooker, Runner, StepModel
 from expertd_engine.model.step_routes import RouteSource
+from expertd_engine.model.token_routes import has_token_map, read_token_map
 from expertd_engine.model.trial import Trial
 from expertd_engine.model.virtual_build import NoVirtualMode, build_virtual, lacks_norms
 from expertd_engine.model.virtual_routing import VirtualRouting
@@ -201,7 +202,8 @@ def _assemble(
         context.fallbacks.append(f"experts are read through the page cache: {records.fallback_reason}")
     cache, layers, onlookers = _expert_cache(context, plan, records)
     profile = read_profile(store) if has_profile(store) else None
-    virtual = build_virtual(loaded, store.index, config, cache, context.fallbacks, profile)
+    tokens = read_token_map(store.path, store.index.store_id) if has_token_map(store.path) else None
+    virtual = build_virtual(loaded, store.index, config, cache, context.fallbacks, profile, tokens)
     if config.expert_mode == "virtual" and lacks_norms(store.index):
         context.fallbacks.append("virtual mode weighs all experts alike: this store has no norms; prepare it again")
     routing = virtual if isinstance(virtual, VirtualRouting) else None

@@ -102,7 +102,7 @@ def test_the_processor_computes_what_steps_miss(tmp_path: Path) -> None:
 
 def expect_a_lost_record_to_end_the_engine(engine: Any) -> None:
     """No step waits for ever for what the processor cannot compute."""
-    for layer in engine.cache.computing._layers:
+    for layer in engine.cache.computing.layers:
         for expert in range(len(layer.addresses)):
             layer.addresses[expert] = None
     with pytest.raises(EngineError, match=r"the processor could not compute a missing expert: .* has no record"):
@@ -113,8 +113,9 @@ def test_misses_that_the_processor_cannot_compute_are_read_over_the_link_or_refu
     store = make_store(FAMILY, tmp_path)
     options: dict[str, Any] = {"max_sequences": 1, "max_step_tokens": 8, "max_model_len": 32, "host_budget": "50%"}
     obstacle = "the host does not hold all experts in pinned memory"
-    with pytest.raises(ConfigError, match=f"device_misses: 'cpu' is not allowed here: {obstacle}; give link"):
-        device_engine(store, "cpu", **options, device_misses="cpu").__enter__()
+    refused = pytest.raises(ConfigError, match=f"device_misses: 'cpu' is not allowed here: {obstacle}; give link")
+    with refused, device_engine(store, "cpu", **options, device_misses="cpu"):
+        pass
     with device_engine(store, "cpu", **options, device_misses="auto") as engine:
         assert engine.cache.tiers().misses == "link"
         assert f"missing experts are read over the link: {obstacle}" in engine.info.fallbacks

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
+from typing import cast
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from expertd_engine.experts.device_cache import DeviceCache
-from expertd_engine.experts.device_events import HIT, WAITED
+from expertd_engine.experts.device_events import COMPUTED, HIT, WAITED
 from expertd_engine.experts.device_host import HostTier
+from expertd_engine.experts.device_host_compute import HostCompute
 from expertd_engine.experts.device_layout import HOME
 from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.device_pool import ChunkPlan
@@ -61,8 +63,26 @@ class Told:
         return [Hint(e, first + ahead * LAYERS * EXPERTS + e.layer * EXPERTS + e.expert) for ahead, e in told]
 
 
+class Idle:
+    """A processor that computes nothing: the device's step says what was left to it."""
+
+    computed = computed_bytes = 0
+
+    def begin_step(self) -> None:
+        return None
+
+    def end_step(self) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        return None
+
+
 class DeviceMachine(RuleBasedStateMachine):
     """Steps of two layers of six experts over a few slots in chunks of three."""
+
+    on_host = False
+    """The processor computes what steps miss."""
 
     @initialize(
         slots=st.integers(2, len(ALL) - 2),
@@ -81,6 +101,8 @@ class DeviceMachine(RuleBasedStateMachine):
             max_budget_bytes=len(ALL) * RECORD, prefetch_depth=depth,
         )  # fmt: skip
         self.cache = DeviceCache(index, self.device, host, ledger, self.told, EXPERTS)
+        if self.on_host:
+            self.cache.computing = cast(HostCompute, Idle())
         if knows:
             self.cache.routes = lambda layer: ()
         self.lookups = 0
@@ -122,7 +144,7 @@ class DeviceMachine(RuleBasedStateMachine):
         sources = [source for _, source in self.running.met]
         expected = (sources.count(HIT), sources.count(WAITED))
         assert (counts.hits, counts.late) == expected and counts.misses == len(sources) - sum(expected)
-        assert counts.loaded_bytes == RECORD * counts.misses
+        assert counts.loaded_bytes == RECORD * (counts.misses - sources.count(COMPUTED))
         self.running = None
 
     @rule(routes=ROUTES, computed=st.integers(0, 2), copied=st.integers(0, 9))
@@ -149,7 +171,7 @@ class DeviceMachine(RuleBasedStateMachine):
         self.lookups += sum(map(len, routes))
         self.cache.begin_step((), scan)
         self.cache.before_launch()
-        return FakeStep(self.cache.table, routes)
+        return FakeStep(self.cache.table, routes, self.on_host)
 
     def _read(self, layer: int, chunk: Chunk) -> None:
         for expert, address in zip(chunk.experts.tolist(), chunk.addresses.tolist(), strict=True):
@@ -225,5 +247,13 @@ class DeviceMachine(RuleBasedStateMachine):
         assert int(table.tail) - int(table.head) == self.cache.publication.handed
 
 
+class OnHostMachine(DeviceMachine):
+    """Likewise, with nothing missing read over the link: residents change by copies alone."""
+
+    on_host = True
+
+
 TestDevice = DeviceMachine.TestCase
 TestDevice.settings = LIMITS
+TestOnHost = OnHostMachine.TestCase
+TestOnHost.settings = settings(LIMITS, max_examples=25)

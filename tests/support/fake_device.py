@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from expertd_engine.errors import ResourceError
-from expertd_engine.experts.device_events import HIT, LANDED, READ, WAITED
+from expertd_engine.experts.device_events import COMPUTED, HIT, LANDED, READ, WAITED
 from expertd_engine.experts.device_layout import HOME
 from expertd_engine.experts.device_range import HostRange, Range
 from expertd_engine.experts.device_streams import AddressMove, Lane, Mark
@@ -178,11 +178,13 @@ class Records:
 class FakeStep:
     """One launch: layer after layer finds out where its experts lie, reads them, lands what it may, and reports.
 
-    `fails_after`: layers after which it stops, half way through the next one's landings.
+    `on_host`: what it misses is left to the processor. `fails_after`: layers after which it stops, half way through the
+    next one's landings.
     """
 
     table: DeviceTable
     routes: Sequence[dict[int, int]]
+    on_host: bool = False
     fails_after: int | None = None
     met: list[tuple[int, int]] = field(default_factory=list)
     _found: list[tuple[ExpertId, int, int]] = field(default_factory=list)
@@ -219,6 +221,9 @@ class FakeStep:
                 slot = flag - 1
                 source = HIT if table.ready[slot] else WAITED
                 address = int(table.slot_address[slot])
+            elif address & HOME and self.on_host:
+                assert int(table.tail) == int(table.head), "slots are handed to steps that land nothing"
+                source = COMPUTED
             elif address & HOME:
                 source = READ
                 if (free := int(table.tail) - int(table.head)) > 0:

@@ -82,7 +82,7 @@ def test_the_longest_queue_goes_first_and_whoever_needs_no_further_expert_with_i
     those = [decode(1), decode(2), decode(3), decode(2), decode(2)]
     assert indices(expert_aware(those, 3, 8, EXPERTS)) == [1, 3, 4]
     assert indices(expert_aware([decode(1), decode(2, 3), decode(2, 3), decode(2)], 3, 8, EXPERTS)) == [0, 1, 2]
-    assert indices(expert_aware([prompt(4, 1, 2), decode(3), decode(1), decode(2)], 6, 8, EXPERTS)) == [1, 2, 3, 0]
+    assert indices(expert_aware([prompt(4, 1, 2), decode(3), decode(1), decode(2)], 6, 8, EXPERTS)) == [0, 2, 3]
 
 
 def test_of_queues_that_are_worth_the_same_the_first_in_order_goes() -> None:
@@ -91,8 +91,8 @@ def test_of_queues_that_are_worth_the_same_the_first_in_order_goes() -> None:
 
 def test_the_experts_of_the_step_before_go_on_and_others_wait_for_room() -> None:
     those = [decode(1), decode(1), decode(2), decode(3), prompt(9, 2), prompt(9, 1, 4)]
-    assert indices(expert_aware(those, 20, 8, 1, frozenset({2}))) == [2, 4]
-    assert indices(expert_aware(those, 20, 8, 2, frozenset({2, 3}))) == [2, 3, 4]
+    assert indices(expert_aware(those, 20, 8, 1, frozenset({2}))) == [4, 2]
+    assert indices(expert_aware(those, 20, 8, 2, frozenset({2, 3}))) == [4, 2, 3]
 
 
 def test_whoever_waited_too_long_goes_before_the_longest_queue() -> None:

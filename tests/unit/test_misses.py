@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from expertd_engine.config import DeviceMisses
 from expertd_engine.errors import ConfigError
-from expertd_engine.planning.misses import Asked, decide, may_compute
+from expertd_engine.planning.misses import decide, may_compute
 
 LINK = 50e9
 
@@ -18,7 +19,7 @@ def test_the_faster_is_taken(cpu: float, where: str) -> None:
 
 
 @pytest.mark.parametrize(("asked", "cpu"), [("cpu", 1e9), ("link", 100e9)])
-def test_what_is_asked_for_is_done_however_slow(asked: Asked, cpu: float) -> None:
+def test_what_is_asked_for_is_done_however_slow(asked: DeviceMisses, cpu: float) -> None:
     assert decide(asked, None, LINK, cpu).where == asked
 
 

@@ -295,6 +295,7 @@ def _virtual(options: argparse.Namespace) -> str:
         tokens=options.tokens,
         threads=options.threads,
         io_threads=options.io_threads,
+        device=options.device,
     )
 
 

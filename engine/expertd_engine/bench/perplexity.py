@@ -97,17 +97,21 @@ def measure(
     return Measured(math.exp(base_losses.mean()), base_losses.size, _ratios(losses))
 
 
-def held_out(tokenizer: Tokenizer, windows: int) -> list[list[int]]:
+def all_text(tokenizer: Tokenizer) -> list[list[int]]:
     """Windows of `WINDOW_TOKENS` + 1 tokens from what every Python has: its manual's topics and its modules' docstrings
-    by turns. Raises UsageError if that is not enough.
-    """
+    by turns."""
     parts = ["\n".join(topics[name] for name in sorted(topics)), "\n\n".join(_docstrings())]
     size = WINDOW_TOKENS + 1
     cut = []
     for part in parts:
         ids: list[int] = tokenizer.encode(part).ids
         cut.append([ids[begin : begin + size] for begin in range(0, len(ids) - size + 1, size)])
-    turns = [window for pair in zip(*cut, strict=False) for window in pair]
+    return [window for pair in zip(*cut, strict=False) for window in pair]
+
+
+def held_out(tokenizer: Tokenizer, windows: int) -> list[list[int]]:
+    """The first windows of `all_text`. Raises UsageError if that is not enough."""
+    turns = all_text(tokenizer)
     if windows > len(turns):
         raise UsageError(f"{windows} windows of {WINDOW_TOKENS} tokens are not to be had: give at most {len(turns)}")
     return turns[:windows]

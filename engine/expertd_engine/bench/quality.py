@@ -103,9 +103,10 @@ class QualityBench:
         text: TextEngine,
         windows: Sequence[Window],
         calibration: Sequence[Window],
+        norms: Sequence[Sequence[float]],
         profile: Profile | None = None,
     ) -> None:
-        """`calibration`: other text, for the methods that want some. Raises UsageError for a model without virtual
+        """`calibration`: other text, for the methods that want some; `norms`: each expert's ‖E‖, by layer. Raises UsageError for a model without virtual
         mode."""
         if text.virtual is None:
             raise UsageError("this model has no virtual mode: its routers are of no known kind")
@@ -114,6 +115,7 @@ class QualityBench:
         self._calibration = calibration
         self._calibrated: list[list[Choice]] = []
         """What routers chose there."""
+        self._norms = norms
         self._profile = profile
         self._model: VirtualRouting = text.virtual
         self._experts = list(text.virtual.held.room.experts)
@@ -177,18 +179,17 @@ class QualityBench:
         return split_slots(curves, [1] * len(even), room)[0]
 
     def _routing(self, method: str, slots: Sequence[int]) -> VirtualRouting:
-        still = replace(self._model.held.sets.limits, per_step=0, ahead=0)
         served, moving = self._model.held.sets.limits, SwapLimits(in_flight=len(self._experts))
-        norms = self._model.held.sets.priors
+        still, after = replace(moving, per_step=0, ahead=0), replace(served, foreseen=0, ahead=0, per_step=1)
         published = partial(with_slots, self._model, slots, foresees=False, shared_by=1)
         made: dict[str, Callable[[], VirtualRouting]] = {
             "planned": lambda: with_slots(self._model, slots, served),
             "genetic": lambda: with_slots(self._model, slots, served),
-            "importance": lambda: with_slots(self._model, slots, served),
-            "foreseen": lambda: with_slots(self._model, slots, replace(served, ahead=SwapLimits().ahead)),
+            "importance": lambda: with_slots(self._model, slots, after, priors=self._norms, foresees=False),
+            "foreseen": lambda: with_slots(self._model, slots, replace(after, ahead=SwapLimits().ahead)),
             "swapmoe": lambda: published(moving),
             "counts": lambda: published(moving, score=_counts),
-            "norms": lambda: published(still, priors=norms),
+            "norms": lambda: published(still, priors=self._norms),
             "gate-norms": lambda: published(still, priors=self._mean_importance()),
             "random": lambda: published(still, priors=_random(self._experts)),
             "cache-prior": lambda: _cache_prior(published(moving)),
@@ -284,7 +285,8 @@ def quality(
     )
     text = TextEngine(store, config)
     try:
-        bench = QualityBench(text, windows, calibration, read_profile(store) if has_profile(store) else None)
+        norms = [layer.norms or [1.0] * layer.num_experts for layer in store.index.layers]
+        bench = QualityBench(text, windows, calibration, norms, read_profile(store) if has_profile(store) else None)
         points = bench.points(methods or METHODS, factors or FACTORS, progress)
     finally:
         text.close()

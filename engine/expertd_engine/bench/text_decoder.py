@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean
+from typing import Any
 
 from expertd_engine.bench.generated import GeneratedRoutes
 from expertd_engine.bench.routing import Routing
 from expertd_engine.config import Config
+from expertd_engine.console import silent
 from expertd_engine.core import Forward, StepResult
 from expertd_engine.errors import EngineError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
-from expertd_engine.model.runner import Runner
 from expertd_engine.startup import start_engine
+from expertd_engine.startup_parts import device_of
 from expertd_engine.step_plan import StepPlan
 
 PROMPT = 64
@@ -51,15 +53,21 @@ class Decoder:
     def __init__(
         self, store: ExpertStore, config: Config, prompts: Sequence[Sequence[int]], routing: Routing | None = None
     ) -> None:
-        """Raises what `start_engine` raises."""
+        """Raises what starting an engine raises."""
         self._stalls_s: dict[ExpertMode, float] = {"exact": 0.0, "virtual": 0.0}
         self._routes = None if routing is None else GeneratedRoutes(routing)
-        self._engine = start_engine(
-            store, config, os.getpid(), lambda stage, fraction: None, self._watch, routes=self._routes
-        )
+        self._engine = self._started(store, config)
         self._experts = [layer.num_experts for layer in store.index.layers]
         self._prompts = prompts
         self._next_id = 1
+
+    def _started(self, store: ExpertStore, config: Config) -> Any:
+        device = device_of(config, store.index)
+        if device is None:
+            return start_engine(store, config, os.getpid(), silent, self._watch, routes=self._routes)
+        from expertd_engine.device_startup import start_on_device  # its kernels need what a box without a card lacks
+
+        return start_on_device(store, config, os.getpid(), silent, self._watch, device, routes=self._routes)
 
     def close(self) -> None:
         self._engine.cache.close()
@@ -129,7 +137,7 @@ class Decoder:
         virtual = self._engine.runner.virtual
         return (0, 0) if virtual is None else (sum(virtual.counts.activations), sum(virtual.counts.substituted))
 
-    def _watch(self, runner: Runner) -> Forward:
+    def _watch(self, runner: Forward) -> Forward:
         """Told by mode what steps stood still."""
 
         def forward(plan: StepPlan) -> StepResult:

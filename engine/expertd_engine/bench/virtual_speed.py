@@ -6,6 +6,7 @@ all of them resident. Text is continued by sampling, so that routes are those of
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,15 +17,18 @@ from expertd_engine.bench.perplexity import held_out
 from expertd_engine.bench.report import finish, number, percent, spread
 from expertd_engine.bench.stats import median_interval, order_of, percentile, ratio_interval
 from expertd_engine.bench.text_decoder import Decoder, Timed, longest
-from expertd_engine.config import Config, Size
+from expertd_engine.config import Config, Device, Size
+from expertd_engine.experts.device_slab import plan_chunks
 from expertd_engine.experts.store import ExpertStore
+from expertd_engine.experts.store_format import StoreIndex
 
 HEADER = ("run", "ms/token", "95 %", "p95 ms", "stall ms/token", "substituted")
 
 
 def virtual_speed(
-    path: Path, slots: int, *, pairs: int = 15, tokens: int = 48, threads: int | None = None, io_threads: int = 2
-) -> str:
+    path: Path, slots: int, *, pairs: int = 15, tokens: int = 48, threads: int | None = None, io_threads: int = 2,
+    device: Device = "cpu",
+) -> str:  # fmt: skip
     """Measure the store at `path` with `slots` experts held in each layer: the report.
 
     Raises UsageError for a number of slots that a layer cannot have, and what starting an engine raises.
@@ -35,9 +39,12 @@ def virtual_speed(
     with TemporaryDirectory() as folder:
         cut = cut_store(store, slots, Path(folder) / "cut")
         context = longest(tokens)
-        config = _config(store, slots, context, threads, io_threads)
-        ours = Decoder(store, config, prompts)
-        theirs = Decoder(cut, _config(cut, None, context, threads, io_threads), prompts)
+        common = Config(
+            model=str(store.path), prefix_cache=False, warm_restart=False, max_model_len=context, max_sequences=2,
+            threads=threads, io_threads=io_threads, device=device,
+        )  # fmt: skip
+        ours = Decoder(store, _holding(common, store.index, slots), prompts)
+        theirs = Decoder(cut, replace(common, model=str(cut.path)), prompts)
         runs = [lambda: ours.window(["virtual"], tokens, alone), lambda: theirs.window(["exact"], tokens, whole)]
         for pair in range(pairs):
             for which in order_of(len(runs), pair):
@@ -49,22 +56,14 @@ def virtual_speed(
     return _report(store, slots, pairs, tokens, (alone, whole, beside))
 
 
-def _config(store: ExpertStore, slots: int | None, context: int, threads: int | None, io_threads: int) -> Config:
-    """With `slots`: room for as many in each layer, and for two to load through."""
-    index = store.index
+def _holding(config: Config, index: StoreIndex, slots: int) -> Config:
+    """With room for so many in each layer, and for two to load through."""
     records = [index.record_bytes(layer) for layer in range(len(index.layers))]
-    budget = None if slots is None else Size(bytes=slots * sum(records) + 2 * max(records))
-    return Config(
-        model=str(store.path),
-        expert_budget=budget,
-        virtual_share=1.0,
-        virtual_slots=slots,
-        prefix_cache=False,
-        max_model_len=context,
-        max_sequences=2,
-        threads=threads,
-        io_threads=io_threads,
-    )
+    budget = slots * sum(records) + 2 * max(records)
+    if config.device == "cuda":
+        chunks = plan_chunks(max(records), sum(layer.num_experts for layer in index.layers))
+        budget = chunks.budget_of(slots * len(records) + 2)
+    return replace(config, expert_budget=Size(bytes=budget), virtual_share=1.0, virtual_slots=slots)
 
 
 def _report(store: ExpertStore, slots: int, pairs: int, tokens: int, runs: tuple[Timed, Timed, Timed]) -> str:

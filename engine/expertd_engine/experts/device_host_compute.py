@@ -62,7 +62,7 @@ class HostCompute:
         """Experts, and bytes of their records."""
         self.busy_s = 0.0
         """Time from requests to their answers, as the processor sees it."""
-        self.threads, self._layers, self._room = threads, layers, room
+        self.threads, self.layers, self._room = threads, layers, room
         parts = (self.posted, self.done, self.head, *self.experts, self.pairs, self.x, self.weights, self.sums)
         mailbox = Mailbox(*(part.data_ptr() for part in parts), room.rows, room.experts, room.top_k)
         self._thread = HostThread(library, threads, layers, mailbox)
@@ -119,7 +119,7 @@ class HostCompute:
         began, nbytes = time.perf_counter(), 0
         for layer, experts in asked:
             self.ask(layer, experts)
-            nbytes += len(experts) * self._layers[layer].struct.record_bytes
+            nbytes += len(experts) * self.layers[layer].struct.record_bytes
         elapsed = time.perf_counter() - began
         self._first = self._thread.end()
         return nbytes / elapsed
@@ -133,7 +133,7 @@ class HostCompute:
         asked: list[tuple[int, range]] = []
         left = float(_MEASURED_BYTES)
         for first in range(0, self._room.experts, self._room.top_k):
-            for layer, one in enumerate(self._layers):
+            for layer, one in enumerate(self.layers):
                 some = range(first, min(first + self._room.top_k, len(one.addresses)))
                 if some and left > 0:
                     asked.append((layer, some))

@@ -46,6 +46,11 @@ class ChunkPlan:
         """Memory that a chunk of so many slots takes."""
         return -(-slots * self.slot_bytes // self.granule) * self.granule
 
+    def budget_of(self, slots: int) -> int:
+        """The smallest budget with so many slots."""
+        whole, rest = divmod(slots, self.chunk_slots)
+        return whole * self.bytes_of(self.chunk_slots) + self.bytes_of(rest)
+
     def slots_within(self, budget_bytes: int) -> int:
         """The most slots whose chunks, all whole but the last, take at most `budget_bytes`."""
         whole, rest = divmod(budget_bytes, self.bytes_of(self.chunk_slots))

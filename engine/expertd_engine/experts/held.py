@@ -7,11 +7,12 @@ evict it, and whatever else wants experts has the rest of the budget. `HeldSets`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from expertd_engine.errors import BudgetError
 from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError, Lease
-from expertd_engine.experts.events import Demand, ExpertId, Release
+from expertd_engine.experts.events import Demand, Event, ExpertId, Release
+from expertd_engine.experts.held_table import HeldTable
 from expertd_engine.experts.ledger import State
 from expertd_engine.experts.virtual import Action, Hold, VirtualExperts
 from expertd_engine.experts.virtual_room import VirtualRoom
@@ -79,6 +80,12 @@ class HeldSets(ABC):
             self._carry_out(self.sets.foresee(layer, expected))
             self._take_in()
 
+    def bring(self, wanted: Iterable[tuple[ExpertId, float]], expected: Sequence[Sequence[float]]) -> None:
+        """As `VirtualExperts.bring`."""
+        if self.sets.is_open:
+            self._carry_out(self.sets.bring(wanted, expected))
+            self._take_in()
+
     def end_step(self, tokens: float) -> None:
         """The virtual step has ended; `tokens` as for `VirtualExperts.end_step`."""
         if self.sets.is_open:
@@ -135,10 +142,12 @@ class HeldExperts(HeldSets):
         """Not yet told to `sets`."""
         self._denied: list[tuple[Lease, str]] = []
         self.cache = cache
+        self.table = HeldTable(room.experts)
         self._held: dict[ExpertId, Lease] = {}
         self._acting = False
         cache.resized = self.fit
         cache.handled = self._after_handling
+        cache.transfers.loaded = self.table.loaded
 
     @property
     def budget_bytes(self) -> int:
@@ -184,24 +193,30 @@ class HeldExperts(HeldSets):
             denied, self._denied = self._denied, []
             actions: list[Action] = []
             for lease in granted:
+                self.table.forget(lease.expert)
                 self._held[lease.expert] = lease
                 actions += self.sets.arrived(lease.expert)
             for lease, _ in denied:
+                self.table.forget(lease.expert)
                 actions += self.sets.failed(lease.expert)
             self._carry_out(actions)
 
     def _carry_out(self, actions: Sequence[Action]) -> None:
+        if not actions:
+            return
         was, self._acting = self._acting, True
-        for action in actions:
-            if isinstance(action, Hold):
-                self.cache.handle([self._demand(action.expert)])
-            else:
-                lease = self._held.pop(action.expert)
-                self.cache.forget([lease.lease_id])
-                self.cache.handle([Release(lease.lease_id)])
+        self.cache.handle([self._event(action) for action in actions])
         self._acting = was
+
+    def _event(self, action: Action) -> Event:
+        if isinstance(action, Hold):
+            return self._demand(action.expert)
+        lease = self._held.pop(action.expert)
+        self.cache.forget([lease.lease_id])
+        return Release(lease.lease_id)
 
     def _demand(self, expert: ExpertId) -> Demand:
         demand = self.cache.demand(expert, scan=False, pairs=0)
         self.cache.remember(Lease(demand.lease_id, 0, expert, self))
+        self.table.expect(expert)
         return demand

@@ -149,7 +149,7 @@ def make_policy(name: str, lookups_per_token: int = 128, half_life_tokens: float
 
 
 def serving_policy(name: str, experts: Sequence[int], top_k: int, half_life_tokens: float | None = None) -> Policy:
-    """As `make_policy`, for layers of so many `experts`; without a half-life, that of `next-use` is chosen while serving."""
+    """As `make_policy`, for layers of so many `experts`; where none is given, the half-life of `next-use` adapts."""
     lookups = len(experts) * top_k
     if name == NextUse.name and half_life_tokens is None:
         return AdaptiveNextUse(HalfLives(experts, lookups))

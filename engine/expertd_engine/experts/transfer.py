@@ -9,6 +9,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Protocol
@@ -71,6 +72,9 @@ class Transfers:
     def __init__(self, reader: RecordReader, threads: int) -> None:
         self.completions = Completions()
         self.stats = TransferStats()
+        self.loaded: Callable[[Load], None] = _nobody
+        """Called by the thread that has read a record, before the engine thread hears of it: native code may be running
+        there, which can use the record at once. It must be quick, and may not raise."""
         self._reader = reader
         self._condition = threading.Condition()
         self._queues: dict[Priority, deque[_Job]] = {Priority.DEMAND: deque(), Priority.PREFETCH: deque()}
@@ -142,6 +146,7 @@ class Transfers:
             try:
                 self._reader.read_record(job.load.expert, job.buffer)
                 completion = Loaded(job.load.load_id)
+                self.loaded(job.load)
             except Exception as error:  # a thread's loop top: a thread that dies leaves the engine waiting for ever
                 completion = Failed(job.load.load_id, f"{type(error).__name__}: {error}")
             self._count(time.perf_counter() - began)
@@ -152,3 +157,7 @@ class Transfers:
             self._reading -= 1
             self.stats.busy_s += seconds
             self.stats.latency_counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
+
+
+def _nobody(load: Load) -> None:
+    return None

@@ -11,12 +11,13 @@ once, which bounds the share of the disk that virtual mode may take.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from expertd_engine.errors import EngineError, ResourceError
 from expertd_engine.experts.events import ExpertId
 
+_LEAST = 1e-300
 _RESCALE = 2.0**200
 """Where the growing unit of scores is divided out again, long before floats end."""
 
@@ -37,11 +38,15 @@ class SwapLimits:
     """Swaps that one layer may begin in a step, before the step comes to it, where that is foreseen."""
     in_flight: int = 1
     """Loads under way at once in all layers, but for those without which no token could be computed."""
+    foreseen: int = 0
+    """Swaps that all layers together may begin as a step begins, where its tokens tell what they will ask for."""
 
     def __post_init__(self) -> None:
-        counts_are_sound = min(self.per_step, self.ahead) >= 0 and self.in_flight >= 1
+        counts_are_sound = min(self.per_step, self.ahead, self.foreseen) >= 0 and self.in_flight >= 1
         if not (self.half_life > 0 and self.hysteresis >= 0 and counts_are_sound):
-            raise ValueError(f"{self} is not allowed: half_life > 0, hysteresis, per_step, ahead ≥ 0, in_flight ≥ 1")
+            raise ValueError(
+                f"{self} is not allowed: half_life > 0, hysteresis, per_step, ahead, foreseen ≥ 0, in_flight ≥ 1"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,9 @@ class Release:
 
 Action = Hold | Release
 
+_GONE = -1
+"""In a victim's place: it has left already."""
+
 
 @dataclass(slots=True)
 class _Layer:
@@ -69,7 +77,7 @@ class _Layer:
     slots: int = 0
     held: set[int] = field(default_factory=set)
     coming: dict[int, int | None] = field(default_factory=dict)
-    """Newcomer → the held expert it replaces; None: it fills a free slot."""
+    """Newcomer → the held expert it replaces, or `_GONE`; None: it fills a free slot."""
     scores: dict[int, float] = field(default_factory=dict)
     unit: float = 1.0
     """What an observation made now counts for: scores are never aged, the unit grows instead."""
@@ -84,7 +92,12 @@ class _Layer:
 
     @property
     def free(self) -> int:
-        return self.slots - len(self.held) - sum(victim is None for victim in self.coming.values())
+        return self.slots - len(self.held) - sum(victim in (None, _GONE) for victim in self.coming.values())
+
+    def worth(self, expected: Sequence[float]) -> Callable[[int], float]:
+        """What an expert is good for: the share of the layer's weight that it will have, and that it had of late."""
+        total = max(sum(self.scores.values()), _LEAST)
+        return lambda expert: expected[expert] + self.scores.get(expert, 0.0) / total
 
     def rank(self, expert: int) -> tuple[float, float]:
         return self.scores.get(expert, 0.0), self.prior[expert]
@@ -253,6 +266,27 @@ class VirtualExperts:
             actions.append(self._hold(layer, newcomer, victim))
         return actions
 
+    def bring(self, wanted: Iterable[tuple[ExpertId, float]], expected: Sequence[Sequence[float]]) -> list[Action]:
+        """The step that begins will probably ask for `wanted`, for such a share of their layer's weight; `expected`, by
+        layer and expert, says so of all. Bring in, the most wanted first, those that are worth more than a held one.
+
+        That one leaves at once: its room is the newcomer's, and it is what the step misses least.
+        """
+        actions: list[Action] = []
+        for (number, newcomer), _ in wanted:
+            if self._loading >= self.limits.in_flight or len(actions) >= 2 * self.limits.foreseen:
+                break
+            layer = self._layers[number]
+            inside = newcomer in layer.held or newcomer in layer.coming or newcomer in layer.barred
+            spare = layer.victims()
+            if inside or layer.free > 0 or not spare or len(layer.held) <= self.top_k:
+                continue
+            worth = layer.worth(expected[number])
+            victim = min(spare, key=lambda e: (worth(e), e))
+            if worth(newcomer) > worth(victim) * (1 + self.limits.hysteresis):
+                actions += [self._release(number, victim), self._hold(number, newcomer, _GONE)]
+        return actions
+
     def end_step(self, tokens: float) -> list[Action]:
         """The step's observations are in: choose swaps, then age all scores by `tokens`, those of one sequence."""
         actions: list[Action] = []
@@ -275,8 +309,8 @@ class VirtualExperts:
         layer.held.add(newcomer)
         self._changed(number)
         actions: list[Action] = []
+        self.swaps[number] += victim == _GONE or victim in layer.held
         if victim in layer.held:
-            self.swaps[number] += 1
             actions.append(self._release(number, victim))
         return actions + self._shrink(number) + self._fill()
 

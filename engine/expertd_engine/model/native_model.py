@@ -204,6 +204,12 @@ class NativeModel:
         if ends.embedding_scale != 1.0:
             hidden.mul_(ends.embedding_scale)
 
+    def embeddings(self, token_ids: Sequence[int]) -> Tensor:
+        """As `StepModel.embeddings`."""
+        ids, rows = array("q", token_ids), torch.empty(len(token_ids), self._hidden)
+        self.pool.library.rows(self.ends.embedding, ids.buffer_info()[0], len(ids), rows.data_ptr())
+        return rows.mul_(self.ends.embedding_scale)
+
     def run_layer(self, index: int, memory: StepMemory, later: Later | None = None, *, alone: bool = False) -> None:
         """End the layer before, with its experts if those were left for `later`, and run this one up to its routes.
 

@@ -1,4 +1,5 @@
-"""The pre-gating router as one native call: token ids to experts. Owns its descriptors and a thread for few rows.
+"""The pre-gating router as one native call: token ids to experts. Owns its descriptors, and the thread that runs it
+beside the caller.
 
 Inside, the router is a decoder layer between an input projection and a head, so a token's route has the same bits in
 every batch and for every cut.
@@ -8,15 +9,15 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, addressof, byref, c_int32, c_int64, c_void_p
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from expertd_engine.kernels.library import ACTIVATIONS, FORMATS, KernelsMissing, Library, Matrix, Pool
+from expertd_engine.kernels.library import ACTIVATIONS, FORMATS, KernelsMissing, Library, Matrix
 from expertd_engine.model.kv_storage import KVStorage
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.native_abi import Block, FeedForward, Norm, NormKind, Rope, Router, Scores, Step
@@ -28,8 +29,6 @@ from expertd_engine.refactor.router import angles
 
 _EPS = 1e-6
 _KV_FORMATS = {torch.float32: FORMATS["float32"], torch.bfloat16: FORMATS["bfloat16"]}
-_FEW = 8
-"""Rows that one thread routes sooner than others are woken up."""
 
 
 class _Pregate(ctypes.Structure):
@@ -55,7 +54,8 @@ class NativeRouter:
         if loaded.pool is None:
             raise NotMatched("there are no native kernels")
         self._forward = _bind(loaded.pool.library)
-        self._all_threads, self._one_thread = loaded.pool, Pool(loaded.pool.library, 1)
+        self._pool = loaded.pool
+        self._aside = _Aside(loaded.pool.library)
         self._stride = shape.stride
         module: Any = loaded.pregating
         self._pregate = _Pregate()
@@ -73,8 +73,25 @@ class NativeRouter:
 
         Raises KernelError, and ValueError for a token that the model does not have.
         """
+        call = self._call(token_ids, positions, spans, storage, logits)
+        self._forward(self._pool.address, *call.arguments)
+        return call.routes
+
+    def begin(
+        self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
+    ) -> Callable[[], Routes]:
+        """As `Routing.begin`: on a thread of its own."""
+        return self._aside.begin(self._call(token_ids, positions, spans, storage, None))
+
+    def _call(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        spans: Sequence[Span],
+        storage: KVStorage,
+        logits: Tensor | None,
+    ) -> _Call:
         count, block = len(token_ids), self._pregate.block
-        pool = self._one_thread if count <= _FEW else self._all_threads
         block.key_offset, block.value_offset = storage.offsets[-1]
         ids, at = array("q", token_ids), array("q", positions)
         rows = array("q", [*(span.row for span in spans), count])
@@ -86,9 +103,43 @@ class NativeRouter:
             logits=None if logits is None else logits.data_ptr(),
         )
         routes = Routes.blank(count, self._stride)
-        call = pool.address, byref(self._pregate), _at(ids), addressof(step), _at(routes.experts), _at(routes.weights)
-        self._forward(*call)
-        return routes
+        arguments = byref(self._pregate), _at(ids), addressof(step), _at(routes.experts), _at(routes.weights)
+        return _Call(arguments, routes, (self._pregate, ids, at, rows, starts, tables, step, storage))
+
+
+class _Call(NamedTuple):
+    """`arguments` point into `routes` and `keep`, which must live as long as the call."""
+
+    arguments: tuple[Any, ...]
+    routes: Routes
+    keep: tuple[Any, ...]
+
+
+class _Aside:
+    """The native thread. Keeps what its call points to, so that a call nobody waits for ends in memory of its own."""
+
+    def __init__(self, library: Library) -> None:
+        create = library.bind("expertd_pregate_thread_create", [c_void_p])
+        self._begin = library.bind("expertd_pregate_begin", [c_void_p, POINTER(_Pregate), *[c_void_p] * 4])
+        self._end = library.bind("expertd_pregate_end", [c_void_p])
+        self._destroy = library.bind("expertd_pregate_thread_destroy", [c_void_p])
+        self._under_way: _Call | None = None
+        self._thread = c_void_p()
+        create(byref(self._thread))
+
+    def begin(self, call: _Call) -> Callable[[], Routes]:
+        self._begin(self._thread, *call.arguments)
+        self._under_way = call
+        return self._finish
+
+    def _finish(self) -> Routes:
+        call, self._under_way = self._under_way, None
+        assert call is not None
+        self._end(self._thread)
+        return call.routes
+
+    def __del__(self) -> None:
+        self._destroy(self._thread)
 
 
 def _at(values: array[Any]) -> int:

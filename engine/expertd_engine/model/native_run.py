@@ -10,9 +10,10 @@ import ctypes
 from array import array
 from collections.abc import Iterable, Sequence
 from ctypes import byref, c_int32, c_void_p
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expertd_engine.experts.ledger_base import LedgerBase
 from expertd_engine.kernels.library import Pool
@@ -56,6 +57,10 @@ class LayerRun:
         self._calls = calls
         self._moe = moe
         self._held: HeldMemory | None = None
+        self._held_run: Run | None = None
+        """The descriptor, but for slots: of the held."""
+        self._held_slots: tuple[Any, ...] = ()
+        """What it points to."""
         self._described = blocks
         self._top_k = max(block.router.top_k for block in blocks)
         self._chosen = array("q", bytes(8 * len(blocks) * FEW_ROWS * self._top_k))
@@ -82,7 +87,9 @@ class LayerRun:
             self._calls.run(pool.address, byref(self._descriptor), *end)
         else:
             held = self._among_held(routes.reroute)
-            self._calls.run_held(pool.address, byref(self._descriptor), byref(held.descriptor), *end)
+            assert self._held_run is not None
+            self._held_run.routed = routed
+            self._calls.run_held(pool.address, byref(self._held_run), byref(held.descriptor), *end)
         if later is not None:
             later.computed()
         if routes.reroute is None:
@@ -95,8 +102,17 @@ class LayerRun:
         reroute.refresh()
         if self._held is None or not self._held.is_of(reroute.masks, reroute.shared_by):
             self._held = HeldMemory(self._described, self._moe, self._chosen, reroute.masks, reroute.shared_by)
+            self._held_run = self._run_over(reroute.places)
         self._held.begin(reroute.limits)
         return self._held
+
+    def _run_over(self, slots: Sequence[NDArray[np.int64]]) -> Run:
+        """As the descriptor, over these tables of slots, by MoE layer."""
+        run = Run.from_buffer_copy(self._descriptor)
+        tables = (c_void_p * len(self._moe))(*(None if i is None else slots[i].ctypes.data for i in self._moe))
+        run.slots = ctypes.addressof(tables)
+        self._held_slots = tables, slots
+        return run
 
     def _tell(self, first: int, reached: int, rows: int, watches: Sequence[Watch]) -> None:
         count, stride = rows * self._top_k, FEW_ROWS * self._top_k

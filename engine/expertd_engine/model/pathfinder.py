@@ -8,13 +8,13 @@ allocated yet is routed over a spare one and stored with its step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from itertools import pairwise
 
 from expertd_engine.experts.pregated import PregatedLookahead, later_unions
 from expertd_engine.kernels.library import KernelError
 from expertd_engine.model.kv_storage import KVStorage
-from expertd_engine.model.pregate import Pregate
+from expertd_engine.model.pregate import Finish, Pregate
 from expertd_engine.model.step_routes import KnownRoutes
 from expertd_engine.model.step_rows import Span
 from expertd_engine.paths import Paths, union_of
@@ -22,6 +22,10 @@ from expertd_engine.request import Sequence, SequenceState
 from expertd_engine.step_plan import Chunk, StepPlan
 
 logger = logging.getLogger(__name__)
+
+
+_Due = tuple[Sequence, Paths, int]
+"""A sequence, its paths, and the position of the token to route, before which all is routed."""
 
 
 class Pathfinder:
@@ -32,6 +36,8 @@ class Pathfinder:
         self._storage = storage
         self._spare = storage.num_blocks
         self._step_tokens = max_step_tokens
+        self._under_way: tuple[list[_Due], list[Span], Finish] | None = None
+        """Tokens that are being routed beside whatever else goes on."""
 
     @property
     def heads(self) -> int:
@@ -45,8 +51,9 @@ class Pathfinder:
 
         What the box has no memory for is routed in its step.
         """
-        due: list[tuple[Sequence, Paths, int]] = []
+        due: list[_Due] = []
         try:
+            self._settle()
             for sequence in sequences:
                 paths, last = paths_of(sequence, self._pregate), sequence.num_tokens - 1
                 if sequence.state is not SequenceState.RUNNING:
@@ -54,12 +61,13 @@ class Pathfinder:
                 elif len(paths) == last:
                     due.append((sequence, paths, last))
             if due:
-                self._route_last(due)
+                self._begin_last(due)
         except (KernelError, MemoryError) as error:
             logger.warning("routes are not foreseen, and come with their step: %s", error)
 
-    def _route_last(self, due: Iterable[tuple[Sequence, Paths, int]]) -> None:
-        """The tokens at these positions, before which all is routed, in one call."""
+    def _begin_last(self, due: list[_Due]) -> None:
+        """The tokens at these positions, before which all is routed, in one call, which goes on while tokens are sent
+        and the next step is formed: until somebody looks at the paths, or the step begins."""
         token_ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
@@ -70,7 +78,25 @@ class Pathfinder:
             token_ids += sequence.tokens(last, last + 1)
             positions.append(last)
             spans.append(Span(row, last, 1, table))
-        routes = self._pregate.route(token_ids, positions, spans, self._storage)
+        self._under_way = due, spans, self._pregate.begin(token_ids, positions, spans, self._storage)
+        for _, paths, _ in due:
+            paths.awaited = self._look
+
+    def _look(self) -> None:
+        """Somebody looks at paths of which tokens are under way."""
+        try:
+            self._settle()
+        except (KernelError, MemoryError) as error:
+            logger.warning("routes are not foreseen, and come with their step: %s", error)
+
+    def _settle(self) -> None:
+        """Take in what is under way. Raises what routing raises; then it is as if nothing had begun."""
+        if self._under_way is None:
+            return
+        (due, spans, finish), self._under_way = self._under_way, None
+        for _, paths, _ in due:
+            paths.awaited = None
+        routes = finish()
         for row, (sequence, paths, last) in enumerate(due):
             paths.extend(routes, row, row + 1)
             if paths.stored == last and spans[row].blocks is sequence.block_table:
@@ -93,6 +119,7 @@ class Pathfinder:
 
     def for_step(self, plan: StepPlan) -> KnownRoutes:
         """Routes of the plan's rows. Afterwards the router's keys and values of these tokens lie in their blocks."""
+        self._look()
         rows = [(chunk, paths_of(chunk.sequence, self._pregate)) for chunk in plan.chunks]
         missing = [(chunk, paths) for chunk, paths in rows if paths.stored < chunk.stop]
         if missing:

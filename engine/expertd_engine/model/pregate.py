@@ -7,7 +7,7 @@ so that a token's route has the same bits in every batch and for every cut, else
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,10 @@ _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Allowed error of the probe's logits, relative to their size."""
 
 
+Finish = Callable[[], Routes]
+"""Waits for what was begun. Raises what `Routing.route` raises."""
+
+
 class Routing(Protocol):
     """Who chooses."""
 
@@ -40,6 +44,12 @@ class Routing(Protocol):
         of `storage`."""
         ...
 
+    def begin(
+        self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
+    ) -> Finish:
+        """`route` beside the caller, if need be; what it returns is to be called once, before the next `begin`."""
+        ...
+
 
 class Pregate:
     """A model's router. `path_shape` says what a token's choice looks like; `kv_shape` is what the router stores."""
@@ -48,6 +58,7 @@ class Pregate:
         self.path_shape = path_shape
         self.kv_shape = kv_shape
         self.route = router.route
+        self.begin = router.begin
 
     def known(self, parts: Iterable[Routes]) -> KnownRoutes:
         """As the layers read them, one part behind the other."""
@@ -95,6 +106,13 @@ class ModuleRouter:
             chosen, index = each.softmax(dim=-1).topk(top_k, dim=-1)
             weights = chosen / chosen.sum(dim=-1, keepdim=True)
         return Routes(array("q", index.numpy().tobytes()), array("f", weights.numpy().tobytes()))
+
+    def begin(
+        self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
+    ) -> Finish:
+        """At once: a module's Python would only stand in the caller's way."""
+        routes = self.route(token_ids, positions, spans, storage)
+        return lambda: routes
 
     def logits(
         self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], storage: KVStorage

@@ -68,6 +68,10 @@ class StepModel(Protocol):
         """Logits `[len(logit_rows), V]` in float32. Keys and values go into `storage`; `layers` are the experts."""
         ...
 
+    def embeddings(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """What stands before the first layer, `[len(token_ids), H]` in float32."""
+        ...
+
 
 class ModuleModel:
     """A step through transformers' own modules."""
@@ -79,6 +83,11 @@ class ModuleModel:
         self, rows: StepRows, storage: KVStorage, layers: Sequence[MoELayer], routes: StepRoutes
     ) -> torch.Tensor:
         return forward(self._loaded, layers, routes, AttentionBatch(rows.spans, storage), rows)
+
+    def embeddings(self, token_ids: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            rows: torch.Tensor = self._loaded.model.get_input_embeddings()(torch.tensor(token_ids)).float()
+        return rows
 
 
 class Onlooker(Watch, Protocol):
@@ -129,7 +138,7 @@ class Runner:
             self._route_ahead(plan, routes)
             # What a model foresees are its own experts: virtual mode does without those.
             self._cache.begin_step(token_ids if plan.mode == "exact" else ())
-            routes.reroute = self._begin_mode(plan)
+            routes.reroute = self._begin_mode(plan, token_ids)
             routes.watches = watches = self._begin_watches(plan)
             logits = self._logits(plan, routes, token_ids)
             sampled, prompt_logprobs = read_out(plan, TensorLogits(logits))
@@ -168,12 +177,12 @@ class Runner:
         streams, decode = [stream for stream, _ in rows], [decodes for _, decodes in rows]
         return [onlooker for onlooker in self.onlookers if onlooker.begin_step(streams, decode)]
 
-    def _begin_mode(self, plan: StepPlan) -> VirtualRouting | None:
+    def _begin_mode(self, plan: StepPlan, token_ids: Sequence[int]) -> VirtualRouting | None:
         """Who routes in the model's place; None in exact mode, and where the budget is too small for the other."""
         if self.virtual is None or plan.mode == "exact":
             return None
         limits = [chunk.sequence.max_substituted_mass for chunk in plan.chunks for _ in range(chunk.num_tokens)]
-        return self.virtual if self.virtual.begin_step(limits) else None
+        return self.virtual if self.virtual.begin_step(limits, token_ids) else None
 
     def _end_mode(self, plan: StepPlan, virtual: Reroute | None) -> dict[int, Substitutions]:
         """What virtual mode did to each sequence."""

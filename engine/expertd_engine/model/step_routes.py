@@ -106,6 +106,11 @@ class Reroute(Protocol):
         ...
 
     @property
+    def places(self) -> Sequence[NDArray[np.int64]]:
+        """In which slot each of them is, `[E]` each: always the same memory."""
+        ...
+
+    @property
     def limits(self) -> Floats:
         """What each row of the step may lose in a layer, `[T]`."""
         ...

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.held import HeldExperts
 from expertd_engine.model.moe import FEW_ROWS
 from expertd_engine.model.step_routes import Substitute
@@ -48,6 +49,15 @@ class Foresight(Protocol):
 
     def expected(self, layer: int, hidden: Tensor) -> dict[int, float]: ...
 
+
+class TokenForesight(Protocol):
+    """Where tokens will be sent; `token_routes.TokenRoutes` says more."""
+
+    def expected(self, token_ids: Sequence[int]) -> Floats: ...
+
+
+_CANDIDATES = 2
+"""Experts considered for each swap that a step may begin."""
 
 Select = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """`RouterAdapter.select` under a mask, and how many to choose."""
@@ -106,9 +116,10 @@ class VirtualRouting:
         score: Score,
         foresight: Foresight | None = None,
         shared_by: int = SHARED_BY,
+        tokens: TokenForesight | None = None,
     ) -> None:
-        """Without `foresight`, or limits that let it bring anyone in, sets follow what has been asked for alone.
-        `shared_by`: as `with_substitutes`."""
+        """Without `foresight` or `tokens`, or limits that let them bring anyone in, sets follow what has been asked for
+        alone. `shared_by`: as `with_substitutes`."""
         self.held = held
         self.counts = VirtualCounts.of(len(routers))
         self.logits: Tensor | None = None
@@ -118,10 +129,12 @@ class VirtualRouting:
         self.routers = routers
         self.score = score
         self.foresight = foresight
+        self.tokens = tokens
         self.shared_by = shared_by
         self.settles = False
         """Layers wait for the loads under way: for measurements whose result may depend on nothing but the text."""
-        self.masks: list[Bools] = [np.zeros(count, bool) for count in held.room.experts]
+        self.masks: Sequence[Bools] = held.table.masks
+        self.places: Sequence[Ids] = held.table.slots
         self._made_at = [-1] * len(routers)
         self.limits: Floats = np.zeros(0, np.float32)
         self._substituted = np.zeros(0, np.int64)
@@ -129,14 +142,30 @@ class VirtualRouting:
         self._choices = 0
         """Of each row, in the layers so far."""
 
-    def begin_step(self, limits: Sequence[float]) -> bool:
-        """A step of rows with these limits of substituted mass begins; as `HeldExperts.begin_step`."""
+    def begin_step(self, limits: Sequence[float], token_ids: Sequence[int]) -> bool:
+        """A step of these tokens, with such limits of substituted mass, begins; as `HeldExperts.begin_step`."""
         is_open = self.held.begin_step()
         self.limits = np.array(limits, np.float32)
         self._substituted = np.zeros(len(limits), np.int64)
         self._mass = np.zeros(len(limits), np.float32)
         self._choices = 0
+        if is_open and self.tokens is not None and self.held.sets.limits.foreseen:
+            self._bring(self.tokens.expected(token_ids))
         return is_open
+
+    def _bring(self, expected: Floats) -> None:
+        """Let what the step's tokens will ask for come in: those that are not held, as far as there may be swaps."""
+        self.refresh()
+        wanted = expected.copy()
+        for layer, mask in enumerate(self.masks):
+            wanted[layer, : len(mask)][mask] = 0
+        flat, experts = wanted.ravel(), wanted.shape[1]
+        some = min(_CANDIDATES * self.held.sets.limits.foreseen, len(flat))
+        best = flat.argpartition(-some)[-some:]
+        best = best[flat[best].argsort()[::-1]]
+        shares = zip(best.tolist(), flat[best].tolist(), strict=True)
+        told = [(ExpertId(*divmod(at, experts)), share) for at, share in shares if share > 0]
+        self.held.bring(told, expected.tolist())
 
     def end_step(self, sequences: int) -> None:
         """The step of so many sequences has ended, well or not."""
@@ -240,9 +269,8 @@ class VirtualRouting:
             self.held.pump()
 
     def _make_mask(self, layer: int) -> None:
-        sets, mask = self.held.sets, self.masks[layer]
-        mask[:] = False
-        mask[list(sets.held(layer))] = True
+        sets = self.held.sets
+        self.held.table.show(layer, sets.held(layer), self.held.cache.ledger.resident_slots(layer))
         self._made_at[layer] = sets.changes[layer]
 
     def observe(self, layer: int, hidden: Tensor, chosen: Ids, weights: Floats) -> None:

@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from expertd_engine.config import DeviceMisses
 from expertd_engine.errors import ConfigError
 
-Asked = Literal["auto", "link", "cpu"]
 Where = Literal["link", "cpu"]
 
 
@@ -23,7 +23,7 @@ class Misses:
     """Why the processor was not even tried, though it might have been taken."""
 
 
-def may_compute(asked: Asked, obstacle: str | None) -> bool:
+def may_compute(asked: DeviceMisses, obstacle: str | None) -> bool:
     """Whether the processor is to be measured, where `obstacle` says why it cannot compute these experts, if it cannot.
 
     Raises ConfigError where nothing else is allowed.
@@ -33,7 +33,9 @@ def may_compute(asked: Asked, obstacle: str | None) -> bool:
     return asked != "link" and obstacle is None
 
 
-def decide(asked: Asked, obstacle: str | None, link_bytes_per_s: float, cpu_bytes_per_s: float = 0.0) -> Misses:
+def decide(
+    asked: DeviceMisses, obstacle: str | None, link_bytes_per_s: float, cpu_bytes_per_s: float = 0.0
+) -> Misses:
     """`auto` takes whoever goes through a record sooner. `cpu_bytes_per_s` is measured where `may_compute` says so."""
     if asked == "auto" and obstacle is not None:
         return Misses("link", link_bytes_per_s, fallback=f"missing experts are read over the link: {obstacle}")

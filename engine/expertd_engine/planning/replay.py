@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from expertd_engine.experts.accounting import lease_window
 from expertd_engine.experts.events import Demand, Event, ExpertId, Granted, Load, Loaded, Release, Tick
@@ -135,11 +135,11 @@ def replay_virtual(
     tokens: Sequence[Choice], prior: Sequence[float], top_k: int, slots: int, limits: SwapLimits, warm: int
 ) -> tuple[float, float]:
     """One layer in virtual mode: substituted mass a token, and swaps a token."""
-    sets = VirtualExperts([prior], top_k, limits)
+    sets = VirtualExperts([prior], top_k, replace(limits, foreseen=min(limits.foreseen, 1)))
     _settle(sets, sets.resize([slots]))
     lost = 0.0
     for number, choice in enumerate(tokens):
-        _settle(sets, sets.foresee(0, choice.expected))
+        _settle(sets, _foreseen(sets, choice.expected) if limits.foreseen else sets.foresee(0, choice.expected))
         held = sets.held(0)
         if number >= warm:
             missing = sum(w for e, w in zip(choice.experts, choice.weights, strict=True) if e not in held)
@@ -148,6 +148,14 @@ def replay_virtual(
         _settle(sets, sets.end_step(1))
     counted = max(1, len(tokens) - warm)
     return lost / counted, sets.swaps[0] / max(1, len(tokens))
+
+
+def _foreseen(sets: VirtualExperts, expected: Mapping[int, float]) -> list[Action]:
+    """As a step begins; of the swaps that all layers may begin together a layer gets one at most, as it seldom gets
+    more."""
+    wanted = sorted(expected.keys() - sets.held(0), key=lambda expert: (-expected[expert], expert))
+    shares = [expected.get(expert, 0.0) for expert in range(len(sets.priors[0]))]
+    return sets.bring([(ExpertId(0, expert), expected[expert]) for expert in wanted], [shares])
 
 
 def _settle(sets: VirtualExperts, actions: list[Action]) -> None:

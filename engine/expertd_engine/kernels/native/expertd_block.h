@@ -173,7 +173,8 @@ typedef struct expertd_held_run {
 } expertd_held_run;
 
 /* expertd_run_forward, but each layer's rows go to held experts, all of them resident. `reached` is also the first layer
- * of which some row must wait for a choice of its own; that layer leaves nothing. */
+ * of which some row must wait for a choice of its own; that layer leaves nothing. During the call others may add to
+ * `held` an expert whose record and slot they have written before; layers still to come route among it too. */
 EXPERTD_API int expertd_run_held(expertd_pool *pool, const expertd_run *run, const expertd_held_run *held, int32_t first,
                                  const expertd_moe_call *experts, const expertd_step *step, int32_t *reached);
 

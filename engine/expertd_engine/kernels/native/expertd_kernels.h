@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-#define EXPERTD_ABI_VERSION 1
+#define EXPERTD_ABI_VERSION 2
 
 enum expertd_status {
   EXPERTD_OK = 0,

@@ -29,6 +29,17 @@ EXPERTD_API int64_t expertd_pregate_bytes(void);
 EXPERTD_API int expertd_pregate_forward(expertd_pool *pool, const expertd_pregate *pregate, const int64_t *tokens,
                                         const expertd_step *step, int64_t *experts, float *weights);
 
+/* A thread that routes beside its caller. `begin` is expertd_pregate_forward, but returns at once, and is refused while
+ * a call is under way; all that it is given must stay as it is until `end`, which waits and returns the call's code, or
+ * EXPERTD_OK where there was none. `destroy` waits too. */
+typedef struct expertd_pregate_thread expertd_pregate_thread;
+EXPERTD_API int expertd_pregate_thread_create(expertd_pregate_thread **thread);
+EXPERTD_API int expertd_pregate_thread_destroy(expertd_pregate_thread *thread);
+EXPERTD_API int expertd_pregate_begin(expertd_pregate_thread *thread, const expertd_pregate *pregate,
+                                      const int64_t *tokens, const expertd_step *step, int64_t *experts,
+                                      float *weights);
+EXPERTD_API int expertd_pregate_end(expertd_pregate_thread *thread);
+
 #ifdef __cplusplus
 }
 #endif

@@ -4,6 +4,10 @@
 #include <algorithm>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
 #include "formats.h"
 #include "isa.h"
 
@@ -13,39 +17,55 @@ namespace {
 constexpr int kWords = 8;            // 32-bit words of a row's piece of a segment
 constexpr int64_t kSegment = 512;    // bytes of 16 rows
 constexpr int64_t kScales = 32;      // bytes of 16 rows' scales, or minima, of a group
+constexpr int64_t kAhead = 4096;     // bytes, asked of memory meanwhile
 constexpr uint32_t kLow = 0x0f0f0f0f;
 
 int64_t padded(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
-// word[q][row] of a segment [row][q].
-void turn(const std::byte* segment, uint32_t (*word)[kStripRows]) {
-  uint32_t piece[kStripRows][kWords];
-  std::memcpy(piece, segment, sizeof piece);
-  for (int q = 0; q < kWords; ++q) {
-    for (int row = 0; row < kStripRows; ++row) word[q][row] = piece[row][q];
+#if defined(__x86_64__)
+// Four words of each of four rows as four words of each of four columns, by what every x86-64 has.
+void turn_four(const uint32_t* rows, uint32_t* columns) {
+  __m128i row[4];
+  for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + i * kWords));
+  const __m128i low01 = _mm_unpacklo_epi32(row[0], row[1]), low23 = _mm_unpacklo_epi32(row[2], row[3]);
+  const __m128i high01 = _mm_unpackhi_epi32(row[0], row[1]), high23 = _mm_unpackhi_epi32(row[2], row[3]);
+  const __m128i column[4] = {_mm_unpacklo_epi64(low01, low23), _mm_unpackhi_epi64(low01, low23),
+                             _mm_unpacklo_epi64(high01, high23), _mm_unpackhi_epi64(high01, high23)};
+  for (int q = 0; q < 4; ++q) _mm_storeu_si128(reinterpret_cast<__m128i*>(columns + q * kStripRows), column[q]);
+}
+#else
+void turn_four(const uint32_t* rows, uint32_t* columns) {
+  for (int q = 0; q < 4; ++q) {
+    for (int i = 0; i < 4; ++i) columns[q * kStripRows + i] = rows[i * kWords + q];
+  }
+}
+#endif
+
+// Words [q][row] of a segment [row][q]. Parts of a matrix begin at multiples of 64 bytes.
+void turn(const std::byte* segment, uint32_t* words) {
+  for (int64_t line = 0; line < kSegment; line += 64) __builtin_prefetch(segment + kAhead + line);
+  const auto* from = reinterpret_cast<const uint32_t*>(segment);
+  for (int row = 0; row < kStripRows; row += 4) {
+    for (int q = 0; q < kWords; q += 4) turn_four(from + row * kWords + q, words + q * kStripRows + row);
   }
 }
 
 // A group of int8: its values are kept from 1 on.
 void bytes_of(const std::byte* segment, std::byte* out) {
-  uint32_t word[kWords][kStripRows];
+  auto* word = reinterpret_cast<uint32_t*>(out);
   turn(segment, word);
-  for (auto& run : word) {
-    for (uint32_t& value : run) value ^= 0x80808080u;
-  }
-  std::memcpy(out, word, sizeof word);
+  for (int i = 0; i < kWords * kStripRows; ++i) word[i] ^= 0x80808080u;
 }
 
 // Two groups of 4 bits: the low halves are the first one's columns, the high ones the second's. `second` may be null.
 void nibbles_of(const std::byte* segment, std::byte* first, std::byte* second) {
-  uint32_t word[kWords][kStripRows], low[kWords / 2][kStripRows], high[kWords / 2][kStripRows];
+  constexpr int kHalf = kWords / 2 * kStripRows;
+  uint32_t word[2 * kHalf], low[kHalf], high[kHalf];
   turn(segment, word);
-  for (int q = 0; q < kWords / 2; ++q) {
-    for (int row = 0; row < kStripRows; ++row) {
-      const uint32_t ahead = word[q][row], behind = word[q + kWords / 2][row];
-      low[q][row] = (ahead & kLow) | (behind & kLow) << 4;
-      high[q][row] = (ahead >> 4 & kLow) | (behind & ~kLow);
-    }
+  for (int i = 0; i < kHalf; ++i) {
+    const uint32_t ahead = word[i], behind = word[i + kHalf];
+    low[i] = (ahead & kLow) | (behind & kLow) << 4;
+    high[i] = (ahead >> 4 & kLow) | (behind & ~kLow);
   }
   std::memcpy(first, low, sizeof low);
   if (second) std::memcpy(second, high, sizeof high);

@@ -135,7 +135,8 @@ class Run {
     const int64_t count = step_.rows * router.top_k;
     Routes routes{step_.experts, step_.weights, router.top_k, nullptr};
     if (held_) {
-      const expertd_substitution& s = held_->layers[layer];
+      expertd_substitution s = held_->layers[layer];
+      s.held = held_now(s.held, router.experts);
       if (!substitute(pool_, router, s, step_.rows, step_.logits, step_.experts, step_.weights)) return false;
       routes = {s.experts, s.weights, 2 * router.top_k, s.counts};
     }
@@ -143,6 +144,13 @@ class Run {
     std::copy_n(step_.experts, count, run_.chosen + layer * run_.chosen_stride);
     if (held_) observe(layer, count);
     return true;
+  }
+
+  // Experts may arrive while the call runs: a layer's rows all see the same ones, and whatever was written before.
+  const uint8_t* held_now(const uint8_t* held, int64_t experts) {
+    now_.resize(experts);
+    for (int64_t e = 0; e < experts; ++e) now_[e] = __atomic_load_n(held + e, __ATOMIC_ACQUIRE);
+    return now_.data();
   }
 
   // What the router wanted, whoever serves it.
@@ -158,6 +166,7 @@ class Run {
   const expertd_held_run* held_;
   const expertd_step& step_;
   Chosen chosen_;
+  std::vector<uint8_t> now_;
 };
 
 }  // namespace

@@ -105,7 +105,7 @@ def _long_jobs(dense: Dense, steps: Mapping[str, int], *, compiled: bool) -> lis
 def _branched_jobs(dense: Dense, steps: Mapping[str, int], *, compiled: bool) -> list[Job]:
     """Experts that begin as copies of a pruned model's FFNs after its first steps, against that model going on."""
     base = Recipe(
-        steps=steps["branch-base"], learning_rate=1e-3, router_steps=800, micro_rows=48, distillation=0.0,
+        steps=steps["branch-base"], learning_rate=1e-3, router_steps=800, distillation=0.0,
         overlap_share=0.0, labelled=0.7, compile=compiled,
     )  # fmt: skip
     sides = {"index": BRANCHED, "pruned": baseline_of(BRANCHED, dense)}

@@ -1,0 +1,146 @@
+"""Where tokens will probably be sent, layer by layer, by what they are alone: known as soon as a token is sampled.
+
+A low-rank map from the token's embedding to every router's logits, fitted by `expertd profile`. On fine-grained models
+it names three in four of the choices that carry weight, a whole step ahead; the layer before a router names four in
+five. Owns the file that lies beside the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from expertd_engine.errors import StoreError
+from expertd_engine.model.substitution import Floats
+
+TOKEN_ROUTES_NAME = "token_routes.safetensors"
+TOKEN_ROUTES_VERSION = 1
+RANK = 128
+RIDGE = 0.3
+_PIECE = 4096
+_ROWS = 64
+"""Of a larger step the last ones are asked about: those that come next are most like them."""
+
+
+Embed = Callable[[Sequence[int]], Floats]
+"""Tokens to what stands before the first layer, `[T, H]`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenMap:
+    """Logits of token t in layer l: `(tokens[t] @ up + bias)[l]`."""
+
+    tokens: NDArray[np.float16]
+    """`[V, R]`"""
+    up: Floats
+    """`[R, L * E]`, E of the widest layer; experts that a layer does not have get -1e30 by `bias`."""
+    bias: Floats
+    """`[L * E]`"""
+    shares: Floats
+    """`[L, E]`: of the gate weight that each layer gave each expert on the text of the fit."""
+
+
+class TokenRoutes:
+    """Asks a map. `top_k` as the routers'."""
+
+    def __init__(self, numbers: TokenMap, top_k: int) -> None:
+        self.numbers = numbers
+        self._top_k = top_k
+
+    def expected(self, token_ids: Sequence[int]) -> Floats:
+        """`[L, E]`: the share of each layer's gate weight that these tokens will probably give each expert."""
+        numbers = self.numbers
+        layers, experts = numbers.shares.shape
+        rows = numbers.tokens[list(token_ids[-_ROWS:])].astype(np.float32)
+        logits = (rows @ numbers.up + numbers.bias).reshape(-1, experts)
+        least = np.partition(logits, -self._top_k, axis=1)[:, -self._top_k, None]
+        weights = np.exp(np.where(logits >= least, logits - logits.max(axis=1, keepdims=True), -np.inf))
+        weights /= weights.sum(axis=1, keepdims=True)
+        shares: Floats = weights.reshape(-1, layers, experts).mean(axis=0)
+        return shares
+
+
+def write_token_map(folder: Path, numbers: TokenMap, store_id: str) -> Path:
+    """Raises StoreError where the folder cannot be written to."""
+    path = folder / TOKEN_ROUTES_NAME
+    tensors = {field.name: np.ascontiguousarray(getattr(numbers, field.name)) for field in fields(TokenMap)}
+    try:
+        save_file(tensors, path, {"version": str(TOKEN_ROUTES_VERSION), "store_id": store_id})
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"cannot write {path}: {error}") from error
+    return path
+
+
+def has_token_map(folder: Path) -> bool:
+    return (folder / TOKEN_ROUTES_NAME).is_file()
+
+
+def read_token_map(folder: Path, store_id: str) -> TokenMap:
+    """Raises StoreError for a file that cannot be read, or is of another store or version."""
+    path = folder / TOKEN_ROUTES_NAME
+    try:
+        with safe_open(path, "numpy") as file:
+            told = file.metadata() or {}
+            tensors = {field.name: file.get_tensor(field.name) for field in fields(TokenMap)}
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"cannot read {path}: {error}") from error
+    if told.get("version") != str(TOKEN_ROUTES_VERSION) or told.get("store_id") != store_id:
+        raise StoreError(f"{path} is of another store or version: make one with `expertd profile`")
+    return TokenMap(**tensors)
+
+
+class MapFit:
+    """Fits a map to what routers said, some tokens at a time, by least squares over embeddings of length 1."""
+
+    def __init__(self, embed: Embed, experts: Sequence[int]) -> None:
+        """`experts[l]`: how many layer l has."""
+        self._embed = embed
+        self._experts = experts
+        width = len(experts) * max(experts)
+        size = embed([0]).shape[1] + 1
+        self._seen = np.zeros((size, size), np.float64)
+        self._told = np.zeros((size, width), np.float64)
+        self._shares = np.zeros((len(experts), max(experts)), np.float64)
+
+    def add(self, token_ids: Sequence[int], logits: Floats, shares: Floats) -> None:
+        """Tokens `[T]`, what every router said of them `[T, L, E]`, and the gate weight `[L, E]` that they gave."""
+        rows = _with_one(self._embed(token_ids)).astype(np.float64)
+        self._seen += rows.T @ rows
+        self._told += rows.T @ logits.reshape(len(rows), -1)
+        self._shares += shares
+
+    def fit(self, vocabulary: int, rank: int = RANK, ridge: float = RIDGE) -> TokenMap:
+        """The best map of that rank for what was added; `ridge` counts like so many tokens in every direction."""
+        size, width = self._told.shape
+        damped = self._seen + ridge * np.eye(size)
+        damped[-1, -1] -= ridge  # the constant
+        solved = np.linalg.solve(damped, self._told)
+        _, _, directions = np.linalg.svd(np.linalg.cholesky(damped).T[:-1, :-1] @ solved[:-1], full_matrices=False)
+        up = directions[: min(rank, size - 1, width)]
+        bias = solved[-1].reshape(self._shares.shape).copy()
+        for layer, count in enumerate(self._experts):
+            bias[layer, count:] = -1e30
+        tokens = self._tokens(vocabulary, (solved[:-1] @ up.T).astype(np.float32))
+        total = np.maximum(self._shares.sum(axis=1, keepdims=True), 1e-30)
+        found = (up, bias.reshape(-1), self._shares / total)
+        return TokenMap(tokens, *(np.ascontiguousarray(part, np.float32) for part in found))
+
+    def _tokens(self, vocabulary: int, down: Floats) -> NDArray[np.float16]:
+        """`[V, R]`, piece by piece."""
+        tokens = np.empty((vocabulary, down.shape[1]), np.float16)
+        for begin in range(0, vocabulary, _PIECE):
+            ids = range(begin, min(begin + _PIECE, vocabulary))
+            tokens[begin : ids.stop] = _with_one(self._embed(ids))[:, :-1] @ down
+        return tokens
+
+
+def _with_one(embeddings: Floats) -> Floats:
+    """Rows of length 1, and a constant."""
+    lengths = np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
+    return np.concatenate([embeddings / lengths, np.ones((len(embeddings), 1), np.float32)], axis=1, dtype=np.float32)
