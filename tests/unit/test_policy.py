@@ -24,6 +24,17 @@ def test_lru_gives_the_least_recently_used_first() -> None:
     assert drain(victims) == [1, 0, 2]
 
 
+def test_who_rose_since_it_was_offered_goes_where_it_belongs() -> None:
+    victims, known = Victims(NextUse(half_life=100)), [facts(expert, expert) for expert in range(4)]
+    for each in known:
+        victims.offer(each)
+    known[0].last_use = 9
+    known[1].next_use = 50
+    for each in known[:2]:
+        victims.rose(each)
+    assert drain(victims) == [2, 3, 0, 1]
+
+
 def test_next_use_gives_unknown_then_furthest_first_and_ties_by_recency() -> None:
     victims = Victims(NextUse(half_life=100))
     for expert, (last_use, next_use) in enumerate([(1, 10), (4, None), (2, 30), (3, None), (0, 10)]):

@@ -70,6 +70,7 @@ DeviceInstruction = Instruction | Retire | Hand | Recall | Lent | Move | Kept
 _RESULTS: tuple[LookupResult, ...] = ("hit", "miss", "late", "miss", "miss")
 """By source."""
 _OVER_LINK = (READ, LANDED)
+_HINTED_TICKS = 2
 _KEPT = -1
 """The one lease that there is on a device: a kept expert's, however long."""
 
@@ -111,6 +112,8 @@ class DeviceLedger(LedgerBase):
         self.duplicates = 0
         self.brought_in = 0
         """Copies begun of what the processor had to compute."""
+        self._hinted = 0
+        """Ticks for which slots and link are left to what hints name."""
         self._computed: dict[ExpertId, Record] = {}
         """What the processor had to compute of late, the latest last."""
         self.kept: set[ExpertId] = set()
@@ -183,10 +186,12 @@ class DeviceLedger(LedgerBase):
         """The hottest loop of a token: 384 uses for 48 layers of 8."""
         records, foresight, policy = self._by_layer[event.layer], self._foresight, self._policy
         lookups, scan, covered = foresight.lookups, event.scan, 0
+        offer, rose = self._residency.victims.offer, self._residency.victims.rose
         for index, source in zip(event.experts, event.sources, strict=True):
             record = records[index]
-            facts = record.facts
+            facts, ranked_anew = record.facts, rose
             if facts.next_use is not None:
+                ranked_anew = offer  # what was known of it may be past
                 covered += facts.next_use <= event.position + index
                 foresight.forget_until(record, event.position + index)
             if record.pending:
@@ -199,7 +204,7 @@ class DeviceLedger(LedgerBase):
             if not scan:
                 policy.used(facts)
             if facts.ticket:
-                self._residency.victims.offer(facts)
+                ranked_anew(facts)
         foresight.lookups = lookups
         if COMPUTED in event.sources and not scan:
             self._note_computed(event)
@@ -213,8 +218,10 @@ class DeviceLedger(LedgerBase):
         for source, result in enumerate(_RESULTS):
             if count := event.sources.count(source):
                 by_result[result][layer] += count
-                pairs = (n for n, met in zip(event.pairs, event.sources, strict=True) if met == source)
-                counters.activations[result][layer] += sum(pairs)
+                met = event.pairs
+                if count < len(event.sources):
+                    met = [n for n, one in zip(event.pairs, event.sources, strict=True) if one == source]
+                counters.activations[result][layer] += sum(met)
                 if source in _OVER_LINK:
                     counters.demand_loads += count
                     counters.demand_bytes += count * self._by_layer[layer][0].nbytes
@@ -249,10 +256,13 @@ class DeviceLedger(LedgerBase):
             record = self._by_layer[layer][expert]
             if record.facts.next_use == needed_at and (record.place is not State.ABSENT or record.hinted == needed_at):
                 continue
-            self._foresight.foresee(record, needed_at, rank=False)
+            self._foresight.foresee(record, needed_at)
+            if record.place is State.ABSENT:
+                self._hinted = _HINTED_TICKS
 
     def _tick(self, event: Tick) -> None:
         self._foresight.advance(event.position)
+        self._hinted = max(0, self._hinted - 1)
         self._adapt(self.pool.limit)
 
     # ------------------------------------------------------------ copies
@@ -292,8 +302,10 @@ class DeviceLedger(LedgerBase):
 
     def _bring_in(self) -> None:
         """The link is free of misses where the processor computes them: copy in what it had to compute, the latest
-        first, if that is worth more than who would give way next.
+        first, if that is worth more than who would give way next. Where hints name absent experts, these come first.
         """
+        if self._hinted:
+            return
         loads = self._residency.loads
         while self._computed and len(loads) < self._prefetch_depth and self.pool.first(Use.COLD, Use.FREE) is not None:
             _, record = self._computed.popitem()
@@ -303,8 +315,8 @@ class DeviceLedger(LedgerBase):
 
     def _is_worth_a_slot(self, record: Record) -> bool:
         victims = self._residency.victims
-        if not len(victims):
-            return True
+        if self.pool.number(Use.FREE) or not len(victims):
+            return True  # nobody gives way
         first = victims.take()
         victims.offer(first)
         return first.probation or self._policy.rank(record.facts) > self._policy.rank(first)
@@ -402,11 +414,6 @@ class DeviceLedger(LedgerBase):
         if not len(victims):
             return None
         facts = victims.take()
-        ranked: set[ExpertId] = set()
-        while facts.next_use is not None and facts.expert not in ranked:  # the hint came after it was ranked
-            ranked.add(facts.expert)
-            victims.offer(facts)
-            facts = victims.take()
         slot = self._residency.records[facts.expert].slot
         self._residency.evict(facts, reason)
         self._out.append(Retire(slot, facts.expert))

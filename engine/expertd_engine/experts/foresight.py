@@ -48,19 +48,16 @@ class Foresight:
         if not event.scan:
             self._policy.used(facts)
 
-    def foresee(self, record: Record, needed_at: int, rank: bool = True) -> None:
-        """A hint. It names the soonest known use, or is not kept: it comes again when it is the soonest.
-
-        Without `rank`, the caller ranks a resident anew before it gives way.
-        """
+    def foresee(self, record: Record, needed_at: int) -> None:
+        """A hint. It names the soonest known use, or is not kept: it comes again when it is the soonest."""
         facts = record.facts
         if needed_at < self.position:
             return
         if facts.next_use is None or needed_at < facts.next_use:
             facts.next_use = needed_at
             self._known[record.expert] = record
-            if facts.ticket and rank:
-                self._residency.victims.offer(facts)
+            if facts.ticket:
+                self._residency.victims.rose(facts)
         wanted = self._prefetch and record.place is State.ABSENT
         if wanted and needed_at == facts.next_use and needed_at != record.hinted:
             record.hinted = needed_at

@@ -190,16 +190,17 @@ class Ledger(LedgerBase):
             self._hold(record, (event.lease_id,))
 
     def _used(self, event: Used) -> None:
+        victims = self._residency.victims
         for index, pairs in zip(event.experts, event.pairs, strict=True):
             record = self._residency.record(ExpertId(event.layer, index))
             if record.place not in (State.RESIDENT, State.LEASED):
                 raise self._residency.story.error("law 2: was used in passing, but is not resident", record.expert)
             position = event.position + index
-            foreseen = record.facts.next_use is not None and record.facts.next_use <= position
+            next_use = record.facts.next_use
             self._foresight.use_resident(record, position)
-            self._count_lookup(record, pairs, foreseen)
-            if record.facts.ticket:
-                self._residency.victims.offer(record.facts)
+            self._count_lookup(record, pairs, next_use is not None and next_use <= position)
+            if record.facts.ticket:  # what was known of it may be past
+                (victims.rose if next_use is None else victims.offer)(record.facts)
 
     def _served(self, event: Served) -> None:
         for layer, lookups, pairs in event.layers:

@@ -159,7 +159,8 @@ def serving_policy(name: str, experts: Sequence[int], top_k: int, half_life_toke
 class Victims:
     """Experts that may give way, in the policy's order: a heap with lazy deletion, O(log n) a change.
 
-    An entry is valid while its ticket is the one in the expert's facts.
+    An entry is valid while its ticket is the one in the expert's facts. It never says more of an expert than holds: who
+    has risen since is put back where it belongs when it comes up, which for most never happens.
     """
 
     LOOK = 4
@@ -180,11 +181,13 @@ class Victims:
         self._live += 1
         self._last_ticket += 1
         facts.ticket = self._last_ticket
-        entry = (not facts.probation, self._rank(facts), facts.last_use, facts.ticket, facts)
-        heappush(self._heap, entry)
+        heappush(self._heap, (*self._order(facts), facts.ticket, facts))
         if len(self._heap) > 2 * self._live + 64:
             self._heap = [entry for entry in self._heap if entry[3] == entry[4].ticket]
             heapify(self._heap)
+
+    def rose(self, facts: Facts) -> None:
+        """The facts of an expert that may give way have changed, and it does not go before others for that."""
 
     def rank_anew(self) -> None:
         """The policy ranks otherwise from now on."""
@@ -200,10 +203,17 @@ class Victims:
     def take(self) -> Facts:
         """Take out the expert that gives way first. There must be one."""
         while True:
-            entry = heappop(self._heap)
-            if entry[3] == entry[4].ticket:
-                self.withdraw(entry[4])
-                return entry[4]
+            *order, ticket, facts = heappop(self._heap)
+            if ticket != facts.ticket:
+                continue
+            if (now := self._order(facts)) > tuple(order):
+                heappush(self._heap, (*now, ticket, facts))
+                continue
+            self.withdraw(facts)
+            return facts
+
+    def _order(self, facts: Facts) -> tuple[bool, float, int]:
+        return not facts.probation, self._rank(facts), facts.last_use
 
     def take_needed_after(self, position: int) -> Facts | None:
         """Take out the first of the `LOOK` next experts with no known use up to `position`; None if there is none."""

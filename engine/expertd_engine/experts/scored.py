@@ -66,6 +66,9 @@ class ScoredVictims(Victims):
         self._plain[layer, expert] = not facts.probation and facts.next_use is None
         self._keys[layer, expert] = self._key(facts)
 
+    def rose(self, facts: Facts) -> None:
+        self.offer(facts)
+
     def withdraw(self, facts: Facts) -> None:
         if facts.ticket:
             facts.ticket = 0
