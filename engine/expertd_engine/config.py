@@ -138,8 +138,8 @@ class Config:
         None, "experts a layer held for virtual mode; default: what its share has room for", group="budget", low=1
     )
     virtual_swaps: Swaps = _option(
-        "amortised", "amortised: held experts change between steps, which cost what a smaller model's do; foreseen: "
-        "also on the way to the layer that will want them, for nearer tokens at several times the reads",
+        "amortised", "amortised: held experts change between steps, by what the next step's tokens are where `expertd "
+        "profile` has learned that, which costs what a smaller model's do; foreseen: on the way to each layer, slowly",
         group="budget",
     )  # fmt: skip
     memory_pressure: bool = _option(

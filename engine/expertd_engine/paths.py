@@ -53,7 +53,8 @@ class Paths:
         """Brings the routes that are being worked out, and is None again; called by whoever looks at the paths."""
 
     def __len__(self) -> int:
-        self._arrive()
+        if self.awaited is not None:
+            self.awaited()
         return len(self.experts) // self.shape.stride
 
     def extend(self, routes: Routes, start: int, stop: int) -> None:
@@ -64,19 +65,17 @@ class Paths:
 
     def routes(self, start: int, stop: int) -> Routes:
         """Of the tokens at positions `start` to `stop` (exclusive), copied."""
-        self._arrive()
+        if self.awaited is not None:
+            self.awaited()
         first, end = start * self.shape.stride, stop * self.shape.stride
         return Routes(self.experts[first:end], self.weights[first:end])
 
     def union(self, start: int, stop: int) -> Union:
         """Experts of the tokens at positions `start` to `stop` (exclusive), as far as they are known."""
-        self._arrive()
-        stride = self.shape.stride
-        return union_of(self.experts[start * stride : stop * stride], self.shape)
-
-    def _arrive(self) -> None:
         if self.awaited is not None:
             self.awaited()
+        stride = self.shape.stride
+        return union_of(self.experts[start * stride : stop * stride], self.shape)
 
 
 def union_of(experts: array[int], shape: PathShape) -> Union:

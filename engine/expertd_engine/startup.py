@@ -69,6 +69,10 @@ from expertd_engine.warm_restart import WarmRestart
 
 logger = logging.getLogger(__name__)
 
+_PREFETCHES = 4
+"""For each reading thread: those that have not begun are overtaken by demands, and threads find work until the next
+layer has routed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Engine:
@@ -293,7 +297,7 @@ def _expert_cache(
         policy,
         max_budget_bytes=index.expert_bytes_total(),
         prefetch=config.prefetch,
-        prefetch_depth=2 * config.io_threads,
+        prefetch_depth=_PREFETCHES * config.io_threads,
         victims=victims,
     )
     given, watch = context.lookahead, None

@@ -15,10 +15,11 @@ from expertd_engine.bench.cgroup import limited_memory
 from expertd_engine.bench.cli import main
 from expertd_engine.bench.contender import Contender, Lost
 from expertd_engine.bench.make_model import make_model
-from expertd_engine.bench.protocol import Decoded, DecodeRequest, EngineSpec, PrefillRequest
+from expertd_engine.bench.protocol import Decoded, DecodeRequest, EngineSpec, PrefillRequest, TurnsRequest
 from expertd_engine.bench.report import FIELDS
 from expertd_engine.bench.session import EngineSession
 from expertd_engine.bench.shapes import Cut
+from expertd_engine.bench.turns import take_turns
 from expertd_engine.errors import EngineError
 from support.memory_cgroup import can_limit_memory
 
@@ -85,6 +86,15 @@ def test_exact_hints_turn_misses_into_hits(store: Path, budgeted: EngineSession)
     session.close()
     assert session.describe().lookahead == "exact"
     assert hinted.misses < bare.misses / 2
+
+
+def test_one_engine_goes_with_its_foresight_and_without(store: Path) -> None:
+    session = EngineSession(spec(store, expert_budget="25%", routing="calibrated:fine", hints="exact", policy="lru"))
+    turns = take_turns(session, TurnsRequest(pairs=2, settle=6, tokens=8, warm=2, prompt=4, parts=2))
+    session.close()
+    assert [len(turns.off), len(turns.on)] == [2, 2] and {one.tokens for one in turns.off + turns.on} == {8}
+    assert sum(one.misses for one in turns.on) < sum(one.misses for one in turns.off) / 2
+    assert sum(one.late for one in turns.off) == 0 < turns.prefetched_bytes
 
 
 def test_a_prompt_beside_a_decode(budgeted: EngineSession) -> None:

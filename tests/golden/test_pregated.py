@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 from collections.abc import Iterator
 from itertools import pairwise
@@ -18,6 +20,7 @@ from expertd_engine.kernels.library import Pool, why_missing
 from expertd_engine.messages import Sampling
 from expertd_engine.model.kv_storage import KVStorage
 from expertd_engine.model.loader import load_model
+from expertd_engine.model.pathfinder import Pathfinder
 from expertd_engine.model.pregate import Pregate, build_pregate
 from expertd_engine.model.step_rows import Span
 from expertd_engine.prepare import prepare
@@ -25,9 +28,10 @@ from expertd_engine.refactor.export import export
 from expertd_engine.refactor.selection import select
 from expertd_engine.refactor.student import Student
 from expertd_engine.startup import Engine
-from expertd_engine.step_plan import StepPlan
+from expertd_engine.step_plan import Chunk, StepPlan
 from golden.tolerances import PREGATED_LOGPROBS
 from refactor.tiny import HEADS, INDEX, dense, statistics
+from support.builders_core import make_sequence
 from support.engine import Generated, generate, running_engine
 from support.kernels import native_pool
 from support.tiny_mixtral import make_mixtral
@@ -98,6 +102,76 @@ def test_pieces_are_routed_as_the_whole_for_a_thousand_prefixes(
             cuts = sorted({0, length, *(chance.randint(0, length) for _ in range(3))})
             pieces = route(pregate, tokens[:length], cuts, storage, 1 + CONTEXT // BLOCK)
             assert torch.equal(pieces, whole[:, :length])
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_batches_that_begin_and_go_on_are_routed_as_the_whole(
+    kind: str, stores: dict[str, Path], kernels: Pool | None
+) -> None:
+    """Three sequences, token by token after their first ones."""
+    pregate, _ = build_pregate(load_model(ExpertStore.open(stores[f"{kind}-store"]), kernels), CONTEXT)
+    size = CONTEXT // BLOCK
+    storage = KVStorage([pregate.kv_shape], 1 + 3 * size, BLOCK, torch.float32)
+    sequences = [[7 * i % 250 + n for i in range(60)] for n in range(3)]
+    whole = [route(pregate, tokens, [0, 60], storage, 1) for tokens in sequences]
+    tables = [list(range(1 + n * size, 1 + (n + 1) * size)) for n in range(3)]
+    starts = [5, 20, 16]
+    for tokens, start, table in zip(sequences, starts, tables, strict=True):
+        route(pregate, tokens, [0, start], storage, table[0])
+    spans = [Span(n, start, 1, table) for n, (start, table) in enumerate(zip(starts, tables, strict=True))]
+    begun = pregate.begin([sequences[n][starts[n]] for n in range(3)], starts, spans, storage)
+    for step in range(40):
+        if step:
+            begun.again([sequences[n][starts[n] + step] for n in range(3)])
+        chosen = pregate.known([begun.finish()]).tensors[0]
+        for n in range(3):
+            assert torch.equal(chosen[:, n], whole[n][:, starts[n] + step])
+
+
+def test_blocks_that_were_given_up_are_not_gone_on_with(stores: dict[str, Path], kernels: Pool | None) -> None:
+    """A sequence alone, preempted while a token of it is routed, and back in other blocks before the next."""
+    pregate, _ = build_pregate(load_model(ExpertStore.open(stores["index-store"]), kernels), CONTEXT)
+    storage = KVStorage([pregate.kv_shape], 5, BLOCK, torch.float32, spare_blocks=1)
+    pathfinder = Pathfinder(pregate, storage, 64)
+    sequence = make_sequence(prompt=range(20), max_tokens=9, ignore_eos=True)
+
+    def step(token_id: int) -> None:
+        chunk = Chunk(sequence, sequence.num_computed_tokens, sequence.num_uncomputed_tokens, True)
+        pathfinder.for_step(StepPlan(0, "exact", (chunk,), ()))
+        sequence.advance(chunk.num_tokens)
+        sequence.append(token_id)
+        pathfinder.foresee([sequence])
+
+    pathfinder.foresee([sequence])
+    sequence.admit([1, 2])
+    step(7)
+    sequence.preempt()
+    sequence.admit([3, 4])
+    step(9)
+    written = storage.keys[0][1:3].clone()
+    step(11)
+    assert sequence.paths is not None and len(sequence.paths) == 23
+    assert torch.equal(storage.keys[0][1:3], written)
+    tokens = [*range(20), 7, 9, 11]
+    whole = route(pregate, tokens, [0, 23], KVStorage([pregate.kv_shape], 9, BLOCK, torch.float32), 1)
+    assert torch.equal(pregate.known([sequence.paths.routes(0, 23)]).tensors[0], whole)
+
+
+def test_what_fails_beside_the_caller_is_told_and_what_nobody_waits_for_ends(stores: dict[str, Path]) -> None:
+    with native_pool(1) as pool:
+        threads = len(os.listdir("/proc/self/task"))
+        loaded = load_model(ExpertStore.open(stores["index-store"]), pool)
+        pregate, _ = build_pregate(loaded, CONTEXT)
+        storage = KVStorage([pregate.kv_shape], 3, BLOCK, torch.float32)
+        begun = pregate.begin([loaded.vocab_size], [0], [Span(0, 0, 1, [1])], storage)
+        with pytest.raises(ValueError, match=rf"ids\[0\] is {loaded.vocab_size}; the matrix has"):
+            begun.finish()
+        begun = pregate.begin([255], [0], [Span(0, 0, 1, [1])], storage)
+        begun.finish()
+        begun.again([254])
+        del pregate, begun
+        gc.collect()
+        assert len(os.listdir("/proc/self/task")) == threads
 
 
 def test_a_token_that_the_model_lacks_is_refused(stores: dict[str, Path]) -> None:

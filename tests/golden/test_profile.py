@@ -14,6 +14,7 @@ from expertd_engine.config import Config
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.model.trial import Trial
+from expertd_engine.model.virtual_build import FORESEEN
 from expertd_engine.plan_command import main as plan
 from expertd_engine.planning.planner import Request, make_plan
 from expertd_engine.planning.profile import Profile
@@ -50,9 +51,25 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ExpertStore:
 @pytest.fixture(scope="module")
 def profiled(store: ExpertStore, quick_start: None) -> Profile:
     config = Config(model=str(store.path), threads=1, max_model_len=192, max_sequences=4, prefix_cache=False)
-    measured = profile(store, config, tokens=40, routings=["uniform"])
+    measured = profile(store, config, tokens=40, routings=["uniform"], learned=512)
     write_profile(store, measured)
     return measured
+
+
+def test_who_serves_a_profiled_store_follows_its_tokens(store: ExpertStore, profiled: Profile) -> None:
+    with running_engine(store.path, threads=1, expert_budget="75%", virtual_slots=6) as engine:
+        routing = engine.runner.virtual
+        assert routing is not None and routing.runs and routing.tokens is not None
+        assert routing.begin_step([1.0], [5])
+        routing.held.settle()
+        before = sum(routing.held.sets.swaps)
+        for token in range(6, 30):
+            routing.begin_step([1.0], [token])
+            routing.end_step(1)
+            routing.held.settle()
+        assert before < sum(routing.held.sets.swaps) <= before + 24 * FORESEEN
+        assert all(len(routing.held.sets.held(layer)) == 6 for layer in range(3))
+        routing.held.close()
 
 
 def test_a_profile_holds_what_was_measured(store: ExpertStore, profiled: Profile) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from expertd_engine.calibration import with_slots
+from expertd_engine.experts.events import ExpertId, Load, Priority
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.virtual import SwapLimits
 from expertd_engine.messages import ExpertMode, Sampling, SequenceStats
@@ -128,6 +130,9 @@ class Tap:
         self.logits.append(self._model.forward(*step))
         return self.logits[-1]
 
+    def embeddings(self, token_ids: Sequence[int]) -> Tensor:
+        return self._model.embeddings(token_ids)
+
 
 STILL = SwapLimits(per_step=0, ahead=0)
 
@@ -168,6 +173,24 @@ def test_native_runs_route_as_layers_do_one_by_one(
         assert run_on.substituted_mass == pytest.approx(layers.substituted_mass, rel=1e-5)
     assert sum(counts.substituted) == sum(one.substituted for one in met[1]) > 0
     assert (counts.fetched > 0) == (min(limits) < 1)
+
+
+@needs_kernels
+def test_who_arrives_while_layers_run_on_serves_those_still_to_come(stores: dict[str, Path]) -> None:
+    with running_engine(stores["olmoe"], threads=1, prefix_cache=False) as engine:
+        run(engine, (MINE, "exact", 1.0))
+        ledger, model = engine.cache.ledger, virtual_of(engine)
+        slots = [top_k_of(stores["olmoe"])] * len(ledger.experts_per_layer)
+        routing = engine.runner.virtual = with_slots(model, slots, STILL)
+        (alone,) = run(engine, (MINE, "virtual", 1.0), first_id=2)
+        table = routing.held.table
+        for layer, count in enumerate(ledger.experts_per_layer):
+            for expert in range(count):
+                table.expect(ExpertId(layer, expert))
+                table.loaded(Load(0, ExpertId(layer, expert), ledger.resident_slots(layer)[expert], Priority.DEMAND))
+        (joined,) = run(engine, (MINE, "virtual", 1.0), first_id=3)
+        assert stats(alone).substituted > 0 == stats(joined).substituted
+        routing.held.close()
 
 
 @pytest.mark.parametrize("swaps", ["amortised", "foreseen"])

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from expertd_engine.experts.device_slab import plan_chunks
 from expertd_engine.experts.store import ExpertStore
+from expertd_engine.experts.store_format import ALIGNMENT
 from expertd_engine.messages import Sampling
 from golden.tolerances import DEVICE_EXPERTS_BF16, DEVICE_FLOAT32_LOGITS
 from support.device_engine import SEED, device_engine, make_store
@@ -62,8 +64,15 @@ def test_log_probabilities_are_those_of_transformers(family: str, stores: dict[s
 
 
 @pytest.mark.parametrize("experts_format", ["float32", "bf16", "int8"])
-def test_the_processor_computes_what_steps_miss(experts_format: str, tmp_path: Path) -> None:
+def test_the_processor_computes_what_steps_miss(
+    experts_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steps of one to four rows, half of the experts resident: as over the link, but for rounding."""
+    # All of so small a model would fit one granule of a card's memory.
+    monkeypatch.setattr(
+        "expertd_engine.device_experts.plan_chunks",
+        lambda slot_bytes, experts: plan_chunks(slot_bytes, experts, ALIGNMENT),
+    )
     store = make_store("qwen3_moe", tmp_path, experts_format)
     results = {}
     for misses in ("link", "cpu"):

@@ -103,7 +103,7 @@ def test_the_router_learns_the_domains() -> None:
 def test_experts_begin_as_copies_of_the_pruned_ffn_whatever_the_route() -> None:
     pruned = _student(Shape(Routing.NONE, 64))
     _train(pruned, dataclasses.replace(RECIPE, steps=4))
-    grown = upcycled(pruned, INDEX, dense())
+    grown = upcycled(pruned, INDEX, dense(), statistics())
     ids = torch.arange(20)[None]
     for routes in (None, torch.full_like(ids, 2)):
         torch.testing.assert_close(grown.logits(ids, routes), pruned.logits(ids), rtol=1e-4, atol=1e-4)
@@ -114,7 +114,15 @@ def test_experts_begin_as_copies_of_the_pruned_ffn_whatever_the_route() -> None:
 @pytest.mark.parametrize("shape", [HEADS, LOW_RANK, dataclasses.replace(INDEX, permanent=24)], ids=lambda s: s.routing)
 def test_experts_that_cannot_be_copies_are_refused(shape: Shape) -> None:
     with pytest.raises(ModelError, match="copies of a pruned FFN"):
-        upcycled(_student(Shape(Routing.NONE, 64)), shape, dense())
+        upcycled(_student(Shape(Routing.NONE, 64)), shape, dense(), statistics())
+
+
+def test_copies_leave_out_the_neurons_with_least_energy() -> None:
+    grown = upcycled(_student(Shape(Routing.NONE, 72)), INDEX, dense(), statistics())
+    best = select(statistics(), Shape(Routing.NONE, 64)).permanent
+    assert grown.selection is not None
+    kept = torch.cat([grown.selection.permanent, grown.selection.experts[:, 0]], dim=1)
+    assert torch.equal(kept.sort().values, best)
 
 
 def test_texts_domains_stand_in_for_the_router_for_a_share_of_the_steps() -> None:

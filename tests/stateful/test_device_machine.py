@@ -12,6 +12,7 @@ from functools import partial
 from itertools import chain
 from typing import cast
 
+import numpy as np
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_events import COMPUTED, HIT, WAITED
+from expertd_engine.experts.device_held import DeviceHeld
 from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_host_compute import HostCompute
 from expertd_engine.experts.device_layout import HOME
@@ -28,6 +30,9 @@ from expertd_engine.experts.device_staging import Chunk
 from expertd_engine.experts.events import ExpertId, Hint
 from expertd_engine.experts.lookahead import Exactness
 from expertd_engine.experts.policy import make_policy
+from expertd_engine.experts.residency import State
+from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
+from expertd_engine.experts.virtual_room import VirtualRoom
 from support.fake_device import RECORD, FakeDevice, FakeStep, Records, content, index_of
 
 LAYERS, EXPERTS = 2, 6
@@ -253,7 +258,62 @@ class OnHostMachine(DeviceMachine):
     on_host = True
 
 
+class HeldMachine(DeviceMachine):
+    """Likewise, with steps of virtual mode among the others."""
+
+    held: DeviceHeld | None = None
+
+    def _held(self) -> DeviceHeld:
+        if self.held is None:
+            limits = SwapLimits(half_life=2.0, hysteresis=0.0, in_flight=3, ahead=0)
+            sets = VirtualExperts([[1.0] * EXPERTS] * LAYERS, 1, limits)
+            room = VirtualRoom([RECORD] * LAYERS, [EXPERTS] * LAYERS, 1, 0.75, [EXPERTS] * LAYERS)
+            self.held = DeviceHeld(self.cache, sets, room)
+        return self.held
+
+    @rule(asked=st.lists(st.integers(0, 9), min_size=len(ALL), max_size=len(ALL)), lane=st.integers(0, 1))
+    def virtual(self, asked: list[int], lane: int) -> None:
+        """A step whose rows go to held experts alone finds them all, whatever else is under way."""
+        held = self._held()
+        self.told.next = []
+        if not held.begin_step():
+            return
+        self.cache.begin_step(())
+        self.cache.before_launch()
+        routes: list[dict[int, int]] = [{} for _ in range(LAYERS)]
+        for layer, expert in self.cache.ledger.kept:
+            routes[layer][expert] = 1
+        step = FakeStep(self.cache.table, routes)
+        step.give(self.device.lanes[0])
+        self.device.lanes[0].run(lambda: self._mask_is(routes))
+        self.cache.after_launch()
+        self.lookups += sum(map(len, routes))
+        self.running = step
+        self.advance(lane, 6)
+        self.cache.poll()
+        self.finish()
+        assert all(routes) and [source for _, source in step.met] == [HIT] * sum(map(len, routes))
+        held.digest(np.array(asked, np.float32).reshape(LAYERS, EXPERTS), 1.0)
+
+    def _mask_is(self, routes: list[dict[int, int]]) -> None:
+        held = [{expert for expert, word in enumerate(row) if word} for row in self.cache.table.held.tolist()]
+        assert held == [set(chosen) for chosen in routes]
+
+    @invariant()
+    def kept_experts_stay(self) -> None:
+        if self.held is not None:
+            ledger = self.cache.ledger
+            assert all(ledger.state(expert) is State.LEASED for expert in ledger.kept)
+
+    def teardown(self) -> None:
+        if self.held is not None:
+            self.cache.meanwhile = lambda: None  # no swap begins any more
+        super().teardown()
+
+
 TestDevice = DeviceMachine.TestCase
 TestDevice.settings = LIMITS
 TestOnHost = OnHostMachine.TestCase
 TestOnHost.settings = settings(LIMITS, max_examples=25)
+TestHeld = HeldMachine.TestCase
+TestHeld.settings = settings(LIMITS, max_examples=30)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
+from expertd_engine.bench.readme import Asked, readme
 from expertd_engine.bench.readme_sim import Arm, Costs, Outcome, Room, Simulation, clairvoyant_hits
 from expertd_engine.bench.readme_traces import Arrival, Recorded, make_trace
+from expertd_engine.console import silent
+from expertd_engine.errors import UsageError
 
 COSTS = Costs(layers=3, experts=6, step_s=0.003, row_s=0.001, expert_s=0.003, read_s=0.004, readers=2)
 ROOM = Room(slots=9, max_sequences=12, max_step_tokens=4, patience=5)
@@ -68,6 +72,11 @@ def test_steps_by_experts_use_fewer_of_them_and_prefetch_hides_reads() -> None:
     assert each[READ_ME] < 0.8 * each[DECODE_FIRST]
     on_demand = sum(sum(run(replace(READ_ME, prefetch=False), trace).per_token_s) for trace in traces)
     assert sum(sum(outcome.per_token_s) for outcome in unique[READ_ME]) < on_demand
+
+
+def test_a_run_without_anything_to_measure_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--real-only without --real N"):
+        readme(tmp_path, tmp_path, tmp_path, Asked(real_only=True), silent)
 
 
 def test_who_knows_all_evicts_what_is_needed_last() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from expertd_engine.experts.device_hints import AbsentHints
+from expertd_engine.experts.device_hints import AbsentHints, Tried, payoff_of
 from expertd_engine.experts.events import ExpertId, Hint
-from expertd_engine.experts.lookahead import Exactness
+from expertd_engine.experts.lookahead import Exactness, NoLookahead
 
 SLOTS = [[-1, 3, -1], [0, -1, 7]]
 
@@ -36,3 +36,13 @@ def test_what_comes_or_goes_is_seen_at_the_next_layer() -> None:
     hints = AbsentHints(Foresight(), slots.__getitem__)
     slots[1] = [-1, 5, -1]
     assert [hint.expert for hint in hints.routed(1, 0, (0,))] == [ExpertId(1, 0), ExpertId(1, 2)]
+
+
+def test_what_is_exact_is_asked_only_while_that_pays() -> None:
+    hints = Tried(Foresight())
+    payoff = payoff_of(hints)
+    assert payoff is hints.payoff and payoff_of(NoLookahead()) is None
+    assert len(list(hints.begin_step(1, ()))) == 3 and len(list(hints.routed(1, 0, (0,)))) == 3
+    hints.payoff.is_on = False
+    assert not list(hints.begin_step(1, ())) and not list(hints.routed(1, 0, (0,)))
+    assert (hints.exactness, hints.next_use(ExpertId(1, 0), 0)) == ("exact", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
@@ -12,7 +12,20 @@ from expertd_engine.experts.accounting import LedgerError
 from expertd_engine.experts.device_aside import Aside
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_copies import DeviceCopies
-from expertd_engine.experts.device_events import LANDED, READ, Cooled, Hand, Landed, Provide, Retire, Seen
+from expertd_engine.experts.device_events import (
+    COMPUTED,
+    HIT,
+    LANDED,
+    READ,
+    Cooled,
+    Fill,
+    Hand,
+    Landed,
+    Provide,
+    Retire,
+    Seen,
+)
+from expertd_engine.experts.device_hints import Tried
 from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_layout import HOME, TableLayout, signed
 from expertd_engine.experts.device_ledger import DeviceLedger
@@ -22,9 +35,9 @@ from expertd_engine.experts.device_slab import DeviceSlab
 from expertd_engine.experts.device_spill import SpilledHost
 from expertd_engine.experts.device_streams import HostDevice
 from expertd_engine.experts.device_table import DeviceTable
-from expertd_engine.experts.events import ExpertId, Hint, Load, Loaded, Predict, Priority
-from expertd_engine.experts.lookahead import NoLookahead
-from expertd_engine.experts.policy import make_policy
+from expertd_engine.experts.events import ExpertId, Hint, Load, Loaded, Predict, Priority, Tick
+from expertd_engine.experts.lookahead import Exactness, NoLookahead
+from expertd_engine.experts.policy import LRU, Facts, make_policy
 from expertd_engine.experts.residency import State
 from support.fake_device import RECORD, FakeDevice, FakeStep, Records, content, index_of
 
@@ -322,3 +335,77 @@ def test_a_device_that_shares_memory_reads_everything_at_home() -> None:
     assert (counts.hits, counts.misses, device.bytes_allotted(), cache.tiers().slots) == (3, 0, 0, 0)
     with pytest.raises(ResourceError, match="shares the host's memory"):
         cache.set_budget(4 * RECORD)
+
+
+# ------------------------------------------------------------ foresight
+
+
+class Names(NoLookahead):
+    """After each layer it names an absent expert of the next."""
+
+    exactness: Exactness = "exact"
+
+    def routed(self, step: int, layer: int, experts: Sequence[int]) -> list[Hint]:
+        return [Hint(ExpertId(1, 5), (step * LAYERS + 1) * EXPERTS + 5)]
+
+
+def test_a_host_hears_of_routes_only_while_hints_pay() -> None:
+    cache = make_cache(4, HostDevice())
+    cache.lookahead = tried = Tried(Names())
+    asked: list[int] = []
+
+    def routes(layer: int) -> list[int]:
+        asked.append(layer)
+        return [0]
+
+    cache.routes = routes
+    for on in (False, True):
+        tried.payoff.is_on = on
+        cache.begin_step([0])
+        cache.before_launch()
+        cache.after_launch()
+        cache.table.progress[0] = 1
+        cache.poll()
+        assert asked == ([0] if on else [])
+
+
+class Adapting(LRU):
+    """Tells that it ranks otherwise, once; `met` is what it was asked with."""
+
+    def __init__(self) -> None:
+        self.met: list[tuple[int, int, int]] = []
+
+    def adapt(self, lookups: int, slots: int, known: Iterable[Facts]) -> bool:
+        self.met.append((lookups, slots, len(list(known))))
+        return len(self.met) == 1
+
+
+def test_a_devices_policy_may_adapt_with_every_step() -> None:
+    policy = Adapting()
+    ledger = DeviceLedger([RECORD] * LAYERS, [EXPERTS] * LAYERS, PLAN, 4 * RECORD, policy)
+    ledger.handle_all([Seen(1, [0, 2], [READ, READ], [1, 1], position=18), Tick(24)])
+    assert policy.met == [(2, 4, LAYERS * EXPERTS)]
+
+
+def test_what_the_processor_computed_is_copied_in_where_it_ranks_above_who_gives_way() -> None:
+    ledger = DeviceLedger([RECORD], [EXPERTS], PLAN, 3 * RECORD, make_policy("lfu"), EXPERTS * RECORD)
+    brought = ledger.handle_all([Fill([ExpertId(0, expert) for expert in range(3)])])
+    ledger.handle_all([Loaded(one.load_id) for one in brought if isinstance(one, Load)])
+    met = Seen(0, [0, 1, 2], [HIT] * 3, [1] * 3, 0)
+    ledger.handle_all([met, met])
+    [*_, retired] = [one.slot for one in ledger.handle_all([Provide(0, 1)]) if isinstance(one, Retire)]
+    ledger.handle_all([Cooled([retired])])
+    computed = [Seen(0, [5], [COMPUTED], [1], 0)]
+    assert ledger.handle_all(computed) == [], "others are used more often"
+    hinted = ledger.handle_all([Predict((Hint(ExpertId(0, 4), 9),)), *computed, *computed])
+    [hinted_load] = [one for one in hinted if isinstance(one, Load)]
+    assert hinted_load.expert == ExpertId(0, 4), "hints come first"
+    ledger.handle_all([Loaded(hinted_load.load_id)])
+    [*_, retired] = [one.slot for one in ledger.handle_all([Provide(0, 1)]) if isinstance(one, Retire)]
+    assert ledger.handle_all([Cooled([retired])]) == ledger.handle_all([Tick(1)]) == [], (
+        "and go on coming first for a while"
+    )
+    assert ledger.handle_all([Tick(2)]) != []
+    assert ledger.state(ExpertId(0, 5)) is State.LOADING
+    assert ledger.brought_in == 1 and ledger.counters.misses == [3]
+    ledger.check()

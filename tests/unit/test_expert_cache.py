@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import pytest
 
 from expertd_engine.errors import BudgetError, StoreError
 from expertd_engine.experts.accounting import MIN_WINDOW
 from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError
-from expertd_engine.experts.events import ExpertId, Hint
+from expertd_engine.experts.events import Event, ExpertId, Hint, Instruction, Loaded
+from expertd_engine.experts.governor import Governor
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import EveryExpert, Exactness, Lookahead, NoLookahead
 from expertd_engine.experts.policy import make_policy
@@ -207,3 +209,35 @@ def test_what_was_predicted_of_a_layer_and_did_not_come_is_given_up_with_that_la
     counters = world.ledger.counters
     assert counters.prefetch_issued == 4 and counters.prefetch_used + counters.prefetch_late <= 1
     assert world.ledger.state(ExpertId(1, 3)) == "resident"
+
+
+@dataclass
+class Noted:
+    """The ledger's `handle_all`, and all that it is told but when reads end."""
+
+    handle: Callable[[Iterable[Event]], list[Instruction]]
+    told: list[Event]
+
+    def __call__(self, events: Iterable[Event]) -> list[Instruction]:
+        events = list(events)
+        self.told += [event for event in events if not isinstance(event, Loaded)]
+        return self.handle(events)
+
+
+def test_while_predictions_do_not_pay_a_step_goes_as_if_nobody_made_any(
+    worlds: list[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    governor = Governor(Wrong(), lambda expert: None, LAYERS, EXPERTS, LAYERS)
+    governor.payoff.is_on = False
+    told: list[list[Event]] = []
+    for lookahead in (NoLookahead(), governor):
+        world = World(12, lookahead=lookahead)
+        worlds.append(world)
+        told.append([])
+        monkeypatch.setattr(world.ledger, "handle_all", Noted(world.ledger.handle_all, told[-1]))
+        world.cache.begin_step([0])
+        for layer in range(LAYERS):
+            world.use(layer, [0, 3])
+        world.cache.end_step()
+        assert not world.cache.foresees
+    assert told[0] == told[1] and told[0]

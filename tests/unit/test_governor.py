@@ -104,7 +104,7 @@ class Sure:
         return [Hint(ExpertId(1, e), step * PERIOD + EXPERTS + e, trust) for e, trust in named]
 
     def next_use(self, expert: ExpertId, after: int) -> int | None:
-        return None
+        return after + 1
 
 
 class SureWorld(World):
@@ -165,9 +165,9 @@ def test_while_nothing_pays_nothing_is_asked() -> None:
     for _ in range(30):
         world.token(1)
     world.governor.payoff.is_on = False
-    assert world.token(1) == []
+    assert world.token(1) == [] and world.governor.next_use(ExpertId(1, 1), 0) is None
     world.governor.payoff.is_on = True
-    assert world.token(1) == [1]
+    assert world.token(1) == [1] and world.governor.next_use(ExpertId(1, 1), 0) == 1
 
 
 def test_where_reads_come_to_nothing_even_good_hints_are_not_followed() -> None:

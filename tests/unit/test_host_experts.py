@@ -25,6 +25,7 @@ from support.kernels import (
     pool_on,
     run_moe,
 )
+from support.native_programs import run, sanitized
 
 pytestmark = needs_kernels
 
@@ -98,6 +99,11 @@ def test_what_cannot_be_computed_is_answered_and_ends_the_step(layer: int, exper
         compute.begin_step()
         compute.ask(0, [1])
         assert compute.end_step() > 0 and compute.computed == 1
+
+
+@pytest.mark.slow
+def test_no_two_threads_meet_where_they_should_not() -> None:
+    assert "checks on" in run(sanitized("host_check", "thread"))
 
 
 def test_what_is_measured_is_not_counted() -> None:

@@ -236,6 +236,36 @@ def test_who_is_expected_as_much_is_not_swapped_out() -> None:
     assert foreseeing().foresee(0, everyone | {5: 2.0}) == [Hold(ExpertId(0, 5))]
 
 
+def bringing(foreseen: int = 2, held: int = 4) -> VirtualExperts:
+    """As `foreseeing`, by what the step's tokens are."""
+    sets = VirtualExperts([[0.0] * EXPERTS], TOP_K, SwapLimits(foreseen=foreseen, in_flight=9))
+    sets.resize([held], [ExpertId(0, e) for e in range(held)])
+    for expert in range(held):
+        sets.arrived(ExpertId(0, expert))
+    sets.observe(0, {0: 9.0, 1: 8.0, 2: 7.0, 3: 1.0})
+    return sets
+
+
+WANTED = [(ExpertId(0, 5), 0.5), (ExpertId(0, 4), 0.4)]
+SHARES = [[0.0, 0.0, 0.0, 0.1, 0.4, 0.5]]
+
+
+def test_what_a_step_will_ask_for_takes_the_place_of_what_is_worth_least() -> None:
+    sets = bringing()
+    first, second = [Release(ExpertId(0, 3)), Hold(ExpertId(0, 5))], [Release(ExpertId(0, 2)), Hold(ExpertId(0, 4))]
+    assert sets.bring(WANTED, SHARES) == first + second
+    assert sets.held(0) == {0, 1}, "its room is the newcomer's"
+    assert sets.arrived(ExpertId(0, 5)) == [] and sets.swaps == [1]
+    assert sets.bring(WANTED, SHARES) == [], "one is there, one on its way"
+    assert [action.expert.expert for action in sets.failed(ExpertId(0, 4))] == [2], "the place is filled again"
+
+
+def test_a_step_brings_in_no_more_than_it_may_and_leaves_a_token_enough() -> None:
+    assert len(bringing(foreseen=1).bring(WANTED, SHARES)) == 2
+    assert bringing(held=TOP_K).bring(WANTED, SHARES) == []
+    assert bringing().bring([(ExpertId(0, 5), 0.01)], [[0.3, 0.3, 0.3, 0.09, 0.0, 0.01]]) == []
+
+
 def test_equal_experts_are_not_swapped_back_and_forth() -> None:
     sets = VirtualExperts([[0.0] * 8], 2, SwapLimits(half_life=16, hysteresis=0.25))
     settle(sets, sets.resize([4]))

@@ -109,8 +109,10 @@ def _add_foresight(command: argparse.ArgumentParser) -> None:
     command.add_argument("--disk-mib-s", type=_positive, metavar="N", help="as on a disk that reads N MiB a second")
     command.add_argument("--policy", choices=get_args(Policy), default="auto", help="which expert gives way")
     command.add_argument("--pairs", type=_positive, default=15, metavar="N", help="interleaved rounds (default: 15)")
-    command.add_argument("--tokens", type=_positive, default=32, metavar="N", help="timed tokens (default: 32)")
-    command.add_argument("--warm", type=_positive, default=16, metavar="N", help="tokens before (default: 16)")
+    command.add_argument("--tokens", type=_fours, default=32, metavar="N", help="timed tokens (default: 32)")
+    command.add_argument(
+        "--warm", type=_positive, default=2, metavar="N", help="before each quarter of them (default: 2)"
+    )
     command.add_argument("--timeout", type=float, default=600.0, metavar="S", help="wait so long for one answer")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of routes and prompts")
 
@@ -194,6 +196,12 @@ def _add_routing(command: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give a whole number from 1 on")
+    return int(text)
+
+
+def _fours(text: str) -> int:
+    if _positive(text) % 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give a multiple of 4")
     return int(text)
 
 

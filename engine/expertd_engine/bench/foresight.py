@@ -21,6 +21,7 @@ from expertd_engine.bench.contender import Contender, Lost
 from expertd_engine.bench.protocol import Decoded, EngineSpec, Turns, TurnsRequest
 from expertd_engine.bench.report import finish, number, percent, spread
 from expertd_engine.bench.stats import Interval, median_interval, ratio_interval
+from expertd_engine.bench.turns import take_turns
 from expertd_engine.console import Progress, silent
 from expertd_engine.experts.payoff import SETTLED
 from expertd_engine.lab.predictor_file import has_predictor
@@ -32,6 +33,8 @@ FLOOR = 0.97
 """Of its speed without foresight, below which an engine must not fall with it."""
 WASTE = 0.2
 """Of prefetched bytes, at most."""
+PARTS = 4
+"""Of each window."""
 HEADER = (
     "routes", "budget", "foresees", "tok/s off", "tok/s on", "on ÷ off", "95 %", "hits off", "hits on", "ahead",
     "wasted", "read ÷ LRU",
@@ -80,7 +83,7 @@ def cells(store: Path, routings: Sequence[str], trace: Path | None, device: str 
 
 def turns_of(pairs: int, tokens: int, warm: int) -> TurnsRequest:
     """What each cell is asked: so many pairs, once the governor has tried whether foresight pays."""
-    return TurnsRequest(pairs, SETTLED, tokens, warm, prompt=1)
+    return TurnsRequest(pairs, SETTLED, tokens, warm, prompt=1, parts=PARTS)
 
 
 def foresight(
@@ -97,7 +100,6 @@ def foresight(
     if spec.device == "cpu":
         return report(spec, request, wanted, lambda cell: _asked(spec, cell, request, timeout_s), progress)
     from expertd_engine.bench.device_session import DeviceSession  # needs triton
-    from expertd_engine.bench.turns import take_turns
 
     with closing(DeviceSession(_as(spec, wanted[0]))) as session:
 
@@ -130,7 +132,7 @@ def _part(trace: Path | None) -> Path | None:
 
 def _longest(request: TurnsRequest) -> int:
     """Tokens of a sequence, in whole blocks and with some to spare."""
-    tokens = request.prompt + request.settle + 2 * request.pairs * (request.warm + request.tokens)
+    tokens = request.prompt + request.settle + 2 * request.pairs * (request.parts * request.warm + request.tokens)
     return -(-(tokens + 64) // 64) * 64
 
 

@@ -213,7 +213,9 @@ def _docstrings() -> list[str]:
     library = Path(sysconfig.get_path("stdlib"))
     found = []
     for module in _STDLIB:
-        tree = ast.parse((library / f"{module}.py").read_text(encoding="utf-8"))
+        path = library / f"{module}.py"
+        path = path if path.is_file() else library / module / "__init__.py"  # in later Pythons some are packages
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         found += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
     return [text for text in found if text]

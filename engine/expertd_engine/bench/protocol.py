@@ -55,7 +55,7 @@ class DecodeRequest(msgspec.Struct, frozen=True, tag="decode", forbid_unknown_fi
 
 class TurnsRequest(msgspec.Struct, frozen=True, tag="turns", forbid_unknown_fields=True):
     """Start every stream on a prompt, take `settle` tokens with foresight; then `pairs` times, with and without it in
-    turn, take `warm` tokens and time `tokens` each. Answered by `Turns`.
+    turn, time `tokens` each, in `parts` of which each comes after `warm` others. Answered by `Turns`.
     """
 
     pairs: int
@@ -63,6 +63,8 @@ class TurnsRequest(msgspec.Struct, frozen=True, tag="turns", forbid_unknown_fiel
     tokens: int
     warm: int
     prompt: int
+    parts: int
+    """Divides `tokens`."""
 
 
 class PrefillRequest(msgspec.Struct, frozen=True, tag="prefill", forbid_unknown_fields=True):

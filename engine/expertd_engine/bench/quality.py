@@ -106,8 +106,10 @@ class QualityBench:
         norms: Sequence[Sequence[float]],
         profile: Profile | None = None,
     ) -> None:
-        """`calibration`: other text, for the methods that want some; `norms`: each expert's ‖E‖, by layer. Raises UsageError for a model without virtual
-        mode."""
+        """`calibration`: other text, for the methods that want some; `norms`: each expert's ‖E‖, by layer.
+
+        Raises UsageError for a model without virtual mode.
+        """
         if text.virtual is None:
             raise UsageError("this model has no virtual mode: its routers are of no known kind")
         self._text = text

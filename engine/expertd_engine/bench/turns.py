@@ -1,5 +1,7 @@
 """One engine with its foresight and without it, in turn: the same weights, pages and experts at hand, moments apart.
 
+Windows are taken in parts, with and without in turn: routes change from moment to moment, as the box does.
+
 Two processes differ by a few per cent for as long as they live, by where their memory happens to lie; that is more than
 what foresight may cost.
 """
@@ -7,7 +9,10 @@ what foresight may cost.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Protocol
+
+import msgspec
 
 from expertd_engine.bench.protocol import Decoded, Turns, TurnsRequest
 from expertd_engine.bench.stats import order_of
@@ -39,19 +44,35 @@ class Turner(Protocol):
 
 def take_turns(session: Turner, request: TurnsRequest) -> Turns:
     """Raises EngineError if a sequence ends in an error."""
-    each = request.warm + request.tokens
+    each = request.parts * request.warm + request.tokens
     streams = session.start(request.prompt, request.settle + 2 * request.pairs * each)
     session.foresee(True)
     whole = [session.window(0, request.settle, len(streams))]
     samples: tuple[list[Decoded], list[Decoded]] = [], []
     for pair in range(request.pairs):
-        for on in order_of(2, pair):
-            session.foresee(bool(on))
-            samples[on].append(session.window(request.warm, request.tokens, len(streams)))
+        parts: tuple[list[Decoded], list[Decoded]] = [], []
+        for part in range(request.parts):
+            for on in order_of(2, pair * request.parts + part):
+                session.foresee(bool(on))
+                parts[on].append(session.window(request.warm, request.tokens // request.parts, len(streams)))
+        for arm, found in zip(samples, parts, strict=True):
+            arm.append(joined(found))
     session.end(streams)
     whole += samples[0] + samples[1]
     prefetched, wasted = sum(one.prefetched_bytes for one in whole), sum(one.wasted_bytes for one in whole)
     return Turns(off=samples[0], on=samples[1], prefetched_bytes=prefetched, wasted_bytes=wasted)
+
+
+def joined(parts: Sequence[Decoded]) -> Decoded:
+    """Windows of equally many tokens as one."""
+    sums = {name: sum(getattr(one, name) for one in parts) for name in _ADDED}
+    return msgspec.structs.replace(parts[-1], **sums, union=fmean(one.union for one in parts))
+
+
+_ADDED = (
+    "elapsed_s", "tokens", "hits", "late", "misses", "missed_bytes", "transferred_bytes", "stall_s",
+    "lru_transferred_bytes", "prefetched_bytes", "wasted_bytes",
+)  # fmt: skip
 
 
 class Switch:

@@ -242,7 +242,9 @@ class DeviceCache:
             return Residents(self, (), Ring(0, 1))
         ring = plan_ring(self._movable, max(self.record_bytes))
         while not self.device.shares_memory and not self._borrow(ring.slots):
-            if self.ledger.is_idle():
+            kept = len(self.ledger.kept)
+            self.meanwhile()  # of those kept, some may have been replaced
+            if self.ledger.is_idle() and len(self.ledger.kept) == kept:
                 raise EngineError(f"no slot of {self.ledger.pool.limit} can be lent to a prompt, and no copy frees one")
             self._executor.drain()  # every slot is being copied into
         lent = self._executor.take_lent()

@@ -26,8 +26,8 @@ _LEAST_APPROVED = 32
 """Hints of one layer and lead that must have come out before that layer and lead may be switched off."""
 
 _Class = tuple[int, int, int]
-"""Layers ahead when the use was first named, layers ahead now, and how long ago the expert was used last; of a source
-that says how sure it is, its trust as a negative number, layers ahead, and 0."""
+"""Layers ahead when the use was first named of the absent expert, layers ahead now, and how long ago it was used last;
+of a source that says how sure it is, its trust as a negative number, layers ahead, and 0."""
 
 
 @dataclass(slots=True)
@@ -129,7 +129,7 @@ class Governor:
         self._on_its_way = on_its_way
         self._reads_ahead = reads_ahead
         self._first_lead: dict[int, dict[int, int]] = {}
-        """Layers ahead when a use was first named: by layer's beginning, then position."""
+        """Layers ahead when a use of an absent expert was first named: by layer's beginning, then position."""
         self._judged: dict[int, dict[int, dict[_Class, _Judged]]] = {}
         """Hints on experts that were absent then: by layer's beginning, then position, once for each class."""
 
@@ -173,16 +173,14 @@ class Governor:
             track.in_vain += not came_true and self._absent_for(expert) is None
 
     def _let_through(self, now: int, hints: Iterable[Hint]) -> list[Hint]:
-        return [hint for hint in hints if self._is_worth_it(now, hint)]
-
-    def _is_worth_it(self, now: int, hint: Hint) -> bool:
         """`now` counts layers since the first step's first. What is resident is only spared: that costs nothing."""
+        aged = ((hint, self._absent_for(hint.expert)) for hint in hints)
+        return [hint for hint, age in aged if age is None or self._is_worth_it(now, hint, age)]
+
+    def _is_worth_it(self, now: int, hint: Hint, age: int) -> bool:
         layer, at = divmod(hint.needed_at, self._num_experts)
         lead, begin = layer - now, hint.needed_at - at
         first = self._first_lead.setdefault(begin, {}).setdefault(hint.needed_at, lead)
-        age = self._absent_for(hint.expert)
-        if age is None:
-            return True
         kind = (first, lead, min(_AGE_CLASSES - 1, (age // self._lookups_per_token).bit_length()))
         if hint.trust >= 0:
             kind = (-1 - hint.trust, lead, 0)

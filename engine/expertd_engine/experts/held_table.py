@@ -21,15 +21,19 @@ class HeldTable:
 
     def __init__(self, experts: Sequence[int]) -> None:
         self.masks: list[NDArray[np.bool_]] = [np.zeros(count, bool) for count in experts]
+        self.shown: list[NDArray[np.bool_]] = [np.zeros(count, bool) for count in experts]
+        """As `masks`, but for who has arrived since."""
         self.slots: list[NDArray[np.int64]] = [np.full(count, -1, np.int64) for count in experts]
         self._expected: set[ExpertId] = set()
 
     def show(self, layer: int, held: Collection[int], slots: Sequence[int]) -> None:
         """The layer holds these experts; `slots` are of all."""
         indices = list(held)
-        self.masks[layer][:] = False
+        shown = self.shown[layer]
+        shown[:] = False
+        shown[indices] = True
         self.slots[layer][indices] = [slots[index] for index in indices]
-        self.masks[layer][indices] = True
+        self.masks[layer][:] = shown
 
     def expect(self, expert: ExpertId) -> None:
         """A lease on it has been asked for, and lasts: it may be used as soon as it is there."""

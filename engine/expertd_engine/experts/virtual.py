@@ -290,7 +290,7 @@ class VirtualExperts:
     def end_step(self, tokens: float) -> list[Action]:
         """The step's observations are in: choose swaps, then age all scores by `tokens`, those of one sequence."""
         actions: list[Action] = []
-        for number in self._by_gain():
+        for number in self._by_gain() if self.limits.per_step else ():
             actions += self._swap(number)
         growth = 2.0 ** min(tokens / self.limits.half_life, math.log2(_RESCALE))
         for layer in self._layers:

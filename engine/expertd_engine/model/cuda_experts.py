@@ -43,8 +43,8 @@ class TableExperts:
         num_rows: Tensor, given: GivenRoutes | None, mailbox: Mailbox | None = None,
     ) -> None:  # fmt: skip
         """`layouts[m]` is that of MoE layer m; `scratches` are by number of rows, since kernels launch a program for
-        every expert that may be met. `num_rows` int32 `[1]`: real rows of the step. `mailbox`: the
-        processor computes what is missing."""
+        every expert that may be met. `num_rows` int32 `[1]`: real rows of the step. `mailbox`: the processor
+        computes what is missing."""
         self._layouts, self._table, self._scratches = layouts, table, scratches
         self._num_rows, self._given, self._mailbox = num_rows, given, mailbox
 

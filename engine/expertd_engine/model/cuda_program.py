@@ -216,9 +216,7 @@ class Program:
             self._multiply(attended, layer.output, work.added[:rows])
             add_norm(hidden, work.added[:rows], layer.attention_norm, layer.attention_residual)
 
-    def _feed_forward(
-        self, layer: DeviceLayer, hidden: Tensor, experts: Experts, virtual: VirtualWork | None
-    ) -> None:
+    def _feed_forward(self, layer: DeviceLayer, hidden: Tensor, experts: Experts, virtual: VirtualWork | None) -> None:
         """Add the layer's FFN to `hidden`: straight, where nothing comes between the sum and the stream."""
         rows = len(hidden)
         straight = layer.output_norm is None and layer.ffn_residual == 1.0

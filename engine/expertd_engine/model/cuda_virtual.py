@@ -91,8 +91,9 @@ class DeviceVirtual:
     def __init__(self, work: VirtualWork, held: DeviceHeld, norms: Sequence[NDArray[np.float32]], top_k: int) -> None:
         """`norms`: of each layer's experts."""
         self.held = held
-        self.counts = VirtualCounts.of(len(norms))
-        self._work, self._top_k = work, top_k
+        self._work, self._top_k, self._tokens = work, top_k, 0
+        self._met = np.zeros((len(norms), MET))
+        """Summed over rows, since start."""
         self._norms = np.zeros((len(norms), max(map(len, norms))), np.float32)
         for layer, row in enumerate(norms):
             self._norms[layer, : len(row)] = row
@@ -100,17 +101,19 @@ class DeviceVirtual:
     def end_step(self, lengths: Sequence[int]) -> list[Substitutions]:
         """A virtual step over sequences of so many rows each has ended, well: what it did to each."""
         rows = sum(lengths)
-        told, counts = self._work.told(rows), self.counts
-        by_layer = told.met.sum(axis=0).tolist()
-        for layer, (replaced, mass, fetched) in enumerate(by_layer):
-            counts.activations[layer] += rows * self._top_k
-            counts.substituted[layer] += int(replaced)
-            counts.mass[layer] += mass
-            counts.fetched += int(fetched)
-        counts.tokens += rows
+        told = self._work.told(rows)
+        self._met += told.met.sum(axis=0)
+        self._tokens += rows
         self.held.digest(told.asked * self._norms, rows / max(1, len(lengths)))
         ends = np.cumsum(lengths).tolist()
         return [self._of(told.met[end - count : end]) for count, end in zip(lengths, ends, strict=True)]
+
+    @property
+    def counts(self) -> VirtualCounts:
+        """Since start."""
+        replaced, mass, fetched = self._met.T
+        activations = [self._tokens * self._top_k] * len(self._met)
+        return VirtualCounts(activations, list(map(int, replaced)), mass.tolist(), self._tokens, int(fetched.sum()))
 
     def _of(self, met: Floats) -> Substitutions:
         rows, layers, _ = met.shape

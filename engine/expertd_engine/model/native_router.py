@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, addressof, byref, c_int32, c_int64, c_void_p
-from itertools import accumulate
-from typing import Any, NamedTuple
+from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,11 +55,11 @@ class NativeRouter:
             raise NotMatched("there are no native kernels")
         self._forward = _bind(loaded.pool.library)
         self._pool = loaded.pool
-        self._aside = _Aside(loaded.pool.library)
-        self._stride = shape.stride
+        self.aside = _Aside(loaded.pool.library)
+        self.stride = shape.stride
         module: Any = loaded.pregating
-        self._pregate = _Pregate()
-        self._keep = _fill(self._pregate, module, loaded.model.get_input_embeddings(), shape, max_positions)
+        self.pregate = _Pregate()
+        self._keep = _fill(self.pregate, module, loaded.model.get_input_embeddings(), shape, max_positions)
 
     def route(
         self,
@@ -79,9 +79,11 @@ class NativeRouter:
 
     def begin(
         self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
-    ) -> Callable[[], Routes]:
+    ) -> _Call:
         """As `Routing.begin`: on a thread of its own."""
-        return self._aside.begin(self._call(token_ids, positions, spans, storage, None))
+        call = self._call(token_ids, positions, spans, storage, None)
+        self.aside.begin(call)
+        return call
 
     def _call(
         self,
@@ -91,52 +93,75 @@ class NativeRouter:
         storage: KVStorage,
         logits: Tensor | None,
     ) -> _Call:
-        count, block = len(token_ids), self._pregate.block
-        block.key_offset, block.value_offset = storage.offsets[-1]
-        ids, at = array("q", token_ids), array("q", positions)
-        rows = array("q", [*(span.row for span in spans), count])
-        starts = array("q", accumulate((len(span.blocks) for span in spans), initial=0))
-        tables = array("i", [number for span in spans for number in span.blocks])
+        count = len(token_ids)
+        starts = accumulate((len(span.blocks) for span in spans), initial=0)
+        numbers = array("q", [*token_ids, *positions, *(span.row for span in spans), count, *starts])
+        tables = array("i", chain.from_iterable(span.blocks for span in spans))
+        ids = _at(numbers)
+        rows = ids + 16 * count
         step = Step(
-            *(count, _at(at), len(spans), _at(rows), _at(starts), _at(tables), storage.address, storage.block_bytes),
-            *(storage.block_tokens, _KV_FORMATS[storage.dtype]),
+            *(count, ids + 8 * count, len(spans), rows, rows + 8 * len(spans) + 8, _at(tables), storage.address),
+            *(storage.block_bytes, storage.block_tokens, _KV_FORMATS[storage.dtype]),
             logits=None if logits is None else logits.data_ptr(),
         )
-        routes = Routes.blank(count, self._stride)
-        arguments = byref(self._pregate), _at(ids), addressof(step), _at(routes.experts), _at(routes.weights)
-        return _Call(arguments, routes, (self._pregate, ids, at, rows, starts, tables, step, storage))
+        call = _Call(self, count, numbers, tables, step, storage)
+        call.point()
+        return call
 
 
-class _Call(NamedTuple):
-    """`arguments` point into `routes` and `keep`, which must live as long as the call."""
+class _Call:
+    """A native call, and all that it points to."""
 
-    arguments: tuple[Any, ...]
-    routes: Routes
-    keep: tuple[Any, ...]
+    def __init__(
+        self, router: NativeRouter, count: int, numbers: array[int], tables: array[int], step: Step, storage: KVStorage
+    ) -> None:
+        """`numbers` are `count` token ids, as many positions, and what else `step` points to; `tables` likewise."""
+        self.routes = Routes.blank(count, router.stride)
+        self._router, self._count, self._numbers = router, count, numbers
+        self._keep = tables, step, storage
+        self._block, self._offsets = router.pregate.block, storage.offsets[-1]
+        self.arguments = (
+            *(byref(router.pregate), _at(numbers), addressof(step), _at(self.routes.experts), _at(self.routes.weights)),
+        )
+
+    def point(self) -> None:
+        """The router is one for all calls; where keys and values lie is the call's."""
+        self._block.key_offset, self._block.value_offset = self._offsets
+
+    def finish(self) -> Routes:
+        """As `Begun.finish`."""
+        self._router.aside.end()
+        return self.routes
+
+    def again(self, token_ids: Sequence[int]) -> None:
+        """As `Begun.again`."""
+        for row, token in enumerate(token_ids):
+            self._numbers[row] = token
+            self._numbers[self._count + row] += 1
+        self.point()
+        self._router.aside.begin(self)
 
 
 class _Aside:
-    """The native thread. Keeps what its call points to, so that a call nobody waits for ends in memory of its own."""
+    """The native thread. Keeps the call that it makes, so that one nobody waits for ends in memory of its own."""
 
     def __init__(self, library: Library) -> None:
         create = library.bind("expertd_pregate_thread_create", [c_void_p])
         self._begin = library.bind("expertd_pregate_begin", [c_void_p, POINTER(_Pregate), *[c_void_p] * 4])
         self._end = library.bind("expertd_pregate_end", [c_void_p])
         self._destroy = library.bind("expertd_pregate_thread_destroy", [c_void_p])
-        self._under_way: _Call | None = None
+        self._call: _Call | None = None
         self._thread = c_void_p()
         create(byref(self._thread))
 
-    def begin(self, call: _Call) -> Callable[[], Routes]:
+    def begin(self, call: _Call) -> None:
         self._begin(self._thread, *call.arguments)
-        self._under_way = call
-        return self._finish
+        self._call = call
 
-    def _finish(self) -> Routes:
-        call, self._under_way = self._under_way, None
-        assert call is not None
+    def end(self) -> None:
+        """Raises what the call raised."""
         self._end(self._thread)
-        return call.routes
+        self._call = None
 
     def __del__(self) -> None:
         self._destroy(self._thread)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from dataclasses import dataclass
 from itertools import pairwise
 
 from expertd_engine.experts.pregated import PregatedLookahead, later_unions
 from expertd_engine.kernels.library import KernelError
 from expertd_engine.model.kv_storage import KVStorage
-from expertd_engine.model.pregate import Finish, Pregate
+from expertd_engine.model.pregate import Begun, Pregate
 from expertd_engine.model.step_routes import KnownRoutes
 from expertd_engine.model.step_rows import Span
 from expertd_engine.paths import Paths, union_of
@@ -23,9 +24,31 @@ from expertd_engine.step_plan import Chunk, StepPlan
 
 logger = logging.getLogger(__name__)
 
-
 _Due = tuple[Sequence, Paths, int]
 """A sequence, its paths, and the position of the token to route, before which all is routed."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Tokens that are routed together; and again the ones after them, while their sequences keep their blocks."""
+
+    due: list[_Due]
+    spans: list[Span]
+    ends: list[int]
+    """Positions that each span's blocks have room for."""
+    begun: Begun
+
+    def goes_on(self, due: list[_Due]) -> bool:
+        """Whether `due` come after these. A block table grows in place; one that is given up is never used again."""
+        if len(due) != len(self.due):
+            return False
+        for now, before, span, end in zip(due, self.due, self.spans, self.ends, strict=True):
+            sequence, _, last = now
+            if sequence is not before[0] or last != before[2] + 1 or last >= end:
+                return False
+            if span.blocks is not sequence.block_table:
+                return False
+        return True
 
 
 class Pathfinder:
@@ -36,8 +59,10 @@ class Pathfinder:
         self._storage = storage
         self._spare = storage.num_blocks
         self._step_tokens = max_step_tokens
-        self._under_way: tuple[list[_Due], list[Span], Finish] | None = None
-        """Tokens that are being routed beside whatever else goes on."""
+        self._batch: _Batch | None = None
+        """Of sampled tokens, the last one."""
+        self._under_way = False
+        """It is being routed beside whatever else goes on."""
 
     @property
     def heads(self) -> int:
@@ -68,19 +93,27 @@ class Pathfinder:
     def _begin_last(self, due: list[_Due]) -> None:
         """The tokens at these positions, before which all is routed, in one call, which goes on while tokens are sent
         and the next step is formed: until somebody looks at the paths, or the step begins."""
-        token_ids: list[int] = []
-        positions: list[int] = []
+        batch, self._batch = self._batch, None  # lost if anything is raised here
+        token_ids = [sequence.tokens(last, last + 1)[0] for sequence, _, last in due]
+        if batch is not None and batch.goes_on(due):
+            batch.due = due
+            batch.begun.again(token_ids)
+        else:
+            batch = self._new_batch(due, token_ids)
+        self._batch, self._under_way = batch, True
+        for _, paths, _ in due:
+            paths.awaited = self._look
+
+    def _new_batch(self, due: list[_Due], token_ids: list[int]) -> _Batch:
+        size = self._storage.block_tokens
         spans: list[Span] = []
         for row, (sequence, _, last) in enumerate(due):
             table = sequence.block_table
-            if len(table) * self._storage.block_tokens <= last:
+            if len(table) * size <= last:
                 table = [*table, self._spare + row]
-            token_ids += sequence.tokens(last, last + 1)
-            positions.append(last)
             spans.append(Span(row, last, 1, table))
-        self._under_way = due, spans, self._pregate.begin(token_ids, positions, spans, self._storage)
-        for _, paths, _ in due:
-            paths.awaited = self._look
+        begun = self._pregate.begin(token_ids, [last for _, _, last in due], spans, self._storage)
+        return _Batch(due, spans, [len(span.blocks) * size for span in spans], begun)
 
     def _look(self) -> None:
         """Somebody looks at paths of which tokens are under way."""
@@ -91,16 +124,18 @@ class Pathfinder:
 
     def _settle(self) -> None:
         """Take in what is under way. Raises what routing raises; then it is as if nothing had begun."""
-        if self._under_way is None:
+        if not self._under_way:
             return
-        (due, spans, finish), self._under_way = self._under_way, None
-        for _, paths, _ in due:
+        batch, self._batch, self._under_way = self._batch, None, False
+        assert batch is not None
+        for _, paths, _ in batch.due:
             paths.awaited = None
-        routes = finish()
-        for row, (sequence, paths, last) in enumerate(due):
+        routes = batch.begun.finish()
+        for row, (sequence, paths, last) in enumerate(batch.due):
             paths.extend(routes, row, row + 1)
-            if paths.stored == last and spans[row].blocks is sequence.block_table:
+            if paths.stored == last and batch.spans[row].blocks is sequence.block_table:
                 paths.stored += 1
+        self._batch = batch
 
     def _route_prompt(self, sequence: Sequence, paths: Paths) -> None:
         """All known tokens, over keys and values that are dropped again: the sequence has no blocks yet. In pieces no

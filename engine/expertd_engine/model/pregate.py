@@ -7,7 +7,8 @@ so that a token's route has the same bits in every batch and for every cut, else
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -30,8 +31,17 @@ _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Allowed error of the probe's logits, relative to their size."""
 
 
-Finish = Callable[[], Routes]
-"""Waits for what was begun. Raises what `Routing.route` raises."""
+class Begun(Protocol):
+    """One token of each of some sequences, being routed. `finish` is called once for each beginning, before anything
+    else is routed."""
+
+    def finish(self) -> Routes:
+        """Waits. The routes stand until `again`. Raises what `Routing.route` raises."""
+        ...
+
+    def again(self, token_ids: Sequence[int]) -> None:
+        """Begin with the next token of each, over the same blocks."""
+        ...
 
 
 class Routing(Protocol):
@@ -46,8 +56,8 @@ class Routing(Protocol):
 
     def begin(
         self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
-    ) -> Finish:
-        """`route` beside the caller, if need be; what it returns is to be called once, before the next `begin`."""
+    ) -> Begun:
+        """`route` with one row for each span, beside the caller if that helps."""
         ...
 
 
@@ -109,10 +119,9 @@ class ModuleRouter:
 
     def begin(
         self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
-    ) -> Finish:
-        """At once: a module's Python would only stand in the caller's way."""
-        routes = self.route(token_ids, positions, spans, storage)
-        return lambda: routes
+    ) -> Begun:
+        """Nothing beside the caller: a module's Python would only stand in its way."""
+        return _BegunByModule(self, token_ids, positions, spans, storage)
 
     def logits(
         self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
@@ -123,6 +132,23 @@ class ModuleRouter:
             embeddings = self._embed(_padded(token_ids)[None])
             logits = self._module(embeddings, _padded(positions)[None], None, None, ATTENTION_NAME, expertd_batch=batch)
         return logits[0, : len(token_ids)].float()  # type: ignore[no-any-return]  # nn.Module's call
+
+
+class _BegunByModule:
+    def __init__(
+        self, router: ModuleRouter, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span],
+        storage: KVStorage,
+    ) -> None:  # fmt: skip
+        self._router, self._token_ids, self._positions = router, token_ids, positions
+        self._spans, self._storage = spans, storage
+
+    def finish(self) -> Routes:
+        return self._router.route(self._token_ids, self._positions, self._spans, self._storage)
+
+    def again(self, token_ids: Sequence[int]) -> None:
+        self._token_ids = token_ids
+        self._positions = [position + 1 for position in self._positions]
+        self._spans = [replace(span, start=span.start + 1) for span in self._spans]
 
 
 class _LastLayer(AttentionBatch):

@@ -7,6 +7,7 @@ five. Owns the file that lies beside the store.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +25,9 @@ TOKEN_ROUTES_VERSION = 1
 RANK = 128
 RIDGE = 0.3
 _PIECE = 4096
+_NAMED = 1.5
+"""Experts named, of top-k. At four times top-k slots that lowers KL from 0.025 to 0.019 nats a token; twice top-k names
+half as many more for no more than that."""
 _ROWS = 64
 """Of a larger step the last ones are asked about: those that come next are most like them."""
 
@@ -51,7 +55,7 @@ class TokenRoutes:
 
     def __init__(self, numbers: TokenMap, top_k: int) -> None:
         self.numbers = numbers
-        self._top_k = top_k
+        self._named = min(math.ceil(_NAMED * top_k), numbers.shares.shape[1])
 
     def expected(self, token_ids: Sequence[int]) -> Floats:
         """`[L, E]`: the share of each layer's gate weight that these tokens will probably give each expert."""
@@ -59,7 +63,7 @@ class TokenRoutes:
         layers, experts = numbers.shares.shape
         rows = numbers.tokens[list(token_ids[-_ROWS:])].astype(np.float32)
         logits = (rows @ numbers.up + numbers.bias).reshape(-1, experts)
-        least = np.partition(logits, -self._top_k, axis=1)[:, -self._top_k, None]
+        least = np.partition(logits, -self._named, axis=1)[:, -self._named, None]
         weights = np.exp(np.where(logits >= least, logits - logits.max(axis=1, keepdims=True), -np.inf))
         weights /= weights.sum(axis=1, keepdims=True)
         shares: Floats = weights.reshape(-1, layers, experts).mean(axis=0)
@@ -72,6 +76,7 @@ def write_token_map(folder: Path, numbers: TokenMap, store_id: str) -> Path:
     tensors = {field.name: np.ascontiguousarray(getattr(numbers, field.name)) for field in fields(TokenMap)}
     try:
         save_file(tensors, path, {"version": str(TOKEN_ROUTES_VERSION), "store_id": store_id})
+        path.chmod(0o644)  # whoever reads the store reads this too
     except (OSError, SafetensorError) as error:
         raise StoreError(f"cannot write {path}: {error}") from error
     return path

@@ -56,7 +56,7 @@ class TokenForesight(Protocol):
     def expected(self, token_ids: Sequence[int]) -> Floats: ...
 
 
-_CANDIDATES = 2
+_CANDIDATES = 3
 """Experts considered for each swap that a step may begin."""
 
 Select = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -254,11 +254,11 @@ class VirtualRouting:
         return self.held.slots(layer, experts, pairs)
 
     def mask(self, layer: int) -> Bools:
-        """`[E]`: who is held now. Takes in what has arrived on the way here."""
+        """`[E]`: who is held now, which nobody changes meanwhile. Takes in what has arrived on the way here."""
         self._take_in()
         if self._made_at[layer] != self.held.sets.changes[layer]:
             self._make_mask(layer)
-        return self.masks[layer]
+        return self.held.table.shown[layer]
 
     def _take_in(self) -> None:
         if self.held.sets.is_settled:

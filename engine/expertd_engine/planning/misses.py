@@ -33,9 +33,7 @@ def may_compute(asked: DeviceMisses, obstacle: str | None) -> bool:
     return asked != "link" and obstacle is None
 
 
-def decide(
-    asked: DeviceMisses, obstacle: str | None, link_bytes_per_s: float, cpu_bytes_per_s: float = 0.0
-) -> Misses:
+def decide(asked: DeviceMisses, obstacle: str | None, link_bytes_per_s: float, cpu_bytes_per_s: float = 0.0) -> Misses:
     """`auto` takes whoever goes through a record sooner. `cpu_bytes_per_s` is measured where `may_compute` says so."""
     if asked == "auto" and obstacle is not None:
         return Misses("link", link_bytes_per_s, fallback=f"missing experts are read over the link: {obstacle}")

@@ -126,7 +126,7 @@ class Workshop:
         student = self.trained(Job(job.begin, before, Recipe(0, 0.0, seed=ran["recipe"]["seed"]), begin=ran["begin"]))
         if job.shape is None or job.shape == before:
             return student
-        grown = upcycled(student, job.shape, self.dense, job.recipe.seed)
+        grown = upcycled(student, job.shape, self.dense, self.statistics(), job.recipe.seed)
         grown.compute_in(self.compute)
         return grown
 

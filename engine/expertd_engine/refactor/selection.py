@@ -34,8 +34,7 @@ def select(statistics: Statistics, shape: Shape, seed: int = 0) -> Selection:
         raise ModelError(f"{shape.permanent} permanent neurons asked of an FFN of {neurons}")
     permanent = _by_worst_rank(statistics.energy, shape.permanent)
     if shape.routing == Routing.NONE:
-        share = statistics.energy / statistics.energy.sum(dim=2, keepdim=True)
-        best = share.mean(dim=0).topk(shape.permanent, dim=1).indices.sort().values
+        best = mean_shares(statistics.energy).topk(shape.permanent, dim=1).indices.sort().values
         nothing = torch.zeros(layers, 0, 0, dtype=torch.int64)
         return Selection(best, nothing, nothing)
     generator = torch.Generator().manual_seed(seed)
@@ -55,6 +54,11 @@ def select(statistics: Statistics, shape: Shape, seed: int = 0) -> Selection:
         for layer in range(layers)
     ]
     return Selection(permanent, torch.stack(clusters), fresh)
+
+
+def mean_shares(energy: Tensor) -> Tensor:
+    """`[layers, neurons]`: each neuron's share of its layer's energy, mean over domains."""
+    return (energy / energy.sum(dim=2, keepdim=True)).mean(dim=0)
 
 
 def _by_worst_rank(energy: Tensor, count: int) -> Tensor:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from expertd_engine.errors import ModelError
 from expertd_engine.refactor.dense import Dense
 from expertd_engine.refactor.parts import FullPart
-from expertd_engine.refactor.selection import Selection
+from expertd_engine.refactor.selection import Selection, mean_shares
 from expertd_engine.refactor.shape import Routing, Shape
+from expertd_engine.refactor.statistics import Statistics
 from expertd_engine.refactor.student import Student
 
 
-def upcycled(pruned: Student, shape: Shape, dense: Dense, seed: int = 0) -> Student:
+def upcycled(pruned: Student, shape: Shape, dense: Dense, statistics: Statistics, seed: int = 0) -> Student:
     """The model of `shape` that computes what `pruned` does, whatever its router says, but for neurons that `shape`
-    has no room for: in each layer the strongest are permanent, the next are in every expert, the weakest go.
+    has no room for: in each layer those with most energy in the dense model are permanent, the next are in every
+    expert, and those with least go. (Weights' norms tell less: neurons that few strong inputs need have small ones.)
 
     Raises ModelError for a shape that is no single index with full weights, or has more active neurons than `pruned`.
     """
@@ -25,8 +26,10 @@ def upcycled(pruned: Student, shape: Shape, dense: Dense, seed: int = 0) -> Stud
     stacks = [_trained_stack(pruned, layer) for layer in range(len(pruned.blocks))]
     if shape.active > stacks[0].shape[1]:
         raise ModelError(f"{shape.active} active neurons cannot be copies of a pruned FFN's {stacks[0].shape[1]}")
-    orders = [_strongest(stack) for stack in stacks]
-    student = Student(dense, shape, _selection(pruned, orders, shape), seed)
+    assert pruned.selection is not None
+    numbers = pruned.selection.permanent.cpu()
+    orders = mean_shares(statistics.energy).gather(1, numbers).argsort(dim=1, descending=True, stable=True)
+    student = Student(dense, shape, _selection(numbers.gather(1, orders), shape), seed)
     student.load_trained({name: one for name, one in pruned.trained().items() if ".mlp." not in name})
     for block, stack, order in zip(student.blocks, stacks, orders, strict=True):
         permanent, copied = order[: shape.permanent], order[shape.permanent : shape.active]
@@ -46,18 +49,8 @@ def _trained_stack(pruned: Student, layer: int) -> Tensor:
     return stack
 
 
-def _strongest(stack: Tensor) -> Tensor:
-    """Neuron places by the product of the norms of their three vectors, the largest first."""
-    strength: Tensor = stack.norm(dim=-1).log().sum(dim=0)
-    return strength.argsort(descending=True, stable=True)
-
-
-def _selection(pruned: Student, orders: list[Tensor], shape: Shape) -> Selection:
-    """Where the copies' neurons stood in the dense model."""
-    assert pruned.selection is not None
-    numbers = torch.stack(
-        [kept[order.cpu()] for kept, order in zip(pruned.selection.permanent.cpu(), orders, strict=True)]
-    )
+def _selection(numbers: Tensor, shape: Shape) -> Selection:
+    """Where the copies' neurons stood in the dense model: `numbers` `[layers, N]`, those with most energy first."""
     permanent, copied = numbers[:, : shape.permanent], numbers[:, shape.permanent : shape.active]
     experts = copied[:, None].expand(-1, shape.experts, -1).contiguous()
     return Selection(permanent.contiguous(), experts, experts[:, :, :0])

@@ -30,8 +30,8 @@ EXPERTD_API int expertd_pregate_forward(expertd_pool *pool, const expertd_pregat
                                         const expertd_step *step, int64_t *experts, float *weights);
 
 /* A thread that routes beside its caller. `begin` is expertd_pregate_forward, but returns at once, and is refused while
- * a call is under way; all that it is given must stay as it is until `end`, which waits and returns the call's code, or
- * EXPERTD_OK where there was none. `destroy` waits too. */
+ * a call is under way; all that it is given must stay as it is until `end`, which waits or makes the call itself, and returns its
+ * code; EXPERTD_OK where there was none. `destroy` waits too, and gives up a call that has not begun. */
 typedef struct expertd_pregate_thread expertd_pregate_thread;
 EXPERTD_API int expertd_pregate_thread_create(expertd_pregate_thread **thread);
 EXPERTD_API int expertd_pregate_thread_destroy(expertd_pregate_thread *thread);

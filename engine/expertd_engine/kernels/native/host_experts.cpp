@@ -27,6 +27,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int kLooks = 4096;  // at the number before others are let onto the core
+constexpr auto kPatience = std::chrono::milliseconds(200);  // no GPU's step takes so long: then looks are far between
+constexpr auto kNap = std::chrono::microseconds(200);
 
 int32_t read_number(const int32_t* at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
 
@@ -109,6 +111,7 @@ class Host {
       changed_.wait(lock, [this] { return watching_ || stopping_; });
       parked_ = false;
       lock.unlock();
+      heard_ = Clock::now();
       while (watching_) look();
       lock.lock();
     }
@@ -122,6 +125,7 @@ class Host {
       }
       pause();
     }
+    if (Clock::now() - heard_ > kPatience) std::this_thread::sleep_for(kNap);
     sched_yield();
   }
 
@@ -134,7 +138,8 @@ class Host {
     }
     answered_ = number;
     ++counts_.requests;
-    counts_.nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - began).count();
+    heard_ = Clock::now();
+    counts_.nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(heard_ - began).count();
     __atomic_store_n(box_.done, number, __ATOMIC_RELEASE);
   }
 
@@ -194,6 +199,7 @@ class Host {
   std::vector<int32_t> pair_begin_, pair_row_;
   std::vector<float> pair_weight_;
   int32_t answered_;  // and what follows: the watching thread's, or, while that is parked, the caller's
+  Clock::time_point heard_;  // of the last request, or of the step's beginning
   expertd_host_counts counts_{};
   std::string failure_;
   std::atomic<bool> watching_{false};

@@ -1,4 +1,5 @@
-// A pre-gating router that runs beside its caller, who has other things to do until the routes are asked for.
+// A pre-gating router that runs beside its caller, who has other things to do until the routes are asked for. Whoever
+// asks while the thread has not woken up yet makes the call itself: a thread that wakes late delays nobody.
 #include <signal.h>
 
 #include <condition_variable>
@@ -6,6 +7,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 
 #include "errors.h"
 #include "expertd_pregate.h"
@@ -32,7 +34,7 @@ class Aside {
   void begin(std::function<int()> call) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (call_) throw Busy("the router is inside another call");
+      if (call_ || running_) throw Busy("the router is inside another call");
       code_ = EXPERTD_OK;
       call_ = std::move(call);
     }
@@ -41,14 +43,13 @@ class Aside {
 
   int end() {
     std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return !call_; });
-    const int code = code_;
-    code_ = EXPERTD_OK;
+    if (call_) return std::exchange(call_, nullptr)();
+    changed_.wait(lock, [&] { return !running_; });
+    const int code = std::exchange(code_, EXPERTD_OK);
     return code ? report(code, error_.c_str()) : code;
   }
 
  private:
-  // A call that has begun is done even where the thread shall stop.
   void serve() {
     sigset_t all;
     sigfillset(&all);
@@ -56,13 +57,15 @@ class Aside {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       changed_.wait(lock, [&] { return call_ || stopping_; });
-      if (!call_) return;
+      if (stopping_) return;
+      const std::function<int()> call = std::exchange(call_, nullptr);
+      running_ = true;
       lock.unlock();
-      const int code = call_();
+      const int code = call();
       lock.lock();
       code_ = code;
       if (code) error_ = expertd_error();
-      call_ = nullptr;
+      running_ = false;
       changed_.notify_all();
     }
   }
@@ -70,7 +73,8 @@ class Aside {
   expertd_pool pool_;
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::function<int()> call_;  // what is under way; empty while there is nothing
+  std::function<int()> call_;  // that nobody has begun to make
+  bool running_ = false;       // the thread makes one
   int code_ = EXPERTD_OK;
   std::string error_;
   bool stopping_ = false;

@@ -15,7 +15,8 @@ from expertd_engine.refactor.demo.prompts import FOLLOW_UPS, prompts
 from expertd_engine.refactor.dense import Dense, open_dense
 
 _FOLLOW_UP_SHARE = 0.15
-_NEW_TOKENS = 176
+_NEW_TOKENS = 96
+_NEW_TOKENS_OF_OWN = 176
 _ROWS = 2048
 _QUESTION_TOKENS = 56
 _PROMPT_TOKENS = 224
@@ -25,17 +26,25 @@ Conversation = list[dict[str, str]]
 
 
 def converse(
-    dense: Dense, asked: Sequence[str], *, rows: int = _ROWS, seed: int = 0, progress: Progress = silent
+    dense: Dense,
+    asked: Sequence[str],
+    *,
+    new_tokens: int = _NEW_TOKENS,
+    rows: int = _ROWS,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> list[Conversation]:
-    """One or two turns for each prompt, sampled at temperature 0.3 among the 50 likeliest tokens."""
+    """One or two turns for each prompt, sampled at temperature 0.3 among the 50 likeliest tokens, each of at most
+    `new_tokens` tokens.
+    """
     conversations: list[Conversation] = [[{"role": "user", "content": prompt}] for prompt in asked]
     torch.manual_seed(seed)
-    _answer(dense, conversations, rows, progress)
+    _answer(dense, conversations, new_tokens, rows, progress)
     generator = random.Random(seed)
     again = [one for one in conversations if generator.random() < _FOLLOW_UP_SHARE]
     for one in again:
         one.append({"role": "user", "content": generator.choice(FOLLOW_UPS)})
-    _answer(dense, again, rows, progress)
+    _answer(dense, again, new_tokens, rows, progress)
     return conversations
 
 
@@ -71,13 +80,13 @@ def write_texts(dense: Dense, conversations: Sequence[Conversation], folder: Pat
     return paths
 
 
-def _answer(dense: Dense, conversations: list[Conversation], rows: int, progress: Progress) -> None:
+def _answer(dense: Dense, conversations: list[Conversation], new_tokens: int, rows: int, progress: Progress) -> None:
     """Append the assistant's turn to each, batches of like length together."""
     encoded = [_encode(dense, one) for one in conversations]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     for begin in range(0, len(order), rows):
         batch = order[begin : begin + rows]
-        for i, answer in zip(batch, _generate(dense, [encoded[i] for i in batch]), strict=True):
+        for i, answer in zip(batch, _generate(dense, [encoded[i] for i in batch], new_tokens), strict=True):
             conversations[i].append({"role": "assistant", "content": answer})
         progress("answers", min(1.0, (begin + rows) / len(order)))
 
@@ -88,8 +97,8 @@ def _encode(dense: Dense, conversation: Conversation) -> list[int]:
     return ids[-_PROMPT_TOKENS:]
 
 
-def _generate(dense: Dense, encoded: list[list[int]]) -> list[str]:
-    found = _sample(dense, encoded, _NEW_TOKENS, temperature=0.3, top_k=50)
+def _generate(dense: Dense, encoded: list[list[int]], new_tokens: int) -> list[str]:
+    found = _sample(dense, encoded, new_tokens, temperature=0.3, top_k=50)
     texts: list[str] = dense.tokenizer.batch_decode(found, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
@@ -134,7 +143,8 @@ def _run(options: argparse.Namespace) -> None:
     dense = open_dense(options.source, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     with progress_bar() as progress:
         asked = _own(dense, options.own) if options.own else prompts(options.texts, options.count)
-        conversations = converse(dense, asked, progress=progress)
+        new_tokens = _NEW_TOKENS_OF_OWN if options.own else _NEW_TOKENS
+        conversations = converse(dense, asked, new_tokens=new_tokens, progress=progress)
     paths = write_texts(dense, conversations, options.texts / ("own" if options.own else "chat"))
     print(json.dumps({"conversations": len(conversations), "files": len(paths)}))
 

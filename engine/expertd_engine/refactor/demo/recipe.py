@@ -29,8 +29,8 @@ from expertd_engine.refactor.shape import Routing, Shape
 from expertd_engine.refactor.training import Recipe
 
 STEPS = {
-    "teacher": 160, "sweep": 60, "final": 230, "demo": 250, "sparse": 200, "long-sweep": 140, "long-final": 1234,
-    "branch-base": 400, "branch-sweep": 110, "branch-final": 1000,
+    "teacher": 160, "sweep": 60, "final": 230, "demo": 676, "sparse": 200, "long-sweep": 140, "long-final": 1234,
+    "branch-base": 400, "branch-sweep": 110, "branch-final": 579,
 }  # fmt: skip
 """Of 48 windows of 1,024 tokens, of 24 in the long runs; `--scale` multiplies them."""
 RATES = (3e-4, 6e-4, 1.2e-3)
@@ -47,7 +47,10 @@ HEADS = replace(LAYERS, routing=Routing.HEADS)
 FINE = Shape(Routing.LAYERS, permanent=256, experts=64, top_k=8, from_dense=20, width=64)
 WIDE = replace(FINE, top_k=4, width=128)
 MANY = replace(FINE, experts=128, from_dense=10)
-DEMO = Shape(Routing.INDEX, permanent=768, experts=8, top_k=1, from_dense=384, width=384, rank=12, attention_rank=24)
+DEMO = Shape(
+    Routing.INDEX, permanent=896, experts=8, top_k=1, from_dense=384, width=384, rank=32, shared_basis=True,
+    attention_rank=48,
+)  # fmt: skip
 SPARSE = Shape(
     Routing.LAYERS, permanent=256, experts=64, top_k=8, from_dense=20, width=32, rank=20, shared_basis=True,
     attention_rank=16,
@@ -72,12 +75,15 @@ def jobs(dense: Dense, scale: float = 1.0, *, compiled: bool) -> list[Job]:
                 Job(f"final-{name}-{seed}", shape, replace(base, steps=steps["final"], seed=seed), TUNED, swept)
             )
     gates = replace(base, steps=steps["sparse"], router_steps=60, rounds=1, learning_rate=1e-3)
-    chatty = replace(base, domain_weights={"chat": 3.0})
+    likeness = replace(
+        base, steps=steps["demo"], learning_rate=1.5e-3, router_steps=1600, micro_rows=24, distillation=1.0,
+        labelled=0.5, domain_weights={"chat": 12.0},
+    )  # fmt: skip
     return [
         *found,
         Job("layers", LAYERS, gates, TUNED),
         Job("heads", HEADS, replace(gates, rounds=2, router_steps=200), TUNED),
-        Job("demo", DEMO, replace(chatty, steps=steps["demo"], learning_rate=1.5e-3), "dense", keep=True),
+        Job("demo", DEMO, likeness, "dense", keep=True),
         Job("sparse", SPARSE, replace(gates, domain_weights={"chat": 3.0}), "dense", keep=True),
         *_long_jobs(dense, steps, compiled=compiled),
         *_branched_jobs(dense, steps, compiled=compiled),
