@@ -33,8 +33,8 @@ def open_virtual(context: Context, model: DeviceModel, cache: DeviceCache) -> De
     made = virtual_parts(context.loaded, store.index, config, profile, limits, slot_bytes)
     if isinstance(made, NoVirtualMode):
         return made
-    if config.virtual_swaps == "foreseen":
-        context.fallbacks.append("virtual mode swaps experts after steps alone: on a device no layer is foreseen")
+    if config.expert_mode == "virtual" or config.virtual_swaps == "foreseen":
+        context.fallbacks.append("virtual mode swaps experts after steps alone: on a device no route is foreseen")
     if config.expert_mode == "virtual" and lacks_norms(store.index):
         context.fallbacks.append("virtual mode weighs all experts alike: this store has no norms; prepare it again")
     return DeviceVirtual(model.virtual, DeviceHeld(cache, made.sets, made.room), made.norms, store.index.top_k)

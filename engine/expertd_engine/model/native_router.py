@@ -174,7 +174,7 @@ def _at(values: array[Any]) -> int:
 def _bind(library: Library) -> Any:
     size: Any = getattr(library.handle, "expertd_pregate_bytes", lambda: None)  # absent from older libraries
     size.restype = c_int64
-    if size() != ctypes.sizeof(_Pregate):
+    if size() != ctypes.sizeof(_Pregate) or not hasattr(library.handle, "expertd_pregate_begin"):
         raise KernelsMissing(f"native kernels {library.path} are of another version: install again")
     return library.bind(
         "expertd_pregate_forward", [c_void_p, POINTER(_Pregate), c_void_p, c_void_p, c_void_p, c_void_p]

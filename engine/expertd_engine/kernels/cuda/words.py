@@ -46,11 +46,9 @@ class RoundedInputs(NamedTuple):
     def of(cls, x: Tensor, groups: int, cols: int, norm: DeviceNorm | None) -> RoundedInputs:
         """Round once what every program of a product reads; `norm` is an RMS norm."""
         gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        made = cls(
-            torch.empty(len(x), groups, 8, dtype=torch.int32, device=x.device),
-            *(torch.empty(len(x), groups, device=x.device) for _ in range(2)),
-            torch.empty(len(x), device=x.device),
-        )
+        words = torch.empty(len(x), groups, 8, dtype=torch.int32, device=x.device)
+        sizes, totals = torch.empty(2, len(x), groups, device=x.device)
+        made = cls(words, sizes, totals, torch.empty(len(x), device=x.device))
         _round_kernel[(len(x),)](
             *(x, gain, *made, x.stride(0), eps),
             COLS=cols,
