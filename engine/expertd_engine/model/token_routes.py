@@ -62,7 +62,8 @@ class TokenRoutes:
         numbers = self.numbers
         layers, experts = numbers.shares.shape
         rows = numbers.tokens[list(token_ids[-_ROWS:])].astype(np.float32)
-        logits = (rows @ numbers.up + numbers.bias).reshape(-1, experts)
+        # no BLAS: its threads go on spinning on the cores that the layers want
+        logits = (np.einsum("tr,re->te", rows, numbers.up) + numbers.bias).reshape(-1, experts)
         least = np.partition(logits, -self._named, axis=1)[:, -self._named, None]
         weights = np.exp(np.where(logits >= least, logits - logits.max(axis=1, keepdims=True), -np.inf))
         weights /= weights.sum(axis=1, keepdims=True)
