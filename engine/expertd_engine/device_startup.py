@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 _ALLOWED = {"batching": ("decode-first",), "predictor": ("auto", "none")}
 """Values of options that offer more on a processor."""
 
+
 @dataclass(frozen=True, slots=True)
 class DeviceEngine:
     """All parts of a running engine whose steps run on a device; as `startup.Engine`."""

@@ -1,8 +1,8 @@
 """Where tokens will probably be sent, layer by layer, by what they are alone: known as soon as a token is sampled.
 
-A low-rank map from the token's embedding to every router's logits, fitted by `expertd profile`. On fine-grained models
-it names three in four of the choices that carry weight, a whole step ahead; the layer before a router names four in
-five. Owns the file that lies beside the store.
+A low-rank map from the token's embedding to every router's logits, fitted by `expertd profile`. On a fine-grained
+model (64 experts, top-8) the 8 experts that it names first have 73 % of a token's gate weight, 12 have 86 %. Owns the
+file that lies beside the store.
 """
 
 from __future__ import annotations
