@@ -106,6 +106,9 @@ def _add_foresight(command: argparse.ArgumentParser) -> None:
         "--routing", default="uniform,calibrated:fine", metavar="R,…", help="(default: uniform,calibrated:fine)"
     )
     command.add_argument("--trace", type=Path, metavar="TRACE", help="routes of `expertd trace record` too")
+    command.add_argument(
+        "--hints", default="default", metavar="H", help="of these routes, as for decode: default, exact, recalls by lead"
+    )
     command.add_argument("--disk-mib-s", type=_positive, metavar="N", help="as on a disk that reads N MiB a second")
     command.add_argument("--policy", choices=get_args(Policy), default="auto", help="which expert gives way")
     command.add_argument("--pairs", type=_positive, default=15, metavar="N", help="interleaved rounds (default: 15)")
@@ -270,6 +273,7 @@ def _foresight(options: argparse.Namespace) -> str:
         seed=options.seed,
         device=options.device,
         disk_mib_s=options.disk_mib_s,
+        hints=options.hints,
     )
     request = turns_of(options.pairs, options.tokens, options.warm)
     routings = options.routing.split(",")

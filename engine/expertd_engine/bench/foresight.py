@@ -17,18 +17,19 @@ from typing import Any
 
 import msgspec
 
+from expertd_engine.bench.channel import make_channel
 from expertd_engine.bench.contender import Contender, Lost
 from expertd_engine.bench.protocol import Decoded, EngineSpec, Turns, TurnsRequest
 from expertd_engine.bench.report import finish, number, percent, spread
 from expertd_engine.bench.stats import Interval, median_interval, ratio_interval
 from expertd_engine.bench.turns import take_turns
 from expertd_engine.console import Progress, silent
+from expertd_engine.errors import UsageError
 from expertd_engine.experts.payoff import SETTLED
 from expertd_engine.lab.predictor_file import has_predictor
 from expertd_engine.lab.trace import SUFFIX
 
 BUDGETS = ("25%", "50%")
-HINTS = "default"
 FLOOR = 0.97
 """Of its speed without foresight, below which an engine must not fall with it."""
 WASTE = 0.2
@@ -72,11 +73,14 @@ class Found:
         return self.ratio.low >= FLOOR and (self.wasted is None or self.wasted <= WASTE)
 
 
-def cells(store: Path, routings: Sequence[str], trace: Path | None, device: str = "cpu") -> list[Cell]:
-    """Generated routes, those of a trace, and the model's own where something predicts them."""
+def cells(spec: EngineSpec, routings: Sequence[str], trace: Path | None) -> list[Cell]:
+    """Generated routes and those of a trace, of which the spec's hints are given; and the model's own where something
+    predicts them. Raises UsageError for hints that say nothing."""
+    if make_channel(spec.hints) is None:
+        raise UsageError(f"hints {spec.hints!r} foresee nothing of given routes: give default, exact, or recalls by lead")
     routings = [*routings, *([] if trace is None else [f"trace:{trace}"])]
-    found = [Cell(routing, budget, HINTS) for routing in routings for budget in BUDGETS]
-    if device == "cpu" and has_predictor(store):
+    found = [Cell(routing, budget, spec.hints) for routing in routings for budget in BUDGETS]
+    if spec.device == "cpu" and has_predictor(Path(spec.store)):
         found += [Cell("model", budget, "learned") for budget in BUDGETS]
     return found
 
@@ -95,7 +99,7 @@ def foresight(
     progress: Progress = silent,
 ) -> str:
     """Measure every cell, one after the other: the report. Raises what starting an engine raises."""
-    wanted = cells(Path(spec.store), routings, _part(trace), spec.device)
+    wanted = cells(spec, routings, _part(trace))
     spec = msgspec.structs.replace(spec, max_model_len=_longest(request))
     if spec.device == "cpu":
         return report(spec, request, wanted, lambda cell: _asked(spec, cell, request, timeout_s), progress)
