@@ -107,7 +107,7 @@ def _add_foresight(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--trace", type=Path, metavar="TRACE", help="routes of `expertd trace record` too")
     command.add_argument(
-        "--hints", default="default", metavar="H", help="of these routes, as for decode: default, exact, recalls by lead"
+        "--hints", default="default", metavar="H", help="of these routes: default, exact[:LEADS], recalls by lead"
     )
     command.add_argument("--disk-mib-s", type=_positive, metavar="N", help="as on a disk that reads N MiB a second")
     command.add_argument("--policy", choices=get_args(Policy), default="auto", help="which expert gives way")

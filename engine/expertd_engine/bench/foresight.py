@@ -77,7 +77,7 @@ def cells(spec: EngineSpec, routings: Sequence[str], trace: Path | None) -> list
     """Generated routes and those of a trace, of which the spec's hints are given; and the model's own where something
     predicts them. Raises UsageError for hints that say nothing."""
     if make_channel(spec.hints) is None:
-        raise UsageError(f"hints {spec.hints!r} foresee nothing of given routes: give default, exact, or recalls by lead")
+        raise UsageError(f"hints {spec.hints!r} foresee no given routes: give default, exact, or recalls by lead")
     routings = [*routings, *([] if trace is None else [f"trace:{trace}"])]
     found = [Cell(routing, budget, spec.hints) for routing in routings for budget in BUDGETS]
     if spec.device == "cpu" and has_predictor(Path(spec.store)):
