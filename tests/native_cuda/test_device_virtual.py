@@ -106,7 +106,7 @@ def test_what_is_substituted_is_what_the_processor_substitutes(tmp_path: Path, m
         assert engine.runner.virtual is not None
         for layer, priors in enumerate(engine.runner.virtual.held.sets.priors):
             for expert in held.held(layer):
-                priors[expert] += 1e6  # type: ignore[index]  # a list, so that it begins with the device's sets
+                priors[expert] += 1e6  # type: ignore[index]  # typed as a sequence; the device's own sets first
         theirs = stats(run(engine, "virtual", 1.0, 1))
     assert (met.substituted, met.choices) == (theirs.substituted, theirs.choices)
     assert met.substituted_mass == pytest.approx(theirs.substituted_mass, rel=1e-4)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from expertd_engine.errors import StoreError
+from expertd_engine.arrays_file import ArraysFile
 
 PREDICTOR_NAME = "predictor.safetensors"
 PREDICTOR_VERSION = 1
@@ -74,33 +72,18 @@ class Recent:
         np.log(shares + self.FLOOR, out=self.features[layer])
 
 
+_FILE = ArraysFile.of(PREDICTOR_NAME, PREDICTOR_VERSION, Predictor, "expertd train-predictor")
+
+
 def write_predictor(folder: Path, predictor: Predictor, store_id: str, told: dict[str, float]) -> Path:
     """`told`: how well it did when it was trained. Raises StoreError where the folder cannot be written to."""
-    path = folder / PREDICTOR_NAME
-    tensors = {field.name: np.ascontiguousarray(getattr(predictor, field.name)) for field in fields(Predictor)}
-    told_text = {"version": str(PREDICTOR_VERSION), "store_id": store_id, "told": json.dumps(told)}
-    try:
-        save_file(tensors, path, told_text)
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"cannot write {path}: {error}") from error
-    return path
+    return _FILE.write(folder, predictor, store_id, {"told": json.dumps(told)})
 
 
 def has_predictor(folder: Path) -> bool:
-    return (folder / PREDICTOR_NAME).is_file()
+    return _FILE.is_in(folder)
 
 
 def read_predictor(folder: Path, store_id: str) -> Predictor:
     """Raises StoreError where there is none, or none of this store and version."""
-    path = folder / PREDICTOR_NAME
-    if not path.is_file():
-        raise StoreError(f"{folder} has no {PREDICTOR_NAME}: make one with `expertd train-predictor`")
-    try:
-        with safe_open(path, "numpy") as file:
-            told = file.metadata() or {}
-            tensors = {field.name: file.get_tensor(field.name) for field in fields(Predictor)}
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"cannot read {path}: {error}") from error
-    if told.get("version") != str(PREDICTOR_VERSION) or told.get("store_id") != store_id:
-        raise StoreError(f"{path} is of another store or version: make one with `expertd train-predictor`")
-    return Predictor(**tensors)
+    return Predictor(**_FILE.read(folder, store_id))

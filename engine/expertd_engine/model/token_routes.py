@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from expertd_engine.errors import StoreError
+from expertd_engine.arrays_file import ArraysFile
 from expertd_engine.model.substitution import Floats
 
 TOKEN_ROUTES_NAME = "token_routes.safetensors"
-TOKEN_ROUTES_VERSION = 1
 RANK = 128
 RIDGE = 0.3
 _PIECE = 4096
@@ -71,34 +68,21 @@ class TokenRoutes:
         return shares
 
 
+_FILE = ArraysFile.of(TOKEN_ROUTES_NAME, 1, TokenMap, "expertd profile")
+
+
 def write_token_map(folder: Path, numbers: TokenMap, store_id: str) -> Path:
     """Raises StoreError where the folder cannot be written to."""
-    path = folder / TOKEN_ROUTES_NAME
-    tensors = {field.name: np.ascontiguousarray(getattr(numbers, field.name)) for field in fields(TokenMap)}
-    try:
-        save_file(tensors, path, {"version": str(TOKEN_ROUTES_VERSION), "store_id": store_id})
-        path.chmod(0o644)  # whoever reads the store reads this too
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"cannot write {path}: {error}") from error
-    return path
+    return _FILE.write(folder, numbers, store_id)
 
 
 def has_token_map(folder: Path) -> bool:
-    return (folder / TOKEN_ROUTES_NAME).is_file()
+    return _FILE.is_in(folder)
 
 
 def read_token_map(folder: Path, store_id: str) -> TokenMap:
-    """Raises StoreError for a file that cannot be read, or is of another store or version."""
-    path = folder / TOKEN_ROUTES_NAME
-    try:
-        with safe_open(path, "numpy") as file:
-            told = file.metadata() or {}
-            tensors = {field.name: file.get_tensor(field.name) for field in fields(TokenMap)}
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"cannot read {path}: {error}") from error
-    if told.get("version") != str(TOKEN_ROUTES_VERSION) or told.get("store_id") != store_id:
-        raise StoreError(f"{path} is of another store or version: make one with `expertd profile`")
-    return TokenMap(**tensors)
+    """Raises StoreError where there is none, or none of this store and version."""
+    return TokenMap(**_FILE.read(folder, store_id))
 
 
 class MapFit:

@@ -32,14 +32,6 @@ constexpr auto kNap = std::chrono::microseconds(200);
 
 int32_t read_number(const int32_t* at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
 
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 void check_mailbox(const expertd_mailbox& box) {
   require(box.posted && box.done && box.head && box.experts && box.begin && box.end && box.pairs && box.x &&
               box.weights && box.sums,

@@ -22,14 +22,6 @@ constexpr int64_t kMaxTasks = int64_t{1} << 31;
 constexpr size_t kAlignment = 64;
 constexpr size_t kFirstBlock = size_t{1} << 20;
 
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 // Whether `condition` came true within kSpin.
 template <class Condition>
 bool spin_until(Condition condition) {

@@ -17,6 +17,15 @@
 
 namespace expertd {
 
+// Between two looks at what another thread will change.
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 // Memory for the length of one call: grows to the largest call and is kept. Never handed back piece by piece.
 class Scratch {
  public:
