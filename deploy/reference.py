@@ -47,7 +47,7 @@ def with_tables(text: str, tables: Mapping[str, Iterable[str]]) -> str:
 def from_the_code() -> Mapping[str, list[str]]:
     """Both tables. The metrics are those of a server whose engine is ready."""
     from expertd_server.metrics import Metrics
-    from support.fake_engine import engine_info  # run from the repository: tests/ has an engine's description at hand
+    from support.fake_numbers import engine_info
 
     shown = Metrics()
     shown.serve_routes({"/": ["GET"]}, lambda: 0)

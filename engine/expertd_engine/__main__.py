@@ -30,7 +30,7 @@ from expertd_engine.experts.store import ExpertStore
 from expertd_engine.loop import Channel, EngineLoop
 from expertd_engine.messages import Fatal, Progress, Ready
 from expertd_engine.pressure import open_pressure
-from expertd_engine.snapshots import StepMeter
+from expertd_engine.reporting import StepMeter
 from expertd_engine.startup import Engine, start_engine
 from expertd_engine.startup_parts import device_of
 

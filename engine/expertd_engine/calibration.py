@@ -25,6 +25,7 @@ from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
 from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
 from expertd_engine.model.kv_storage import KVStorage
 from expertd_engine.model.moe import MoELayer
+from expertd_engine.model.path_routing import PathRouting
 from expertd_engine.model.runner import Runner, StepModel
 from expertd_engine.model.step_routes import StepRoutes
 from expertd_engine.model.step_rows import StepRows
@@ -229,13 +230,20 @@ class TextEngine:
 
     @property
     def virtual(self) -> VirtualRouting | None:
-        """The model's own virtual mode."""
-        return self.engine.runner.virtual
+        """The model's own virtual mode, where each layer chooses."""
+        virtual = self.engine.runner.virtual
+        return virtual if isinstance(virtual, VirtualRouting) else None
+
+    @property
+    def paths(self) -> PathRouting | None:
+        """The model's own virtual mode, where one index holds in all layers."""
+        virtual = self.engine.runner.virtual
+        return virtual if isinstance(virtual, PathRouting) else None
 
     def tell(
         self,
         windows: Sequence[Window],
-        routing: VirtualRouting | None = None,
+        routing: VirtualRouting | PathRouting | None = None,
         *,
         settle: bool = True,
         at_once: int = 1,
@@ -265,7 +273,9 @@ class TextEngine:
             runner.virtual, runner.model, scheduler.limits = own, model, self._limits
         return told
 
-    def _feed(self, window: Window, mode: ExpertMode, told: Told, settling: VirtualRouting | None) -> None:
+    def _feed(
+        self, window: Window, mode: ExpertMode, told: Told, settling: VirtualRouting | PathRouting | None
+    ) -> None:
         core, stalls = self.engine.core, self.engine.cache.stalls
         core.submit(Submit(self._next_id, [TextInput(list(window))], ONE_TOKEN, mode=mode), 0.0)
         self._next_id += 1

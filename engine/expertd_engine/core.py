@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from expertd_engine.messages import Constraint, Finished, FinishReason, Output, Steps, Submit, TokenLogprob
-from expertd_engine.request import Constrainer, ConstraintFailed, ExpertCounts, Sequence, Substitutions
+from expertd_engine.request import Constrainer, ConstraintFailed, Sequence
 from expertd_engine.scheduler import Scheduler, SequenceRefused
+from expertd_engine.sequence_stats import ExpertCounts, Substitutions
 from expertd_engine.step_plan import Chunk, StepPlan
 
 

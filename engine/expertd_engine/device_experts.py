@@ -20,7 +20,7 @@ from expertd_engine.experts.store import RecordFile
 from expertd_engine.experts.store_format import ALIGNMENT, StoreIndex
 from expertd_engine.memory import available_bytes
 from expertd_engine.model.predictor_build import Choice, choose, served_policy
-from expertd_engine.model.substitution import SHARED_BY
+from expertd_engine.model.substitution import SHARED_BY, widest
 from expertd_engine.planning.startup_plan import StartupPlan
 from expertd_engine.startup_parts import governed
 
@@ -46,7 +46,7 @@ def expert_cache(context: Context, plan: StartupPlan, records: RecordFile, repor
         prefetch_depth=_PREFETCH_DEPTH,
     )
     lookahead = foresight_for(index, context.lookahead, ledger)
-    rows = min(context.parts.experts, context.limits.buckets[-1] * index.top_k * SHARED_BY)
+    rows = min(context.parts.experts, context.limits.buckets[-1] * widest(index.top_k, SHARED_BY))
     return DeviceCache(index, context.device, host, ledger, lookahead, rows)
 
 
@@ -77,8 +77,8 @@ def _host_tier(context: Context, records: RecordFile, report: Report) -> HostTie
 
 
 def foresight_for(index: StoreIndex, given: Lookahead | None, ledger: DeviceLedger) -> Lookahead:
-    """As `startup.lookahead_for`, but that steps of many rows stream their experts and need no hints, and that what is
-    exact has to pay as well."""
+    """As on the processor (`startup_experts.lookahead_for`), but that steps of many rows stream their experts and need
+    no hints, and that what is exact has to pay as well."""
     num_layers, counts = len(index.layers), {layer.num_experts for layer in index.layers}
     if counts == {index.top_k}:
         return EveryExpert(num_layers, index.top_k, 0)

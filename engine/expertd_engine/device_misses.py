@@ -16,9 +16,15 @@ from expertd_engine.kernels import library
 from expertd_engine.kernels.cuda.experts import ExpertLayout
 from expertd_engine.kernels.cuda.host_experts import Mailbox
 from expertd_engine.kernels.host_experts import HostLayer
-from expertd_engine.planning.misses import decide, may_compute
+from expertd_engine.planning.misses import decide, left_to_processor, may_compute
 
 logger = logging.getLogger(__name__)
+
+_SAID = {
+    "link": "steps read them over the link",
+    "cpu": "the processor computes them",
+    "both": "steps read some over the link while the processor computes the others",
+}
 
 
 def settle_misses(context: Context, cache: DeviceCache) -> Mailbox | None:
@@ -36,14 +42,16 @@ def settle_misses(context: Context, cache: DeviceCache) -> Mailbox | None:
     decided = decide(asked, obstacle, cache.link_bytes_per_s, cache.cpu_bytes_per_s)
     logger.info(
         "missing experts: %s; the link carries %.1f GB/s, %d threads compute %.1f GB/s",
-        "the processor computes them" if decided.where == "cpu" else "steps read them over the link",
+        _SAID[decided.where],
         decided.link_bytes_per_s / 1e9, computing.threads, decided.cpu_bytes_per_s / 1e9,
     )  # fmt: skip
     if decided.where == "link":
         computing.close()
         return None
+    computing.lands = decided.where == "both"
     cache.computing = computing
-    return computing.mailbox(context.device.torch_device)
+    cache.ledger.brings_in = decided.where == "cpu"
+    return computing.mailbox(context.device.torch_device, left_to_processor(_room(context).experts, decided))
 
 
 def rehearsal_mailbox(context: Context) -> Mailbox | None:
@@ -59,7 +67,7 @@ def rehearsal_mailbox(context: Context) -> Mailbox | None:
     weights = zeros(room.rows, room.top_k, dtype=torch.float32)
     pairs = zeros(room.rows * room.top_k)
     shared = (zeros(1), zeros(1), zeros(3), zeros(3, room.experts), pairs, rows, weights, rows)
-    return Mailbox(*shared, sent=zeros(1), arrived=zeros(1))
+    return Mailbox(*shared, sent=zeros(1), arrived=zeros(1), left=zeros(room.experts + 1))
 
 
 def _obstacle(context: Context, cache: DeviceCache) -> str | None:

@@ -9,7 +9,7 @@ from expertd_engine.experts.virtual import SwapLimits
 from expertd_engine.model.cuda_model import DeviceModel
 from expertd_engine.model.cuda_virtual import DeviceVirtual
 from expertd_engine.model.virtual_build import NoVirtualMode, lacks_norms, virtual_parts
-from expertd_engine.profile_file import has_profile, read_profile
+from expertd_engine.profile_file import profile_to_serve
 
 _COPIES = 8
 """For held sets, under way at once: swaps' share of the link, which is idle while rows go to held experts alone."""
@@ -28,7 +28,7 @@ def open_virtual(context: Context, model: DeviceModel, cache: DeviceCache) -> De
     if model.virtual is None or cache.by_layer:
         reason = context.parts.dense.no_virtual or "all experts are read at home, or none is, or routes are given"
         return NoVirtualMode(f"{name} has no virtual mode on this device: {reason}; expert_mode may be exact alone")
-    profile = read_profile(store) if has_profile(store) else None
+    profile = profile_to_serve(store, context.fallbacks)
     slot_bytes, limits = cache.ledger.plan.slot_bytes, SwapLimits(in_flight=_COPIES, ahead=0)
     made = virtual_parts(context.loaded, store.index, config, profile, limits, slot_bytes)
     if isinstance(made, NoVirtualMode):

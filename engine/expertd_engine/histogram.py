@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from expertd_engine.messages import HistogramData
+from expertd_engine.snapshot import HistogramData
 
 
 class Histogram:

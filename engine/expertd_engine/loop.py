@@ -12,7 +12,7 @@ import zmq
 from expertd_engine.live_budget import LiveBudget
 from expertd_engine.messages import Abort, SetBudget, Shutdown, Submit, ToEngine, ToServer, Watch
 from expertd_engine.pressure import PressureReader
-from expertd_engine.snapshots import StepMeter, take_expert_map, take_snapshot
+from expertd_engine.reporting import StepMeter, take_expert_map, take_snapshot
 from expertd_engine.startup import Engine
 
 if TYPE_CHECKING:

@@ -20,10 +20,15 @@ class PathShape:
 
     heads: int
     top_k: int
+    kept_logits: int = 0
+    """Of each token, with its route."""
 
     @property
     def stride(self) -> int:
         return self.heads * self.top_k
+
+
+_NO_LOGITS = array("f")
 
 
 class Routes(NamedTuple):
@@ -31,22 +36,27 @@ class Routes(NamedTuple):
 
     experts: array[int]
     weights: array[float]
+    logits: array[float] = _NO_LOGITS
+    """What the router gave every expert, `[token][head][expert]`; empty where nobody keeps it."""
 
     @classmethod
-    def blank(cls, tokens: int, stride: int) -> Routes:
-        """Zeros for so many tokens of `PathShape.stride` numbers."""
-        return cls(array("q", bytes(8 * tokens * stride)), array("f", bytes(4 * tokens * stride)))
+    def blank(cls, tokens: int, stride: int, logits: int) -> Routes:
+        """Zeros for so many tokens of `PathShape.stride` choices and so many logits."""
+        floats = (array("f", bytes(4 * tokens * each)) for each in (stride, logits))
+        return cls(array("q", bytes(8 * tokens * stride)), *floats)
 
 
 class Paths:
-    """Experts and weights of the first `len` known tokens of a sequence, `[token][head][choice]`, flat."""
+    """Experts and weights of the first `len` known tokens of a sequence, `[token][head][choice]`, flat; and logits, if
+    `shape` says that they are kept."""
 
-    __slots__ = ("awaited", "experts", "shape", "stored", "weights")
+    __slots__ = ("awaited", "experts", "logits", "shape", "stored", "weights")
 
     def __init__(self, shape: PathShape) -> None:
         self.shape = shape
         self.experts = array("q")
         self.weights = array("f")
+        self.logits = array("f")
         self.stored = 0
         """Tokens whose router keys and values lie in the sequence's KV blocks."""
         self.awaited: Callable[[], None] | None = None
@@ -62,13 +72,16 @@ class Paths:
         first, end = start * self.shape.stride, stop * self.shape.stride
         self.experts.extend(routes.experts[first:end])
         self.weights.extend(routes.weights[first:end])
+        kept = self.shape.kept_logits
+        self.logits.extend(routes.logits[start * kept : stop * kept])
 
     def routes(self, start: int, stop: int) -> Routes:
         """Of the tokens at positions `start` to `stop` (exclusive), copied."""
         if self.awaited is not None:
             self.awaited()
         first, end = start * self.shape.stride, stop * self.shape.stride
-        return Routes(self.experts[first:end], self.weights[first:end])
+        kept = self.shape.kept_logits
+        return Routes(self.experts[first:end], self.weights[first:end], self.logits[start * kept : stop * kept])
 
     def union(self, start: int, stop: int) -> Union:
         """Experts of the tokens at positions `start` to `stop` (exclusive), as far as they are known."""

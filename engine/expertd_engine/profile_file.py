@@ -15,6 +15,15 @@ def has_profile(store: ExpertStore) -> bool:
     return (store.path / PROFILE_NAME).is_file()
 
 
+def profile_to_serve(store: ExpertStore, fallbacks: list[str]) -> Profile | None:
+    """None where there is none, and a fallback where it is of no use: who serves, or profiles again, can do without."""
+    try:
+        return read_profile(store) if has_profile(store) else None
+    except StoreError as error:
+        fallbacks.append(f"virtual mode does not split its slots over layers as they need them: {error}")
+        return None
+
+
 def read_profile(store: ExpertStore) -> Profile:
     """Raises StoreError where there is none, or none of this store and version."""
     path = store.path / PROFILE_NAME

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 
-import numpy as np
+import msgspec
 import torch
 from tokenizers import Tokenizer
 
-from expertd_engine.bench.disk import read_bandwidth
+from expertd_engine.bench.full_daemon import fill
 from expertd_engine.bench.perplexity import WINDOW_TOKENS, all_text, held_out
-from expertd_engine.bench.serve import running_daemon
 from expertd_engine.calibration import LogitRecorder, TextEngine, Window
 from expertd_engine.config import Config
 from expertd_engine.console import Progress, progress_bar, run_command, silent
@@ -28,20 +26,16 @@ from expertd_engine.experts.events import Failed, Load, Priority
 from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.transfer import Transfers
-from expertd_engine.memory import MemoryMeter
-from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
-from expertd_engine.model.moe import Pairs
+from expertd_engine.messages import Sampling, Submit, TextInput
 from expertd_engine.model.token_routes import MapFit, TokenRoutes, write_token_map
 from expertd_engine.model.virtual_build import following_tokens, priors_of
 from expertd_engine.planning.profile import PROFILE_VERSION, BoxProfile, MemoryProfile, Profile
 from expertd_engine.profile_file import write_profile
 from expertd_engine.sensitivity import ModelMeasure
 from expertd_engine.sources import resolve
+from expertd_engine.step_costs import STREAMS, measure_steps
 
-BATCHES = (1, 2, 4, 8)
 READ_ROUNDS = 15
-START_S = 600.0
-READ_SECONDS = 0.5
 WINDOW = 128
 STEPS = 16
 AT_ONCE = 128
@@ -63,20 +57,16 @@ def profile(
     """
     windows = _windows(store, tokens)
     progress("profile", 0.0)
-    bandwidth = {str(n): read_bandwidth(store, n, READ_SECONDS).bytes_per_s for n in (1, 2, 4)}
     reads = _reads(store, config.io_threads)
-    served = served_bytes(store, config)
+    prompts = _windows(store, STREAMS * WINDOW)
+    costs = measure_steps(store, config, prompts, reads, -(-tokens // STREAMS))
     text = TextEngine(store, config)
     try:
-        memory = _memory(text, config, served)
-        steps = {str(n): _decode_step(text, n) for n in BATCHES if n <= config.max_sequences}
+        memory = _memory(text, store, config)
         if learned and text.virtual is not None:
             learn_tokens(text, store, learned, progress)
         virtual_s = _virtual_step(text)
-        experts = {n: _experts_s(text, store, int(n)) for n in steps}
-        measure = ModelMeasure(text, store, config, windows)
-        overlap = measure.overlap(reads)
-        model = measure.profile(progress, routings)
+        model = ModelMeasure(text, store, config, windows, costs).profile(progress, routings)
         kernels, threads = text.engine.info.kernels, torch.get_num_threads()
     finally:
         text.close()
@@ -87,7 +77,9 @@ def profile(
         record_bytes=[index.record_bytes(i) for i in range(len(index.layers))],
         num_experts=[layer.num_experts for layer in index.layers],
         top_k=index.top_k,
-        box=BoxProfile(threads, config.io_threads, kernels, reads, bandwidth, steps, experts, overlap, virtual_s),
+        box=BoxProfile(
+            threads, config.io_threads, kernels, reads, costs.step_s, costs.leave_s, costs.overlap, virtual_s
+        ),
         memory=memory,
         model=model,
     )
@@ -149,25 +141,11 @@ def _reads(store: ExpertStore, threads: int) -> list[float]:
     return found
 
 
-def served_bytes(store: ExpertStore, config: Config) -> int:
-    """What a daemon on the store uses before its first request, all its processes: an engine in this one lacks some."""
-    flags = {
-        "--max-model-len": config.max_model_len,
-        "--max-sequences": config.max_sequences,
-        "--max-step-tokens": config.max_step_tokens,
-        "--threads": config.threads,
-        "--io-threads": config.io_threads,
-    }
-    command = [sys.executable, "-m", "expertd_server", "serve", str(store.path), "--port", "0"]
-    command += [part for flag, value in flags.items() if value is not None for part in (flag, str(value))]
-    with running_daemon(command, START_S) as (_, pid):
-        return MemoryMeter(pid).measure().used_bytes
-
-
-def _memory(text: TextEngine, config: Config, served: int) -> MemoryProfile:
+def _memory(text: TextEngine, store: ExpertStore, config: Config) -> MemoryProfile:
+    """With the base that a daemon on the store shows: an engine in this process lacks the server's."""
     measured, info = text.engine.measured, text.engine.info
-    return MemoryProfile(
-        base=max(measured.base, served),
+    memory = MemoryProfile(
+        base=measured.base,
         step=measured.step,
         kv_block=measured.kv_block,
         block_tokens=measured.block_tokens,
@@ -176,63 +154,41 @@ def _memory(text: TextEngine, config: Config, served: int) -> MemoryProfile:
         max_sequences=config.max_sequences,
         max_model_len=info.max_model_len,
     )
+    flags = {"--threads": torch.get_num_threads(), "--io-threads": config.io_threads}
+    served = served_bytes(store, memory, flags)
+    return msgspec.structs.replace(memory, base=max(memory.base, served - memory.step))
+
+
+def served_bytes(store: ExpertStore, memory: MemoryProfile, flags: Mapping[str, int]) -> int:
+    """Of all processes of a daemon that has served two of the longest sequences at once, its largest step included,
+    but for experts and KV."""
+    experts = store.index.expert_bytes_total() // 4
+    blocks = 2 * -(-memory.max_model_len // memory.block_tokens)
+    filled = fill(store, memory, {"--expert-budget": experts, **flags}, blocks)
+    return filled.peak - experts - filled.kv
 
 
 def _virtual_step(text: TextEngine) -> float | None:
-    """As `_decode_step` for one sequence in virtual mode, with room for half of the experts."""
+    """Seconds of one sequence's decode step in virtual mode, with room for half of the experts; None without it."""
     cache, virtual = text.engine.cache, text.virtual
     if virtual is None:
         return None
     before = cache.ledger.budget_bytes
     cache.set_budget(min(before, max(virtual.held.room.minimum_bytes, text.engine.info.expert_bytes_total // 2)))
-    seconds = _decode_step(text, 1, "virtual")
+    core, vocabulary = text.engine.core, text.engine.info.vocab_size
+    prompt = [(7919 * k + 13) % vocabulary for k in range(8)]
+    how = Sampling(max_tokens=3 * STEPS, temperature=1.0, seed=0, ignore_eos=True)
+    core.submit(Submit(-1, [TextInput(prompt)], how, mode="virtual"), 0.0)
+    times = []
+    for _ in range(2 * STEPS):
+        began = time.perf_counter()
+        core.step(0.0)
+        times.append(time.perf_counter() - began)
+    core.abort([-1], 0.0)
+    core.step(0.0)
     virtual.held.close()
     cache.set_budget(before)
-    return seconds
-
-
-def _decode_step(text: TextEngine, streams: int, mode: ExpertMode = "exact") -> float:
-    """Seconds of a decode step of so many sequences, without what it stood still for."""
-    core, stalls = text.engine.core, text.engine.cache.stalls
-    how = Sampling(max_tokens=3 * STEPS, temperature=0.0, ignore_eos=True)
-    vocabulary = text.engine.info.vocab_size
-    ids = [-1 - i for i in range(streams)]
-    for i in ids:
-        prompt = [(7919 * (i + k) + 13) % vocabulary for k in range(8)]
-        core.submit(Submit(i, [TextInput(prompt)], how, mode=mode), 0.0)
-    for _ in range(STEPS):
-        core.step(0.0)
-    times = []
-    for _ in range(STEPS):
-        before, began = stalls.total_s, time.perf_counter()
-        core.step(0.0)
-        times.append(time.perf_counter() - began - (stalls.total_s - before))
-    core.abort(ids, 0.0)
-    core.step(0.0)
-    return statistics.median(times)
-
-
-def _experts_s(text: TextEngine, store: ExpertStore, rows: int) -> float:
-    """Seconds of one layer's experts for so many tokens with routes of their own, records at hand."""
-    cache, layer, rng = text.engine.cache, text.engine.runner.layers[0], np.random.default_rng(0)
-    count = min(store.index.layers[0].num_experts, cache.window)  # as many as one layer may lease at once
-    top_k = min(store.index.top_k, count)
-    hidden = next(
-        s.shape[0] for s in store.index.layouts[store.index.layers[0].layout].tensors if s.name == "down_proj"
-    )
-    times = []
-    for _ in range(READ_ROUNDS):
-        routes = np.stack([rng.choice(count, top_k, replace=False) for _ in range(rows)]).astype(np.int64)
-        pairs = Pairs.of(routes, np.full(routes.shape, 1 / top_k, np.float32))
-        x, out = torch.randn(rows, hidden).to(layer.kernel.compute_dtype), torch.zeros(rows, hidden)
-        slots: dict[int, int] = {}
-        with cache.lease(0, pairs.experts, pairs=pairs.counts()) as leases:
-            while len(slots) < len(pairs.experts):
-                slots.update(leases.take())
-            began = time.perf_counter()
-            layer.kernel.add(x, pairs, [slots[i] for i in range(len(slots))], out)
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return statistics.median(times[STEPS:])
 
 
 # ---------------------------------------------------------------- the command

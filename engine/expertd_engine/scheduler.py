@@ -1,4 +1,4 @@
-"""The scheduler: who computes how many tokens in the next step. Owns the queues and, through the KV pool, all blocks.
+"""The scheduler: who computes how many tokens in the next step. Through its queues it owns all sequences and blocks.
 
 One rule: every sequence has computed tokens that catch up with its known tokens, and a step hands out one token
 budget. A decode is a sequence one token behind; a prefill chunk is as much of the rest as the budget holds.
@@ -14,7 +14,6 @@ halves in halves, until what still fails is one sequence alone: that one ends. W
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import Counter, deque
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
@@ -24,6 +23,7 @@ from expertd_engine.errors import EngineError, ExpertdError
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import ExpertMode, FinishReason
 from expertd_engine.prefix_cache import PrefixCache
+from expertd_engine.queues import Queues
 from expertd_engine.request import Sequence, SequenceState
 from expertd_engine.step_plan import Chunk, SchedulerLimits, StepPlan
 
@@ -44,14 +44,8 @@ class Scheduler:
         self.limits = limits
         self.pool = pool
         self.prefixes = prefixes
-        self.num_preemptions = 0
-        """Since start."""
         self._sequences: dict[int, Sequence] = {}
         """All and only the live ones."""
-        self._waiting: list[Sequence] = []
-        """`WAITING` and `PREEMPTED`, by rank; they hold no blocks."""
-        self._running: list[Sequence] = []
-        """`RUNNING`, by rank."""
         self._in_flight: StepPlan | None = None
         self._trials: deque[list[int]] = deque()
         """Ids of sequences whose last step gave up, in groups: each is tried in a step of its own."""
@@ -62,6 +56,7 @@ class Scheduler:
         self._mode: ExpertMode = "exact"
         self._mode_steps = 0
         self.chooser = Chooser(batching, limits.max_step_tokens, limits.patience_steps, room)
+        self._queues = Queues(pool, prefixes, self.chooser)
         self._passes_over = batching != "decode-first"
         # Where all step, decodes leave a token for every row that prefills; else the more run, the more is to choose.
         self._max_running = limits.max_sequences if self._passes_over else limits.max_rows
@@ -70,11 +65,16 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._queues.running)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queues.waiting)
+
+    @property
+    def num_preemptions(self) -> int:
+        """Since start."""
+        return self._queues.num_preemptions
 
     @property
     def has_sequences(self) -> bool:
@@ -97,7 +97,7 @@ class Scheduler:
         sequence.rank = (sequence.priority * self.limits.ageing_steps + self._step, self._arrivals)
         self._arrivals += 1
         self._sequences[sequence.sequence_id] = sequence
-        self._enqueue(sequence)
+        self._queues.enqueue(sequence)
 
     def abort(self, sequence_id: int) -> Sequence | None:
         """End a live sequence at any point, between `schedule` and its answer too; None if it is not live.
@@ -111,10 +111,7 @@ class Scheduler:
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a live sequence, once, and free what it held."""
-        queue = self._running if sequence.state is SequenceState.RUNNING else self._waiting
-        self._free(sequence.finish(reason))
-        queue.remove(sequence)
-        self.chooser.forget(sequence.sequence_id)
+        self._queues.end(sequence, reason)
         del self._sequences[sequence.sequence_id]
 
     @property
@@ -199,7 +196,7 @@ class Scheduler:
         held = Counter(block for sequence in self._sequences.values() for block in sequence.block_table)
         if held != self.pool.references:
             raise EngineError(f"{held.total()} blocks in tables, {self.pool.used_blocks} in use")
-        for sequence in self._running:
+        for sequence in self._queues.running:
             for block in sequence.block_table[sequence.num_computed_tokens // self.pool.block_tokens :]:
                 if held[block] > 1 or self.pool.is_published(block):
                     raise EngineError(f"{sequence} would write to block {block}, which others may read")
@@ -218,7 +215,7 @@ class Scheduler:
         """Chunks of the next group to be tried alone of which any member still runs; empty if there is none."""
         chunks: list[Chunk] = []
         while self._trials and not chunks:
-            group = [s for i in self._trials.popleft() if (s := self._sequences.get(i)) and s in self._running]
+            group = [s for i in self._trials.popleft() if (s := self._sequences.get(i)) and s in self._queues.running]
             if group:
                 chunks = self._continue_running(group[0].mode, preempted, group)
         return chunks
@@ -239,24 +236,24 @@ class Scheduler:
         """
         self._admit_ahead()
         chunks: list[Chunk] = []
-        while not chunks and (rows := [s for s in self._running if s.mode == mode]):
+        while not chunks and (rows := [s for s in self._queues.running if s.mode == mode]):
             shares = self.chooser.shares(rows)
             for sequence in rows:
                 num_tokens = shares.get(sequence.sequence_id, 0)
                 if num_tokens > 1:
                     num_tokens = self._scorable(sequence, num_tokens, chunks)
-                if num_tokens and self._make_room(sequence, num_tokens, preempted):
+                if num_tokens and self._queues.make_room(sequence, num_tokens, preempted):
                     chunks.append(_chunk(sequence, num_tokens))
-        still = [s for s in self._running if s.mode == mode]
+        still = [s for s in self._queues.running if s.mode == mode]
         self.chooser.stepped(still, {chunk.sequence.sequence_id for chunk in chunks})
         return chunks
 
     def _admit_ahead(self) -> None:
         """Admit by rank while there are rows, and blocks beside one for each running sequence to go on with."""
-        while self._waiting and len(self._running) < self._max_running:
-            if self._running and self.pool.free_blocks <= len(self._running):
+        while self._queues.waiting and len(self._queues.running) < self._max_running:
+            if self._queues.running and self.pool.free_blocks <= len(self._queues.running):
                 break
-            if not self._admit(self._waiting[0]):
+            if not self._queues.admit():
                 break
 
     def _continue_running(
@@ -266,7 +263,7 @@ class Scheduler:
 
         Blocks are given by rank, so who gives way (the last in rank) has never been given its chunk before.
         """
-        rows = [s for s in self._running if s.mode == mode and (among is None or s in among)]
+        rows = [s for s in self._queues.running if s.mode == mode and (among is None or s in among)]
         left = self.limits.max_step_tokens - sum(sequence.num_uncomputed_tokens == 1 for sequence in rows)
         chunks: list[Chunk] = []
         for sequence in rows:
@@ -274,7 +271,7 @@ class Scheduler:
             if num_tokens > 1:
                 num_tokens = self._scorable(sequence, min(num_tokens, left), chunks)
                 left -= num_tokens
-            if num_tokens and self._make_room(sequence, num_tokens, preempted):
+            if num_tokens and self._queues.make_room(sequence, num_tokens, preempted):
                 chunks.append(_chunk(sequence, num_tokens))
         return chunks
 
@@ -285,20 +282,6 @@ class Scheduler:
         left = self.limits.max_scored_tokens - sum(len(chunk.prompt_logprob_positions) for chunk in chunks)
         return num_tokens if len(wanted) <= left else wanted.start + left - start
 
-    def _make_room(self, sequence: Sequence, num_tokens: int, preempted: list[Sequence]) -> bool:
-        """Blocks for the next tokens of `sequence`, at the cost of those after it; False if it had to go itself."""
-        if sequence.state is not SequenceState.RUNNING:
-            return False
-        count = self.pool.blocks_for(sequence.num_computed_tokens + num_tokens) - len(sequence.block_table)
-        while not self.pool.can_allocate(count):
-            victim = self._running[-1]
-            self._preempt(victim)
-            preempted.append(victim)
-            if victim is sequence:
-                return False
-        sequence.block_table += self.pool.allocate(max(count, 0))
-        return True
-
     def _admit_waiting(self, mode: ExpertMode, running: Collection[Chunk]) -> list[Chunk]:
         """Admit by rank while there are tokens, rows, and blocks for *all* known tokens of the next one.
 
@@ -307,9 +290,9 @@ class Scheduler:
         """
         tokens = self.limits.max_step_tokens - sum(chunk.num_tokens for chunk in running)
         chunks: list[Chunk] = []
-        while self._waiting and tokens and len(self._running) < self._max_running:
-            sequence = self._waiting[0]
-            if not self._admit(sequence):
+        while self._queues.waiting and tokens and len(self._queues.running) < self._max_running:
+            sequence = self._queues.waiting[0]
+            if not self._queues.admit():
                 break
             if sequence.mode != mode:
                 continue
@@ -319,35 +302,8 @@ class Scheduler:
                 tokens -= num_tokens
         return chunks
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Make the first waiting sequence a running one, if there are blocks for it beside those it finds computed."""
-        found = self.prefixes.lookup(sequence) if self.prefixes is not None else []
-        count = self.pool.blocks_for(sequence.num_tokens) - len(found)
-        if not self.pool.can_allocate(count, besides=found):
-            return False
-        self.pool.share(found)
-        sequence.admit(found + self.pool.allocate(count), len(found) * self.pool.block_tokens)
-        if self.prefixes is not None:
-            self.prefixes.count(sequence)
-        insort(self._running, self._waiting.pop(0), key=_rank)
-        return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.num_preemptions += 1
-        self.chooser.forget(sequence.sequence_id)
-        self._running.remove(sequence)
-        self._free(sequence.preempt())
-        self._enqueue(sequence)
-
-    def _free(self, block_table: list[int]) -> None:
-        """Last block first: a cached block is found only through those before it, so they go after it."""
-        self.pool.free(reversed(block_table))
-
-    def _enqueue(self, sequence: Sequence) -> None:
-        insort(self._waiting, sequence, key=_rank)
-
     def _begin_step(self, mode: ExpertMode, chunks: list[Chunk], preempted: list[Sequence]) -> StepPlan:
-        queue = (*self._running, *self._waiting)
+        queue = (*self._queues.running, *self._queues.waiting)
         plan = StepPlan(self._step, mode, tuple(chunks), tuple(preempted), queue)
         self._mode_steps = self._mode_steps + 1 if plan.mode == self._mode else 1
         self._mode = plan.mode
@@ -373,10 +329,6 @@ class Scheduler:
                 f"a sequence of up to {sequence.max_length} tokens needs {needed} KV blocks of "
                 f"{self.pool.block_tokens} tokens: there are {capacity}"
             )
-
-
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    return sequence.rank
 
 
 def _chunk(sequence: Sequence, num_tokens: int) -> Chunk:

@@ -14,15 +14,13 @@ from expertd_engine.experts.lookahead import EveryExpert
 from expertd_engine.experts.policy import serving_policy
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.model.virtual_routing import VirtualRouting
-from expertd_engine.planning.planner import missing_s
 from expertd_engine.planning.profile import LayerCurve, MissCurve, ModelProfile
 from expertd_engine.planning.replay import Choice, Met, Routes, replay_exact, replay_virtual
 from expertd_engine.startup_parts import policy_name
+from expertd_engine.step_costs import NOT_COUNTED, StepCosts
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Of all expert bytes, at which routes are replayed."""
-LOW_SHARES = (0.5, 0.25)
-"""Budgets at which the cost of missing records is measured."""
 SLOTS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Of top-k, at which virtual mode is replayed; and all."""
 SENSITIVE_AT = 2.0
@@ -34,8 +32,11 @@ LEAST_MASS = 1e-6
 class ModelMeasure:
     """Measures one model by one engine. Exact mode on the windows comes first, and is what all else is held against."""
 
-    def __init__(self, text: TextEngine, store: ExpertStore, config: Config, windows: Sequence[Window]) -> None:
+    def __init__(
+        self, text: TextEngine, store: ExpertStore, config: Config, windows: Sequence[Window], costs: StepCosts
+    ) -> None:
         index = store.index
+        self._costs = costs
         self._text = text
         self._windows = windows
         self._top_k = index.top_k
@@ -47,83 +48,62 @@ class ModelMeasure:
         self._cycle = EveryExpert(len(self._experts), self._top_k, 0) if every else None
         """What is foreseen where every token chooses every expert."""
         self._choices: list[list[Choice]] = []
-        text.tell(windows[:1])
-        self.exact, self.routes = self._record()
-
-    def overlap(self, reads_s: Sequence[float]) -> float:
-        """What missing records cost a step, of the time that they take to read when nothing else runs."""
-        cache = self._text.engine.cache
-        before, resident_s = cache.ledger.budget_bytes, statistics.median(self.exact.steps_s)
-        cost = lost = 0.0
-        for share in LOW_SHARES:
-            met, budget = self._replay(share, self.routes), int(share * self._total)
-            if met is None or budget > before or not met.misses:
-                continue
-            cache.set_budget(budget)
-            told = self._text.tell(self._windows)
-            lost += statistics.fmean(told.steps_s[len(told.steps_s) // 4 :]) - resident_s
-            cost += missing_s(met.missing(), reads_s)
-        cache.set_budget(before)
-        return max(0.0, lost / cost) if cost else 1.0
+        self.exact = self._record()
 
     def profile(self, progress: Progress, routings: Sequence[str] = ()) -> ModelProfile:
         """Everything about the model. Misses are told of its own routes, and of generated `routings` as for `bench`."""
-        misses = [self._miss_curve("model", self.routes), *(self._generated(name) for name in routings)]
-        layers, swaps = [], 0.0
+        costs = self._costs
+        own = self._miss_curve("model", costs.routes, NOT_COUNTED, costs.stream)
+        misses, layers = [own, *(self._generated(name) for name in routings)], []
         for number in range(len(self._experts) if self._text.virtual is not None else 0):
             progress("profile", number / len(self._experts))
-            curve, moved = self._layer(number)
-            layers.append(curve)
-            swaps += moved
-        return ModelProfile(sum(map(len, self._windows)), misses, layers, swaps)
+            layers.append(self._layer(number))
+        return ModelProfile(sum(map(len, self._windows)), misses, layers)
 
     # ------------------------------------------------------------ exact mode
 
-    def _record(self) -> tuple[Told, Routes]:
-        """What is said, and what is routed. A model without router adapters is taken to choose every expert."""
+    def _record(self) -> Told | None:
+        """What is said, while it is kept what is routed; None for a model without virtual mode."""
         if self._text.virtual is None:
-            every = [list(range(count)) for count in self._experts]
-            return self._text.tell(self._windows), [every] * sum(map(len, self._windows))
+            return None
         recorder = RouteRecorder(self._text.virtual)
         told = self._text.tell(self._windows, recorder, settle=False)
         self._choices = recorder.choices
-        return told, recorder.routes()
+        return told
 
     def _generated(self, name: str) -> MissCurve:
         shape = RoutingShape(len(self._experts), max(self._experts), self._top_k)
         routing = make_routing(name, shape)
         if routing is None:
             raise UsageError(f"routing {name!r} is the model's own, which is always profiled")
-        return self._miss_curve(name, routing.stream(0).take(len(self.routes)).tolist())
+        routes = routing.stream(0).take(len(self._costs.routes)).tolist()
+        return self._miss_curve(name, routes, len(routes) // 4, 0)
 
-    def _miss_curve(self, name: str, routes: Routes) -> MissCurve:
-        met = {share: found for share in SHARES if (found := self._replay(share, routes)) is not None}
+    def _miss_curve(self, name: str, routes: Routes, warm: int, stream: int) -> MissCurve:
+        """Of routes whose first `warm` tokens do not count; of each `stream`, if that is above 0."""
+        met = {share: found for share in SHARES if (found := self._replay(share, routes, warm, stream)) is not None}
         rates = [found.hit_rate for found in met.values()]
         return MissCurve(name, list(met), rates, [found.missing() for found in met.values()])
 
-    def _replay(self, share: float, routes: Routes) -> Met | None:
+    def _replay(self, share: float, routes: Routes, warm: int, stream: int) -> Met | None:
         """None for a share below what any budget may be."""
-        policy = serving_policy(self._policy, self._experts, self._top_k)
-        budget, warm = int(share * self._total), len(routes) // 4
+        policy, budget = serving_policy(self._policy, self._experts, self._top_k), int(share * self._total)
         try:
-            return replay_exact(routes, self._record_bytes, self._experts, budget, policy, warm, self._cycle)
+            return replay_exact(routes, self._record_bytes, self._experts, budget, policy, warm, self._cycle, stream)
         except BudgetError:
             return None
 
     # ------------------------------------------------------------ virtual mode
 
-    def _layer(self, number: int) -> tuple[LayerCurve, float]:
-        """One layer's curve, and the experts that a token swaps in it."""
+    def _layer(self, number: int) -> LayerCurve:
         virtual = self._virtual()
         sets, count = virtual.held.sets, self._experts[number]
         slots = sorted({min(count, max(self._top_k, round(f * self._top_k))) for f in SLOTS} | {count})
         tokens = self._choices[number]
-        found = [
-            replay_virtual(tokens, sets.priors[number], self._top_k, n, sets.limits, len(tokens) // 4) for n in slots
+        mass = [
+            replay_virtual(tokens, sets.priors[number], self._top_k, n, sets.limits, len(tokens) // 4)[0] for n in slots
         ]
-        at = self._sensitive_slots(number)
-        moved = next(moves for n, (_, moves) in zip(slots, found, strict=True) if n >= at)
-        return LayerCurve(slots, [mass for mass, _ in found], self._sensitivity(number)), moved
+        return LayerCurve(slots, mass, self._sensitivity(number))
 
     def _sensitivity(self, number: int) -> float:
         """Divergence of the output for each unit of mass that this layer alone substitutes; 0 where it does none."""
@@ -134,6 +114,7 @@ class ModelMeasure:
         told = self._text.tell(self._windows, routing)
         routing.held.close()
         mass = routing.counts.mass[number] / max(1, routing.counts.tokens)
+        assert self.exact is not None, "only asked for where there is virtual mode"
         return statistics.fmean(self.exact.divergences(told)) / mass if mass > LEAST_MASS else 0.0
 
     def _sensitive_slots(self, layer: int) -> int:

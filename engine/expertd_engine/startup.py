@@ -11,54 +11,43 @@ import torch
 
 from expertd_engine.batching import Batching, PacedRoom, unbounded
 from expertd_engine.config import Config
-from expertd_engine.core import Constrain, EngineCore, Forward, StepResult, foresee_nothing
+from expertd_engine.core import EngineCore, Forward, StepResult, foresee_nothing
 from expertd_engine.engine_info import How, Parts, describe
 from expertd_engine.errors import ConfigError
 from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.ledger import Ledger
-from expertd_engine.experts.lookahead import EveryExpert, LayerScan, Lookahead, NoLookahead
-from expertd_engine.experts.pregated import PregatedLookahead
-from expertd_engine.experts.slab import Slab
-from expertd_engine.experts.store import ExpertStore, RecordFile
-from expertd_engine.experts.store_format import StoreIndex
+from expertd_engine.experts.lookahead import Lookahead
+from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.sweep import Sweep
-from expertd_engine.experts.transfer import Transfers
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.lab.recorder import TraceRecorder
 from expertd_engine.lab.trace import header_of
 from expertd_engine.memory import MemoryMeter, available_bytes, release_free_memory
 from expertd_engine.messages import EngineInfo
-from expertd_engine.model.expert_torch import SlotViews
-from expertd_engine.model.kv_storage import KVStorage, LayerShape, block_bytes
-from expertd_engine.model.loader import LoadedModel, attach_experts, load_model
-from expertd_engine.model.moe import MoELayer
+from expertd_engine.model.kv_storage import KVStorage, block_bytes
+from expertd_engine.model.loader import LoadedModel, load_model
 from expertd_engine.model.native_model import NativeModel
 from expertd_engine.model.pathfinder import Pathfinder
-from expertd_engine.model.predictor import Source
 from expertd_engine.model.predictor_build import (
-    Choice,
     choose,
     is_trivial,
-    policy_and_victims,
-    predicted_routes,
     predictor_source,
 )
-from expertd_engine.model.pregate import Pregate
-from expertd_engine.model.runner import Onlooker, Runner, StepModel
+from expertd_engine.model.runner import Runner
 from expertd_engine.model.step_routes import RouteSource
 from expertd_engine.model.token_routes import has_token_map, read_token_map
 from expertd_engine.model.trial import Trial
 from expertd_engine.model.virtual_build import NoVirtualMode, build_virtual, lacks_norms
-from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, most_kv_blocks, plan_memory
 from expertd_engine.prefix_cache import PrefixCache
-from expertd_engine.profile_file import has_profile, read_profile
+from expertd_engine.profile_file import profile_to_serve
 from expertd_engine.scheduler import Scheduler
+from expertd_engine.startup_context import Context
+from expertd_engine.startup_experts import expert_cache
 from expertd_engine.startup_parts import (
     BLOCK_TOKENS,
     Report,
     asked_of,
-    governed,
     make_constrain,
     model_len_of,
     open_pool,
@@ -68,10 +57,6 @@ from expertd_engine.step_plan import SchedulerLimits, StepPlan
 from expertd_engine.warm_restart import WarmRestart
 
 logger = logging.getLogger(__name__)
-
-_PREFETCHES = 4
-"""For each reading thread: those that have not begun are overtaken by demands, and threads find work until the next
-layer has routed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,25 +79,6 @@ class Engine:
     """Of routes, where they are recorded."""
     warm: WarmRestart | None = None
     """Who remembers what an earlier engine knew; None where nobody shall."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Context:
-    config: Config
-    store: ExpertStore
-    loaded: LoadedModel
-    shapes: list[LayerShape]
-    limits: SchedulerLimits
-    constrain: Constrain
-    fallbacks: list[str]
-    numerics: str
-    lookahead: Lookahead | None
-    routes: RouteSource | None
-    model: StepModel
-    pregate: Pregate | None
-    choice: Choice
-    source: Source | None
-    """Of predictions; None where nothing predicts."""
 
 
 def start_engine(
@@ -163,7 +129,7 @@ def start_engine(
     if not trial.peak_is_exact:
         fallbacks.append("the largest step is overestimated: this system does not let peak memory be measured anew")
     numerics = "invariant" if invariant else "per-batch"
-    context = _Context(
+    context = Context(
         config, store, loaded, trial.shapes, limits, constrain, fallbacks, numerics, lookahead, routes, trial.model,
         trial.pregate, choice, source,
     )  # fmt: skip
@@ -173,7 +139,7 @@ def start_engine(
     return _assemble(context, (measured, asked), plan, meter, wrap)
 
 
-def _measured(context: _Context, base: int, step: int) -> Measured:
+def _measured(context: Context, base: int, step: int) -> Measured:
     index = context.store.index
     records = [index.record_bytes(layer) for layer in range(len(index.layers))]
     experts_total = index.expert_bytes_total()
@@ -189,7 +155,7 @@ def _measured(context: _Context, base: int, step: int) -> Measured:
 
 
 def _assemble(
-    context: _Context,
+    context: Context,
     planned_from: tuple[Measured, Asked],
     plan: StartupPlan,
     meter: MemoryMeter,
@@ -204,13 +170,13 @@ def _assemble(
     records = store.open_records(verify_always=config.verify_reads == "always")
     if records.fallback_reason:
         context.fallbacks.append(f"experts are read through the page cache: {records.fallback_reason}")
-    cache, layers, onlookers = _expert_cache(context, plan, records)
-    profile = read_profile(store) if has_profile(store) else None
+    cache, layers, onlookers = expert_cache(context, plan, records)
+    profile = profile_to_serve(store, context.fallbacks)
     tokens = read_token_map(store.path, store.index.store_id) if has_token_map(store.path) else None
     virtual = build_virtual(loaded, store.index, config, cache, context.fallbacks, profile, tokens)
     if config.expert_mode == "virtual" and lacks_norms(store.index):
         context.fallbacks.append("virtual mode weighs all experts alike: this store has no norms; prepare it again")
-    routing = virtual if isinstance(virtual, VirtualRouting) else None
+    routing = None if isinstance(virtual, NoVirtualMode) else virtual
     pathfinder = _pathfinder(context, storage)
     runner = Runner(context.model, layers, storage, cache, context.routes, routing, pathfinder)
     recorder = _recorder(context)
@@ -224,14 +190,14 @@ def _assemble(
     core = EngineCore(scheduler, forward, loaded.eos_token_ids, context.constrain, refusal, foresee)
     for fallback in context.fallbacks:
         logger.warning("fallback: %s", fallback)
-    info = describe(config, store, loaded, Parts(plan, cache, pool, storage, records), _how(context))
+    info = describe(config, store, loaded, Parts(plan, cache, pool, records), _how(context))
     sweep = Sweep(store, records, busy=lambda: cache.transfers.depth() > 0)
     warm = WarmRestart(store.path, store.index.store_id, info.policy, cache) if config.warm_restart else None
     parts = (core, runner, cache, sweep, pool, storage, meter, loaded.dense_bytes)
     return Engine(*parts, *planned_from, info, recorder, warm)
 
 
-def _batching(context: _Context) -> Batching:
+def _batching(context: Context) -> Batching:
     config = context.config
     if config.batching == "expert-aware" and context.pregate is None:
         raise ConfigError(
@@ -241,7 +207,7 @@ def _batching(context: _Context) -> Batching:
     return config.batching
 
 
-def _room(context: _Context, ledger: Ledger) -> PacedRoom | None:
+def _room(context: Context, ledger: Ledger) -> PacedRoom | None:
     """For distinct experts, numbered by the router's heads; None where they are not known ahead."""
     if context.pregate is None:
         return None
@@ -270,13 +236,13 @@ def _longest_prompt_bytes(trial: Trial, loaded: LoadedModel, max_model_len: int)
     return block_bytes([trial.pregate.kv_shape], BLOCK_TOKENS, loaded.dtype) * -(-max_model_len // BLOCK_TOKENS)
 
 
-def _pathfinder(context: _Context, storage: KVStorage) -> Pathfinder | None:
+def _pathfinder(context: Context, storage: KVStorage) -> Pathfinder | None:
     if context.pregate is None:
         return None
     return Pathfinder(context.pregate, storage, context.limits.max_step_tokens)
 
 
-def _recorder(context: _Context) -> TraceRecorder | None:
+def _recorder(context: Context) -> TraceRecorder | None:
     config = context.config
     if config.trace_dir is None:
         return None
@@ -284,52 +250,7 @@ def _recorder(context: _Context) -> TraceRecorder | None:
     return TraceRecorder(config.trace_dir, header, limit_bytes=config.trace_limit.resolve(0))
 
 
-def _expert_cache(
-    context: _Context, plan: StartupPlan, records: RecordFile
-) -> tuple[ExpertCache, list[MoELayer], list[Onlooker]]:
-    config, index = context.config, context.store.index
-    record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
-    policy, victims = policy_and_victims(context.choice, index)
-    ledger = Ledger(
-        record_bytes,
-        [layer.num_experts for layer in index.layers],
-        plan.expert_budget_bytes,
-        policy,
-        max_budget_bytes=index.expert_bytes_total(),
-        prefetch=config.prefetch,
-        prefetch_depth=_PREFETCHES * config.io_threads,
-        victims=victims,
-    )
-    given, watch = context.lookahead, None
-    if context.source is not None:
-        given, watch = predicted_routes(context.source, index, ledger)
-    lookahead: Lookahead
-    if context.pregate is not None and context.lookahead is None and context.routes is None:
-        lookahead = PregatedLookahead(len(index.layers), max(ledger.experts_per_layer), ledger.resident_slots)
-    else:
-        lookahead = lookahead_for(index, 2 * config.io_threads, given, ledger)
-    slab = Slab(ledger.num_slots, max(record_bytes), whole_bytes=min(record_bytes))
-    views = SlotViews(slab.whole, slab.stride, index.layouts)
-    cache = ExpertCache(ledger, slab, Transfers(records, config.io_threads), lookahead, record_bytes)
-    if watch is not None:
-        watch.payoff = cache.payoff
-    return cache, attach_experts(context.loaded, context.store, views), [] if watch is None else [watch]
-
-
-def lookahead_for(index: StoreIndex, window: int, given: Lookahead | None, ledger: Ledger) -> Lookahead:
-    """Exact where every token chooses every expert; else what is given or nothing, but for steps of many rows.
-
-    What a given one predicts is governed.
-    """
-    num_layers, counts = len(index.layers), {layer.num_experts for layer in index.layers}
-    if counts == {index.top_k}:
-        return EveryExpert(num_layers, index.top_k, window)
-    if given is not None and given.exactness == "predicted":
-        given = governed(given, index, ledger)
-    return LayerScan(given or NoLookahead(), num_layers, max(counts), index.top_k)
-
-
-def _how(context: _Context) -> How:
+def _how(context: Context) -> How:
     pool = context.loaded.pool
     return How(
         max_model_len=context.limits.max_model_len,

@@ -16,7 +16,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import NoReturn, get_args, get_origin, get_type_hints
 
-from expertd_engine.config import ENV_PREFIX, Config, LoadedConfig, load_config
+from expertd_engine.config import ENV_PREFIX, Config
+from expertd_engine.config_sources import LoadedConfig, load_config
 from expertd_engine.errors import ExpertdError, UsageError
 from expertd_server import __version__, remote
 
@@ -139,7 +140,7 @@ def _serve(config: Config, reload: Callable[[], Config]) -> int:
     """`reload` reads the configuration again, as it was read at first."""
     from expertd_server import daemon, logs  # the HTTP stack: not needed to check a configuration
     from expertd_server.auth import KeyRing
-    from expertd_server.supervisor import SubprocessLauncher
+    from expertd_server.launcher import SubprocessLauncher
 
     logs.configure(config.log_level)
     keys = KeyRing.load(config, os.environ)

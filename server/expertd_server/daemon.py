@@ -27,10 +27,11 @@ from expertd_server.connections import BoundedProtocol
 from expertd_server.console import Console
 from expertd_server.engine_client import EngineClient, Handlers
 from expertd_server.errors import ApiError, Draining
+from expertd_server.launcher import Launcher
 from expertd_server.metrics import Metrics
 from expertd_server.notify import Notifier
 from expertd_server.service import Service
-from expertd_server.supervisor import DEFAULT_RESTARTS, Launcher, RestartPolicy, Supervisor
+from expertd_server.supervisor import DEFAULT_RESTARTS, RestartPolicy, Supervisor
 
 logger = logging.getLogger("expertd.daemon")
 

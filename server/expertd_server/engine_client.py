@@ -27,12 +27,12 @@ from expertd_engine.messages import (
     Output,
     Progress,
     Ready,
-    Snapshot,
     Steps,
     Submit,
     ToEngine,
     ToServer,
 )
+from expertd_engine.snapshot import Snapshot
 from expertd_server.errors import ApiError, EngineDead, Unavailable
 
 MAX_BUFFERED_TOKENS = 4096

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from expertd_engine.messages import HistogramData, LayerLookups, LeadOutcomes, Snapshot, Tiers, VirtualLayer
+from expertd_engine.snapshot import HistogramData, LayerLookups, LeadOutcomes, Snapshot, Tiers, VirtualLayer
 
 Labels = tuple[str, ...]
 Samples = Iterable[tuple[Labels, float]]
@@ -27,7 +27,7 @@ PHASES = ("prefill", "decode")
 STALL_CAUSES = ("disk_read", "expert_wait")
 PREFETCH_OUTCOMES = ("used", "late", "wasted", "cancelled")
 LINK_CAUSES = ("landed", "read", "prefetched", "filled", "held", "staged")
-MISSES = ("link", "cpu")
+MISSES = ("link", "cpu", "both")
 NO_TIERS = Tiers(0, 0, 0, 0, 0, False, dict.fromkeys(LINK_CAUSES, 0), 0.0, 0, 0, 0, misses="")
 """Where there is no card."""
 
@@ -252,7 +252,7 @@ GAUGES = (
            _of_tiers(lambda x: {(): x.link_bytes_per_s})),
     Family("host_bytes_per_second", "Of experts' records, as the processor computed them when it was measured beside a "
            "card's link, at start; 0 where it was not.", (), _of_tiers(lambda x: {(): x.cpu_bytes_per_s})),
-    Family("device_misses", "1 for who computes what a card's steps miss: the card, over its link, or the processor.",
+    Family("device_misses", "1 for who computes what a card's steps miss: the card, over its link, the processor, or both.",
            ("by",), _of_tiers(lambda x: {(by,): float(x.misses == by) for by in MISSES})),
     Family("requests_running", "Sequences being computed.", (), _one(lambda s: s.running)),
     Family("requests_waiting", "Sequences waiting in the engine.", (), _one(lambda s: s.waiting)),

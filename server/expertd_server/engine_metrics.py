@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from expertd_engine.messages import EngineInfo, HistogramData, Snapshot
+from expertd_engine.messages import EngineInfo
+from expertd_engine.snapshot import HistogramData, Snapshot
 from expertd_server.engine_families import (
     COUNTERS,
     DISK,

@@ -19,7 +19,8 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
-from expertd_engine.messages import EngineInfo, Snapshot
+from expertd_engine.messages import EngineInfo
+from expertd_engine.snapshot import Snapshot
 from expertd_server import __version__
 from expertd_server.engine_metrics import EngineCounters
 

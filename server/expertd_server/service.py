@@ -35,7 +35,9 @@ class ServedModel:
     @property
     def fingerprint(self) -> str:
         """Changes when the same request may bring other tokens."""
-        parts = (self.info.store_id, self.info.dtype, self.info.numerics, self.info.torch_version)
+        info = self.info
+        libraries = (info.torch_version, info.transformers_version)
+        parts = (info.store_id, info.dtype, info.numerics, info.device, *libraries)
         return f"expertd-{__version__}-{hashlib.sha256('/'.join(parts).encode()).hexdigest()[:10]}"
 
 

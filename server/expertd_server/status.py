@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from expertd_engine.messages import EngineInfo, Snapshot, Tiers
+from expertd_engine.messages import EngineInfo
+from expertd_engine.snapshot import Snapshot, Tiers
 from expertd_server import __version__
 from expertd_server.engine_metrics import EngineCounters, memory_budget_of
 from expertd_server.service import Service

@@ -17,7 +17,8 @@ from expertd_engine.config import Config
 from expertd_engine.errors import ConfigError
 from expertd_server.auth import NO_KEYS, PUBLIC_PATHS, KeyRing
 from expertd_server.daemon import Daemon, bind
-from support.fake_engine import MODEL_NAME, FakeLauncher, Script
+from support.fake_engine import FakeLauncher, Script
+from support.fake_store import MODEL_NAME
 from support.running_server import Server, Start, running
 
 KEYS = KeyRing.of(["first-key", "second-key"], ["admin-key"])

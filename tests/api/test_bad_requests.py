@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from expertd_server import generation
-from support.fake_engine import MAX_MODEL_LEN, MODEL_NAME, VOCAB_SIZE
+from support.fake_store import MAX_MODEL_LEN, MODEL_NAME, VOCAB_SIZE
 from support.running_server import Server
 
 

@@ -9,7 +9,9 @@ import openai
 import pytest
 
 from support import chat_templates
-from support.fake_engine import MAX_MODEL_LEN, MODEL_NAME, TOKENIZER, VOCAB_SIZE, Script, engine_info, write_store
+from support.fake_engine import Script
+from support.fake_numbers import engine_info
+from support.fake_store import MAX_MODEL_LEN, MODEL_NAME, TOKENIZER, VOCAB_SIZE, write_store
 from support.running_server import Server, Start, running
 from support.streams import events
 

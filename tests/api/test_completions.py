@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 
-from support.fake_engine import BYTE_IDS, MODEL_NAME, ids_of
+from support.fake_store import BYTE_IDS, MODEL_NAME, ids_of
 from support.running_server import Server
 from support.streams import events
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from support.fake_engine import BYTE_IDS, END, MAX_MODEL_LEN, VOCAB_SIZE, ids_of
+from support.fake_store import BYTE_IDS, END, MAX_MODEL_LEN, VOCAB_SIZE, ids_of
 from support.running_server import Server
 
 both = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

@@ -20,7 +20,8 @@ import pytest
 
 from expertd_engine.config import Size
 from expertd_server import body, connections
-from support.fake_engine import MAX_MODEL_LEN, WAIT_S, FakeEngine, Script, ids_of
+from support.fake_engine import WAIT_S, FakeEngine, Script
+from support.fake_store import MAX_MODEL_LEN, ids_of
 from support.running_server import Server, Start
 
 ROWS = {

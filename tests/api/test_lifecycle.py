@@ -13,8 +13,9 @@ import pytest
 
 from expertd_engine.errors import EngineError, ExpertdError
 from expertd_engine.messages import Fatal
-from expertd_server.supervisor import ChildFailed
-from support.fake_engine import WAIT_S, FakeEngine, Script, engine_info
+from expertd_server.launcher import ChildFailed
+from support.fake_engine import WAIT_S, FakeEngine, Script
+from support.fake_numbers import engine_info
 from support.running_server import Server, Start
 
 ABORTED = 'expertd_requests_total{endpoint="/v1/completions",finish_reason="abort"}'

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import openai
 
-from support.fake_engine import MAX_MODEL_LEN, MODEL_NAME, Script, engine_info
+from support.fake_engine import Script
+from support.fake_numbers import engine_info
+from support.fake_store import MAX_MODEL_LEN, MODEL_NAME
 from support.running_server import Server, Start
 
 COMPLETIONS = 'expertd_requests_total{endpoint="/v1/completions",finish_reason="%s"}'

@@ -8,7 +8,8 @@ from typing import Any
 import openai
 import pytest
 
-from support.fake_engine import Script, engine_info
+from support.fake_engine import Script
+from support.fake_numbers import engine_info
 from support.running_server import Server, Start
 from support.streams import named_events
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from support.fake_engine import END, MAX_MODEL_LEN, VOCAB_SIZE, ids_of
+from support.fake_store import END, MAX_MODEL_LEN, VOCAB_SIZE, ids_of
 from support.running_server import Server
 
 

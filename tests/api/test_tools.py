@@ -10,7 +10,9 @@ import openai
 import pytest
 
 from support import chat_templates
-from support.fake_engine import Script, engine_info, write_store
+from support.fake_engine import Script
+from support.fake_numbers import engine_info
+from support.fake_store import write_store
 from support.running_server import Server, running
 from support.streams import events
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from expertd_engine.config import load_config, option_names, parse_size
+from expertd_engine.config import option_names, parse_size
+from expertd_engine.config_sources import load_config
 from support.prometheus import ROOT
 
 COMPOSE = ROOT / "docker-compose.yml"

@@ -16,7 +16,9 @@ from expertd_server.auth import KeyRing
 from support.browser import Page, open_page
 from support.daemon import RunningDaemon, daemon
 from support.demo import CACHE, demo_store
-from support.fake_engine import Script, engine_info, write_store
+from support.fake_engine import Script
+from support.fake_numbers import engine_info
+from support.fake_store import write_store
 from support.running_server import Server, running
 
 ADMIN = "admin-key"

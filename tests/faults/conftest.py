@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from expertd_engine.prepare import prepare
-from support.fake_engine import write_store
+from support.fake_store import write_store
 from support.running_server import Start, running
 from support.tiny_mixtral import make_mixtral
 

@@ -49,7 +49,7 @@ CHECKS: dict[str, list[str]] = {
         "golden/test_demo.py::test_tokens_do_not_depend_on_batch_chunk_or_budget",
     ],
     "7. a long prompt neither runs out of memory nor flushes the decode set": [
-        "unit/test_ledger.py::test_a_scan_does_not_flush_the_working_set",
+        "unit/test_ledger_hits.py::test_a_scan_does_not_flush_the_working_set",
         f"{HERE}::test_decoding_recovers_at_once_from_a_long_prompt",
     ],
     "8. after a failed allocation the next request succeeds": [

@@ -25,7 +25,8 @@ import expertd_server
 from expertd_engine.errors import ResourceError
 from expertd_engine.loop import Channel
 from expertd_server.auth import NO_KEYS
-from expertd_server.supervisor import ChildFailed, Process, RestartPolicy
+from expertd_server.launcher import ChildFailed, Process
+from expertd_server.supervisor import RestartPolicy
 from support.daemon import RunningDaemon, daemon
 from support.fake_engine import WAIT_S, FakeLauncher, Script
 from support.running_server import CONFIG, Server, Start

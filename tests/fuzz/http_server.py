@@ -10,7 +10,9 @@ from pathlib import Path
 from expertd_server.auth import KeyRing
 from fuzz.frames import PATIENT
 from support import chat_templates
-from support.fake_engine import Script, engine_info, write_store
+from support.fake_engine import Script
+from support.fake_numbers import engine_info
+from support.fake_store import write_store
 from support.running_server import running
 
 ADMIN_KEY = "fuzz"

@@ -27,7 +27,7 @@ from expertd_engine.messages import (
 )
 from fuzz.mutate import garbled, mutated
 from support.builders_core import Told, make_core, make_scheduler, run_to_end
-from support.fake_engine import engine_info, snapshot
+from support.fake_numbers import engine_info, snapshot
 
 TO_ENGINE: tuple[ToEngine, ...] = (
     Submit(7, [TextInput([1, 2, 3])], Sampling(max_tokens=4, logprobs=1, prompt_logprobs=1, bad_words=[[1], [2, 3]])),

@@ -18,7 +18,7 @@ from expertd_engine.prepare import prepare
 from fuzz.frames import FrameTarget
 from fuzz.messages import try_engine
 from fuzz.stores import try_store
-from support.fake_engine import write_store
+from support.fake_store import write_store
 from support.tiny_mixtral import make_mixtral
 
 Try = Callable[[int], None]

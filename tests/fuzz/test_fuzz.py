@@ -17,7 +17,7 @@ from expertd_engine.prepare import prepare
 from fuzz.frames import FrameTarget
 from fuzz.messages import TO_ENGINE, frame_of, try_engine
 from fuzz.stores import index_of, try_store
-from support.fake_engine import write_store
+from support.fake_store import write_store
 from support.tiny_mixtral import make_mixtral
 
 

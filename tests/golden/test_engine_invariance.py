@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 import expertd_engine.model.runner as runner
 from expertd_engine.convert import convert_blocks
@@ -200,6 +202,7 @@ def test_a_record_that_cannot_be_read_ends_its_step_and_the_next_request_is_righ
 
         with monkeypatch.context() as patch:
             patch.setattr(RecordFile, "read_record", failing)
+            patch.setattr(RecordFile, "place_of", lambda self, expert: None)
             failed = generate(engine, [MINE, prompt(1, 5)], GREEDY, first_id=10)
         for one in failed:
             assert one.finished is not None and one.finished.reason == "error" and one.token_ids == []
@@ -241,17 +244,35 @@ def noting(function: Callable[..., int], results: list[int]) -> Callable[..., in
     return noted
 
 
-@pytest.mark.parametrize("budget", ["100%", "50%"])
+class ByRow:
+    """Generated routes: row r of a step goes to other experts in every layer, whoever it is and whatever it says."""
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self._layers, self._experts = layers, experts
+
+    def step_routes(self, num_rows: int) -> NDArray[np.int64]:
+        pairs = [[[(r + layer) % self._experts, (r + 2 * layer + 1) % self._experts] for layer in range(self._layers)]
+                 for r in range(num_rows)]  # fmt: skip
+        return np.sort([[(a, b) if a != b else (a, (a + 1) % self._experts) for a, b in row] for row in pairs], axis=-1)
+
+    def route(self, layer: int, num_rows: int) -> NDArray[np.int64]:
+        return self.step_routes(num_rows)[:, layer]
+
+
+@pytest.mark.parametrize(("budget", "generated"), [("100%", False), ("50%", False), ("50%", True)])
 def test_layers_that_run_on_give_the_bits_of_layers_that_are_asked(
-    stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch, budget: str
+    stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch, budget: str, generated: bool
 ) -> None:
-    """Decoding without coming back to Python between layers, and with."""
+    """Decoding without coming back to Python between layers, and with; on the routers' choices or on generated ones."""
     prompts = [MINE, prompt(3, 9), prompt(4, 17)]
     results, lookups = [], []
     for may in (True, False):
         with monkeypatch.context() as patch, running_engine(stores["mixtral", "bf16"], expert_budget=budget) as engine:
             ran: list[int] = []
             patch.setattr(LayerRun, "forward", noting(LayerRun.forward, ran))
+            if generated:
+                counts = engine.cache.ledger.experts_per_layer
+                engine.runner.routes = ByRow(len(counts), max(counts))
             if not may:
                 patch.setattr(native_model, "may_run", lambda routes, rows: False)
             results.append([tokens_and_logprobs(one) for one in generate(engine, prompts, GREEDY)])

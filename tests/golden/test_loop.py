@@ -21,13 +21,10 @@ from expertd_engine.messages import (
     BudgetSet,
     ExpertMap,
     Finished,
-    HistogramData,
-    LayerLookups,
     Output,
     Sampling,
     SetBudget,
     Shutdown,
-    Snapshot,
     Steps,
     Submit,
     TextInput,
@@ -36,7 +33,8 @@ from expertd_engine.messages import (
     Watch,
 )
 from expertd_engine.prepare import prepare
-from expertd_engine.snapshots import StepMeter
+from expertd_engine.reporting import StepMeter
+from expertd_engine.snapshot import HistogramData, LayerLookups, Snapshot
 from expertd_engine.startup import Engine, start_engine
 from support.engine import make_config
 from support.tiny_mixtral import make_mixtral

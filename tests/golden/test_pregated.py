@@ -24,13 +24,10 @@ from expertd_engine.model.pathfinder import Pathfinder
 from expertd_engine.model.pregate import Pregate, build_pregate
 from expertd_engine.model.step_rows import Span
 from expertd_engine.prepare import prepare
-from expertd_engine.refactor.export import export
-from expertd_engine.refactor.selection import select
-from expertd_engine.refactor.student import Student
 from expertd_engine.startup import Engine
 from expertd_engine.step_plan import Chunk, StepPlan
 from golden.tolerances import PREGATED_LOGPROBS
-from refactor.tiny import HEADS, INDEX, dense, statistics
+from refactor.tiny import HEADS, INDEX, make_pregated
 from support.builders_core import make_sequence
 from support.engine import Generated, generate, running_engine
 from support.kernels import native_pool
@@ -49,11 +46,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoint and store of each kind, as `KIND` and `KIND-store`."""
     folder = tmp_path_factory.mktemp("pregated")
     for kind, shape in SHAPES.items():
-        student = Student(dense(), shape, select(statistics(), shape))
-        generator = torch.Generator().manual_seed(1)
-        for tensor in student.trained().values():
-            tensor += torch.randn(tensor.shape, generator=generator) * 0.05
-        export(student.eval(), dense(), folder / kind, torch.float32)
+        make_pregated(folder / kind, shape)
         prepare(folder / kind, folder / f"{kind}-store", "float32")
     return {path.name: path for path in folder.iterdir()}
 

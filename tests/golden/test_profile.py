@@ -36,7 +36,6 @@ def quick_start() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trial, "is_invariant", lambda self: True)
         patch.setattr(Trial, "largest_step_bytes", lambda self, *sizes: 0)
-        patch.setattr("expertd_engine.profiling.READ_SECONDS", 0.01)
         patch.setattr("expertd_engine.profiling.served_bytes", lambda *args: SERVED)
         yield
 
@@ -77,7 +76,8 @@ def test_a_profile_holds_what_was_measured(store: ExpertStore, profiled: Profile
     assert profiled.num_experts == [12] * 3 and profiled.top_k == 4
     assert profiled.memory.base == SERVED, "the server's processes count, too"
     assert len(profiled.box.reads_s) == 12 and min(profiled.box.reads_s) > 0
-    assert set(profiled.box.steps_s) == set(profiled.box.experts_s) == {"1", "2", "4"}
+    assert profiled.box.step_s > 0 and profiled.box.leave_s >= 0 and profiled.box.overlap >= 0
+    assert profiled.box.leave_s or profiled.box.overlap, "missing experts cost nothing"
     assert profiled.box.virtual_s is not None and profiled.box.virtual_s > 0
     curve, uniform = profiled.model.misses
     assert (curve.routing, uniform.routing) == ("model", "uniform")
@@ -137,7 +137,7 @@ def test_plans_stand_beside_what_is_measured(
     store: ExpertStore, profiled: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planned, "BUDGETS", ("100%", "50%"))
-    monkeypatch.setattr(planned, "memory_runs", lambda *args: [planned.MemoryRun("all", make_plan(profiled, ALL), [1])])
+    monkeypatch.setattr(planned, "memory_runs", lambda *args: [planned.MemoryRun("all", make_plan(profiled, ALL), 1)])
     values = json.loads(planned.planner([store.path], ["model", "uniform"], rounds=1, tokens=4).splitlines()[-1])
     assert [run["run"].split(", ")[1:] for run in values["speed"]] == [
         [routing, budget] for routing in ("model", "uniform") for budget in ("100%", "50%")

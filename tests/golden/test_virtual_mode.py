@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -15,12 +14,13 @@ from expertd_engine.calibration import with_slots
 from expertd_engine.experts.events import ExpertId, Load, Priority
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.virtual import SwapLimits
-from expertd_engine.messages import ExpertMode, Sampling, SequenceStats
+from expertd_engine.messages import Sampling
 from expertd_engine.model.trial import Trial
 from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine
-from support.engine import Generated, collect, running_engine, submit_of
+from support.engine import Ask, Generated, ask, generate, running_engine, submit_of
+from support.engine import stats_of as stats
 from support.kernels import needs_kernels
 from support.tiny_families import FAMILIES, make_checkpoint
 
@@ -50,22 +50,12 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return Stores()
 
 
-def run(engine: Engine, *asks: tuple[list[int], ExpertMode, float], first_id: int = 1) -> list[Generated]:
-    """Sequences of these prompts, modes and limits, together, to their end."""
-    results = {first_id + i: Generated() for i in range(len(asks))}
-    for sequence_id, (prompt, mode, limit) in zip(results, asks, strict=True):
-        submit = submit_of(sequence_id, prompt, GREEDY)
-        engine.core.submit(msgspec.structs.replace(submit, mode=mode, max_substituted_mass=limit), 0.0)
-    collect(engine, results)
+def run(engine: Engine, *asks: Ask, first_id: int = 1) -> list[Generated]:
+    done = ask(engine, asks, GREEDY, first_id=first_id)
     engine.cache.pump()
     engine.cache.ledger.check()
     engine.core.scheduler.check()
-    return list(results.values())
-
-
-def stats(generated: Generated) -> SequenceStats:
-    assert generated.finished is not None and generated.finished.reason == "length", generated.finished
-    return generated.finished.stats
+    return done
 
 
 def virtual_of(engine: Engine) -> VirtualRouting:
@@ -156,9 +146,7 @@ def test_native_runs_route_as_layers_do_one_by_one(
             routing.routes_natively = natively
             if natively and min(limits) == 1:
                 monkeypatch.setattr(VirtualRouting, "route", None)
-            asks: list[tuple[list[int], ExpertMode, float]] = [
-                (MINE[: 9 + i], "virtual", limit) for i, limit in enumerate(limits)
-            ]
+            asks: list[Ask] = [(MINE[: 9 + i], "virtual", limit) for i, limit in enumerate(limits)]
             met.append([stats(one) for one in run(engine, *asks, first_id=10 * number + 1)])
             logits.append(torch.cat(tap.logits))
             tap.logits.clear()
@@ -245,8 +233,8 @@ def test_held_experts_follow_a_budget_that_changes_while_they_serve(stores: dict
     with running_engine(store, threads=1) as engine:
         results = {i: Generated() for i in range(3)}
         for number, mode in enumerate(("virtual", "exact", "virtual")):
-            submit = submit_of(number, MINE, Sampling(max_tokens=24, temperature=0, ignore_eos=True))
-            engine.core.submit(msgspec.structs.replace(submit, mode=mode), 0.0)
+            sampling = Sampling(max_tokens=24, temperature=0, ignore_eos=True)
+            engine.core.submit(submit_of(number, MINE, sampling, mode=mode), 0.0)
         steps = 0
         while engine.core.has_work:
             for output in (told := engine.core.step(0.0)).outputs:
@@ -262,7 +250,4 @@ def test_held_experts_follow_a_budget_that_changes_while_they_serve(stores: dict
         engine.cache.pump()
         engine.cache.ledger.check()
     with running_engine(store, threads=1) as engine:
-        submit = submit_of(1, MINE, Sampling(max_tokens=24, temperature=0, ignore_eos=True))
-        engine.core.submit(submit, 0.0)
-        collect(engine, alone := {1: Generated()})
-        assert alone[1].token_ids == results[1].token_ids
+        assert generate(engine, [MINE], sampling)[0].token_ids == results[1].token_ids

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from expertd_engine.bench.make_model import make_model
 from expertd_engine.bench.shapes import Cut
@@ -15,12 +13,9 @@ from expertd_engine.experts.store import ExpertStore
 from expertd_engine.live_budget import LiveBudget
 from expertd_engine.messages import Sampling, SetBudget
 from expertd_engine.planning.startup_plan import GROWTH_BYTES
+from support.cuda_calls import PROFILERS_WAITS, STEPS, CudaCalls, calls_of_steps
 from support.device_engine import device_engine, make_store
 from support.engine import submit_of
-
-STEPS = 100
-LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cuStreamSynchronize", "cuCtxSynchronize")
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +31,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ExpertStore:
 def test_a_decode_step_is_one_graph_and_never_waits_inside(store: ExpertStore, budget: str) -> None:
     with device_engine(store, "cuda:0", expert_budget=budget) as engine:
         engine.core.submit(submit_of(1, [5, 6, 7], Sampling(max_tokens=STEPS + 20, ignore_eos=True)), 0.0)
-        for _ in range(10):
-            engine.core.step(0.0)
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-            for _ in range(STEPS):
-                engine.core.step(0.0)
-        calls = Counter({one.key: one.count for one in seen.key_averages()})
-    assert calls["cudaGraphLaunch"] == STEPS
-    assert sum(calls[name] for name in LAUNCHES) == 0
-    # The profiler itself synchronises once, when it ends.
-    assert sum(calls[name] for name in WAITS) <= 1
+        calls = calls_of_steps(engine)
+    assert calls == CudaCalls(graphs=STEPS, kernels=0, waits=calls.waits) and calls.waits <= PROFILERS_WAITS
 
 
 def test_a_lower_budget_gives_memory_back_as_the_card_tells_it(store: ExpertStore) -> None:

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
-import msgspec
 import pytest
-from torch.profiler import ProfilerActivity, profile
 
 from expertd_engine.bench.make_model import make_model
 from expertd_engine.bench.shapes import Cut
 from expertd_engine.experts.store import ExpertStore
-from expertd_engine.messages import ExpertMode, Sampling, SequenceStats
+from expertd_engine.messages import Sampling
+from support.cuda_calls import PROFILERS_WAITS, STEPS, CudaCalls, calls_of_steps
 from support.device_engine import device_engine
-from support.engine import Generated, collect, submit_of
+from support.engine import Ask, Generated, ask, submit_of
+from support.engine import stats_of as stats
 
 MINE = [(7 * i + 3) % 250 for i in range(20)]
 OTHER = [(11 * i + 5) % 250 for i in range(90)]
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
-Ask = tuple[list[int], ExpertMode, float]
 
 
-def run(engine: Any, *asks: Ask, first_id: int = 1, sampling: Sampling = GREEDY) -> list[Generated]:
-    """Sequences of these prompts, modes and limits, together, to their end."""
-    results = {first_id + i: Generated() for i in range(len(asks))}
-    for sequence_id, (prompt, mode, limit) in zip(results, asks, strict=True):
-        submit = submit_of(sequence_id, prompt, sampling)
-        engine.core.submit(msgspec.structs.replace(submit, mode=mode, max_substituted_mass=limit), 0.0)
-    collect(engine, results)
+def run(engine: Any, *asks: Ask, first_id: int = 1) -> list[Generated]:
+    done = ask(engine, asks, GREEDY, first_id=first_id)
     engine.cache.settle()
     engine.cache.ledger.check()
-    return list(results.values())
-
-
-def stats(generated: Generated) -> SequenceStats:
-    assert generated.finished is not None and generated.finished.reason == "length", generated.finished
-    return generated.finished.stats
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +65,9 @@ def test_virtual_tokens_never_wait_and_exact_ones_never_notice(store: ExpertStor
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 def test_a_virtual_step_is_one_graph_and_never_waits_inside(store: ExpertStore) -> None:
-    steps = 100
     with device_engine(store, "cuda:0", expert_budget="50%", virtual_slots=32) as engine:
-        submit = submit_of(1, [5, 6, 7], Sampling(max_tokens=steps + 20, ignore_eos=True))
-        engine.core.submit(msgspec.structs.replace(submit, mode="virtual"), 0.0)
-        for _ in range(10):
-            engine.core.step(0.0)
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-            for _ in range(steps):
-                engine.core.step(0.0)
-        calls = Counter({one.key: one.count for one in seen.key_averages()})
-        assert engine.runner.virtual.counts.tokens > steps and sum(engine.runner.virtual.held.sets.swaps) > 0
-    assert calls["cudaGraphLaunch"] == steps
-    assert sum(calls[name] for name in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")) == 0
-    assert sum(calls[name] for name in ("cudaStreamSynchronize", "cudaDeviceSynchronize")) <= 1  # the profiler's own
+        sampling = Sampling(max_tokens=STEPS + 20, ignore_eos=True)
+        engine.core.submit(submit_of(1, [5, 6, 7], sampling, mode="virtual"), 0.0)
+        calls = calls_of_steps(engine)
+        assert engine.runner.virtual.counts.tokens > STEPS and sum(engine.runner.virtual.held.sets.swaps) > 0
+    assert calls == CudaCalls(graphs=STEPS, kernels=0, waits=calls.waits) and calls.waits <= PROFILERS_WAITS

@@ -55,7 +55,8 @@ Answer expected(const Row& row, const std::vector<uint8_t>& held, int shared_by)
   for (int e = 0; e < kExperts; ++e)
     if (held[e] && !stays[e]) others.push_back(e);
   std::sort(others.begin(), others.end(), [&](int a, int b) { return row.logits[a] > row.logits[b]; });
-  others.resize(std::min<size_t>(others.size(), answer.replaced * shared_by));
+  const int wanted = std::max(answer.replaced, std::min(answer.replaced * shared_by, kTopK * 3 / 4));
+  others.resize(std::min<size_t>(others.size(), wanted));
   double sum = 0;
   for (const int e : others) sum += std::exp(double(row.logits[e]));
   for (const int e : others) answer.weights[e] += lost * std::exp(double(row.logits[e])) / sum;

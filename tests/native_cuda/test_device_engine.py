@@ -86,6 +86,22 @@ def test_a_host_that_holds_half_of_the_experts_serves_layer_by_layer(tmp_path: P
     assert largest_error(result) <= DEVICE_FLOAT32_LOGITS.allowed
 
 
+def test_link_and_processor_share_what_steps_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    halves = "expertd_engine.device_misses.left_to_processor"
+    monkeypatch.setattr(halves, lambda most, _: [missing // 2 for missing in range(most + 1)])
+    store, prompt = make_store(FAMILY, tmp_path), PROMPT[:2]
+    options = {"max_sequences": 2, "max_step_tokens": 8, "max_model_len": 32, "expert_budget": "40%"}
+    with device_engine(store, "cpu", **options, device_misses="both") as engine:
+        assert engine.info.numerics == "per-residency"
+        [result] = generate(engine, [prompt], SAMPLING)
+        engine.cache.settle()
+        engine.cache.ledger.check()
+        tiers, counters = engine.cache.tiers(), engine.cache.ledger.counters
+        assert tiers.misses == "both" and 0 < tiers.computed < sum(counters.misses)
+        assert tiers.link_bytes["landed"] > 0 == engine.cache.ledger.brought_in
+    assert largest_error(result, prompt=prompt) <= DEVICE_FLOAT32_LOGITS.allowed
+
+
 def test_the_processor_computes_what_steps_miss(tmp_path: Path) -> None:
     store, prompt = make_store(FAMILY, tmp_path), PROMPT[:2]
     options = {"max_sequences": 2, "max_step_tokens": 8, "max_model_len": 32, "expert_budget": "40%"}

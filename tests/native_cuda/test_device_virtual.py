@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
@@ -14,13 +13,14 @@ pytest.importorskip("triton")
 
 from expertd_engine import device_virtual
 from expertd_engine.experts.virtual import SwapLimits
-from expertd_engine.messages import ExpertMode, Sampling, SequenceStats
+from expertd_engine.messages import ExpertMode, Sampling
 from expertd_engine.model import virtual_build
 from expertd_engine.model.trial import Trial
 from expertd_engine.prepare import prepare
 from golden.tolerances import DEVICE_FLOAT32_LOGITS
 from support.device_engine import SEED, device_engine, make_store
-from support.engine import Generated, collect, running_engine, submit_of
+from support.engine import Generated, ask, running_engine
+from support.engine import stats_of as stats
 from support.tiny_families import make_model
 
 FAMILY = "mixtral"
@@ -31,11 +31,7 @@ STILL = SwapLimits(per_step=0, ahead=0)
 
 def run(engine: Any, mode: ExpertMode, limit: float, number: int) -> Generated:
     """One sequence of this mode and limit, to its end."""
-    results = {number: Generated()}
-    submit = submit_of(number, PROMPT, GREEDY)
-    engine.core.submit(msgspec.structs.replace(submit, mode=mode, max_substituted_mass=limit), 0.0)
-    collect(engine, results)
-    return results[number]
+    return ask(engine, [(PROMPT, mode, limit)], GREEDY, first_id=number)[0]
 
 
 def logprobs(generated: Generated) -> Any:
@@ -48,11 +44,6 @@ def error(result: Generated) -> float:
     expected = make_model(FAMILY, SEED)(torch.tensor([PROMPT]), use_cache=False).logits[0, -1].log_softmax(-1)
     [[told]] = logprobs(result)
     return max(abs(float(best.logprob - expected[best.token_id])) for best in told.top)
-
-
-def stats(generated: Generated) -> SequenceStats:
-    assert generated.finished is not None and generated.finished.reason == "length", generated.finished
-    return generated.finished.stats
 
 
 def test_virtual_rows_read_no_link_and_exact_ones_never_notice(tmp_path: Path) -> None:

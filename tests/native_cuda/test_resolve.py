@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +15,7 @@ from support.interpreter import DEVICE
 import torch  # isort: skip
 
 EXPERTS, TOP_K, ROWS, SLOTS, RING = 5, 2, 5, 6, 4
-RESIDENT, READ, WAITED, LANDED = range(4)
+RESIDENT, READ, WAITED, LANDED, LEFT = range(5)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Case:
     free: list[int]
     taken: int
     """Slots taken from the ring before."""
+    left: list[int] | None
+    """To the processor, of so many missing."""
 
 
 @st.composite
@@ -43,6 +46,7 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.frozensets(st.sampled_from(slots))),
         slots[: draw(st.integers(0, 4))],
         draw(st.sampled_from([0, 3, 2**31 - 1])),
+        draw(st.none() | st.tuples(*(st.integers(0, n) for n in range(EXPERTS + 1))).map(list)),
     )
 
 
@@ -83,7 +87,8 @@ def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
         hidden=8, inner=8, max_rows=ROWS, top_k=TOP_K, num_experts=EXPERTS, dtype=torch.float32, device=DEVICE
     )
     num_rows = torch.tensor([case.real], dtype=torch.int32, device=DEVICE)
-    resolve(table, 0, torch.tensor(case.routes, device=DEVICE), num_rows, scratch)
+    left = None if case.left is None else torch.tensor(case.left, dtype=torch.int32, device=DEVICE)
+    resolve(table, 0, torch.tensor(case.routes, device=DEVICE), num_rows, scratch, left=left)
 
     pairs = sorted(
         (expert, row, choice)
@@ -91,7 +96,7 @@ def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
         for choice, expert in enumerate(chosen)
     )
     counts = Counter(expert for expert, _, _ in pairs)
-    free = list(case.free)
+    free, on_cpu = list(case.free), left_to_processor(case, counts)
     expected, where, lands, waits = [], [], [], []
     for expert in sorted(counts):
         source, slot, at, wait = RESIDENT, -1, address(expert), -1
@@ -99,6 +104,8 @@ def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
             at = slot_address(case.moving[expert])
             if case.moving[expert] not in case.ready:
                 source, wait = WAITED, case.moving[expert]
+        elif expert in on_cpu:
+            source, at = LEFT, 0
         elif expert in case.far:
             source = READ
             if free:
@@ -109,7 +116,7 @@ def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
         waits.append(wait)
     distinct = len(counts)
     assert table.seen[0, : int(table.seen_count[0])].tolist() == expected
-    assert scratch.totals.tolist() == [distinct, case.real, 0]
+    assert scratch.totals.tolist() == [distinct, case.real, len(on_cpu)]
     assert scratch.address[:distinct].tolist() == where
     assert scratch.land[:distinct].tolist() == lands
     assert scratch.wait[:distinct].tolist() == waits
@@ -120,3 +127,12 @@ def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
         assert scratch.row_pairs[row].tolist() == [nth for nth, (_, owner, _) in enumerate(pairs) if owner == row]
     assert (int(table.head) - case.taken) % 2**32 == len(case.free) - len(free)
     assert int(table.progress) == 1
+
+
+def left_to_processor(case: Case, met: Mapping[int, int]) -> set[int]:
+    """In turns: who is asked for first moves on with every slot that is taken."""
+    missing = [expert for expert in sorted(met) if expert in case.far and expert not in case.moving]
+    if case.left is None or not missing:
+        return set()
+    turn = case.taken % 8  # the experts' number as a power of two
+    return {e for nth, e in enumerate(missing) if (nth + turn) % len(missing) < case.left[len(missing)]}

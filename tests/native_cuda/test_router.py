@@ -17,6 +17,7 @@ from expertd_engine.kernels.cuda.substitute import MET, Among
 from expertd_engine.kernels.library import FORMATS, Matrix
 from expertd_engine.model.native_abi import Block, BlockCalls, Norm, NormKind, Router, Scores, Step
 from expertd_engine.model.router_rules import Groups, ScoreTopK, TopKSoftmax, share, sigmoid_scores, softmax_scores
+from expertd_engine.model.substitution import widest
 from expertd_engine.model.virtual_routing import Select, among_held
 from support.interpreter import DEVICE
 from support.kernels import needs_kernels, pool_on
@@ -136,7 +137,7 @@ LIMITS = (1.0, 0.6, 0.3, 0.1, 0.0, 1.0)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("held_more", [0, 3])
 def test_rows_among_held_experts_are_those_of_the_cpu(rule: Rule, shared_by: int, held_more: int) -> None:
-    world, width = World(rule, ""), rule.top_k * shared_by
+    world, width = World(rule, ""), widest(rule.top_k, shared_by)
     held = torch.zeros(rule.experts, dtype=torch.int32)
     held[torch.randperm(rule.experts, generator=torch.Generator().manual_seed(3))[: rule.top_k + held_more]] = 1
     among = Among(

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from expertd_engine.convert import main
@@ -59,6 +61,22 @@ def test_a_second_run_uses_what_the_first_left(model: Path, tmp_path: Path) -> N
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_experts_can_begin_as_copies_of_a_pruned_models(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = write_texts(tmp_path / "texts", words=96)
+    options = ["--active", "0.25", "--distillation", "0", "--steps", "0", "--pruned-steps"]
+    assert _convert(model, texts, *options, "3") == 0
+    stems = {path.stem for path in (tmp_path / "moe.work" / "results").iterdir()}
+    assert stems == {"dense", "branch-base-0", "branch-final-index-0"}
+    tensors = load_file(tmp_path / "moe" / "model.safetensors")
+    experts = [one for name, one in tensors.items() if ".experts." in name]
+    assert experts and all(torch.equal(one[0], one[2]) for one in experts), "not a step has told them apart"
+    (tmp_path / "moe").rename(tmp_path / "first")
+    assert _convert(model, texts, *options, "2") == 3
+    assert "branch-base-0 already, run with steps 3 instead of 2: name another --work" in capsys.readouterr().err
+
+
 def test_texts_without_domains_are_clustered(model: Path, tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "texts", words=1500)
     flat = tmp_path / "flat"
@@ -90,6 +108,10 @@ def test_what_is_wrong_is_said(model: Path, tmp_path: Path, capsys: pytest.Captu
         (short, ["--length", "512"], 3, "training tokens: at least 513 are needed"),
         (good, ["--active", "0.1", "--permanent", "0.2"], 2, "0 ≤ permanent < active ≤ 1"),
         (good, ["--rows", "5"], 2, "--micro-rows 2 does not divide --rows 5"),
+        (good, ["--pruned-steps", "-1"], 2, "--pruned-steps -1 is not allowed"),
+        (good, ["--pruned-steps", "9", "--routing", "heads"], 2, "not allowed with --routing heads: only experts of"),
+        (good, ["--pruned-steps", "9", "--rank", "4"], 2, "not allowed with --routing index --rank 4"),
+        (good, ["--pruned-steps", "9", "--active", "1"], 2, "--active 1.0 leaves no room to prune"),
     ):
         assert _convert(model, texts, *options) == code
         assert message in capsys.readouterr().err

@@ -12,8 +12,11 @@ import torch
 
 from expertd_engine.refactor.corpus import Corpus
 from expertd_engine.refactor.dense import Dense, open_dense
+from expertd_engine.refactor.export import export
+from expertd_engine.refactor.selection import select
 from expertd_engine.refactor.shape import Routing, Shape
 from expertd_engine.refactor.statistics import Statistics, gather
+from expertd_engine.refactor.student import Student
 from support.tiny_mixtral import make_dense, make_llama
 
 CPU = torch.device("cpu")
@@ -51,6 +54,15 @@ def corpus() -> Corpus:
 @cache
 def statistics() -> Statistics:
     return gather(dense(), corpus(), windows=2, length=64, sampled_tokens=120)
+
+
+def make_pregated(folder: Path, shape: Shape) -> None:
+    """A checkpoint of that shape, every trained weight of which is off by chance."""
+    student = Student(dense(), shape, select(statistics(), shape))
+    generator = torch.Generator().manual_seed(1)
+    for tensor in student.trained().values():
+        tensor += torch.randn(tensor.shape, generator=generator) * 0.05
+    export(student.eval(), dense(), folder, torch.float32)
 
 
 def write_texts(folder: Path, *, domains: int = 3, words: int = 360) -> Path:

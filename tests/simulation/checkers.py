@@ -25,7 +25,8 @@ from expertd_engine.experts.events import (
     SetBudget,
 )
 from expertd_engine.experts.ledger import Ledger
-from expertd_engine.messages import Snapshot, Steps, Submit
+from expertd_engine.messages import Steps, Submit
+from expertd_engine.snapshot import Snapshot
 from expertd_server.engine_metrics import EngineCounters
 from simulation.device import UNIT, SimSlab, Violation
 from simulation.model import Reference, Shape, choose, logprob_of

@@ -14,9 +14,10 @@ from functools import cached_property
 from random import Random
 
 from expertd_engine.core import SampledToken, StepFailed, StepResult
-from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError
+from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.held import HeldExperts
+from expertd_engine.experts.leases import ExpertUnavailableError
 from expertd_engine.messages import TokenLogprob
 from expertd_engine.request import Sequence as EngineSequence
 from expertd_engine.step_plan import Chunk, StepPlan

@@ -20,9 +20,10 @@ from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
 from expertd_engine.experts.virtual_room import VirtualRoom
 from expertd_engine.kv_pool import KVPool
-from expertd_engine.messages import Sampling, Snapshot, Submit, TextInput
+from expertd_engine.messages import Sampling, Submit, TextInput
 from expertd_engine.prefix_cache import PrefixCache
 from expertd_engine.scheduler import Scheduler
+from expertd_engine.snapshot import Snapshot
 from expertd_engine.step_plan import SchedulerLimits, StepPlan
 from expertd_server.engine_families import empty_snapshot
 from simulation.checkers import CounterChecker, Expected, LedgerChecker, RequestChecker, WatchedLedger

@@ -7,7 +7,7 @@ every expert where it is.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from typing import cast
@@ -73,6 +73,9 @@ class Idle:
 
     computed = computed_bytes = 0
 
+    def __init__(self, lands: bool) -> None:
+        self.lands = lands
+
     def begin_step(self) -> None:
         return None
 
@@ -86,8 +89,10 @@ class Idle:
 class DeviceMachine(RuleBasedStateMachine):
     """Steps of two layers of six experts over a few slots in chunks of three."""
 
-    on_host = False
-    """The processor computes what steps miss."""
+    left: Callable[[int], int] | None = None
+    """Of n missing experts, how many the processor computes; None: there is none that computes."""
+    lands = True
+    """Whether steps bring in anything themselves."""
 
     @initialize(
         slots=st.integers(2, len(ALL) - 2),
@@ -106,8 +111,9 @@ class DeviceMachine(RuleBasedStateMachine):
             max_budget_bytes=len(ALL) * RECORD, prefetch_depth=depth,
         )  # fmt: skip
         self.cache = DeviceCache(index, self.device, host, ledger, self.told, EXPERTS)
-        if self.on_host:
-            self.cache.computing = cast(HostCompute, Idle())
+        if self.left is not None:
+            self.cache.computing = cast(HostCompute, Idle(self.lands))
+            self.cache.ledger.brings_in = not self.lands
         if knows:
             self.cache.routes = lambda layer: ()
         self.lookups = 0
@@ -176,7 +182,9 @@ class DeviceMachine(RuleBasedStateMachine):
         self.lookups += sum(map(len, routes))
         self.cache.begin_step((), scan)
         self.cache.before_launch()
-        return FakeStep(self.cache.table, routes, self.on_host)
+        table = self.cache.table
+        assert self.lands or int(table.tail) == int(table.head), "slots are handed to steps that land nothing"
+        return FakeStep(table, routes, self.left or (lambda missing: 0))
 
     def _read(self, layer: int, chunk: Chunk) -> None:
         for expert, address in zip(chunk.experts.tolist(), chunk.addresses.tolist(), strict=True):
@@ -255,7 +263,14 @@ class DeviceMachine(RuleBasedStateMachine):
 class OnHostMachine(DeviceMachine):
     """Likewise, with nothing missing read over the link: residents change by copies alone."""
 
-    on_host = True
+    left = staticmethod(lambda missing: missing)
+    lands = False
+
+
+class BothMachine(DeviceMachine):
+    """Likewise, with every other missing expert left to the processor."""
+
+    left = staticmethod(lambda missing: missing // 2)
 
 
 class HeldMachine(DeviceMachine):
@@ -314,6 +329,7 @@ class HeldMachine(DeviceMachine):
 TestDevice = DeviceMachine.TestCase
 TestDevice.settings = LIMITS
 TestOnHost = OnHostMachine.TestCase
+TestBoth = BothMachine.TestCase
 TestOnHost.settings = settings(LIMITS, max_examples=25)
 TestHeld = HeldMachine.TestCase
 TestHeld.settings = settings(LIMITS, max_examples=30)

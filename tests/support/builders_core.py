@@ -17,8 +17,9 @@ from expertd_engine.core import EngineCore, Forward, SampledToken, StepFailed, S
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import ExpertMode, Finished, Sampling, Steps, Submit, TextInput, TokenLogprob
 from expertd_engine.prefix_cache import PrefixCache
-from expertd_engine.request import ExpertCounts, Sequence
+from expertd_engine.request import Sequence
 from expertd_engine.scheduler import Scheduler
+from expertd_engine.sequence_stats import ExpertCounts
 from expertd_engine.step_plan import Chunk, SchedulerLimits, StepPlan
 
 VOCAB = 50

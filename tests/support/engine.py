@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from expertd_engine.config import Config, parse_size
 from expertd_engine.experts.store import ExpertStore
-from expertd_engine.messages import Finished, Output, Sampling, Submit, TextInput
+from expertd_engine.messages import ExpertMode, Finished, Output, Sampling, SequenceStats, Submit, TextInput
 from expertd_engine.startup import Engine, start_engine
 
 
@@ -41,8 +41,18 @@ class Generated:
     finished: Finished | None = None
 
 
-def submit_of(sequence_id: int, prompt: Sequence[int], sampling: Sampling) -> Submit:
-    return Submit(sequence_id, [TextInput(list(prompt))], sampling)
+Ask = tuple[list[int], ExpertMode, float]
+"""Prompt, mode, and the gate weight that others may answer for."""
+
+
+def submit_of(sequence_id: int, prompt: Sequence[int], sampling: Sampling, **more: Any) -> Submit:
+    return Submit(sequence_id, [TextInput(list(prompt))], sampling, **more)
+
+
+def stats_of(generated: Generated) -> SequenceStats:
+    """Of a sequence that had all its tokens."""
+    assert generated.finished is not None and generated.finished.reason == "length", generated.finished
+    return generated.finished.stats
 
 
 def generate(
@@ -50,9 +60,25 @@ def generate(
 ) -> list[Generated]:
     """Submit all prompts at once and step until each has ended; results in the order of `prompts`."""
     each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-    results = {first_id + i: Generated() for i in range(len(prompts))}
-    for (sequence_id, _), prompt, how in zip(results.items(), prompts, each, strict=True):
-        engine.core.submit(submit_of(sequence_id, prompt, how), 0.0)
+    asked = enumerate(zip(prompts, each, strict=True), first_id)
+    return answers(engine, [submit_of(sequence_id, prompt, how) for sequence_id, (prompt, how) in asked])
+
+
+def ask(engine: Engine, asks: Sequence[Ask], sampling: Sampling, *, first_id: int = 1) -> list[Generated]:
+    """As `generate`, each prompt in its mode."""
+    submits = [
+        submit_of(sequence_id, prompt, sampling, mode=mode, max_substituted_mass=limit)
+        for sequence_id, (prompt, mode, limit) in enumerate(asks, first_id)
+    ]
+    return answers(engine, submits)
+
+
+def answers(engine: Engine, submits: Iterable[Submit]) -> list[Generated]:
+    """Submit all at once and step until each has ended; results in their order."""
+    results = {}
+    for submit in submits:
+        results[submit.sequence_id] = Generated()
+        engine.core.submit(submit, 0.0)
     collect(engine, results)
     return list(results.values())
 

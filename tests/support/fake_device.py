@@ -178,13 +178,13 @@ class Records:
 class FakeStep:
     """One launch: layer after layer finds out where its experts lie, reads them, lands what it may, and reports.
 
-    `on_host`: what it misses is left to the processor. `fails_after`: layers after which it stops, half way through the
-    next one's landings.
+    `left`: of n missing experts of a layer, how many are left to the processor. `fails_after`: layers after which it
+    stops, half way through the next one's landings.
     """
 
     table: DeviceTable
     routes: Sequence[dict[int, int]]
-    on_host: bool = False
+    left: Callable[[int], int] = lambda missing: 0
     fails_after: int | None = None
     met: list[tuple[int, int]] = field(default_factory=list)
     _found: list[tuple[ExpertId, int, int]] = field(default_factory=list)
@@ -214,6 +214,9 @@ class FakeStep:
     def _resolve(self, layer: int, chosen: dict[int, int]) -> None:
         table = self.table
         self._publish()
+        entries = table.entries[layer].tolist()
+        missing = [expert for expert in sorted(chosen) if entries[expert][0] & HOME and not entries[expert][1]]
+        computed = missing[: self.left(len(missing))]
         for row, (expert, pairs) in enumerate(sorted(chosen.items())):
             address, flag = table.entries[layer, expert].tolist()
             source, slot = HIT, -1
@@ -221,8 +224,7 @@ class FakeStep:
                 slot = flag - 1
                 source = HIT if table.ready[slot] else WAITED
                 address = int(table.slot_address[slot])
-            elif address & HOME and self.on_host:
-                assert int(table.tail) == int(table.head), "slots are handed to steps that land nothing"
+            elif expert in computed:
                 source = COMPUTED
             elif address & HOME:
                 source = READ

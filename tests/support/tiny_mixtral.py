@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel
 
 from support.tiny_families import make_tokenizer, randomise
 
 EXPERTS = 12
 """More than ten, so that plain sorting of names puts experts in the wrong order."""
+EXPERT_11 = "model.layers.2.block_sparse_moe.experts.11.w3.weight"
+"""A tensor of its last expert, as its checkpoint names it."""
 FFN = 128
 """Neurons of the dense model's FFN: divides into 1, 2 or 4 blocks of a multiple of 32."""
 
@@ -51,3 +56,15 @@ def _save(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, shard: str
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     return model
+
+
+@contextmanager
+def rewritten(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The checkpoint's tensors, stored again in one file with whatever changes the block makes."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        tensors.update({name: tensor.clone() for name, tensor in load_file(path).items()})
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    yield tensors
+    save_file(tensors, folder / "model.safetensors")

@@ -11,7 +11,7 @@ import pytest
 from expertd_engine.bench.channel import DEFAULT_RECALLS, Channel, make_channel
 from expertd_engine.bench.fit_routing import TARGETS, hit_rates
 from expertd_engine.bench.generated import ChannelLookahead, GeneratedRoutes
-from expertd_engine.bench.replay import LRUReplay, lru_lookups
+from expertd_engine.bench.replay import AgedReplay, LRUReplay, lru_lookups
 from expertd_engine.bench.routing import Ids, Routing, RoutingShape, calibrated, make_routing
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.cache import ExpertCache
@@ -86,6 +86,15 @@ def test_lru_replay_shares_its_slots_between_layers() -> None:
     assert lru_lookups([(False, [[0], [0]]), *steps], 2).hit_ratio == 1.0
     with pytest.raises(ValueError, match="0 slots"):
         LRUReplay(0)
+
+
+def test_what_is_used_again_and_again_outlasts_what_is_not_where_uses_are_counted() -> None:
+    """Expert 0 of layer 1 every time, expert 1 half of the times, others once."""
+    steps = [[[], [0]], [[], [0, 1]]] * 20
+    aged, lru = AgedReplay(RoutingShape(2, 8, 2), 3), LRUReplay(3)
+    assert aged.feed(steps) == lru.feed(steps).misses == 2
+    passing = [[[2, 3], [0]], [[4, 5], [0]], [[], [1]]]
+    assert (aged.feed(passing), lru.feed(passing).misses) == (5, 6), "expert 0 stays where uses are counted"
 
 
 @pytest.mark.parametrize("name", ["calibrated:nobody", "trace:", "zipf", "trace:/nowhere.npz"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import pytest
@@ -17,6 +18,7 @@ from expertd_engine.bench.stats import (
     ratio_interval,
     serial_tok_s,
     settled_after,
+    without_chance,
 )
 from expertd_engine.errors import EngineError
 
@@ -35,6 +37,24 @@ def test_the_interval_of_equal_runs_is_a_point_and_a_seed_repeats_it() -> None:
     values = [1.0, 5.0, 2.0, 4.0]
     assert median_interval(values) == median_interval(values)
     assert median_interval([4.0]).low == 4.0
+
+
+def test_what_a_run_met_by_chance_is_taken_out_of_a_ratio_and_what_its_contender_did_is_not() -> None:
+    rng = random.Random(3)
+    chance = [rng.gauss(0, 4) for _ in range(31)]
+    ratios = [0.95 * math.exp(-0.02 * met + rng.gauss(0, 0.01)) for met in chance]
+    ratios[5] *= 0.5  # a hiccup of the box
+    as_met, found = median_interval(ratios), median_interval(without_chance(ratios, chance))
+    assert found.high - found.low < (as_met.high - as_met.low) / 3
+    assert found.median == pytest.approx(0.95, abs=0.01)
+
+
+def test_where_chance_says_nothing_ratios_stay() -> None:
+    ratios = [1.0, 1.1, 0.9, 1.05, 0.95, 1.02, 0.97, 1.0]
+    assert without_chance(ratios, [0.0] * 8) == pytest.approx(ratios)
+    assert without_chance(ratios[:7], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]) == pytest.approx(ratios[:7]), "too few pairs"
+    with pytest.raises(ValueError, match="argument"):
+        without_chance(ratios, [1.0])
 
 
 def test_the_intervals_cover_the_true_median_about_as_often_as_they_say() -> None:

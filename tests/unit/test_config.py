@@ -7,15 +7,8 @@ from typing import Any
 
 import pytest
 
-from expertd_engine.config import (
-    Config,
-    Size,
-    config_from_json,
-    config_to_json,
-    load_config,
-    option_names,
-    parse_size,
-)
+from expertd_engine.config import Config, Size, config_from_json, config_to_json, option_names, parse_size
+from expertd_engine.config_sources import load_config
 from expertd_engine.errors import ConfigError
 
 

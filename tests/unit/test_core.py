@@ -1,16 +1,14 @@
+"""One sequence from its submission to its end, as the core tells it."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from expertd_engine.core import EngineCore, StepFailed
 from expertd_engine.errors import EngineError
-from expertd_engine.messages import Constraint, ExpertMode, SequenceStats, Steps, Submit
+from expertd_engine.messages import Constraint, SequenceStats, Steps, Submit
 from expertd_engine.request import ConstraintFailed
 from expertd_engine.step_plan import StepPlan
 from support.builders_core import (
@@ -129,79 +127,6 @@ def test_a_failing_sequence_ends_and_its_batch_mates_go_on() -> None:
     assert told.tokens == run_alone(make_submit(2)).tokens
 
 
-def run_with_failures(fails: Callable[[StepPlan], bool], num_sequences: int, *, late: int = 0) -> Told:
-    """Sequences 1 to n in one batch (the last `late` of them come after three steps); steps that `fails` names give
-    up."""
-
-    def before(plan: StepPlan) -> None:
-        if fails(plan):
-            raise StepFailed((), "disk on fire")
-
-    core, told = make_core(forward=HashForward(before=before)), Told()
-    messages = [make_submit(i, [i, 6, 7], max_tokens=6, ignore_eos=True) for i in range(1, num_sequences + 1)]
-    for message in messages[: num_sequences - late]:
-        core.submit(message, 0.0)
-    for _ in range(3):
-        told.take(core.step(0.0))
-    for message in messages[num_sequences - late :]:
-        core.submit(message, 0.0)
-    return run_to_end(core, told, max_steps=200)
-
-
-def alone(sequence_id: int) -> list[int]:
-    return run_alone(make_submit(sequence_id, [sequence_id, 6, 7], max_tokens=6, ignore_eos=True)).tokens[sequence_id]
-
-
-def held_by(sequence_id: int, plan: StepPlan) -> bool:
-    return holds(plan, sequence_id)
-
-
-def holds(plan: StepPlan, *sequence_ids: int) -> bool:
-    return any(chunk.sequence.sequence_id in sequence_ids for chunk in plan.chunks)
-
-
-@pytest.mark.parametrize("nth", range(9))
-def test_a_step_that_fails_once_by_nobody_costs_nobody_anything(nth: int) -> None:
-    told = run_with_failures(lambda plan: plan.step == nth, 3, late=1)
-    assert told.tokens == {i: alone(i) for i in (1, 2, 3)}
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("late", [0, 1])
-def test_who_makes_every_step_fail_is_found_and_ends_alone(count: int, late: int) -> None:
-    """Whichever place it has in the batch."""
-    for guilty in range(1, count + 1):
-        told = run_with_failures(partial(held_by, guilty), count, late=late)
-        assert (told.finished[guilty].reason, told.finished[guilty].error) == ("error", "disk on fire")
-        assert told.tokens == {i: alone(i) for i in range(1, count + 1) if i != guilty}
-
-
-def test_several_at_fault_end_and_the_others_do_not() -> None:
-    told = run_with_failures(lambda plan: holds(plan, 2, 3, 7), 8, late=3)
-    assert told.tokens == {i: alone(i) for i in (1, 4, 5, 6, 8)}
-
-
-def test_where_every_step_fails_every_sequence_ends() -> None:
-    told = run_with_failures(lambda plan: True, 8, late=2)
-    assert told.reasons() == dict.fromkeys(range(1, 9), "error")
-
-
-def test_an_abort_among_those_on_trial_ends_once() -> None:
-    calls: list[int] = []
-
-    def before(plan: StepPlan) -> None:
-        calls.append(plan.step)
-        if len(calls) == 2:
-            core.abort([1, 3], 0.0)
-        if len(calls) <= 2:
-            raise StepFailed((), "disk on fire")
-
-    core = make_core(forward=HashForward(before=before))
-    for sequence_id in (1, 2, 3, 4):
-        core.submit(make_submit(sequence_id), 0.0)
-    assert {i for i, reason in run_to_end(core).reasons().items() if reason == "abort"} == {1, 3}
-
-
 def test_an_engine_that_stops_tells_the_end_of_all_that_lives() -> None:
     core = make_core(make_scheduler(max_sequences=1))
     for sequence_id in (1, 2):
@@ -277,111 +202,6 @@ def test_a_leak_is_found_when_idle() -> None:
     scheduler.pool.allocate(1)
     with pytest.raises(EngineError, match="1 in use"):
         core.step(0.0)
-
-
-# ---------------------------------------------------------------- the cramped world equals the roomy one
-
-
-@dataclass(frozen=True)
-class Arrival:
-    at_step: int
-    prompt: list[int]
-    max_tokens: int
-    min_tokens: int
-    priority: int
-    mode: ExpertMode
-    prompt_logprobs: int | None
-    abort_at: int | None
-    fails_at: int | None
-
-    def submit(self, sequence_id: int) -> Submit:
-        return make_submit(
-            sequence_id, self.prompt, priority=self.priority, mode=self.mode, max_tokens=self.max_tokens,
-            min_tokens=self.min_tokens, prompt_logprobs=self.prompt_logprobs, stop_token_ids=[3],
-        )  # fmt: skip
-
-
-arrivals = st.lists(
-    st.builds(
-        Arrival,
-        at_step=st.integers(0, 6),
-        prompt=st.lists(st.integers(1, 49), min_size=1, max_size=8),
-        max_tokens=st.integers(0, 16) | st.just(16),
-        min_tokens=st.integers(0, 4),
-        priority=st.integers(-2, 2),
-        mode=st.sampled_from(["exact", "virtual"]),
-        prompt_logprobs=st.sampled_from([None, 0]),
-        abort_at=st.none() | st.integers(0, 30),
-        fails_at=st.none() | st.integers(0, 30),
-    ),
-    min_size=2,
-    max_size=6,
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    arrivals=arrivals,
-    spare_blocks=st.integers(0, 3),
-    block_tokens=st.integers(1, 5),
-    max_sequences=st.integers(2, 5),
-    max_step_tokens=st.integers(1, 20),
-    mid_step=st.booleans(),
-)
-def test_room_time_and_company_change_no_token(
-    arrivals: list[Arrival],
-    spare_blocks: int,
-    block_tokens: int,
-    max_sequences: int,
-    max_step_tokens: int,
-    mid_step: bool,
-) -> None:
-    """The pool holds the longest of the sequences and `spare_blocks` more."""
-    longest = max(len(arrival.prompt) + max(arrival.max_tokens - 1, 0) for arrival in arrivals)
-    num_blocks = 1 + -(-longest // block_tokens) + spare_blocks
-    scheduler = make_scheduler(
-        num_blocks=num_blocks, block_tokens=block_tokens, max_sequences=max_sequences, max_step_tokens=max_step_tokens,
-        max_model_len=32, ageing_steps=5, max_mode_steps=3,
-    )  # fmt: skip
-    core = make_core(scheduler, forward := HashForward(block_tokens))
-    told, step = Told(), 0
-
-    def abort_due() -> None:
-        core.abort([i for i, a in enumerate(arrivals) if a.abort_at == step], step)
-
-    def before(plan: StepPlan) -> None:
-        if mid_step:
-            abort_due()
-        failing = {c.sequence.sequence_id for c in plan.chunks if arrivals[c.sequence.sequence_id].fails_at == step}
-        if failing:
-            raise StepFailed(failing, "seeded")
-
-    forward.before = before
-    while core.has_work or step <= 6:
-        assert step < 2000
-        for sequence_id, arrival in enumerate(arrivals):
-            if arrival.at_step == step:
-                core.submit(arrival.submit(sequence_id), step)
-        if not mid_step:
-            abort_due()
-        told.take(core.step(step))
-        scheduler.check()
-        step += 1
-
-    for plan in forward.plans:
-        assert len(plan.chunks) <= max_sequences
-        assert 0 < plan.num_tokens <= max_step_tokens
-        assert {c.sequence.mode for c in plan.chunks} == {plan.mode}
-    for sequence_id, arrival in enumerate(arrivals):
-        alone = run_alone(arrival.submit(sequence_id))
-        tokens, reason = told.tokens.get(sequence_id, []), told.finished[sequence_id].reason
-        if reason in ("abort", "error"):
-            assert (arrival.abort_at if reason == "abort" else arrival.fails_at) is not None
-            assert tokens == alone.tokens.get(sequence_id, [])[: len(tokens)]
-        else:
-            assert (tokens, reason) == (alone.tokens.get(sequence_id, []), alone.finished[sequence_id].reason)
-            assert told.prompt_logprobs.get(sequence_id) == alone.prompt_logprobs.get(sequence_id)
-    assert EOS not in [token_id for tokens in told.tokens.values() for token_id in tokens[:-1]]
 
 
 @dataclass

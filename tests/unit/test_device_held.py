@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from expertd_engine.experts.accounting import LedgerError
-from expertd_engine.experts.cache import ExpertUnavailableError
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_events import Confine, Keep, LetGo, Provide, Retire
 from expertd_engine.experts.device_held import DeviceHeld
@@ -15,6 +14,7 @@ from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.device_pool import ChunkPlan
 from expertd_engine.experts.device_streams import HostDevice
 from expertd_engine.experts.events import ExpertId
+from expertd_engine.experts.leases import ExpertUnavailableError
 from expertd_engine.experts.lookahead import NoLookahead
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.residency import State

@@ -9,9 +9,10 @@ import pytest
 
 from expertd_engine.errors import BudgetError, StoreError
 from expertd_engine.experts.accounting import MIN_WINDOW
-from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError
+from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.events import Event, ExpertId, Hint, Instruction, Loaded
 from expertd_engine.experts.governor import Governor
+from expertd_engine.experts.leases import ExpertUnavailableError
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import EveryExpert, Exactness, Lookahead, NoLookahead
 from expertd_engine.experts.policy import make_policy
@@ -31,6 +32,9 @@ class Records:
         if expert in self.bad:
             raise StoreError("torn")
         buffer[:] = bytes([16 * expert.layer + expert.expert]) * len(buffer)
+
+    def place_of(self, expert: ExpertId) -> None:
+        """Each by itself."""
 
 
 class World:

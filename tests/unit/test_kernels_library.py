@@ -96,9 +96,9 @@ def test_arguments_that_make_no_sense_are_refused(
         call(pool, packed.matrix(), x.ctypes.data)
 
 
-def _moe_case() -> tuple[Experts, Routes, Floats]:
+def _moe_case(format: str = "float32") -> tuple[Experts, Routes, Floats]:
     rng = np.random.default_rng(0)
-    experts = make_experts(rng, 3, HIDDEN, INNER, "float32")
+    experts = make_experts(rng, 3, HIDDEN, INNER, format)
     return experts, make_routes(rng, 3, TOKENS, 2), normal(rng, TOKENS, HIDDEN)
 
 
@@ -164,11 +164,17 @@ def test_a_record_is_needed_where_there_are_pairs_only(pool: Pool) -> None:
 @needs_kernels
 @every_format
 def test_nothing_to_do_is_done(pool: Pool, format: str) -> None:
+    """No row and no pair: neither inputs nor outputs are looked at, null or not."""
     packed = pack(np.ones((4, 4), np.float32), format)
-    pool.matmul(packed.matrix(), 0, 0, 0)
-    experts, _, _ = _moe_case()
-    begin = np.zeros(4, np.int32)
-    pool.moe(experts.layout, 0, 0, experts.addresses, begin.ctypes.data, 0, 0, out=0)
+    untouched = np.full((TOKENS, 4), 7, np.float32)
+    experts, _, x = _moe_case(format)
+    out = np.full_like(x, 7)
+    begin = np.zeros(3 + 1, np.int32)
+    for y, sums in ((0, 0), (untouched.ctypes.data, out.ctypes.data)):
+        pool.matmul(packed.matrix(), 0, 0, y)
+        pool.moe(experts.layout, 0, 0, experts.addresses, begin.ctypes.data, 0, 0, out=sums)
+    pool.moe(experts.layout, x.ctypes.data, TOKENS, experts.addresses, begin.ctypes.data, 0, 0, out=out.ctypes.data)
+    assert (untouched == 7).all() and (out == 7).all()
 
 
 @needs_kernels

@@ -1,9 +1,6 @@
-from __future__ import annotations
+"""What the ledger does event by event: leases, bytes and budgets, prefetches."""
 
-import random
-from collections import deque
-from collections.abc import Iterator, Sequence
-from functools import cache
+from __future__ import annotations
 
 import pytest
 
@@ -19,82 +16,18 @@ from expertd_engine.experts.events import (
     Failed,
     Granted,
     Hint,
-    Instruction,
     Load,
     Loaded,
     Predict,
     Priority,
     Promote,
     Release,
-    Served,
     SetBudget,
     Tick,
-    Used,
 )
 from expertd_engine.experts.ledger import Ledger, LedgerError
-from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead
 from expertd_engine.experts.policy import make_policy
-
-A, B, C, D = (ExpertId(0, index) for index in range(4))
-
-
-def make(
-    slots: int = 2, experts: int = 4, policy: str = "lru", most: int | None = None, prefetch: bool = True
-) -> Ledger:
-    """A ledger over one layer of records of one byte."""
-    return Ledger([1], [experts], slots, make_policy(policy), most, prefetch=prefetch)
-
-
-class Consumer:
-    """A step that asks for experts `window` ahead, uses and releases them in order; loads are instant."""
-
-    def __init__(self, ledger: Ledger, window: int = 1, lookahead: Lookahead | None = None) -> None:
-        self.ledger = ledger
-        self.window = window
-        self.lookahead = lookahead or NoLookahead()
-        self.leases = 0
-
-    def use(self, trace: Sequence[ExpertId], start: int = 0, scan: bool = False) -> None:
-        outstanding: deque[int] = deque()
-        for position, expert in enumerate(trace, start):
-            next_use = self.lookahead.next_use(expert, position)
-            self.handle(Demand(self.leases, expert, position, next_use, scan))
-            outstanding.append(self.leases)
-            self.leases += 1
-            if len(outstanding) == self.window:
-                self.handle(Release(outstanding.popleft()))
-        for lease in outstanding:
-            self.handle(Release(lease))
-
-    def handle(self, event: Demand | Release) -> None:
-        loads: deque[Instruction] = deque(self.ledger.handle(event))
-        while loads:
-            instruction = loads.popleft()
-            if isinstance(instruction, Load):
-                loads.extend(self.ledger.handle(Loaded(instruction.load_id)))
-
-    def hit_rate(self) -> float:
-        counters = self.ledger.counters
-        return sum(counters.hits) / counters.lookups()
-
-
-class KnownTrace(NoLookahead):
-    """Exact lookahead over a given sequence of uses."""
-
-    def __init__(self, trace: Sequence[ExpertId]) -> None:
-        self.trace = trace
-
-    def next_use(self, expert: ExpertId, after: int) -> int | None:
-        return next((p for p in range(after + 1, len(self.trace)) if self.trace[p] == expert), None)
-
-
-def resident(ledger: Ledger, experts: Sequence[ExpertId]) -> list[ExpertId]:
-    return [expert for expert in experts if ledger.state(expert) == "resident"]
-
-
-def load_of(instructions: Sequence[Instruction]) -> Load:
-    return next(i for i in instructions if isinstance(i, Load))
-
+from support.ledgers import A, B, C, Consumer, D, load_of, make, resident
 
 # ---------------------------------------------------------------- one lease, start to end
 
@@ -313,80 +246,6 @@ def test_without_prefetch_hints_only_teach_the_policy() -> None:
     assert resident(ledger, [A, B]) == [A]
 
 
-# ---------------------------------------------------------------- scans (law 5)
-
-
-@pytest.mark.parametrize("policy", ["lru", "lfu", "next-use"])
-def test_a_scan_does_not_flush_the_working_set(policy: str) -> None:
-    ledger = make(slots=4, experts=40, policy=policy)
-    consumer = Consumer(ledger)
-    consumer.use([A, B, C])
-    consumer.use([ExpertId(0, index) for index in range(4, 40)], start=3, scan=True)
-    assert resident(ledger, [A, B, C]) == [A, B, C]
-
-
-def test_a_scan_does_not_refresh_but_decoding_takes_into_the_working_set() -> None:
-    ledger = make(slots=3, experts=5)
-    consumer = Consumer(ledger)
-    consumer.use([A, B])
-    consumer.use([A, C], start=2, scan=True)
-    consumer.use([C], start=4)
-    consumer.use([D], start=5)
-    assert resident(ledger, [A, B, C, D]) == [B, C, D]
-
-
-# ---------------------------------------------------------------- what it is for: hits
-
-
-@pytest.mark.parametrize("policy, at_least, at_most", [("next-use", 0.23, 0.25), ("lru", 0.0, 0.0)])
-def test_a_cycle_over_all_experts_at_a_quarter_of_the_slots(policy: str, at_least: float, at_most: float) -> None:
-    layers, experts = 30, 16
-    ledger = Ledger([4096] * layers, [experts] * layers, 120 * 4096, make_policy(policy), prefetch=False)
-    consumer = Consumer(ledger, window=4, lookahead=EveryExpert(layers, experts, window=0))
-    cycle = [ExpertId(*divmod(index, experts)) for index in range(layers * experts)]
-    consumer.use(cycle)
-    cold_hits, cold = sum(ledger.counters.hits), ledger.counters.lookups()
-    for step in range(1, 6):
-        consumer.use(cycle, start=step * len(cycle))
-        ledger.handle(Tick((step + 1) * len(cycle)))
-    rate = (sum(ledger.counters.hits) - cold_hits) / (ledger.counters.lookups() - cold)
-    assert at_least <= rate <= at_most
-    assert ledger.peak_bytes == ledger.budget_bytes
-    ledger.check()
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_next_use_with_exact_lookahead_is_optimal(seed: int) -> None:
-    rng = random.Random(seed)
-    trace = tuple(ExpertId(0, rng.randrange(5)) for _ in range(14))
-    for slots in (2, 3):
-        ledger = make(slots, experts=5, policy="next-use", prefetch=False)
-        Consumer(ledger, lookahead=KnownTrace(trace)).use(trace)
-        assert sum(ledger.counters.hits) == most_hits(trace, slots)
-
-
-def most_hits(trace: tuple[ExpertId, ...], slots: int) -> int:
-    """By trying every victim at every miss."""
-
-    @cache
-    def best(position: int, held: frozenset[ExpertId]) -> int:
-        if position == len(trace):
-            return 0
-        expert = trace[position]
-        if expert in held:
-            return 1 + best(position + 1, held)
-        return max(best(position + 1, kept | {expert}) for kept in _room(held, slots))
-
-    return best(0, frozenset())
-
-
-def _room(held: frozenset[ExpertId], slots: int) -> Iterator[frozenset[ExpertId]]:
-    if len(held) < slots:
-        yield held
-    else:
-        yield from (held - {victim} for victim in held)
-
-
 # ---------------------------------------------------------------- our bugs
 
 
@@ -408,56 +267,3 @@ def test_layers_without_experts_or_bytes_are_refused() -> None:
     for record_bytes, experts in (([], []), ([0], [4]), ([8], [0])):
         with pytest.raises(ValueError, match="no ledger for layers"):
             Ledger(record_bytes, experts, 100, make_policy("lru"))
-
-
-def test_a_lease_that_serves_no_token_is_no_lookup() -> None:
-    ledger = make(slots=3)
-    load = load_of(ledger.handle(Demand(1, A, 0, pairs=0)))
-    assert Granted(1, A, load.slot) in ledger.handle(Loaded(load.load_id))
-    for position in range(1, 9):  # others come and go, what is held stays
-        lease = 1 + position
-        out = ledger.handle(Demand(lease, (B, C, D)[position % 3], position))
-        loads = [one for one in out if isinstance(one, Load)]
-        out += [after for one in loads for after in ledger.handle(Loaded(one.load_id))]
-        assert any(isinstance(one, Granted) for one in out)
-        ledger.handle(Release(lease))
-        assert ledger.state(A) == "leased"
-    assert ledger.counters.lookups() == 8
-    ledger.handle(Release(1))
-    ledger.check()
-
-
-@pytest.mark.parametrize("policy", ["lru", "lfu", "next-use"])
-def test_uses_in_passing_are_demands_and_releases(policy: str) -> None:
-    """The same counters, and the same experts give way afterwards."""
-    asked, passed = make(slots=3, policy=policy), make(slots=3, policy=policy)
-    for ledger in (asked, passed):
-        Consumer(ledger).use([A, B, C])
-    Consumer(asked).use([B, C, B], start=10)
-    assert not passed.handle_all([Used(0, (1,), (1,), 9), Used(0, (2,), (1,), 9), Used(0, (1,), (1,), 11)])
-    for ledger in (asked, passed):
-        ledger.check()
-        assert ledger.counters.hits == [3] and ledger.resident_slots(0)[0] >= 0
-        Consumer(ledger).use([D], start=20)
-        assert [ledger.state(expert) for expert in (A, B, C, D)] == ["absent", "resident", "resident", "resident"]
-        assert ledger.resident_slots(0)[0] == -1
-    assert asked.counters == passed.counters
-
-
-def test_what_held_experts_serve_are_hits_and_age_nobody() -> None:
-    served, still = make(slots=3), make(slots=3)
-    for ledger in (served, still):
-        Consumer(ledger).use([A, B, C])
-    assert not served.handle(Served(((0, 2, 5),)))
-    served.check()
-    assert (served.counters.hits, served.counters.activations["hit"]) == ([2], [5])
-    for ledger in (served, still):
-        Consumer(ledger).use([D], start=20)
-    assert [served.state(e) for e in (A, B, C, D)] == [still.state(e) for e in (A, B, C, D)]
-
-
-def test_what_is_not_resident_cannot_be_used_in_passing() -> None:
-    ledger = make()
-    Consumer(ledger).use([A])
-    with pytest.raises(LedgerError, match="law 2: was used in passing"):
-        ledger.handle(Used(0, (0, 1), (1, 1), 5))

@@ -48,10 +48,10 @@ def profile(layers: list[LayerCurve] | None = None) -> Profile:
         record_bytes=[RECORD] * len(curves),
         num_experts=[EXPERTS] * len(curves),
         top_k=TOP_K,
-        box=BoxProfile(2, 2, "avx2", [0.001, 0.0015], {"2": 1e9}, {"1": 0.010}, {"1": 0.0005}, overlap=0.8),
+        box=BoxProfile(2, 2, "avx2", [0.001, 0.0015], step_s=0.010, leave_s=0.0002, overlap=0.8),
         memory=MemoryProfile(50_000, 10_000, 100, 16, 10**9, 512, 4, 64),
         model=ModelProfile(
-            256, [MissCurve("model", [0.1, 0.5, 1.0], [0.2, 0.8, 1.0], [[3.0, 2.0], [1.0, 0.5], [0.0]])], curves, 2.0
+            256, [MissCurve("model", [0.1, 0.5, 1.0], [0.2, 0.8, 1.0], [[3.0, 2.0], [1.0, 0.5], [0.0]])], curves
         ),
     )
 
@@ -114,7 +114,7 @@ def test_a_plan_says_what_its_budget_gives() -> None:
     assert plan.expert_budget_bytes == 48_000 and plan.kv_blocks == 4
     assert plan.memory_bytes <= budget
     assert plan.hit_rate == pytest.approx(0.8)
-    assert 1 / plan.tok_s == pytest.approx(0.010 + 0.8 * (1.0 * 0.001 + 0.5 * 0.0015))
+    assert 1 / plan.tok_s == pytest.approx(0.010 + 1.5 * 0.0002 + 0.8 * (1.0 * 0.001 + 0.5 * 0.0015))
     assert plan.divergence == 0
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from expertd_engine.errors import EngineError
 from expertd_engine.messages import Sampling, Submit, TextInput, TokenLogprob
-from expertd_engine.request import LEGAL_TRANSITIONS, Sequence, SequenceState, StatsCollector
+from expertd_engine.request import LEGAL_TRANSITIONS, Sequence, SequenceState
+from expertd_engine.sequence_stats import StatsCollector
 from support.builders_core import EOS, make_sequence
 
 

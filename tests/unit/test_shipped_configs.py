@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd_engine.config import load_config
+from expertd_engine.config_sources import load_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

@@ -15,21 +15,26 @@ ENGINE, SERVER = ROOT / "engine" / "expertd_engine", ROOT / "server" / "expertd_
 FILES = sorted([*ENGINE.rglob("*.py"), *SERVER.rglob("*.py")])
 LONGEST_FUNCTION = 60
 
-SERVER_MAY_IMPORT = ("errors", "config", "messages", "planning")
+SERVER_MAY_IMPORT = ("errors", "config", "messages", "snapshot", "planning")
 PURE = (
     "messages",
+    "snapshot",
+    "config",
     "errors",
     "request",
+    "sequence_stats",
     "kv_pool",
     "prefix_cache",
     "paths",
     "batching",
+    "queues",
     "scheduler",
     "step_plan",
     "core",
     "experts.events",
     "experts.ledger",
     "experts.ledger_base",
+    "experts.room",
     "experts.accounting",
     *(f"experts.device_{name}" for name in ("aside", "events", "layout", "ledger", "pool", "publication")),
     "experts.policy",
@@ -38,6 +43,7 @@ PURE = (
     "experts.payoff",
     "experts.pregated",
     "experts.virtual",
+    "experts.virtual_paths",
     "experts.virtual_room",
     *(f"planning.{path.stem}" for path in sorted((ENGINE / "planning").glob("*.py")) if path.stem != "__init__"),
 )

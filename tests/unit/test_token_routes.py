@@ -11,6 +11,7 @@ from expertd_engine.errors import StoreError
 from expertd_engine.experts.events import ExpertId, Load, Priority
 from expertd_engine.experts.held_table import HeldTable
 from expertd_engine.model.token_routes import MapFit, TokenMap, TokenRoutes, read_token_map, write_token_map
+from support.kernels import native_pool
 
 VOCABULARY, HIDDEN, TOP_K = 50, 12, 2
 EXPERTS = [8, 6]
@@ -55,15 +56,25 @@ def test_a_map_is_of_one_store(learned: tuple[TokenMap, np.ndarray], tmp_path: P
         read_token_map(tmp_path, "that")
 
 
+def test_the_pool_computes_what_numpy_does(learned: tuple[TokenMap, np.ndarray]) -> None:
+    with native_pool(2) as pool:
+        routes = TokenRoutes(learned[0], TOP_K, pool)
+        for tokens in ([3], [3, 7, 11]):
+            assert routes.expected(tokens) == pytest.approx(TokenRoutes(learned[0], TOP_K).expected(tokens), abs=1e-5)
+
+
 def test_what_is_expected_shows_as_soon_as_it_is_read_and_nothing_else_does() -> None:
-    table = HeldTable([4])
-    table.show(0, {1}, [-1, 7, -1, -1])
+    table = HeldTable([4, 3])
+    table.granted(ExpertId(0, 1), 7)
     table.expect(ExpertId(0, 2))
     for expert in (2, 3):
         table.loaded(Load(1, ExpertId(0, expert), 9, Priority.DEMAND))
-    assert table.masks[0].tolist() == [False, True, True, False]
+    assert table.masks[0].tolist() == table.held[0].tolist() == [False, True, True, False]
+    assert table.shown[0].tolist() == [False, True, False, False] and not table.held[1].any()
     assert table.slots[0][[1, 2]].tolist() == [7, 9]
-    table.forget(ExpertId(0, 2))
-    table.show(0, {1}, [-1, 7, 9, -1])
+    table.granted(ExpertId(0, 2), 9)
+    table.gone(ExpertId(0, 1))
+    assert table.masks[0].tolist() == table.shown[0].tolist() == [False, False, True, False]
+    table.gone(ExpertId(0, 2))
     table.loaded(Load(2, ExpertId(0, 2), 9, Priority.DEMAND))
-    assert table.masks[0].tolist() == [False, True, False, False]
+    assert not table.held.any(), "nobody asked for it"

@@ -31,6 +31,9 @@ class GatedReader:
             raise self.errors[expert.expert]
         buffer[:] = bytes([expert.expert]) * len(buffer)
 
+    def place_of(self, expert: ExpertId) -> None:
+        """Each by itself."""
+
 
 @pytest.fixture
 def reader() -> GatedReader:

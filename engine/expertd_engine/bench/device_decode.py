@@ -23,7 +23,7 @@ from expertd_engine.bench.protocol import Decoded, DecodeRequest, EngineFacts
 from expertd_engine.bench.report import finish, number, percent, spread
 from expertd_engine.bench.stats import bound_tok_s, median_interval, serial_tok_s
 from expertd_engine.experts.payoff import SETTLED
-from expertd_engine.messages import Tiers
+from expertd_engine.snapshot import Tiers
 
 ALL = "100%"
 HEADER = (
@@ -180,10 +180,11 @@ def _notes(facts: EngineFacts, values: dict[str, Any]) -> list[str]:
         f"link: {link} GB/s; card's memory {values['card_memory_bytes_per_s'] / 1e9:.0f} GB/s; at most "
         f"{values['vram_peak_bytes'] / 2**30:.2f} GiB of the card in use"
     )
-    if values["misses"] == "cpu":
+    if values["misses"] != "link":
+        who = "the processor" if values["misses"] == "cpu" else "link and processor at once"
         notes.append(
-            f"misses are computed by the processor, {values['cpu_bytes_per_s'] / 1e9:.1f} GB/s as measured at start: "
-            f"{values['computed_bytes'] / 1e9:.1f} GB so far"
+            f"misses are computed by {who}; the processor: {values['cpu_bytes_per_s'] / 1e9:.1f} GB/s as measured at "
+            f"start, {values['computed_bytes'] / 1e9:.1f} GB so far"
         )
     if values["peer"] is not None:
         peer = values["peer"]

@@ -27,8 +27,8 @@ from expertd_engine.device_experts import foresight_for
 from expertd_engine.device_startup import start_on_device
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.lookahead import Lookahead, NoLookahead
-from expertd_engine.messages import Tiers
-from expertd_engine.request import ExpertCounts
+from expertd_engine.sequence_stats import ExpertCounts
+from expertd_engine.snapshot import Tiers
 
 CUDA = torch.device("cuda", 0)
 
@@ -92,6 +92,7 @@ class DeviceSession(EngineSession):
         slots = cache.ledger.budget_bytes // index.record_bytes(0)
         every = self._store.experts() if slots >= self._shape.layers * self._shape.experts else ()
         self._replay = LRUReplay(slots, every)
+        self._expect()
 
     def foresee(self, on: bool) -> None:
         cache = self._engine.cache

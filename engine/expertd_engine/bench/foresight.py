@@ -3,7 +3,11 @@
 Routes are uniform, calibrated, and those of a trace; what is foreseen of them is a channel of stated recall. Where the
 store has a predictor of its own, the model's own routes are measured too, as it foresees them. One engine goes with and
 without, so that nothing else differs; rounds count once the governor has tried for the first time whether foresight
-pays, as it does again in a twentieth of all steps. On a device one engine also serves all cells.
+pays, as it does again now and then. On a device one engine also serves all cells.
+
+A window meets routes of its own: which are hard, chance decides, and by more than what is looked for. So a cache that
+nobody can influence replays them all, and what it missed more in one of a pair's windows than in the other is taken out
+of the pair's ratio (`stats.without_chance`). The ratio as it was met is told too.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from expertd_engine.bench.channel import make_channel
 from expertd_engine.bench.contender import Contender, Lost
 from expertd_engine.bench.protocol import Decoded, EngineSpec, Turns, TurnsRequest
 from expertd_engine.bench.report import finish, number, percent, spread
-from expertd_engine.bench.stats import Interval, median_interval, ratio_interval
+from expertd_engine.bench.stats import Interval, median_interval, without_chance
 from expertd_engine.bench.turns import take_turns
 from expertd_engine.console import Progress, silent
 from expertd_engine.errors import UsageError
@@ -37,8 +41,8 @@ WASTE = 0.2
 PARTS = 4
 """Of each window."""
 HEADER = (
-    "routes", "budget", "foresees", "tok/s off", "tok/s on", "on ÷ off", "95 %", "hits off", "hits on", "ahead",
-    "wasted", "read ÷ LRU",
+    "routes", "budget", "foresees", "tok/s off", "tok/s on", "on ÷ off", "95 %", "as met", "hits off", "hits on",
+    "predicting", "ahead", "wasted", "read ÷ LRU",
 )  # fmt: skip
 
 
@@ -59,8 +63,13 @@ class Found:
     off: Interval
     on: Interval
     ratio: Interval
+    """Rid of chance."""
+    met: Interval
+    """The ratio as it was met."""
     hits_off: float
     hits_on: float
+    predicting: float
+    """Share of the time with foresight in which it had not been switched off as not paying."""
     ahead: float
     """Bytes of prefetches that have ended, of all that was read while timed."""
     wasted: float | None
@@ -158,17 +167,26 @@ def found_in(cell: Cell, turns: Turns) -> Found:
     without, with_ = turns.off, turns.on
     ahead, lru = sum(one.prefetched_bytes for one in with_), sum(one.lru_transferred_bytes for one in with_)
     transferred = sum(one.transferred_bytes for one in with_)
+    pairs = list(zip(with_, without, strict=True))
+    ratios = [on.tok_s / off.tok_s for on, off in pairs]
     return Found(
         cell,
         median_interval([one.tok_s for one in without]),
         median_interval([one.tok_s for one in with_]),
-        ratio_interval([one.tok_s for one in with_], [one.tok_s for one in without]),
+        median_interval(without_chance(ratios, [_harder(*pair) for pair in pairs])),
+        median_interval(ratios),
         _hits(without),
         _hits(with_),
+        turns.predicting,
         ahead / max(1, transferred),
         turns.wasted_bytes / turns.prefetched_bytes if turns.prefetched_bytes else None,
         transferred / lru if lru else None,
     )
+
+
+def _harder(on: Decoded, off: Decoded) -> float:
+    """How many more misses a token were to be expected of the routes with foresight."""
+    return on.expected_misses / on.tokens - off.expected_misses / off.tokens
 
 
 def _hits(samples: Sequence[Decoded]) -> float:
@@ -180,7 +198,8 @@ def _report(spec: EngineSpec, pairs: int, found: Sequence[Found]) -> str:
         (
             one.cell.routing.partition(os.sep)[0], one.cell.budget, one.cell.hints, number(one.off.median),
             number(one.on.median), number(one.ratio.median, 3), spread(one.ratio.low, one.ratio.high, 3),
-            percent(one.hits_off), percent(one.hits_on), percent(one.ahead),
+            f"{number(one.met.median, 3)} ({spread(one.met.low, one.met.high, 3)})",
+            percent(one.hits_off), percent(one.hits_on), percent(one.predicting), percent(one.ahead),
             percent(one.wasted), number(one.of_lru, 2),
         )
         for one in found
@@ -201,6 +220,7 @@ def _notes(found: Sequence[Found]) -> Iterator[str]:
 def _values(one: Found) -> dict[str, Any]:
     return {
         "routing": one.cell.routing, "budget": one.cell.budget, "hints": one.cell.hints, "off": one.off.as_json(),
-        "on": one.on.as_json(), "ratio": one.ratio.as_json(), "hits_off": one.hits_off, "hits_on": one.hits_on,
-        "ahead": one.ahead, "wasted": one.wasted, "of_lru": one.of_lru,
+        "on": one.on.as_json(), "ratio": one.ratio.as_json(), "met": one.met.as_json(), "hits_off": one.hits_off,
+        "hits_on": one.hits_on, "predicting": one.predicting, "ahead": one.ahead, "wasted": one.wasted,
+        "of_lru": one.of_lru,
     }  # fmt: skip

@@ -54,8 +54,9 @@ class DecodeRequest(msgspec.Struct, frozen=True, tag="decode", forbid_unknown_fi
 
 
 class TurnsRequest(msgspec.Struct, frozen=True, tag="turns", forbid_unknown_fields=True):
-    """Start every stream on a prompt, take `settle` tokens with foresight; then `pairs` times, with and without it in
-    turn, time `tokens` each, in `parts` of which each comes after `warm` others. Answered by `Turns`.
+    """Start every stream on a prompt, take tokens with foresight until it is known whether it pays, `settle` at most;
+    then `pairs` times, with and without it in turn, time `tokens` each, in `parts` of which each comes after `warm`
+    others. Answered by `Turns`.
     """
 
     pairs: int
@@ -132,6 +133,9 @@ class Decoded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stall_s: float = 0.0
     lru_transferred_bytes: int = 0
     """What an LRU cache of as many slots would have read on the same routes."""
+    expected_misses: int = 0
+    """What a cache of as many slots that goes by aged frequency and foresees nothing would have missed on them. Told of
+    sessions that take turns."""
     union: float = 0.0
     """Distinct experts a layer and step, mean."""
     peak_bytes: int = 0
@@ -155,6 +159,8 @@ class Turns(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefetched_bytes: int
     """From the first of the settling steps on."""
     wasted_bytes: int
+    predicting: float
+    """Share of the windows' parts with foresight in which it had not been switched off as not paying."""
 
 
 class Prefilled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

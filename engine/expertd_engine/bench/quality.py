@@ -6,10 +6,8 @@ selection; cache-prior routing, which may fetch, differs in the selection alone.
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -23,8 +21,9 @@ from torch import Tensor
 
 from expertd_engine.bench.genetic import genetic_split
 from expertd_engine.bench.perplexity import held_out
-from expertd_engine.bench.report import table
-from expertd_engine.calibration import RouteRecorder, TextEngine, Told, Window, with_slots
+from expertd_engine.bench.quality_paths import PathQuality
+from expertd_engine.bench.quality_points import FACTORS, QualityBench, describe, draw
+from expertd_engine.calibration import RouteRecorder, TextEngine, Window, with_slots
 from expertd_engine.config import Config
 from expertd_engine.console import Progress, silent
 from expertd_engine.errors import UsageError
@@ -36,8 +35,6 @@ from expertd_engine.planning.replay import Choice
 from expertd_engine.planning.split import split_slots
 from expertd_engine.profile_file import has_profile, read_profile
 
-FACTORS = (6.0, 4.0, 3.0, 2.0, 1.25)
-"""Slots a layer, of top-k."""
 CACHE_PRIOR = 0.5
 """Share of a layer's range of logits by which cache-prior routing (arXiv 2412.00099) lifts what is held."""
 WINDOW = 256
@@ -54,25 +51,6 @@ sets, all masked as the papers have it; cache-prior routing, which may fetch."""
 
 SPLITS = ("planned", "foreseen", "genetic")
 """Methods that give layers unequal slots, by the store's profile."""
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One method at one number of slots, against exact mode on the same tokens."""
-
-    method: str
-    slots: float
-    """A layer, on average."""
-    perplexity_ratio: float
-    divergence: float
-    """KL, nats a token."""
-    agreement: float
-    """Share of tokens whose most likely next token is the same."""
-    substituted: float
-    """Share of choices."""
-    mass: float
-    swaps: float
-    """Experts brought in for each token, fetched ones included, over all layers."""
 
 
 class CachePrior(VirtualRouting):
@@ -95,8 +73,10 @@ class CachePrior(VirtualRouting):
         return index, shares.to(top_k_weights.dtype)
 
 
-class QualityBench:
-    """Holds exact mode's answers, and tries methods against them."""
+class LayerQuality(QualityBench):
+    """Of models whose layers choose for themselves."""
+
+    methods = METHODS
 
     def __init__(
         self,
@@ -112,67 +92,22 @@ class QualityBench:
         """
         if text.virtual is None:
             raise UsageError("this model has no virtual mode: its routers are of no known kind")
-        self._text = text
-        self._windows = windows
+        super().__init__(text, windows, text.virtual)
         self._calibration = calibration
         self._calibrated: list[list[Choice]] = []
         """What routers chose there."""
         self._norms = norms
         self._profile = profile
         self._model: VirtualRouting = text.virtual
-        self._experts = list(text.virtual.held.room.experts)
-        self._top_k = text.virtual.held.sets.top_k
-        self.exact: Told = text.tell(windows)
-        self._losses = self.exact.losses(windows)
-
-    @property
-    def perplexity(self) -> float:
-        """Of exact mode."""
-        return math.exp(statistics.fmean(self._losses))
-
-    def points(
-        self, methods: Sequence[str] = METHODS, factors: Sequence[float] = FACTORS, progress: Progress = silent
-    ) -> list[Point]:
-        """Every method at every number of slots that the model has."""
-        wanted = [(method, factor) for factor in factors for method in methods if self._fits(method, factor)]
-        found = []
-        for done, (method, factor) in enumerate(wanted):
-            progress("quality", done / len(wanted))
-            found.append(self.point(method, factor))
-        return found
-
-    def point(self, method: str, factor: float) -> Point:
-        slots = self._slots(method, factor)
-        routing = self._routing(method, slots)
-        told = self._text.tell(self._windows, routing)
-        counts = routing.counts
-        brought = sum(routing.held.sets.swaps) + counts.fetched
-        routing.held.close()
-        tokens = max(1, counts.tokens)
-        same = [
-            float((mine.argmax(dim=1) == theirs.argmax(dim=1)).float().mean())
-            for mine, theirs in zip(self.exact.logprobs, told.logprobs, strict=True)
-        ]
-        return Point(
-            method=method,
-            slots=statistics.fmean(slots),
-            perplexity_ratio=math.exp(statistics.fmean(told.losses(self._windows)) - statistics.fmean(self._losses)),
-            divergence=statistics.fmean(self.exact.divergences(told)),
-            agreement=statistics.fmean(same),
-            substituted=sum(counts.substituted) / max(1, sum(counts.activations)),
-            mass=statistics.fmean(counts.mass) / tokens,
-            swaps=brought / tokens,
-        )
 
     # ------------------------------------------------------------ methods
 
     def _fits(self, method: str, factor: float) -> bool:
-        fits = round(factor * self._top_k) < max(self._experts)
-        return fits and (method not in SPLITS or (self._profile is not None and bool(self._profile.model.layers)))
+        profiled = self._profile is not None and bool(self._profile.model.layers)
+        return super()._fits(method, factor) and (method not in SPLITS or profiled)
 
     def _slots(self, method: str, factor: float) -> list[int]:
-        each = max(self._top_k, round(factor * self._top_k))
-        even = [min(each, count) for count in self._experts]
+        even = super()._slots(method, factor)
         if method not in SPLITS or self._profile is None:
             return even
         curves, room = self._profile.model.layers, sum(even)
@@ -196,8 +131,6 @@ class QualityBench:
             "random": lambda: published(still, priors=_random(self._experts)),
             "cache-prior": lambda: _cache_prior(published(moving)),
         }
-        if method not in made:
-            raise UsageError(f"method {method!r} is not known: choose from {', '.join(METHODS)}")
         return made[method]()
 
     def _mean_importance(self) -> list[list[float]]:
@@ -229,36 +162,6 @@ def _cache_prior(routing: VirtualRouting) -> CachePrior:
     return CachePrior(routing.routers, routing.held, routing.score)
 
 
-def describe(perplexity: float, tokens: int, points: Sequence[Point]) -> str:
-    """The table."""
-    header = ("method", "slots", "× perplexity", "KL nats", "same token", "substituted", "mass", "swaps/token")
-    rows = [
-        (
-            p.method, f"{p.slots:.1f}", f"{p.perplexity_ratio:.4f}", f"{p.divergence:.4f}", f"{p.agreement:.1%}",
-            f"{p.substituted:.1%}", f"{p.mass:.1%}", f"{p.swaps:.1f}",
-        )
-        for p in points
-    ]  # fmt: skip
-    return f"exact: perplexity {perplexity:.3f} over {tokens} tokens, one by one\n\n{table(header, rows)}"
-
-
-def draw(points: Sequence[Point], top_k: int, path: Path) -> None:
-    """Slots against perplexity. Raises UsageError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("--png needs matplotlib: install expertd[bench]") from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(point.method for point in points):
-        mine = sorted((p.slots / top_k, p.perplexity_ratio) for p in points if p.method == method)
-        axes.plot(*zip(*mine, strict=True), marker="o", label=method)
-    axes.set(xlabel="slots a layer, of top-k", ylabel="perplexity, of exact mode's", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
 def quality(
     path: Path,
     tokens: int,
@@ -287,9 +190,8 @@ def quality(
     )
     text = TextEngine(store, config)
     try:
-        norms = [layer.norms or [1.0] * layer.num_experts for layer in store.index.layers]
-        bench = QualityBench(text, windows, calibration, norms, read_profile(store) if has_profile(store) else None)
-        points = bench.points(methods or METHODS, factors or FACTORS, progress)
+        bench = _bench(text, store, windows, calibration)
+        points = bench.points(methods, factors or FACTORS, progress)
     finally:
         text.close()
     if png is not None:
@@ -297,3 +199,12 @@ def quality(
     values = {"perplexity": bench.perplexity, "tokens": sum(map(len, windows)), "points": msgspec.to_builtins(points)}
     told = describe(bench.perplexity, sum(map(len, windows)), points)
     return f"{told}\n{msgspec.json.encode(values).decode()}"
+
+
+def _bench(
+    text: TextEngine, store: ExpertStore, windows: Sequence[Window], calibration: Sequence[Window]
+) -> QualityBench:
+    if text.paths is not None:
+        return PathQuality(text, windows, calibration, text.paths)
+    norms = [layer.norms or [1.0] * layer.num_experts for layer in store.index.layers]
+    return LayerQuality(text, windows, calibration, norms, read_profile(store) if has_profile(store) else None)

@@ -1,6 +1,7 @@
-"""Replays routes through an LRU cache: the yardstick for hit rates and transferred bytes. Pure.
+"""Replays routes through an LRU cache: the yardstick for hit rates and transferred bytes. And through one that evicts
+as engines do: how hard the routes were. Pure.
 
-The cache is one for the whole model, its slots shared by all layers, as in the residency ledger. A lookup is one
+Each cache is one for the whole model, its slots shared by all layers, as in the residency ledger. A lookup is one
 (expert, layer) of one step: tokens of a step that share an expert ask for it once. A step's layer is one event: what it
 hits is decided against the cache as it was before, then hits become the most recent, then misses come in; otherwise an
 expert could be evicted by a neighbour in the very event that uses it.
@@ -11,6 +12,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+
+from expertd_engine.bench.routing import RoutingShape
+from expertd_engine.lab.events import Events
+from expertd_engine.lab.rankings import LFURanking
+from expertd_engine.lab.replay import CacheReplay
 
 
 @dataclass(slots=True)
@@ -71,6 +79,30 @@ class LRUReplay:
         for layer, experts in enumerate(layers):
             total.add(self.event(layer, experts))
         return total
+
+
+class AgedReplay:
+    """A cache of `slots` experts of any layer that goes by aged frequency, as an engine does that foresees nothing.
+
+    What it misses tells how hard routes were, whatever the engine did. Empty at first. ValueError for fewer than two
+    slots.
+    """
+
+    def __init__(self, shape: RoutingShape, slots: int) -> None:
+        none = np.zeros(0, np.int64)
+        events = Events(none, none.astype(np.bool_), none, none, none, shape.experts, shape.layers, shape.top_k)
+        self._cache, self._width = CacheReplay(events.total, slots, LFURanking(events)), shape.experts
+        self._number = 0
+
+    def feed(self, steps: Iterable[Sequence[Iterable[int]]]) -> int:
+        """Step after step, each with the distinct experts of all layers: how many were missing."""
+        missing = 0
+        for layers in steps:
+            for layer, experts in enumerate(layers):
+                flat = np.fromiter(experts, np.int64) + layer * self._width
+                missing += self._cache.event(self._number, flat, None)
+                self._number += 1
+        return missing
 
 
 def lru_lookups(steps: Iterable[tuple[bool, Sequence[Iterable[int]]]], slots: int) -> Lookups:

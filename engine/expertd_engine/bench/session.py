@@ -28,7 +28,7 @@ from expertd_engine.bench.protocol import (
     Prefilled,
     PrefillRequest,
 )
-from expertd_engine.bench.replay import LRUReplay
+from expertd_engine.bench.replay import AgedReplay, LRUReplay
 from expertd_engine.bench.routing import RoutingShape, make_routing, shape_of
 from expertd_engine.bench.slow_disk import open_store
 from expertd_engine.bench.turns import Switch
@@ -37,12 +37,14 @@ from expertd_engine.console import silent
 from expertd_engine.core import Forward, StepResult
 from expertd_engine.errors import EngineError
 from expertd_engine.experts.lookahead import NoLookahead
+from expertd_engine.experts.payoff import PayOff
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.kernels import library
 from expertd_engine.memory import peak_rss_bytes
 from expertd_engine.messages import Sampling, Submit, TextInput
-from expertd_engine.request import ExpertCounts
-from expertd_engine.startup import lookahead_for, start_engine
+from expertd_engine.sequence_stats import ExpertCounts
+from expertd_engine.startup import start_engine
+from expertd_engine.startup_experts import lookahead_for
 from expertd_engine.step_plan import StepPlan
 
 
@@ -66,6 +68,8 @@ class EngineSession:
         self._outcomes: dict[str, int] = {}
         """Bytes of prefetches by outcome, when they were last told."""
         self._switch: Switch | None = None
+        self._expected: AgedReplay | None = None
+        """Of sessions that take turns."""
         self._decoded: list[Sequence[Sequence[int]]] = []
         """What each decode step asked for, by layer, that the replay has not seen."""
         self._own_s = 0.0
@@ -125,20 +129,29 @@ class EngineSession:
             engine = self._engine
             plain = lookahead_for(self._store.index, 2 * self._spec.io_threads, NoLookahead(), engine.cache.ledger)
             self._switch = Switch(engine.cache, engine.runner, plain)
+            self._expect()
         self._switch.turn(on)
+
+    @property
+    def payoff(self) -> PayOff | None:
+        """Who tries whether foresight pays; None where nobody does, or foresight is taken away."""
+        return cast(PayOff | None, self._engine.cache.payoff)
+
+    def _expect(self) -> None:
+        """From now on also tell how hard routes were."""
+        slots = self._engine.cache.ledger.budget_bytes // self._store.index.record_bytes(0)
+        self._expected = AgedReplay(self._shape, slots)
 
     def window(self, warm: int, tokens: int, streams: int) -> Decoded:
         """Time `tokens` steps of so many streams, all that there are, after `warm` others."""
         for _ in range(warm):
             self._step()
-        self._replay.feed(self._decoded)
-        self._decoded.clear()
+        self._fed()
         before = self._counts
         elapsed_s = sum(self._step() for _ in range(tokens))
         met = self._counts - before
         union = sum(len(experts) for step in self._decoded for experts in step)
-        lru = self._replay.feed(self._decoded)
-        self._decoded.clear()
+        lru_misses, expected_misses = self._fed()
         record = self._store.index.record_bytes(0)
         prefetched, wasted = self._prefetched()
         return Decoded(
@@ -150,13 +163,20 @@ class EngineSession:
             missed_bytes=met.misses * record,
             transferred_bytes=met.loaded_bytes,
             stall_s=met.stall_s,
-            lru_transferred_bytes=lru.misses * record,
+            lru_transferred_bytes=lru_misses * record,
+            expected_misses=expected_misses,
             union=union / (tokens * self._shape.layers),
             peak_bytes=self._engine.cache.ledger.peak_bytes,
             process_peak_bytes=peak_rss_bytes(),
             prefetched_bytes=prefetched,
             wasted_bytes=wasted,
         )
+
+    def _fed(self) -> tuple[int, int]:
+        """Replay the steps since the last call: what LRU missed, and what was to be expected."""
+        steps = self._decoded[:]
+        self._decoded.clear()
+        return self._replay.feed(steps).misses, 0 if self._expected is None else self._expected.feed(steps)
 
     def _prefetched(self) -> tuple[int, int]:
         """Bytes of prefetches that have ended since the last call, and of these wasted."""

@@ -10,9 +10,11 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from statistics import median
 
 RESAMPLES = 2000
+CHANCE_PAIRS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,21 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
     if len(numerators) != len(denominators):
         raise ValueError(f"{len(numerators)} and {len(denominators)} runs do not make pairs")
     return median_interval([one / other for one, other in zip(numerators, denominators, strict=True)])
+
+
+def without_chance(ratios: Sequence[float], chance: Sequence[float]) -> list[float]:
+    """The ratios within pairs, rid of what `chance` explains of them: how much more of something that neither contender
+    can change the first of a pair's two runs met (a control variate).
+
+    How much it does to a ratio's logarithm is the median slope between any two pairs (Theil and Sen): a few odd pairs
+    do not move it, nor does what all ratios have in common. From fewer than `CHANCE_PAIRS` pairs, or where chance is
+    the same in all, nothing is learned: the ratios as they are. Raises ValueError for lists of unequal length.
+    """
+    logs = [math.log(ratio) for ratio in ratios]
+    pairs = combinations(zip(chance, logs, strict=True), 2)
+    slopes = [(log - other) / (met - before) for (met, log), (before, other) in pairs if met != before]
+    slope = median(slopes) if slopes and len(logs) >= CHANCE_PAIRS else 0.0
+    return [math.exp(log - slope * met) for log, met in zip(logs, chance, strict=True)]
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -18,6 +18,7 @@ from expertd_engine.core import Forward, StepResult
 from expertd_engine.errors import EngineError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
+from expertd_engine.model.runner import Onlooker
 from expertd_engine.startup import start_engine
 from expertd_engine.startup_parts import device_of
 from expertd_engine.step_plan import StepPlan
@@ -43,6 +44,10 @@ class Timed:
     """Between tokens, all windows."""
     stall_s: float = 0.0
     """In steps of the timed stream's mode."""
+    missed: list[list[int]] = field(default_factory=list)
+    """By timed token: experts that each MoE layer lacked."""
+    lookups: int = 0
+    """Of timed tokens."""
     choices: int = 0
     substituted: int = 0
 
@@ -72,12 +77,14 @@ class Decoder:
     def close(self) -> None:
         self._engine.cache.close()
 
+    def onlooker(self, onlooker: Onlooker) -> None:
+        """Let it see the routes of all steps to come."""
+        self._engine.runner.onlookers = [*self._engine.runner.onlookers, onlooker]
+
     @property
-    def lookups(self) -> tuple[int, int]:
-        """Hits, and all, since start."""
-        counters = self._engine.cache.ledger.counters
-        hits = sum(counters.hits)
-        return hits, hits + sum(counters.late) + sum(counters.misses)
+    def expert_bytes(self) -> int:
+        """Of all experts."""
+        return int(self._engine.info.expert_bytes_total)
 
     def refill(self) -> None:
         """Have every expert resident, in a budget that holds them all, as after long service."""
@@ -103,8 +110,13 @@ class Decoder:
         if self._routes is not None:
             self._routes.reserve(PROMPT + warm + tokens + 2)
         self._times(timed, warm)
-        stalls, counts = self._stalls_s[mode], self._counts()
-        times = [time.perf_counter(), *self._times(timed, tokens)]
+        stalls, counts, lookups = self._stalls_s[mode], self._counts(), self._lookups()
+        times = [time.perf_counter()]
+        while len(times) <= tokens:
+            before = self._missed()
+            times += self._times(timed, 1)
+            into.missed.append([now - then for now, then in zip(self._missed(), before, strict=True)])
+        into.lookups += self._lookups() - lookups
         core.abort([timed, *others], time.perf_counter())
         while core.has_work:
             core.step(time.perf_counter())
@@ -131,6 +143,14 @@ class Decoder:
         how = Sampling(max_tokens=4 * tokens, temperature=1.0, seed=sequence_id, ignore_eos=True)
         self._engine.core.submit(Submit(sequence_id, [TextInput(prompt)], how, mode=mode), time.perf_counter())
         return sequence_id
+
+    def _lookups(self) -> int:
+        return int(self._engine.cache.ledger.counters.lookups())
+
+    def _missed(self) -> list[int]:
+        """Lookups of each MoE layer that did not find their expert, since start."""
+        counters = self._engine.cache.ledger.counters
+        return [late + missed for late, missed in zip(counters.late, counters.misses, strict=True)]
 
     def _counts(self) -> tuple[int, int]:
         """Choices of virtual steps, and how many were substituted."""

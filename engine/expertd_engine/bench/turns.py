@@ -18,6 +18,7 @@ from expertd_engine.bench.protocol import Decoded, Turns, TurnsRequest
 from expertd_engine.bench.stats import order_of
 from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.lookahead import Lookahead
+from expertd_engine.experts.payoff import BLOCK, FIRST, PayOff
 from expertd_engine.model.predictor import PredictorWatch
 from expertd_engine.model.runner import Runner
 
@@ -31,6 +32,11 @@ class Turner(Protocol):
 
     def foresee(self, on: bool) -> None:
         """Go on with foresight, or as if there were none."""
+        ...
+
+    @property
+    def payoff(self) -> PayOff | None:
+        """Who tries whether foresight pays; None where nobody does, or foresight is taken away."""
         ...
 
     def window(self, warm: int, tokens: int, streams: int) -> Decoded:
@@ -47,20 +53,38 @@ def take_turns(session: Turner, request: TurnsRequest) -> Turns:
     each = request.parts * request.warm + request.tokens
     streams = session.start(request.prompt, request.settle + 2 * request.pairs * each)
     session.foresee(True)
-    whole = [session.window(0, request.settle, len(streams))]
+    whole = _settled(session, request.settle, len(streams))
     samples: tuple[list[Decoded], list[Decoded]] = [], []
+    predicting = 0
     for pair in range(request.pairs):
         parts: tuple[list[Decoded], list[Decoded]] = [], []
         for part in range(request.parts):
             for on in order_of(2, pair * request.parts + part):
                 session.foresee(bool(on))
                 parts[on].append(session.window(request.warm, request.tokens // request.parts, len(streams)))
+                predicting += on and _predicts(session)
         for arm, found in zip(samples, parts, strict=True):
             arm.append(joined(found))
     session.end(streams)
     whole += samples[0] + samples[1]
     prefetched, wasted = sum(one.prefetched_bytes for one in whole), sum(one.wasted_bytes for one in whole)
-    return Turns(off=samples[0], on=samples[1], prefetched_bytes=prefetched, wasted_bytes=wasted)
+    return Turns(
+        off=samples[0], on=samples[1], prefetched_bytes=prefetched, wasted_bytes=wasted,
+        predicting=predicting / (request.pairs * request.parts),
+    )  # fmt: skip
+
+
+def _settled(session: Turner, most: int, streams: int) -> list[Decoded]:
+    """Go on until it is known whether foresight pays, for `most` steps at most."""
+    windows, steps = [session.window(0, min(FIRST, most), streams)], FIRST
+    while steps < most and not (session.payoff is None or session.payoff.trials):
+        windows.append(session.window(0, min(BLOCK, most - steps), streams))
+        steps += BLOCK
+    return windows
+
+
+def _predicts(session: Turner) -> bool:
+    return session.payoff is None or session.payoff.is_on
 
 
 def joined(parts: Sequence[Decoded]) -> Decoded:
@@ -71,7 +95,7 @@ def joined(parts: Sequence[Decoded]) -> Decoded:
 
 _ADDED = (
     "elapsed_s", "tokens", "hits", "late", "misses", "missed_bytes", "transferred_bytes", "stall_s",
-    "lru_transferred_bytes", "prefetched_bytes", "wasted_bytes",
+    "lru_transferred_bytes", "expected_misses", "prefetched_bytes", "wasted_bytes",
 )  # fmt: skip
 
 

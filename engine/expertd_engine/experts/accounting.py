@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from expertd_engine.experts.events import Drop, ExpertId, Instruction, LookupResult, Priority
 from expertd_engine.histogram import Histogram
-from expertd_engine.messages import HistogramData
+from expertd_engine.snapshot import HistogramData
 
 PrefetchOutcome = Literal["used", "late", "wasted", "cancelled"]
 

@@ -45,8 +45,8 @@ from expertd_engine.experts.events import ExpertId, Predict, Remember, SetBudget
 from expertd_engine.experts.lookahead import Lookahead
 from expertd_engine.experts.payoff import PayOff
 from expertd_engine.experts.store_format import StoreIndex
-from expertd_engine.messages import Tiers
-from expertd_engine.request import ExpertCounts
+from expertd_engine.sequence_stats import ExpertCounts
+from expertd_engine.snapshot import Tiers
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class DeviceCache:
         self.device, self.host, self.ledger, self.lookahead = device, host, ledger, lookahead
         self.stalls = Stalls(("link_estimated", "host_compute"))
         self.computing: HostCompute | None = None
-        """Who computes what a step misses; None: the step itself, over the link."""
+        """Who computes what a step misses, or a part of it; None: the step itself, over the link."""
         self.resizing: Callable[[], None] = _nobody
         """Called before the budget changes: whoever keeps experts lets them go."""
         self.resized: Callable[[], None] = _nobody
@@ -330,7 +330,7 @@ class DeviceCache:
             copies=self.copies.depth(),
             duplicates=self.ledger.duplicates,
             layer_waits=self.layer_waits,
-            misses="link" if self.computing is None else "cpu",
+            misses="link" if self.computing is None else "both" if self.computing.lands else "cpu",
             cpu_bytes_per_s=self.cpu_bytes_per_s,
             computed=0 if self.computing is None else self.computing.computed,
             computed_bytes=0 if self.computing is None else self.computing.computed_bytes,
@@ -433,8 +433,9 @@ class DeviceCache:
         pool = self.ledger.pool
         unused = max(0, pool.limit - pool.number(Use.OWNED, Use.LENT))
         absent = sum(self.ledger.experts_per_layer) - pool.number(Use.OWNED)
-        room = 0 if self.by_layer or self.computing is not None else self.table.layout.landing
-        foresees = self._foresees or self.computing is not None
+        copies_alone = self.computing is not None and not self.computing.lands
+        room = 0 if self.by_layer or copies_alone else self.table.layout.landing
+        foresees = self._foresees or copies_alone
         return self._aside.wanted(
             slots=self._movable, unused=unused, absent=absent, room=room, foresees=foresees,
             wanted=len(self.ledger.wanted), streamed=streamed,

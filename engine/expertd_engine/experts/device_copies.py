@@ -117,4 +117,5 @@ class DeviceCopies:
         seconds = time.perf_counter() - copy.began
         self.read_bytes += copy.nbytes
         self.stats.busy_s += seconds
+        self.stats.latency_s += seconds
         self.stats.latency_counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1

@@ -6,16 +6,16 @@ the kernels; what a step asked for is worked into the sets while the next one ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from expertd_engine.experts.cache import ExpertUnavailableError
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_events import Keep, LetGo
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.held import HeldSets
+from expertd_engine.experts.leases import ExpertUnavailableError
 from expertd_engine.experts.residency import State
 from expertd_engine.experts.virtual import Action, Hold, VirtualExperts
 from expertd_engine.experts.virtual_room import VirtualRoom
@@ -39,8 +39,8 @@ class DeviceHeld(HeldSets):
         ledger = self._cache.ledger
         return ledger.pool.limit * ledger.plan.slot_bytes
 
-    def digest(self, asked: NDArray[np.float32], tokens: float) -> None:
-        """A virtual step has ended; `asked` `[layers, experts]` is what its rows would have asked of each expert,
+    def digest(self, asked: Iterable[NDArray[np.float32]], tokens: float) -> None:
+        """A virtual step has ended; `asked`, `[experts]` by layer, is what its rows would have asked of each expert,
         `tokens` as for `end_step`. Taken in while the next step runs, or before the one after it."""
         self.finish()
         self._digesting = self._digest(asked, tokens)
@@ -53,7 +53,7 @@ class DeviceHeld(HeldSets):
     def pump(self) -> None:
         self._take_in()
 
-    def _digest(self, asked: NDArray[np.float32], tokens: float) -> Iterator[None]:
+    def _digest(self, asked: Iterable[NDArray[np.float32]], tokens: float) -> Iterator[None]:
         for layer, sums in enumerate(asked):
             experts = np.flatnonzero(sums)
             self.sets.observe(layer, dict(zip(experts.tolist(), sums[experts].tolist(), strict=True)))

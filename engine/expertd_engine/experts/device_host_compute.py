@@ -58,6 +58,8 @@ class HostCompute:
         self.experts, self.pairs = ints(3, room.experts), ints(room.rows * room.top_k)
         self.x, self.weights = floats(room.rows, room.hidden), floats(room.rows, room.top_k)
         self.sums = floats(room.rows, room.hidden)
+        self.lands = False
+        """Whether steps read a part of what they miss themselves, into slots: else residents change by copies alone."""
         self.computed = self.computed_bytes = 0
         """Experts, and bytes of their records."""
         self.busy_s = 0.0
@@ -69,14 +71,15 @@ class HostCompute:
         self._first = Counts()
         """What was computed before the first step."""
 
-    def mailbox(self, where: torch.device) -> DeviceMailbox:
-        """For the kernels of a device. Ask for it after `measure`."""
+    def mailbox(self, where: torch.device, left: Sequence[int]) -> DeviceMailbox:
+        """For the kernels of a device, which ask for `left[n]` of n missing experts. Ask for it after `measure`."""
         from expertd_engine.kernels.cuda.host_experts import Mailbox as DeviceMailbox  # needs triton
 
         shared = (self.posted, self.done, self.head, self.experts, self.pairs, self.x, self.weights, self.sums)
         return DeviceMailbox(
-            *shared, sent=self.posted.to(where, copy=True), arrived=torch.zeros(1, dtype=torch.int32, device=where)
-        )
+            *shared, sent=self.posted.to(where, copy=True), arrived=torch.zeros(1, dtype=torch.int32, device=where),
+            left=torch.tensor(left, dtype=torch.int32, device=where),
+        )  # fmt: skip
 
     def begin_step(self) -> None:
         """A step is about to be launched: look for its requests."""

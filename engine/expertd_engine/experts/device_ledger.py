@@ -110,6 +110,9 @@ class DeviceLedger(LedgerBase):
         self._still = False
         """The budget changes: nothing is copied until what was retired has cooled."""
         self.duplicates = 0
+        self.brings_in = True
+        """Whether what the processor had to compute is copied in behind, where that is worth a slot: steps bring in
+        nothing themselves."""
         self.brought_in = 0
         """Copies begun of what the processor had to compute."""
         self._hinted = 0
@@ -206,7 +209,7 @@ class DeviceLedger(LedgerBase):
             if facts.ticket:
                 ranked_anew(facts)
         foresight.lookups = lookups
-        if COMPUTED in event.sources and not scan:
+        if self.brings_in and COMPUTED in event.sources and not scan:
             self._note_computed(event)
         self.foreseen_until(event.position)
         self._count_seen(event, covered)

@@ -11,7 +11,7 @@ from expertd_engine.experts.device_events import COMPUTED, HIT, LANDED, READ, WA
 from expertd_engine.experts.device_streams import Mark
 from expertd_engine.experts.device_table import Report
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.request import ExpertCounts
+from expertd_engine.sequence_stats import ExpertCounts
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,7 @@ class Governor:
         """
         self.tracks: dict[tuple[int, int], Track] = {}
         """By foreseen layer and lead; for status and metrics."""
-        self.payoff = PayOff()
+        self.payoff = PayOff(in_doubt=False)
         """Whether anything is predicted at all."""
         self.records: dict[_Class, Record] = {}
         """For status and metrics."""

@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 
 from expertd_engine.errors import BudgetError
-from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError, Lease
+from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.events import Demand, Event, ExpertId, Release
 from expertd_engine.experts.held_table import HeldTable
+from expertd_engine.experts.leases import ExpertUnavailableError, Lease
 from expertd_engine.experts.ledger import State
 from expertd_engine.experts.virtual import Action, Hold, VirtualExperts
 from expertd_engine.experts.virtual_room import VirtualRoom
@@ -193,11 +194,11 @@ class HeldExperts(HeldSets):
             denied, self._denied = self._denied, []
             actions: list[Action] = []
             for lease in granted:
-                self.table.forget(lease.expert)
+                self.table.granted(lease.expert, lease.slot)
                 self._held[lease.expert] = lease
                 actions += self.sets.arrived(lease.expert)
             for lease, _ in denied:
-                self.table.forget(lease.expert)
+                self.table.gone(lease.expert)
                 actions += self.sets.failed(lease.expert)
             self._carry_out(actions)
 
@@ -212,6 +213,7 @@ class HeldExperts(HeldSets):
         if isinstance(action, Hold):
             return self._demand(action.expert)
         lease = self._held.pop(action.expert)
+        self.table.gone(action.expert)
         self.cache.forget([lease.lease_id])
         return Release(lease.lease_id)
 

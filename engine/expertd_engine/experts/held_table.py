@@ -7,41 +7,48 @@ the table are leased, and their leases end on the engine thread.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expertd_engine.experts.events import ExpertId, Load
 
+Bools: TypeAlias = NDArray[np.bool_]
+
 
 class HeldTable:
     """`experts[l]`: how many layer l has. `masks[l]` `[E]` says who is held, `slots[l]` `[E]` where: always the same
-    memory."""
+    memory, rows of `held` `[L, widest E]` and of one like it."""
 
     def __init__(self, experts: Sequence[int]) -> None:
-        self.masks: list[NDArray[np.bool_]] = [np.zeros(count, bool) for count in experts]
-        self.shown: list[NDArray[np.bool_]] = [np.zeros(count, bool) for count in experts]
+        shape = len(experts), max(experts)
+        self.held: Bools = np.zeros(shape, bool)
+        """And who has arrived since."""
+        shown, slots = np.zeros(shape, bool), np.full(shape, -1, np.int64)
+        self.masks = [row[:count] for row, count in zip(self.held, experts, strict=True)]
+        self.shown = [row[:count] for row, count in zip(shown, experts, strict=True)]
         """As `masks`, but for who has arrived since."""
-        self.slots: list[NDArray[np.int64]] = [np.full(count, -1, np.int64) for count in experts]
+        self.slots = [row[:count] for row, count in zip(slots, experts, strict=True)]
         self._expected: set[ExpertId] = set()
-
-    def show(self, layer: int, held: Collection[int], slots: Sequence[int]) -> None:
-        """The layer holds these experts; `slots` are of all."""
-        indices = list(held)
-        shown = self.shown[layer]
-        shown[:] = False
-        shown[indices] = True
-        self.slots[layer][indices] = [slots[index] for index in indices]
-        self.masks[layer][:] = shown
 
     def expect(self, expert: ExpertId) -> None:
         """A lease on it has been asked for, and lasts: it may be used as soon as it is there."""
         self._expected.add(expert)
 
-    def forget(self, expert: ExpertId) -> None:
-        """The lease has been granted or denied."""
+    def granted(self, expert: ExpertId, slot: int) -> None:
+        """It is held in this slot."""
         self._expected.discard(expert)
+        layer, index = expert
+        self.slots[layer][index] = slot
+        self.masks[layer][index] = self.shown[layer][index] = True
+
+    def gone(self, expert: ExpertId) -> None:
+        """It is held no more, or its lease has been denied."""
+        self._expected.discard(expert)
+        layer, index = expert
+        self.masks[layer][index] = self.shown[layer][index] = False
 
     def loaded(self, load: Load) -> None:
         """Its record is in its slot; called by the thread that has read it, before anybody else knows."""

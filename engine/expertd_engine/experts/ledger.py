@@ -25,7 +25,6 @@ O(log n) amortised, but `Tick` (once a step), `check` and `residents_by_layer`.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -38,7 +37,6 @@ from expertd_engine.experts.events import (
     Event,
     ExpertId,
     Failed,
-    Granted,
     Instruction,
     Loaded,
     LookupResult,
@@ -52,8 +50,9 @@ from expertd_engine.experts.events import (
     Used,
 )
 from expertd_engine.experts.ledger_base import LedgerBase
-from expertd_engine.experts.policy import Facts, Policy, Victims
+from expertd_engine.experts.policy import Policy, Victims
 from expertd_engine.experts.residency import Record, State
+from expertd_engine.experts.room import Room
 
 __all__ = ["ATTEMPTS", "Ledger", "LedgerError", "State"]
 
@@ -93,10 +92,8 @@ class Ledger(LedgerBase):
         )  # fmt: skip
         self._slots = self._residency.slots
         self._largest = max(record_bytes)
-        self._cap = self.budget_bytes  # what loads may fill: the budget, unless it was lowered while demands wait
+        self._room = Room(self._residency, self._foresight, self.budget_bytes, prefetch_depth)
         self._leases: dict[int, Record] = {}
-        self._queue: OrderedDict[ExpertId, Record] = OrderedDict()
-        self._remembered: list[Record] = []  # to be loaded where there is room, the last one first
         self._handlers: dict[type, Callable[[Any], None]] = {
             Demand: self._demand, Used: self._used, Served: self._served, Predict: self._predict,
             Loaded: self._loaded, Failed: self._failed, Cancelled: self._cancelled, Release: self._release,
@@ -117,15 +114,16 @@ class Ledger(LedgerBase):
         out = self._residency.out = []
         for event in events:
             self._handlers[type(event)](event)
-        if self._cap != self.budget_bytes:
-            self._follow_budget()
-        if self._slots.occupied > self._cap:
-            self._shrink()
-        if self._queue:
-            self._serve_waiting()
-        if not self._queue:
-            self._start_prefetches()
-            self._refill()
+        room = self._room
+        if room.cap != self.budget_bytes:
+            room.follow(self.budget_bytes)
+        if self._slots.occupied > room.cap:
+            room.shrink()
+        if room.line:
+            room.serve_waiting()
+        if not room.line:
+            room.start_prefetches()
+            room.refill()
         self._slots.drop_vacated(out)
         return out
 
@@ -144,7 +142,7 @@ class Ledger(LedgerBase):
     @property
     def limit_bytes(self) -> int:
         """What charged bytes may not exceed now (law 1)."""
-        return max(self._cap, self._slots.charged)
+        return max(self._room.cap, self._slots.charged)
 
     def stall_cause(self) -> StallCause:
         """What a step that has to wait now is waiting for."""
@@ -155,16 +153,16 @@ class Ledger(LedgerBase):
     @property
     def is_refilling(self) -> bool:
         """Whether experts of an earlier engine are still to be loaded or on their way."""
-        return bool(self._remembered or self._residency.prefetching)
+        return bool(self._room.remembered or self._residency.prefetching)
 
     def check(self) -> None:
         """As `LedgerBase.check`, and that leases and the line of demands are those of the records."""
         super().check()
         records = self._residency.records.values()
-        if [r for r in records if r.queued] != sorted(self._queue.values(), key=lambda r: r.expert):
-            raise self._residency.story.error(f"law 3: the line {list(self._queue)} is not who waits in it")
+        if [r for r in records if r.queued] != sorted(self._room.line.values(), key=lambda r: r.expert):
+            raise self._residency.story.error(f"law 3: the line {list(self._room.line)} is not who waits in it")
         asked = {lease_id: record for record in records for lease_id in record.leases}
-        if asked != self._leases or any(not record.leases for record in self._queue.values()):
+        if asked != self._leases or any(not record.leases for record in self._room.line.values()):
             raise self._residency.story.error(f"law 3: leases {self._leases.keys()} but records have {asked.keys()}")
 
     # ------------------------------------------------------------ events
@@ -184,10 +182,10 @@ class Ledger(LedgerBase):
             self._residency.settle_prefetch(record, "used" if record.place is State.RESIDENT else "late")
         if record.queued:
             return
-        if self._must_queue(record):
-            self._join_queue(record)
+        if self._room.must_wait(record):
+            self._room.join(record)
         else:
-            self._hold(record, (event.lease_id,))
+            self._room.hold(record, (event.lease_id,))
 
     def _used(self, event: Used) -> None:
         victims = self._residency.victims
@@ -216,7 +214,7 @@ class Ledger(LedgerBase):
     def _loaded(self, event: Loaded) -> None:
         record = self._residency.end_load(event.load_id)
         self.counters.count_load(record.priority, record.nbytes)
-        if record.place is State.DOOMED and not self._may_revive(record):
+        if record.place is State.DOOMED and not self._room.may_revive(record):
             self._residency.settle_prefetch(record, "wasted")
             self._residency.vacate(record)
             return
@@ -225,7 +223,7 @@ class Ledger(LedgerBase):
         record.failures = 0
         self._residency.arrive(record)
         if record.state is State.LEASED:
-            self._grant(record, record.leases)
+            self._room.grant(record, record.leases)
 
     def _failed(self, event: Failed) -> None:
         record = self._residency.end_load(event.load_id)
@@ -277,7 +275,7 @@ class Ledger(LedgerBase):
 
     def _remember(self, event: Remember) -> None:
         self._recall_uses(event)
-        self._remembered = [self._residency.record(expert) for expert in reversed(event.residents)]
+        self._room.remembered = [self._residency.record(expert) for expert in reversed(event.residents)]
 
     # ------------------------------------------------------------ leases
 
@@ -292,36 +290,6 @@ class Ledger(LedgerBase):
             result = "miss"
         self.counters.count_lookup(record.expert.layer, result, pairs, foreseen)
 
-    def _must_queue(self, record: Record) -> bool:
-        """Whether a new demand has to wait in line: for its own room, or lest the first in line never gets any."""
-        if record.place is State.ABSENT or record.place is State.DOOMED:
-            return True
-        if not self._queue or len(record.leases) > 1:
-            return False
-        first = next(iter(self._queue.values()))
-        return self._residency.held_bytes() + record.nbytes + first.nbytes > self._cap
-
-    def _join_queue(self, record: Record) -> None:
-        record.queued = True
-        self._queue[record.expert] = record
-
-    def _leave_queue(self, record: Record) -> None:
-        record.queued = False
-        del self._queue[record.expert]
-
-    def _hold(self, record: Record, lease_ids: Iterable[int]) -> None:
-        """Give the leases a resident record, or let them wait for one that is loading."""
-        if record.place is State.RESIDENT:
-            self._residency.set_leased(record)
-            self._grant(record, lease_ids)
-        else:
-            self._residency.promote(record)
-
-    def _grant(self, record: Record, lease_ids: Iterable[int]) -> None:
-        for lease_id in lease_ids:
-            self._residency.story.tell(record.expert, "granted to lease", lease_id)
-            self._residency.out.append(Granted(lease_id, record.expert, record.slot))
-
     def _deny(self, record: Record, reason: str) -> None:
         for lease_id in record.leases:
             del self._leases[lease_id]
@@ -329,7 +297,7 @@ class Ledger(LedgerBase):
         record.leases.clear()
         record.failures = 0
         if record.queued:
-            self._leave_queue(record)
+            self._room.leave(record)
 
     def _end_lease(self, lease_id: int, told: str) -> None:
         record = self._leases.pop(lease_id)
@@ -339,94 +307,8 @@ class Ledger(LedgerBase):
             return
         record.failures = 0
         if record.queued:
-            self._leave_queue(record)
+            self._room.leave(record)
         elif record.place is State.RESIDENT:
             self._residency.set_idle(record)
         else:
             self._residency.doom(record)
-
-    # ------------------------------------------------------------ room
-
-    def _serve_waiting(self) -> None:
-        """Serve the line of demands from its head; stop at the first that has to wait on."""
-        while self._queue:
-            record = next(iter(self._queue.values()))
-            if record.place is State.DOOMED or (record.place is State.ABSENT and not self._make_room(record.nbytes)):
-                return
-            self._leave_queue(record)
-            if record.place is State.ABSENT:
-                self._residency.load(record, Priority.DEMAND, self._cap)
-            else:
-                self._hold(record, record.leases)
-
-    def _make_room(self, nbytes: int) -> bool:
-        """Evict for a demand. Where that is not enough but giving up prefetches would be, give up just enough."""
-        residency = self._residency
-        missing = self._slots.occupied - residency.idle_bytes + nbytes - self._cap
-        if missing <= 0:
-            while self._slots.occupied + nbytes > self._cap:
-                residency.evict(residency.victims.take(), "capacity")
-            return True
-        if missing - residency.doomed_bytes <= residency.prefetching_bytes:
-            residency.doom_prefetches(missing - residency.doomed_bytes)
-        return False
-
-    def _start_prefetches(self) -> None:
-        """Prefetch along the hints, soonest first; stop at the first for which there is no room."""
-        while len(self._residency.prefetching) < self._prefetch_depth:
-            foreseen = self._foresight.soonest()
-            if foreseen is None:
-                return
-            needed_at, record = foreseen
-            if not self._make_room_by(needed_at, record.nbytes):
-                return
-            self._residency.load(record, Priority.PREFETCH, self._cap)
-            self._foresight.prefetched(record)
-
-    def _refill(self) -> None:
-        """Load what an earlier engine held, best first, while there is room that nobody asks for."""
-        while self._remembered and len(self._residency.prefetching) < self._prefetch_depth:
-            record = self._remembered.pop()
-            if self._slots.occupied + record.nbytes > self._cap:
-                self._remembered.clear()
-            elif record.place is State.ABSENT:
-                self._residency.fill(record, self._cap, Priority.PREFETCH)
-
-    def _make_room_by(self, needed_at: int, nbytes: int) -> bool:
-        """Evict for a prefetch, but only what is not known to be needed by then (law 4)."""
-        residency = self._residency
-        short = self._slots.occupied + nbytes - self._cap
-        if short > residency.idle_bytes:
-            return False
-        victims: list[Facts] = []
-        while short > 0:
-            facts = residency.victims.take_needed_after(needed_at)
-            if facts is None:
-                for spared in victims:
-                    residency.victims.offer(spared)
-                return False
-            victims.append(facts)
-            short -= residency.records[facts.expert].nbytes
-        for facts in victims:
-            residency.evict(facts, "capacity")
-        return True
-
-    def _follow_budget(self) -> None:
-        """Take a changed budget as the limit; a lowered one only as far as the first demand in line can still load.
-
-        Leases asked for after it may hold all that the lowered budget leaves, and their consumer waits for it first.
-        """
-        first = next(iter(self._queue.values()), None)
-        needed = self._residency.held_bytes() + first.nbytes if first else 0
-        self._cap = max(self.budget_bytes, min(self._cap, needed))
-
-    def _shrink(self) -> None:
-        """Come down to a lowered budget as far as leases and demanded loads allow."""
-        residency = self._residency
-        while self._slots.occupied > self._cap and len(residency.victims):
-            residency.evict(residency.victims.take(), "budget_change")
-        residency.doom_prefetches(self._slots.occupied - residency.doomed_bytes - self._cap)
-
-    def _may_revive(self, record: Record) -> bool:
-        """A doomed record that was loaded after all may stay if it is what the first demand in line waits for."""
-        return next(iter(self._queue.values()), None) is record and self._slots.occupied <= self._cap

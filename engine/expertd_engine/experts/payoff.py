@@ -2,25 +2,38 @@
 
 Precision says whether a prefetch was right, not whether it was worth its processor time: with small records, or a link
 as quick as the processor, foresight costs more than it saves. So decode steps with and without it are timed by turns,
-in blocks, and the quicker way is kept until the next trial. A trial takes a twentieth of all steps.
+in blocks, and the quicker way is kept until the next trial. Steps differ for other reasons, so a trial that cannot tell
+goes on for a while: then the ways differ little, and it costs little. What trials lose is bounded: `COST`.
 """
 
 from __future__ import annotations
 
-from statistics import median
+import math
+from collections.abc import Sequence
+from statistics import fmean, median, stdev
 
 BLOCK = 8
 """Steps of a kind in a row: what one block loads is still there in the next, so blocks are not too short."""
 TRIAL = (True, False, False, True, True, False, False, True)
 """Blocks with and without: what drifts along falls on both alike."""
+ROUNDS = 3
+"""Times that a trial goes through these, at most."""
 HOLD = 1216
-"""Steps between trials: so a trial is a twentieth."""
+"""Steps between trials at first. Each that confirms the one before doubles them."""
+LONGEST = 8 * HOLD
+"""Steps between trials that the doubling stops at."""
+COST = 0.01
+"""Of all time, that the slower way's steps in trials may lose."""
 GRACE = 16
 """First steps, with foresight: the cache fills, the predictor proves itself."""
-SETTLED = GRACE + BLOCK * len(TRIAL)
-"""Steps until it has been found out for the first time whether foresight pays."""
+FIRST = GRACE + BLOCK * len(TRIAL)
+"""Steps until it may have been found out for the first time whether foresight pays."""
+SETTLED = GRACE + ROUNDS * BLOCK * len(TRIAL)
+"""Steps until it has been."""
 MARGIN = 0.01
 """Of the time of a step, by which the other way must be better to be taken."""
+_SURE = 2.0
+"""Standard errors."""
 
 _Times = tuple[list[float], list[float]]
 
@@ -28,12 +41,15 @@ _Times = tuple[list[float], list[float]]
 class PayOff:
     """Told of every step. `is_on`: whether predictions are made in the step that begins next or runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_doubt: bool | None = None) -> None:
+        """`in_doubt`: whether to make them where a trial cannot tell; None: as it seems better."""
         self.is_on = True
         self.switches = 0
         """Times that a trial has changed the way."""
         self.trials = 0
+        self._in_doubt = in_doubt
         self._kept = True
+        self._hold = HOLD
         self._left = GRACE
         """Steps until the next trial."""
         self._trial: dict[int, _Times] = {}
@@ -51,7 +67,7 @@ class PayOff:
             self._left -= 1
             return self.is_on
         self._timed = self._trial.setdefault(rows, ([], []))
-        self.is_on = TRIAL[sum(map(len, self._timed)) // BLOCK]
+        self.is_on = TRIAL[sum(map(len, self._timed)) // BLOCK % len(TRIAL)]
         return self.is_on
 
     def end_step(self, seconds: float) -> None:
@@ -59,14 +75,31 @@ class PayOff:
         if self._timed is None:
             return
         self._timed[self.is_on].append(seconds)
-        if sum(map(len, self._timed)) == BLOCK * len(TRIAL):
-            self._judge(*map(median, self._timed))
+        if sum(map(len, self._timed)) % (BLOCK * len(TRIAL)) == 0:
+            self._judge(*self._timed)
 
-    def _judge(self, without: float, with_: float) -> None:
-        mine, other = (with_, without) if self._kept else (without, with_)
-        if other < mine * (1 - MARGIN):
-            self._kept = not self._kept
-            self.switches += 1
+    def _judge(self, without: list[float], with_: list[float]) -> None:
+        """A round has ended: the trial too, unless more steps could tell."""
+        costs = [math.log(on / off) for on, off in zip(_blocks(with_), _blocks(without), strict=True)]
+        cost, doubt = fmean(costs), _SURE * stdev(costs) / math.sqrt(len(costs))
+        if abs(cost) <= doubt > MARGIN and len(costs) < ROUNDS * len(TRIAL) // 2:
+            return
+        before = self._kept
+        if abs(cost) > (MARGIN if self._in_doubt is None else max(doubt, MARGIN)):
+            self._kept = cost < 0
+        elif self._in_doubt is not None:
+            self._kept = self._in_doubt
+        self._end(before, lost=len(with_) * math.expm1(max(0.0, -cost if self._kept else cost)))
+
+    def _end(self, before: bool, lost: float) -> None:
+        """The trial has ended, in which the slower way took as much longer as `lost` of the quicker way's steps do."""
+        self.switches += before is not self._kept
         self.trials += 1
-        self.is_on, self._left, self._timed = self._kept, HOLD, None
+        self._hold = min(2 * self._hold, LONGEST) if before is self._kept else HOLD
+        self.is_on, self._left, self._timed = self._kept, max(self._hold, math.ceil(lost / COST)), None
         self._trial.clear()
+
+
+def _blocks(seconds: Sequence[float]) -> list[float]:
+    """The median of each block."""
+    return [median(seconds[begin : begin + BLOCK]) for begin in range(0, len(seconds), BLOCK)]

@@ -171,6 +171,12 @@ class RecordFile:
         else:
             self._read_at(self._store.record_offset(expert), buffer.cast("B"), expert)
 
+    def place_of(self, expert: ExpertId) -> tuple[int, int] | None:
+        """File and offset of a record, for who begins many reads at once. None where it has to come by `read_record`:
+        its checksum is due, or reads go through the page cache."""
+        checked = self._checked[self._first_record[expert.layer] + expert.expert] and not self._verify_always
+        return (self._fds[-1], self._store.record_offset(expert)) if checked and self.direct else None
+
     def verify_record(self, expert: ExpertId, scratch: memoryview) -> None:
         """Read a record through `scratch`, page-aligned and a multiple of `ALIGNMENT` long, and compare its checksum.
 

@@ -5,19 +5,25 @@ The engine thread submits, promotes and cancels; results come back through `comp
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Protocol
 
+from expertd_engine.experts.async_reads import AsyncReads
 from expertd_engine.experts.events import Cancelled, ExpertId, Failed, Load, Loaded, Priority
 
 Completion = Loaded | Failed | Cancelled
 
+AT_ONCE = 32
+"""Demands that one thread reads at once, where the system lets it."""
+_GROUPS = 4
+"""Of so many, a quarter is waited for at a time: who sleeps until each has come wakes up on a core that computes."""
 LATENCY_BOUNDS_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -28,12 +34,19 @@ class RecordReader(Protocol):
         """Fill `buffer` (page-aligned, as long as the record). Raises OSError or StoreError."""
         ...
 
+    def place_of(self, expert: ExpertId) -> tuple[int, int] | None:
+        """File and offset of a record that may be read with others; None: by `read_record` alone."""
+        ...
+
 
 @dataclass(slots=True)
 class TransferStats:
     """Cumulative; `latency_counts[i]` counts loads that took ≤ `LATENCY_BOUNDS_S[i]`, the last one all longer."""
 
     busy_s: float = 0.0
+    """Of threads, reading."""
+    latency_s: float = 0.0
+    """Of all loads, from when a thread took them."""
     latency_counts: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BOUNDS_S) + 1))
 
 
@@ -41,6 +54,8 @@ class TransferStats:
 class _Job:
     load: Load
     buffer: memoryview
+    place: tuple[int, int] | None = None
+    """File and offset, where it is read with others."""
 
 
 class Completions:
@@ -80,7 +95,13 @@ class Transfers:
         self._queues: dict[Priority, deque[_Job]] = {Priority.DEMAND: deque(), Priority.PREFETCH: deque()}
         self._reading = 0
         self._closed = False
-        self._threads = [threading.Thread(target=self._work, name=f"transfer-{i}", daemon=True) for i in range(threads)]
+        self.one_by_one: str | None = None
+        """Why no thread reads many at once; None where they do."""
+        rings = self._rings(threads)
+        self._threads = [
+            threading.Thread(target=self._work, args=[ring], name=f"transfer-{i}", daemon=True)
+            for i, ring in enumerate(rings)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -129,34 +150,91 @@ class Transfers:
                 return job
         return None
 
-    def _next(self) -> _Job | None:
+    def _rings(self, threads: int) -> list[AsyncReads | None]:
+        rings: list[AsyncReads | None] = []
+        for _ in range(threads):
+            try:
+                rings.append(AsyncReads(AT_ONCE))
+            except OSError as error:
+                self.one_by_one = error.strerror or str(error)
+                rings.append(None)
+        return rings
+
+    def _next(self, most: int) -> list[_Job]:
+        """The next, with up to `most` demands in line behind it that may be read together. Empty once closed."""
         with self._condition:
             while not self._closed:
                 for priority in Priority:
                     if self._queues[priority]:
-                        self._reading += 1
-                        return self._queues[priority].popleft()
+                        jobs = self._with_others(self._queues[priority], most if priority is Priority.DEMAND else 1)
+                        self._reading += len(jobs)
+                        return jobs
                 self._condition.wait()
-        return None
+        return []
 
-    def _work(self) -> None:
-        while (job := self._next()) is not None:
+    def _with_others(self, queue: deque[_Job], most: int) -> list[_Job]:
+        jobs = [queue.popleft()]
+        while queue and len(jobs) < most and self._goes_together(jobs[0]) and self._goes_together(queue[0]):
+            jobs.append(queue.popleft())
+        return jobs
+
+    def _goes_together(self, job: _Job) -> bool:
+        job.place = job.place or self._reader.place_of(job.load.expert)
+        return job.place is not None
+
+    def _work(self, ring: AsyncReads | None) -> None:
+        while jobs := self._next(1 if ring is None else ring.most):
             began = time.perf_counter()
-            completion: Completion
-            try:
-                self._reader.read_record(job.load.expert, job.buffer)
-                completion = Loaded(job.load.load_id)
-                self.loaded(job.load)
-            except Exception as error:  # a thread's loop top: a thread that dies leaves the engine waiting for ever
-                completion = Failed(job.load.load_id, f"{type(error).__name__}: {error}")
-            self._count(time.perf_counter() - began)
-            self.completions.put(completion, len(job.buffer) if isinstance(completion, Loaded) else 0)
+            if ring is None or len(jobs) == 1:
+                self._read(jobs[0], began, began)
+            else:
+                self._read_together(ring, jobs, began)
+        if ring is not None:
+            ring.close()
 
-    def _count(self, seconds: float) -> None:
+    def _read(self, job: _Job, began: float, last: float) -> float:
+        completion: Completion
+        try:
+            self._reader.read_record(job.load.expert, job.buffer)
+            completion = Loaded(job.load.load_id)
+            self.loaded(job.load)
+        except Exception as error:  # a thread's loop top: a thread that dies leaves the engine waiting for ever
+            completion = Failed(job.load.load_id, f"{type(error).__name__}: {error}")
+        return self._ended(job, completion, began, last)
+
+    def _read_together(self, ring: AsyncReads, jobs: Sequence[_Job], began: float) -> None:
+        """What the kernel does not take, or does not read whole, is read again by itself, which says what is wrong."""
+        try:
+            begun = ring.begin([_asked(job) for job in jobs])
+        except OSError:
+            begun = 0
+        least, last = max(1, begun // _GROUPS), began
+        while ring.under_way:
+            for number, nbytes in ring.wait(least):
+                job = jobs[number]
+                if nbytes == len(job.buffer):
+                    self.loaded(job.load)
+                    last = self._ended(job, Loaded(job.load.load_id), began, last)
+                else:
+                    last = self._read(job, began, last)
+        for job in jobs[begun:]:
+            last = self._read(job, began, last)
+
+    def _ended(self, job: _Job, completion: Completion, began: float, last: float) -> float:
+        """Taken at `began` by a thread whose `last` ended then. Returns when this one did."""
         with self._condition:
+            now = time.perf_counter()
             self._reading -= 1
-            self.stats.busy_s += seconds
-            self.stats.latency_counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
+            self.stats.busy_s += now - last
+            self.stats.latency_s += now - began
+            self.stats.latency_counts[bisect_left(LATENCY_BOUNDS_S, now - began)] += 1
+        self.completions.put(completion, len(job.buffer) if isinstance(completion, Loaded) else 0)
+        return now
+
+
+def _asked(job: _Job) -> tuple[int, int, int, int]:
+    assert job.place is not None, "those that go together have one"
+    return *job.place, ctypes.addressof(ctypes.c_char.from_buffer(job.buffer)), len(job.buffer)
 
 
 def _nobody(load: Load) -> None:

@@ -11,7 +11,7 @@ once, which bounds the share of the disk that virtual mode may take.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from expertd_engine.errors import EngineError, ResourceError
@@ -94,10 +94,15 @@ class _Layer:
     def free(self) -> int:
         return self.slots - len(self.held) - sum(victim in (None, _GONE) for victim in self.coming.values())
 
-    def worth(self, expected: Sequence[float]) -> Callable[[int], float]:
-        """What an expert is good for: the share of the layer's weight that it will have, and that it had of late."""
+    def worth(self, expert: int, expected: Sequence[float], total: float) -> float:
+        """What an expert is good for: the share of the layer's weight that it will have, and that it had of late, where
+        scores have this `total`."""
+        return expected[expert] + self.scores.get(expert, 0.0) / total
+
+    def by_worth(self, expected: Sequence[float]) -> tuple[float, list[tuple[float, int]]]:
+        """The total of all scores, and victims with what each is worth: the least last."""
         total = max(sum(self.scores.values()), _LEAST)
-        return lambda expert: expected[expert] + self.scores.get(expert, 0.0) / total
+        return total, sorted(((self.worth(e, expected, total), e) for e in self.victims()), reverse=True)
 
     def rank(self, expert: int) -> tuple[float, float]:
         return self.scores.get(expert, 0.0), self.prior[expert]
@@ -109,6 +114,11 @@ class _Layer:
     def victims(self) -> set[int]:
         """Held, and not being replaced already."""
         return self.held.difference(self.coming.values())
+
+    @property
+    def keeps_best_and_worst(self) -> bool:
+        """Whether observations may change who they are."""
+        return self._known or bool(self.barred)
 
     def add(self, expert: int, value: float) -> None:
         """Observe one expert."""
@@ -166,8 +176,6 @@ class VirtualExperts:
         self.limits = limits
         self.swaps = [0] * len(priors)
         """Ended well, by layer, since start."""
-        self.changes = [0] * len(priors)
-        """By layer, grows with every change of a held set: who derives from `held` knows by it when to do so again."""
         self._layers = [_Layer(prior) for prior in priors]
         self._loading = 0
         self._has_room = False
@@ -196,6 +204,10 @@ class VirtualExperts:
 
     def held(self, layer: int) -> frozenset[int]:
         return frozenset(self._layers[layer].held)
+
+    def to_be_held(self, layer: int) -> frozenset[int]:
+        """Who will be held there once all that is on its way has come."""
+        return frozenset(self._layers[layer].victims().union(self._layers[layer].coming))
 
     def holds(self, layer: int, experts: Iterable[int]) -> bool:
         """Whether it holds them."""
@@ -245,8 +257,13 @@ class VirtualExperts:
         """What the unmasked router sent to experts of `layer` in this step: sums over tokens of ‖x‖·g·‖E‖."""
         at = self._layers[layer]
         at.observed = True
-        for expert, value in sums.items():
-            at.add(expert, value)
+        if at.keeps_best_and_worst:
+            for expert, value in sums.items():
+                at.add(expert, value)
+        else:
+            scores, unit = at.scores, at.unit
+            for expert, value in sums.items():
+                scores[expert] = scores.get(expert, 0.0) + value * unit
 
     def foresee(self, layer: int, expected: Mapping[int, float]) -> list[Action]:
         """The step under way will probably ask `layer` for these experts, for so much each: bring in those that are not
@@ -273,17 +290,19 @@ class VirtualExperts:
         That one leaves at once: its room is the newcomer's, and it is what the step misses least.
         """
         actions: list[Action] = []
+        spare: dict[int, tuple[float, list[tuple[float, int]]]] = {}
         for (number, newcomer), _ in wanted:
             if self._loading >= self.limits.in_flight or len(actions) >= 2 * self.limits.foreseen:
                 break
             layer = self._layers[number]
             inside = newcomer in layer.held or newcomer in layer.coming or newcomer in layer.barred
-            spare = layer.victims()
-            if inside or layer.free > 0 or not spare or len(layer.held) <= self.top_k:
+            if inside or layer.free > 0 or len(layer.held) <= self.top_k:
                 continue
-            worth = layer.worth(expected[number])
-            victim = min(spare, key=lambda e: (worth(e), e))
-            if worth(newcomer) > worth(victim) * (1 + self.limits.hysteresis):
+            total, victims = spare.get(number) or spare.setdefault(number, layer.by_worth(expected[number]))
+            if victims and layer.worth(newcomer, expected[number], total) > victims[-1][0] * (
+                1 + self.limits.hysteresis
+            ):
+                _, victim = victims.pop()
                 actions += [self._release(number, victim), self._hold(number, newcomer, _GONE)]
         return actions
 
@@ -307,7 +326,7 @@ class VirtualExperts:
         layer = self._layers[number]
         victim = self._leave(number, newcomer)
         layer.held.add(newcomer)
-        self._changed(number)
+        self._layers[number].changed()
         actions: list[Action] = []
         self.swaps[number] += victim == _GONE or victim in layer.held
         if victim in layer.held:
@@ -317,14 +336,24 @@ class VirtualExperts:
     def failed(self, expert: ExpertId) -> list[Action]:
         """It cannot be loaded now; it may be chosen again once it has been observed anew."""
         self._leave(*expert)
+        return self._bar(expert)
+
+    def lose(self, expert: ExpertId) -> list[Action]:
+        """A held expert is not there any more; it may be chosen again once it has been observed anew."""
+        layer = self._layers[expert.layer]
+        layer.held.remove(expert.expert)
+        return self._bar(expert)
+
+    # ------------------------------------------------------------ choices
+
+    def _bar(self, expert: ExpertId) -> list[Action]:
+        """Not to be chosen until it has been observed anew; let others come."""
         layer = self._layers[expert.layer]
         layer.scores.pop(expert.expert, None)
         layer.barred.add(expert.expert)
         self._has_room = True
         layer.changed()
         return self._fill()
-
-    # ------------------------------------------------------------ choices
 
     def _check_slots(self, slots: Sequence[int]) -> None:
         for number, (layer, count) in enumerate(zip(self._layers, slots, strict=True)):
@@ -400,9 +429,5 @@ class VirtualExperts:
 
     def _release(self, number: int, expert: int) -> Release:
         self._layers[number].held.remove(expert)
-        self._changed(number)
-        return Release(ExpertId(number, expert))
-
-    def _changed(self, number: int) -> None:
         self._layers[number].changed()
-        self.changes[number] += 1
+        return Release(ExpertId(number, expert))

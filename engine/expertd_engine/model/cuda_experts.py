@@ -44,7 +44,7 @@ class TableExperts:
     ) -> None:  # fmt: skip
         """`layouts[m]` is that of MoE layer m; `scratches` are by number of rows, since kernels launch a program for
         every expert that may be met. `num_rows` int32 `[1]`: real rows of the step. `mailbox`: the processor
-        computes what is missing."""
+        computes what is missing, or a part of it."""
         self._layouts, self._table, self._scratches = layouts, table, scratches
         self._num_rows, self._given, self._mailbox = num_rows, given, mailbox
 
@@ -53,7 +53,7 @@ class TableExperts:
         scratch = self._scratches[len(index)]
         chosen = index if self._given is None else self._given.of(moe, len(index))
         box = self._mailbox
-        resolve(self._table, moe, chosen, self._num_rows, scratch, on_host=box is not None)
+        resolve(self._table, moe, chosen, self._num_rows, scratch, left=None if box is None else box.left)
         if box is not None:
             ask(box, moe, x, weights, scratch)
         experts_decode(self._layouts[moe], self._table, x, weights, scratch, out)

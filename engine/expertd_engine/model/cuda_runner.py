@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from expertd_engine.core import StepFailed, StepResult
-from expertd_engine.experts.cache import ExpertUnavailableError
 from expertd_engine.experts.device_cache import DeviceCache
+from expertd_engine.experts.leases import ExpertUnavailableError
 from expertd_engine.messages import TokenLogprob
 from expertd_engine.model.cuda_model import DeviceModel, StepOutcome, StepTokens
 from expertd_engine.model.cuda_virtual import DeviceVirtual
@@ -20,7 +20,7 @@ from expertd_engine.model.runner import logit_positions, read_out, sample_row
 from expertd_engine.model.sampler import SampleRow, sample, takes_the_best
 from expertd_engine.model.step_routes import RouteSource
 from expertd_engine.model.step_rows import Span
-from expertd_engine.request import Substitutions
+from expertd_engine.sequence_stats import Substitutions
 from expertd_engine.step_plan import Chunk, StepPlan
 
 

@@ -18,9 +18,9 @@ from expertd_engine.experts.device_held import DeviceHeld
 from expertd_engine.kernels.cuda.resolve import LARGEST_PAIRS
 from expertd_engine.kernels.cuda.substitute import MET, Among
 from expertd_engine.model.cuda_inputs import StepInputs
-from expertd_engine.model.substitution import SHARED_BY, Floats
+from expertd_engine.model.substitution import SHARED_BY, Floats, widest
 from expertd_engine.model.virtual_routing import VirtualCounts
-from expertd_engine.request import Substitutions
+from expertd_engine.sequence_stats import Substitutions
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ class Told:
 
 
 class VirtualWork:
-    """Room for steps of as many rows as `inputs` has. Steps of up to `few` rows replace a choice by `SHARED_BY` experts
-    where their pairs can be sorted, larger ones by one: their memory was measured for `top_k` a row."""
+    """Room for steps of as many rows as `inputs` has. In steps of up to `few` rows choices are shared by `SHARED_BY`
+    where their pairs can be sorted, in larger ones by one: their memory was measured for `top_k` a row."""
 
     def __init__(self, held: Tensor, inputs: StepInputs, top_k: int, few: int) -> None:
         """`held` int32 `[layers, experts]`, on the device: not 0 for those that rows may be sent to."""
@@ -53,7 +53,7 @@ class VirtualWork:
 
     def width(self, rows: int) -> int:
         """Experts a row in steps of so many."""
-        return self._top_k * (SHARED_BY if rows <= self._few and rows * self._top_k * SHARED_BY <= LARGEST_PAIRS else 1)
+        return widest(self._top_k, self._shared_by(rows))
 
     def among(self, moe: int, rows: int) -> Among:
         """What the router of MoE layer `moe` is given for a step of `rows` rows."""
@@ -66,8 +66,11 @@ class VirtualWork:
             met=self._met[:rows, moe],
             experts=self._experts[: rows * width].view(rows, width),
             weights=self._weights[: rows * width].view(rows, width),
-            shared_by=width // self._top_k,
+            shared_by=self._shared_by(rows),
         )
+
+    def _shared_by(self, rows: int) -> int:
+        return SHARED_BY if rows <= self._few and rows * widest(self._top_k, SHARED_BY) <= LARGEST_PAIRS else 1
 
     def forget(self) -> None:
         """The first work of a step: nothing has been asked for."""
@@ -104,7 +107,7 @@ class DeviceVirtual:
         told = self._work.told(rows)
         self._met += told.met.sum(axis=0)
         self._tokens += rows
-        self.held.digest(told.asked * self._norms, rows / max(1, len(lengths)))
+        self.held.digest(map(np.multiply, told.asked, self._norms), rows / max(1, len(lengths)))
         ends = np.cumsum(lengths).tolist()
         return [self._of(told.met[end - count : end]) for count, end in zip(lengths, ends, strict=True)]
 

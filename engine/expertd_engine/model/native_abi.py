@@ -117,6 +117,7 @@ class Run(ctypes.Structure):
         ("slot_stride", c_int64),
         *((name, c_void_p) for name in ("routed", "chosen")),
         ("chosen_stride", c_int64),
+        ("given", c_void_p),
     ]
 
 

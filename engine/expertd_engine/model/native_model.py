@@ -281,6 +281,7 @@ class NativeModel:
         if self._run is None or self._run.source is not source:
             blocks = [layer.block for layer in self._layers]
             self._run = LayerRun(self.calls, blocks, [layer.moe for layer in self._layers], layers, source)
+        self._run.begin_step(routes, routes.num_rows)
         return self._run
 
     def _substitution(self, layer: NativeLayer) -> NativeSubstitution | None:

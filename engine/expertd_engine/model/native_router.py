@@ -56,7 +56,7 @@ class NativeRouter:
         self._forward = _bind(loaded.pool.library)
         self._pool = loaded.pool
         self.aside = _Aside(loaded.pool.library)
-        self.stride = shape.stride
+        self.stride, self.outputs = shape.stride, shape.heads * int(loaded.model.config.num_experts)
         module: Any = loaded.pregating
         self.pregate = _Pregate()
         self._keep = _fill(self.pregate, module, loaded.model.get_input_embeddings(), shape, max_positions)
@@ -67,13 +67,9 @@ class NativeRouter:
         positions: Sequence[int],
         spans: Sequence[Span],
         storage: KVStorage,
-        logits: Tensor | None = None,
     ) -> Routes:
-        """As `Routing.route`; `logits` float32 `[T, outputs]` are written where they are asked for.
-
-        Raises KernelError, and ValueError for a token that the model does not have.
-        """
-        call = self._call(token_ids, positions, spans, storage, logits)
+        """As `Routing.route`. Raises KernelError, and ValueError for a token that the model does not have."""
+        call = self._call(token_ids, positions, spans, storage)
         self._forward(self._pool.address, *call.arguments)
         return call.routes
 
@@ -81,7 +77,7 @@ class NativeRouter:
         self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
     ) -> _Call:
         """As `Routing.begin`: on a thread of its own."""
-        call = self._call(token_ids, positions, spans, storage, None)
+        call = self._call(token_ids, positions, spans, storage)
         self.aside.begin(call)
         return call
 
@@ -91,7 +87,6 @@ class NativeRouter:
         positions: Sequence[int],
         spans: Sequence[Span],
         storage: KVStorage,
-        logits: Tensor | None,
     ) -> _Call:
         count = len(token_ids)
         starts = accumulate((len(span.blocks) for span in spans), initial=0)
@@ -102,7 +97,6 @@ class NativeRouter:
         step = Step(
             *(count, ids + 8 * count, len(spans), rows, rows + 8 * len(spans) + 8, _at(tables), storage.address),
             *(storage.block_bytes, storage.block_tokens, _KV_FORMATS[storage.dtype]),
-            logits=None if logits is None else logits.data_ptr(),
         )
         call = _Call(self, count, numbers, tables, step, storage)
         call.point()
@@ -116,7 +110,8 @@ class _Call:
         self, router: NativeRouter, count: int, numbers: array[int], tables: array[int], step: Step, storage: KVStorage
     ) -> None:
         """`numbers` are `count` token ids, as many positions, and what else `step` points to; `tables` likewise."""
-        self.routes = Routes.blank(count, router.stride)
+        self.routes = Routes.blank(count, router.stride, router.outputs)
+        step.logits = _at(self.routes.logits)
         self._router, self._count, self._numbers = router, count, numbers
         self._keep = tables, step, storage
         self._block, self._offsets = router.pregate.block, storage.offsets[-1]

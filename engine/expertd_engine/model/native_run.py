@@ -64,6 +64,8 @@ class LayerRun:
         self._described = blocks
         self._top_k = max(block.router.top_k for block in blocks)
         self._chosen = array("q", bytes(8 * len(blocks) * FEW_ROWS * self._top_k))
+        self._given = np.zeros((len(blocks), FEW_ROWS * self._top_k), np.int64)
+        """Where each layer's rows go whatever their router says, in steps on generated routes."""
         pointers = c_void_p * len(blocks)
         self._blocks = pointers(*map(ctypes.addressof, blocks))
         self._layouts = pointers(*(None if i is None else ctypes.addressof(kernels[i].layout) for i in moe))
@@ -72,8 +74,19 @@ class LayerRun:
         self._descriptor = Run(
             *(len(blocks), ctypes.addressof(self._blocks), ctypes.addressof(self._layouts)),
             *(ctypes.addressof(self._slots), kernels[0].slot_zero, kernels[0].slot_stride),
-            *(None, self._chosen.buffer_info()[0], FEW_ROWS * self._top_k),
+            *(None, self._chosen.buffer_info()[0], FEW_ROWS * self._top_k, None),
         )
+
+    def begin_step(self, routes: StepRoutes, rows: int) -> None:
+        """A step of so many rows begins, on its routers' choices or on generated ones."""
+        if routes.routes is None:
+            self._descriptor.given = None
+            return
+        given = routes.routes.step_routes(rows)
+        for layer, index in enumerate(self._moe):
+            if index is not None:
+                self._given[layer, : rows * self._top_k] = given[:, index].ravel()
+        self._descriptor.given = self._given.ctypes.data
 
     def forward(self, pool: Pool, first: int, later: Later | None, step: Step, routed: int, routes: StepRoutes) -> int:
         """Run layers from `first` on, `later` being the experts of the one before. Returns the layer whose experts are
@@ -133,8 +146,8 @@ def may_run(routes: StepRoutes, rows: int) -> bool:
     to wait for are decoding tokens'."""
     if any(watch.sees_hidden for watch in routes.watches):
         return False
-    if rows > FEW_ROWS or routes.routes is not None:
+    if rows > FEW_ROWS:
         return False
     if routes.reroute is not None:
-        return routes.reroute.runs
+        return routes.routes is None and routes.reroute.runs
     return routes.decodes_alone and not getattr(routes.source, "foresees", True)

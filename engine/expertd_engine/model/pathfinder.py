@@ -186,5 +186,5 @@ class Pathfinder:
 def paths_of(sequence: Sequence, pregate: Pregate) -> Paths:
     """The sequence's paths, which begin empty."""
     if sequence.paths is None:
-        sequence.paths = Paths(pregate.path_shape)
+        sequence.paths = Paths(pregate.path_shape if sequence.mode == "exact" else pregate.scored_shape)
     return sequence.paths

@@ -50,8 +50,8 @@ class Routing(Protocol):
     def route(
         self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
     ) -> Routes:
-        """Experts of every token, rows as in `StepModel.forward`. The router's keys and values go into the last layer
-        of `storage`."""
+        """Experts of every token, rows as in `StepModel.forward`, and logits. The router's keys and values go into the
+        last layer of `storage`."""
         ...
 
     def begin(
@@ -62,21 +62,25 @@ class Routing(Protocol):
 
 
 class Pregate:
-    """A model's router. `path_shape` says what a token's choice looks like; `kv_shape` is what the router stores."""
+    """A model's router. `path_shape` says what a token's choice looks like, `scored_shape` with what the router gave
+    all experts; `kv_shape` is what the router stores."""
 
-    def __init__(self, router: Routing, path_shape: PathShape, kv_shape: LayerShape) -> None:
+    def __init__(self, router: Routing, path_shape: PathShape, experts: int, kv_shape: LayerShape) -> None:
+        """`experts`: how many each head chooses among."""
         self.path_shape = path_shape
+        self.scored_shape = replace(path_shape, kept_logits=path_shape.heads * experts)
         self.kv_shape = kv_shape
         self.route = router.route
         self.begin = router.begin
 
     def known(self, parts: Iterable[Routes]) -> KnownRoutes:
         """As the layers read them, one part behind the other."""
-        experts, weights = array("q"), array("f")
+        all_parts = Routes.blank(0, 0, 0)
         for part in parts:
-            experts += part.experts
-            weights += part.weights
-        return KnownRoutes(Routes(experts, weights), self.path_shape)
+            all_parts.experts.extend(part.experts)
+            all_parts.weights.extend(part.weights)
+            all_parts.logits.extend(part.logits)
+        return KnownRoutes(all_parts, self.path_shape)
 
 
 def build_pregate(loaded: LoadedModel, max_positions: int) -> tuple[Pregate, str | None]:
@@ -91,8 +95,8 @@ def build_pregate(loaded: LoadedModel, max_positions: int) -> tuple[Pregate, str
         native = NativeRouter(loaded, path_shape, max_positions)
         _judge(native, own, kv_shape, loaded)
     except (NotMatched, KernelsMissing) as error:
-        return Pregate(own, path_shape, kv_shape), str(error)
-    return Pregate(native, path_shape, kv_shape), None
+        return Pregate(own, path_shape, int(config.num_experts), kv_shape), str(error)
+    return Pregate(native, path_shape, int(config.num_experts), kv_shape), None
 
 
 class ModuleRouter:
@@ -115,7 +119,8 @@ class ModuleRouter:
         else:
             chosen, index = each.softmax(dim=-1).topk(top_k, dim=-1)
             weights = chosen / chosen.sum(dim=-1, keepdim=True)
-        return Routes(array("q", index.numpy().tobytes()), array("f", weights.numpy().tobytes()))
+        floats = (array("f", part.contiguous().numpy().tobytes()) for part in (weights, logits))
+        return Routes(array("q", index.numpy().tobytes()), *floats)
 
     def begin(
         self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
@@ -167,8 +172,8 @@ def _judge(native: NativeRouter, module: ModuleRouter, kv_shape: LayerShape, loa
     spans = [Span(0, 0, _JUDGED, list(range(1, 4)))]
     probe = token_ids, range(_JUDGED), spans
     expected = module.logits(*probe, KVStorage([kv_shape], 4, 16, loaded.dtype))
-    logits = torch.empty_like(expected)
-    native.route(*probe, KVStorage([kv_shape], 4, 16, loaded.dtype), logits)
+    routes = native.route(*probe, KVStorage([kv_shape], 4, 16, loaded.dtype))
+    logits = torch.frombuffer(routes.logits, dtype=torch.float32).view_as(expected)
     error = float((logits - expected).norm() / expected.norm())
     if not error <= _TOLERANCES[loaded.dtype]:
         raise NotMatched(f"the router differs from its module by {error:.2g}; allowed is {_TOLERANCES[loaded.dtype]}")

@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import pad
 
 from expertd_engine.core import SampledToken, StepFailed, StepResult
-from expertd_engine.experts.cache import ExpertCache, ExpertUnavailableError
+from expertd_engine.experts.cache import ExpertCache
+from expertd_engine.experts.leases import ExpertUnavailableError
 from expertd_engine.experts.pregated import PregatedLookahead
 from expertd_engine.kernels.library import KernelError
 from expertd_engine.messages import TokenLogprob
@@ -20,13 +21,15 @@ from expertd_engine.model.kv_storage import KVStorage
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.moe import MoELayer
 from expertd_engine.model.numerics import ROW_MULTIPLE, InvariantSigmoids
+from expertd_engine.model.path_routing import PathRouting
 from expertd_engine.model.pathfinder import Pathfinder
 from expertd_engine.model.sampler import NoTokenLeft, SampleRow, sample, token_logprob
-from expertd_engine.model.step_routes import KnownRoutes, Reroute, RouteSource, StepRoutes, Watch
+from expertd_engine.model.step_routes import KnownRoutes, RouteSource, StepRoutes, Watch
 from expertd_engine.model.step_rows import Span, StepRows
 from expertd_engine.model.virtual_routing import VirtualRouting
-from expertd_engine.request import ConstraintFailed, Substitutions
+from expertd_engine.request import ConstraintFailed
 from expertd_engine.request import Sequence as EngineSequence
+from expertd_engine.sequence_stats import Substitutions
 from expertd_engine.step_plan import Chunk, StepPlan
 
 
@@ -112,7 +115,7 @@ class Runner:
         storage: KVStorage,
         cache: ExpertCache,
         routes: RouteSource | None = None,
-        virtual: VirtualRouting | None = None,
+        virtual: VirtualRouting | PathRouting | None = None,
         pathfinder: Pathfinder | None = None,
     ) -> None:
         """`virtual`: None where the model has no virtual mode. `pathfinder`: of a model that routes ahead."""
@@ -123,13 +126,15 @@ class Runner:
         self.layers = layers
         self._storage = storage
         self._cache = cache
-        self._routes = routes
+        self.routes = routes
+        """Chooses experts in the routers' place, for measurements on generated routes."""
 
     def __call__(self, plan: StepPlan) -> StepResult:
         began = time.perf_counter()
         token_ids = [t for chunk in plan.chunks for t in chunk.sequence.tokens(chunk.start, chunk.stop)]
-        routes = StepRoutes(len(token_ids), self._cache, decode_rows=_decode_rows(plan), routes=self._routes)
+        routes = StepRoutes(len(token_ids), self._cache, decode_rows=_decode_rows(plan), routes=self.routes)
         failure: StepFailed | None = None
+        is_virtual = False
         watches: list[Onlooker] = []
         payoff = self._cache.payoff
         if payoff is not None:
@@ -138,7 +143,7 @@ class Runner:
             self._route_ahead(plan, routes)
             # What a model foresees are its own experts: virtual mode does without those.
             self._cache.begin_step(token_ids if plan.mode == "exact" else ())
-            routes.reroute = self._begin_mode(plan, token_ids)
+            is_virtual = self._begin_mode(plan, token_ids, routes)
             routes.watches = watches = self._begin_watches(plan)
             logits = self._logits(plan, routes, token_ids)
             sampled, prompt_logprobs = read_out(plan, TensorLogits(logits))
@@ -149,7 +154,7 @@ class Runner:
                 raise
             failure = StepFailed((), str(error) or "the box has no memory left for this step")
             failure.__cause__ = error
-        substitutions = self._end_mode(plan, routes.reroute)
+        substitutions = self._end_mode(plan, is_virtual)
         experts = self._cache.end_step()
         for watch in watches:
             watch.end_step(well=failure is None)
@@ -165,8 +170,17 @@ class Runner:
         if self.pathfinder is None:
             return
         routes.known = self.pathfinder.for_step(plan)
-        if isinstance(self._cache.lookahead, PregatedLookahead):
-            self.pathfinder.tell(self._cache.lookahead, plan, routes.known)
+        self._tell(plan, routes.known if plan.mode == "exact" else None)
+
+    def _tell(self, plan: StepPlan, known: KnownRoutes | None) -> None:
+        """Let a lookahead that knows routes have the step's; None: nothing is known yet."""
+        lookahead = self._cache.lookahead
+        if self.pathfinder is None or not isinstance(lookahead, PregatedLookahead):
+            return
+        if known is None:
+            lookahead.plan((), ())
+        else:
+            self.pathfinder.tell(lookahead, plan, known)
 
     def _begin_watches(self, plan: StepPlan) -> list[Onlooker]:
         if not self.onlookers or plan.mode != "exact":
@@ -177,20 +191,29 @@ class Runner:
         streams, decode = [stream for stream, _ in rows], [decodes for _, decodes in rows]
         return [onlooker for onlooker in self.onlookers if onlooker.begin_step(streams, decode)]
 
-    def _begin_mode(self, plan: StepPlan, token_ids: Sequence[int]) -> VirtualRouting | None:
-        """Who routes in the model's place; None in exact mode, and where the budget is too small for the other."""
+    def _begin_mode(self, plan: StepPlan, token_ids: Sequence[int], routes: StepRoutes) -> bool:
+        """Let others route in the model's place. False in exact mode, and where the budget is too small for that."""
         if self.virtual is None or plan.mode == "exact":
-            return None
+            return False
         limits = [chunk.sequence.max_substituted_mass for chunk in plan.chunks for _ in range(chunk.num_tokens)]
-        return self.virtual if self.virtual.begin_step(limits, token_ids) else None
+        if isinstance(self.virtual, VirtualRouting):
+            begun = self.virtual.begin_step(limits, token_ids)
+            routes.reroute = self.virtual if begun else None
+            return begun
+        assert routes.known is not None, "a model of one index has a router that runs before its steps"
+        served = self.virtual.begin_step(limits, routes.known)
+        routes.known = served or routes.known
+        self._tell(plan, routes.known)
+        self._cache.foresee(())
+        return served is not None
 
-    def _end_mode(self, plan: StepPlan, virtual: Reroute | None) -> dict[int, Substitutions]:
+    def _end_mode(self, plan: StepPlan, is_virtual: bool) -> dict[int, Substitutions]:
         """What virtual mode did to each sequence."""
         if self.virtual is None:
             return {}
         if plan.mode == "exact":
             self.virtual.held.exact_step()
-        if virtual is None:
+        if not is_virtual:
             return {}
         self.virtual.end_step(len(plan.chunks))
         met, row = {}, 0

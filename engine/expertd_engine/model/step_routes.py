@@ -20,7 +20,7 @@ Floats: TypeAlias = NDArray[np.float32]
 
 
 class Leases(Protocol):
-    """What a layer holds while it computes; `experts.cache.LayerLeases` says more."""
+    """What a layer holds while it computes; `experts.leases.LayerLeases` says more."""
 
     def take(self) -> list[tuple[int, int]]:
         """`(index, slot)` of what has been granted, ascending; waits for at least one."""

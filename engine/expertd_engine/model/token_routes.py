@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertd_engine.arrays_file import ArraysFile
+from expertd_engine.kernels.library import FORMATS, Matrix, Pool
 from expertd_engine.model.substitution import Floats
 
 TOKEN_ROUTES_NAME = "token_routes.safetensors"
@@ -50,8 +51,10 @@ class TokenMap:
 class TokenRoutes:
     """Asks a map. `top_k` as the routers'."""
 
-    def __init__(self, numbers: TokenMap, top_k: int) -> None:
+    def __init__(self, numbers: TokenMap, top_k: int, pool: Pool | None = None) -> None:
+        """`pool` computes the product; without, numpy does."""
         self.numbers = numbers
+        self._product = _by_numpy(numbers) if pool is None else _by_pool(numbers, pool)
         self._named = min(math.ceil(_NAMED * top_k), numbers.shares.shape[1])
 
     def expected(self, token_ids: Sequence[int]) -> Floats:
@@ -59,13 +62,33 @@ class TokenRoutes:
         numbers = self.numbers
         layers, experts = numbers.shares.shape
         rows = numbers.tokens[list(token_ids[-_ROWS:])].astype(np.float32)
-        # no BLAS: its threads go on spinning on the cores that the layers want
-        logits = (np.einsum("tr,re->te", rows, numbers.up) + numbers.bias).reshape(-1, experts)
+        logits = self._product(rows).reshape(-1, experts)
         least = np.partition(logits, -self._named, axis=1)[:, -self._named, None]
         weights = np.exp(np.where(logits >= least, logits - logits.max(axis=1, keepdims=True), -np.inf))
         weights /= weights.sum(axis=1, keepdims=True)
         shares: Floats = weights.reshape(-1, layers, experts).mean(axis=0)
         return shares
+
+
+Product = Callable[[Floats], Floats]
+"""Of rows `[T, R]` to logits `[T, L * E]`."""
+
+
+def _by_numpy(numbers: TokenMap) -> Product:
+    # no BLAS: its threads go on spinning on the cores that the layers want
+    return lambda rows: np.einsum("tr,re->te", rows, numbers.up) + numbers.bias
+
+
+def _by_pool(numbers: TokenMap, pool: Pool) -> Product:
+    up = np.ascontiguousarray(numbers.up.T)
+    matrix = Matrix(up.ctypes.data, numbers.bias.ctypes.data, FORMATS["float32"], *up.shape)
+
+    def product(rows: Floats) -> Floats:
+        logits = np.empty((len(rows), len(up)), np.float32)
+        pool.matmul(matrix, rows.ctypes.data, len(rows), logits.ctypes.data)
+        return logits
+
+    return product
 
 
 _FILE = ArraysFile.of(TOKEN_ROUTES_NAME, 1, TokenMap, "expertd profile")

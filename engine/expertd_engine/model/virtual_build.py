@@ -13,9 +13,11 @@ from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.held import HeldExperts
 from expertd_engine.experts.store_format import StoreIndex
 from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
+from expertd_engine.experts.virtual_paths import VirtualPaths
 from expertd_engine.experts.virtual_room import VirtualRoom
 from expertd_engine.model.gates import NotLinear
 from expertd_engine.model.loader import LoadedModel
+from expertd_engine.model.path_routing import PathRouting
 from expertd_engine.model.router_kinds import RouterAdapter, adapt_router
 from expertd_engine.model.substitution import Floats
 from expertd_engine.model.token_routes import TokenMap, TokenRoutes
@@ -82,9 +84,11 @@ def build_virtual(
     fallbacks: list[str],
     profile: Profile | None = None,
     tokens: TokenMap | None = None,
-) -> VirtualRouting | NoVirtualMode:
+) -> VirtualRouting | PathRouting | NoVirtualMode:
     """As `virtual_parts`, of a model that the processor computes; `tokens` says where its tokens go. What is weaker
     than designed goes to `fallbacks`."""
+    if loaded.pregating is not None:
+        return _along_paths(loaded, index, config, cache)
     foresees = config.virtual_swaps == "foreseen"
     limits = SwapLimits(in_flight=LOADS_A_THREAD * config.io_threads)
     if not foresees:
@@ -99,9 +103,25 @@ def build_virtual(
             "virtual mode swaps experts after steps alone: nothing tells where tokens go; run expertd profile"
         )
     foresight = _foresight(loaded, index, made.routers, fallbacks if foresees else [])
-    told = None if tokens is None else TokenRoutes(tokens, index.top_k)
+    told = None if tokens is None else TokenRoutes(tokens, index.top_k, loaded.pool)
     held = HeldExperts(cache, made.sets, made.room)
     return VirtualRouting(made.routers, held, importance(made.norms), foresight, tokens=told)
+
+
+def _along_paths(
+    loaded: LoadedModel, index: StoreIndex, config: Config, cache: ExpertCache
+) -> PathRouting | NoVirtualMode:
+    """Of a model whose router has chosen before its steps. Swaps are of paths, whatever `virtual_swaps` says."""
+    heads = int(loaded.model.config.router_heads)
+    if (heads, index.top_k) != (1, 1):
+        return NoVirtualMode(
+            f"the model's router chooses {index.top_k} experts in each of {heads} heads before a step: substitution is "
+            f"of whole paths, which one index for all layers makes, and expert_mode may be exact alone"
+        )
+    sizes = np.linalg.norm(np.array([layer.norms or [1.0] * layer.num_experts for layer in index.layers]), axis=0)
+    limits = SwapLimits(in_flight=LOADS_A_THREAD * config.io_threads)
+    sets = VirtualPaths(sizes.tolist(), len(index.layers), limits)
+    return PathRouting(sets, HeldExperts(cache, sets, _room(index, config, None)), sizes.astype(np.float32))
 
 
 def following_tokens(limits: SwapLimits) -> SwapLimits:

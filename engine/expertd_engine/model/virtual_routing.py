@@ -29,11 +29,12 @@ from expertd_engine.model.substitution import (
     Int32s,
     Met,
     Substituted,
+    num_substitutes,
     replaced_choices,
     widened,
     with_substitutes,
 )
-from expertd_engine.request import Substitutions
+from expertd_engine.sequence_stats import Substitutions
 
 
 class LayerRouter(Protocol):
@@ -135,7 +136,6 @@ class VirtualRouting:
         """Layers wait for the loads under way: for measurements whose result may depend on nothing but the text."""
         self.masks: Sequence[Bools] = held.table.masks
         self.places: Sequence[Ids] = held.table.slots
-        self._made_at = [-1] * len(routers)
         self.limits: Floats = np.zeros(0, np.float32)
         self._substituted = np.zeros(0, np.int64)
         self._mass: Floats = np.zeros(0, np.float32)
@@ -156,10 +156,7 @@ class VirtualRouting:
     def _bring(self, expected: Floats) -> None:
         """Let what the step's tokens will ask for come in: those that are not held, as far as there may be swaps."""
         self.refresh()
-        wanted = expected.copy()
-        for layer, mask in enumerate(self.masks):
-            wanted[layer, : len(mask)][mask] = 0
-        flat, experts = wanted.ravel(), wanted.shape[1]
+        flat, experts = np.where(self.held.table.held, 0, expected).ravel(), expected.shape[1]
         some = min(_CANDIDATES * self.held.sets.limits.foreseen, len(flat))
         best = flat.argpartition(-some)[-some:]
         best = best[flat[best].argsort()[::-1]]
@@ -214,9 +211,6 @@ class VirtualRouting:
     def refresh(self) -> None:
         """Native code is about to run: take in what has arrived."""
         self._take_in()
-        for layer, (made_at, changes) in enumerate(zip(self._made_at, self.held.sets.changes, strict=True)):
-            if made_at != changes:
-                self._make_mask(layer)
 
     def seen(self, logits: Tensor, substitute: Substitute | None) -> None:
         """As `Reroute.seen`."""
@@ -256,8 +250,6 @@ class VirtualRouting:
     def mask(self, layer: int) -> Bools:
         """`[E]`: who is held now, which nobody changes meanwhile. Takes in what has arrived on the way here."""
         self._take_in()
-        if self._made_at[layer] != self.held.sets.changes[layer]:
-            self._make_mask(layer)
         return self.held.table.shown[layer]
 
     def _take_in(self) -> None:
@@ -267,11 +259,6 @@ class VirtualRouting:
             self.held.settle()
         else:
             self.held.pump()
-
-    def _make_mask(self, layer: int) -> None:
-        sets = self.held.sets
-        self.held.table.show(layer, sets.held(layer), self.held.cache.ledger.resident_slots(layer))
-        self._made_at[layer] = sets.changes[layer]
 
     def observe(self, layer: int, hidden: Tensor, chosen: Ids, weights: Floats) -> None:
         """Where the router would have sent the step's rows."""
@@ -305,8 +292,9 @@ def among_held(
     np.put_along_axis(stays, chosen[rows], ~replaced[rows], axis=1)
     lowered = torch.where(torch.from_numpy(stays), asked.amin(dim=1, keepdim=True) - 1, asked)
     allowed = held | stays
-    more = int(replaced.sum(axis=1).max()) * (shared_by - 1)
-    top_k = min(chosen.shape[1] + more, 2 * chosen.shape[1], int(allowed.sum(axis=1).min()))
+    lost = replaced[rows].sum(axis=1)
+    more = int((num_substitutes(lost, chosen.shape[1], shared_by) - lost).max())
+    top_k = min(chosen.shape[1] + more, int(allowed.sum(axis=1).min()))
     found, scores = select(lowered, torch.from_numpy(allowed), top_k)
     others = found.numpy()
     useful = np.where(np.take_along_axis(stays, others, axis=1), 0, scores.float().numpy())

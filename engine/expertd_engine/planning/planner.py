@@ -63,7 +63,7 @@ def make_plan(profile: Profile, request: Request) -> Plan:
     if request.mode == "virtual":
         slots, gains = virtual_slots(profile, experts, request.share)
         loss = sum(curve.loss(count) for curve, count in zip(profile.model.layers, slots, strict=True))
-        step_s = profile.box.virtual_s or _resident_s(profile)
+        step_s = profile.box.virtual_s or profile.box.step_s
         return Plan("virtual", experts, startup.kv_blocks, memory, slots, 1.0, step_s, loss, gains)
     hit_rate, step_s = predict_exact(profile, profile.curve(request.routing), experts)
     even = [min(count, int(count * experts / profile.expert_bytes)) for count in profile.num_experts]
@@ -73,7 +73,8 @@ def make_plan(profile: Profile, request: Request) -> Plan:
 def predict_exact(profile: Profile, curve: MissCurve, expert_bytes: int) -> tuple[float, float]:
     """Hit rate, and seconds of one sequence's decode step, in an expert budget."""
     hit_rate, missing = at_share(curve, expert_bytes / profile.expert_bytes)
-    return hit_rate, _resident_s(profile) + profile.box.overlap * missing_s(missing, profile.box.reads_s)
+    box = profile.box
+    return hit_rate, box.step_s + box.leave_s * sum(missing) + box.overlap * missing_s(missing, box.reads_s)
 
 
 def missing_s(missing: Sequence[float], reads_s: Sequence[float]) -> float:
@@ -97,10 +98,6 @@ def virtual_slots(profile: Profile, expert_bytes: int, share: float) -> tuple[li
         raise BudgetError("expert budget for virtual mode", expert_bytes, floor + staging, detail)
     room = max(floor, min(int(share * expert_bytes), expert_bytes - staging))
     return split_slots(profile.model.layers, profile.record_bytes, room)
-
-
-def _resident_s(profile: Profile) -> float:
-    return profile.box.steps_s["1"]
 
 
 def _measured(profile: Profile, request: Request) -> Measured:

@@ -11,7 +11,7 @@ import msgspec
 
 from expertd_engine.errors import StoreError
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 PROFILE_NAME = "profile.json"
 
 
@@ -27,14 +27,12 @@ class BoxProfile(_Part, frozen=True):
     kernels: str
     reads_s: list[float]
     """Seconds until the last of n records asked for at once is there: entry n - 1, by the engine's own threads."""
-    bandwidth: dict[str, float]
-    """Bytes a second of reads in a row, by reading threads."""
-    steps_s: dict[str, float]
-    """Seconds of a decode step whose experts are all there, by sequences in it."""
-    experts_s: dict[str, float]
-    """Seconds of one layer's experts among these, by sequences."""
+    step_s: float
+    """Seconds of one sequence's decode step whose experts are all there."""
+    leave_s: float
+    """What a layer costs beyond that for missing anything at all: it waits to be asked for, and computes by itself."""
     overlap: float
-    """What a missing record costs of the time it takes to read alone: below 1, where others compute meanwhile."""
+    """What missing records cost of the time they take to read alone: below 1, where others compute meanwhile."""
     virtual_s: float | None = None
     """Seconds of one sequence's decode step in virtual mode, sets moving; None where the model has no such mode."""
 
@@ -43,6 +41,7 @@ class MemoryProfile(_Part, frozen=True):
     """Bytes, as `startup_plan.Measured` has them, with the limits they were measured with."""
 
     base: int
+    """Of a daemon that has served as much as its limits allow, at its peak, without `step`, experts and KV."""
     step: int
     kv_block: int
     block_tokens: int
@@ -84,8 +83,6 @@ class ModelProfile(_Part, frozen=True):
     misses: list[MissCurve]
     layers: list[LayerCurve]
     """Empty where the model has no virtual mode."""
-    swaps_per_token: float
-    """In all layers, at twice top-k slots."""
 
 
 class Profile(_Part, frozen=True):

@@ -108,14 +108,15 @@ def replay_exact(
     policy: Policy,
     warm: int,
     lookahead: Lookahead | None = None,
+    stream: int = 0,
 ) -> Met:
     """Exact mode in an expert budget, by an engine that has served for long: every expert was used once before, and the
-    first `warm` tokens are not counted."""
+    first `warm` tokens are not counted; of each `stream` tokens, if they are those of one sequence after the other."""
     replay = LedgerReplay(record_bytes, experts, budget_bytes, policy, lookahead)
     replay.token([range(count) for count in experts])
     met = Met(by_layer=[0] * len(experts))
     for number, token in enumerate(routes):
-        replay.token(token, met if number >= warm else None)
+        replay.token(token, met if (number % stream if stream else number) >= warm else None)
     return met
 
 

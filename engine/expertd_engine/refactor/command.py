@@ -10,6 +10,7 @@ import torch
 
 from expertd_engine.console import progress_bar
 from expertd_engine.errors import ModelError, UsageError
+from expertd_engine.refactor.contest import Contest, baseline_of, branched
 from expertd_engine.refactor.corpus import WHOLE, Corpus, read_corpus
 from expertd_engine.refactor.delta import load_student
 from expertd_engine.refactor.dense import Dense, open_dense
@@ -17,8 +18,7 @@ from expertd_engine.refactor.domains import cluster_domains
 from expertd_engine.refactor.export import check_backbone, export
 from expertd_engine.refactor.pipeline import TUNED, Job, Workshop, check_budget
 from expertd_engine.refactor.report import write_report
-from expertd_engine.refactor.router import PregatingRouter, RouterShape
-from expertd_engine.refactor.shape import NEURON_MULTIPLE, Routing, Shape, pruned_shape
+from expertd_engine.refactor.shape import NEURON_MULTIPLE, Routing, Shape
 from expertd_engine.refactor.training import Recipe
 
 SHIPPED = {name: Path(__file__).with_name("demo") / f"{name}.safetensors" for name in ("demo", "sparse")}
@@ -40,6 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rank", type=int, help="train low-rank deltas of this rank, not all weights")
     group.add_argument("--steps", type=int, default=500, help="of the experts (default: 500)")
     group.add_argument("--router-steps", type=int, default=200)
+    group.add_argument("--pruned-steps", type=int, default=0, metavar="N",
+                       help="train a pruned model of equal active bytes for N steps first, and let experts begin as "
+                       "copies of its FFNs (with --routing index, without --rank)")  # fmt: skip
     group.add_argument("--rows", type=int, default=48, help="windows a step (default: 48)")
     group.add_argument("--micro-rows", type=int, default=8, help="windows at a time, as memory allows (default: 8)")
     group.add_argument("--length", type=int, default=1024, help="tokens of a window (default: 1024)")
@@ -72,8 +75,7 @@ def refactor(options: argparse.Namespace) -> None:
     """`--texts DIR`: train, score, report, export. What a killed run has done is found again."""
     if options.destination.exists():
         raise ModelError(f"{options.destination} exists already: name a new folder, or remove it first")
-    if options.micro_rows > options.rows or options.rows % options.micro_rows:
-        raise UsageError(f"--micro-rows {options.micro_rows} does not divide --rows {options.rows}")
+    _check(options)
     device = torch.device(options.device)
     work = options.work or options.destination.with_name(options.destination.name + ".work")
     dense = open_dense(options.source, device)
@@ -91,6 +93,20 @@ def refactor(options: argparse.Namespace) -> None:
         kept = _run(shop, options, shape_of(options, dense, corpus))
         print(f"report: {write_report(work, corpus.domains)}")
         export(shop.trained(kept), dense, options.destination, _torch_dtype(options.dtype))
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise UsageError for options that do not go together."""
+    if options.micro_rows > options.rows or options.rows % options.micro_rows:
+        raise UsageError(f"--micro-rows {options.micro_rows} does not divide --rows {options.rows}")
+    if options.pruned_steps < 0:
+        raise UsageError(f"--pruned-steps {options.pruned_steps} is not allowed: give 1 or more, or 0 for none")
+    if options.pruned_steps and (options.routing != Routing.INDEX or options.rank is not None):
+        found = f"--routing {options.routing}" + ("" if options.rank is None else f" --rank {options.rank}")
+        raise UsageError(
+            f"--pruned-steps {options.pruned_steps} is not allowed with {found}: only experts of one index with all "
+            f"their weights trained can begin as copies of a pruned FFN (--routing index without --rank)"
+        )
 
 
 def shape_of(options: argparse.Namespace, dense: Dense, corpus: Corpus) -> Shape:
@@ -113,42 +129,42 @@ def _run(shop: Workshop, options: argparse.Namespace, shape: Shape) -> Job:
         micro_rows=options.micro_rows, length=options.length, distillation=options.distillation,
         compile=shop.compute != torch.float32,
     )  # fmt: skip
+    jobs, kept = _jobs(options, recipe, shape, shop.dense)
     shop.score_dense()
-    teacher = TUNED if options.distillation else None
-    if teacher:
+    if options.distillation:
         shop.run(Job(TUNED, None, replace(recipe, steps=max(1, options.steps // 2)), keep=True))
-    sides = {options.routing: shape}
-    if options.baselines:
-        sides["pruned"] = baseline_of(shape, shop.dense)
-    kept = None
-    for name, side in sides.items():
-        swept = _sweep(shop, name, side, recipe, teacher) if options.baselines else ()
-        for seed in range(options.seeds):
-            job = Job(f"final-{name}-{seed}", side, replace(recipe, seed=seed), teacher, swept, keep=kept is None)
-            shop.run(job)
-            kept = kept or job
-    assert kept is not None
+    for job in jobs:
+        shop.run(job)
     return kept
 
 
-def _sweep(shop: Workshop, name: str, shape: Shape, recipe: Recipe, teacher: str | None) -> tuple[str, ...]:
+def _jobs(options: argparse.Namespace, recipe: Recipe, shape: Shape, dense: Dense) -> tuple[list[Job], Job]:
+    """All but the teacher's, in order, and the one whose model is exported."""
+    pruned = _pruned(options, shape, dense)
+    sides = {options.routing: shape, **({"pruned": pruned} if pruned is not None and options.baselines else {})}
     short = replace(recipe, steps=max(1, recipe.steps // 4))
-    jobs = [Job(f"sweep-{name}-{rate:g}", shape, replace(short, learning_rate=rate), teacher) for rate in _RATES]
-    for job in jobs:
-        shop.run(job)
-    return tuple(job.name for job in jobs)
+    rates, seeds = _RATES if options.baselines else (), range(options.seeds)
+    contest = Contest("", sides, short, recipe, rates, seeds, TUNED if options.distillation else None)
+    bases: list[Job] = []
+    if pruned is not None and options.pruned_steps:
+        contest = replace(contest, run="branch-")
+        bases, contest = branched(contest, pruned, replace(recipe, steps=options.pruned_steps))
+    wanted = contest.final_name(options.routing, 0)
+    jobs = [replace(job, keep=job.keep or job.name == wanted) for job in (*bases, *contest.jobs())]
+    return jobs, next(job for job in jobs if job.name == wanted)
 
 
-def baseline_of(shape: Shape, dense: Dense) -> Shape:
-    """The pruned model of as many active bytes as `shape` with its routers."""
-    layers = len(dense.layers)
-    if shape.routing == Routing.LAYERS:
-        size = layers * shape.experts * dense.hidden_size
-    else:
-        heads = layers if shape.routing == Routing.HEADS else 1
-        router = PregatingRouter(RouterShape.beside(dense.hidden_size, heads * shape.experts), 0)
-        size = sum(one.numel() for one in router.parameters())
-    return pruned_shape(shape.active, size, layers, dense.hidden_size)
+def _pruned(options: argparse.Namespace, shape: Shape, dense: Dense) -> Shape | None:
+    """The pruned model, where one is asked for. Raises UsageError where there can be none."""
+    if not (options.baselines or options.pruned_steps):
+        return None
+    pruned = baseline_of(shape, dense)
+    if pruned.permanent > dense.neurons:
+        raise UsageError(
+            f"--active {options.active} leaves no room to prune: as many active bytes as with the router are "
+            f"{pruned.permanent} neurons of {dense.neurons}; lower it, or do without --baselines and --pruned-steps"
+        )
+    return pruned
 
 
 def _whole(neurons: float) -> int:

@@ -79,9 +79,11 @@ class Workshop:
             self._write(name, {"score": self._score(self._student(None, 0))})
 
     def run(self, job: Job) -> dict[str, Any]:
-        """The job's result, computed unless there is one. Raises TrainingError; what was learned stays."""
+        """The job's result, computed unless there is one. Raises TrainingError; what was learned stays. ModelError
+        where a job of that name has run otherwise."""
         found = self.result(job.name)
         if found is not None:
+            self._check_same(job, found["job"])
             return found
         if job.best_of:
             job = replace(job, recipe=replace(job.recipe, learning_rate=self.best_rate(job.best_of)))
@@ -129,6 +131,22 @@ class Workshop:
         grown = upcycled(student, job.shape, self.dense, self.statistics(), job.recipe.seed)
         grown.compute_in(self.compute)
         return grown
+
+    def _check_same(self, job: Job, ran: dict[str, Any]) -> None:
+        """Raise ModelError unless `ran` is the job, but for its learning rate where that was chosen."""
+        free = {"compile", "micro_rows", *(("learning_rate",) if job.best_of else ())}
+        asked = {**_plain(job), **asdict(job.recipe)}
+        differs = {
+            name: value
+            for name, value in {**ran, **ran["recipe"]}.items()
+            if name not in free and name not in ("recipe", "best_of", "keep") and asked.get(name) != value
+        }
+        if differs:
+            told = ", ".join(f"{name} {value} instead of {asked.get(name)}" for name, value in differs.items())
+            raise ModelError(
+                f"{self.folder} has results of {job.name} already, run with {told}: name another --work folder, or "
+                f"remove this one"
+            )
 
     def _teacher(self, name: str | None) -> Student | None:
         if name is None:

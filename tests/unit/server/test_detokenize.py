@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from expertd_server.detokenize import MAX_WINDOW_TOKENS, Detokenizer, StopMatcher
-from support.fake_engine import BYTE_IDS, END, TOKENIZER, ids_of
+from support.fake_store import BYTE_IDS, END, TOKENIZER, ids_of
 
 
 def decode(ids: Sequence[int]) -> str:

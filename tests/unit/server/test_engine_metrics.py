@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
-from expertd_engine.messages import HistogramData, Tiers
+from expertd_engine.snapshot import HistogramData, Tiers
 from expertd_server.engine_families import LINK_CAUSES
 from expertd_server.engine_metrics import EngineCounters, add_histograms
 from expertd_server.status import tiers
-from support.fake_engine import engine_info, snapshot
+from support.fake_numbers import engine_info, snapshot
 
 
 def samples(counters: EngineCounters, only: Sequence[str] = ()) -> dict[str, float]:
@@ -111,7 +111,7 @@ def test_what_a_card_holds_and_what_crossed_its_link_are_shown_and_zeros_without
     given = {"misses": "cpu", "cpu_bytes_per_s": 9e10, "computed": 8, "computed_bytes": 512}
     counters.observe(msgspec.structs.replace(snapshot(3), tiers=msgspec.structs.replace(found, **given)))
     shown = samples(counters)
-    assert [shown[f'expertd_device_misses{{by="{by}"}}'] for by in ("link", "cpu")] == [0, 1]
+    assert [shown[f'expertd_device_misses{{by="{by}"}}'] for by in ("link", "cpu", "both")] == [0, 1, 0]
     assert [shown[f"expertd_host_computed_{what}_total"] for what in ("experts", "bytes")] == [8, 512]
     assert shown["expertd_host_bytes_per_second"] == 9e10
     body = tiers(found)

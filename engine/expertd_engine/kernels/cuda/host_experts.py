@@ -44,6 +44,8 @@ class Mailbox:
     """int32 `[1]`, on the device: the number of its last request."""
     arrived: Tensor
     """int32 `[1]`, on the device, 0 between launches: programs that have written their part of a request."""
+    left: Tensor
+    """int32 `[U + 1]`, on the device: of n experts that a layer misses, how many the processor is asked for."""
 
 
 def ask(mailbox: Mailbox, layer: int, x: Tensor, weights: Tensor, scratch: ExpertScratch) -> None:

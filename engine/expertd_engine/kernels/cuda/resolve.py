@@ -20,7 +20,7 @@ FAR = 1
 """Bit of an entry's address: the record lies in host memory and is read over the link. Records are page-aligned."""
 LANDED = 3
 """The `source` in `seen` of an expert that was read over the link into a slot; 0 resident, 1 read over the link and
-dropped, 2 waited for, 4 (with `on_host`) left to the processor."""
+dropped, 2 waited for, 4 left to the processor."""
 _COMPARED = 32
 
 
@@ -124,13 +124,13 @@ class ExpertScratch:
 
 def resolve(
     table: TablePointers, layer: int, top_k_index: Tensor, num_rows: Tensor, scratch: ExpertScratch, *,
-    on_host: bool = False,
+    left: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Group the pairs of `top_k_index` int `[R, K]` by expert and say where each expert is read from.
 
     Rows from `num_rows` (int32 `[1]`, on the device) on are padding. Publishes what landed in the layer before, takes
-    slots for what is read over the link, writes `seen` and `progress`. `on_host`: nothing is read over it, since the
-    processor computes what is missing.
+    slots for what is read over the link, writes `seen` and `progress`. `left` int32 `[U + 1]`: of n missing experts so
+    many are left to the processor, others each time, so that all have their turn to land; None: none ever.
     """
     rows, top_k = top_k_index.shape
     if top_k != scratch.top_k or rows > scratch.max_rows:
@@ -140,7 +140,7 @@ def resolve(
         *(table.entries, table.slot_address, table.ready, table.landing, table.head, table.tail),
         *(table.seen, table.seen_count, table.progress, top_k_index, num_rows),
         *(scratch.totals, scratch.experts, scratch.target, scratch.begin, scratch.address, scratch.land, scratch.wait),
-        *(scratch.pairs, scratch.row_pairs),
+        *(scratch.pairs, scratch.row_pairs, table.head if left is None else left),
         *(layer, table.entries.shape[1], table.seen.shape[1], table.landing.shape[0]),
         NUM_EXPERTS=scratch.num_experts,
         EXPERTS=triton.next_power_of_2(scratch.num_experts),
@@ -149,7 +149,7 @@ def resolve(
         ROWS=rows,
         PAIRS=pairs,
         COMPARED=min(pairs, _COMPARED),
-        ON_HOST=on_host,
+        LEAVES=left is not None,
         num_warps=4 if pairs <= 64 else 8,
     )
 
@@ -189,10 +189,10 @@ def _resolve_kernel(
     entries: tl.tensor, slot_address: tl.tensor, ready: tl.tensor, landing: tl.tensor, head: tl.tensor, tail: tl.tensor,
     seen: tl.tensor, seen_count: tl.tensor, progress: tl.tensor, index: tl.tensor, num_rows: tl.tensor,
     totals: tl.tensor, distinct_experts: tl.tensor, targets: tl.tensor, begin: tl.tensor, address: tl.tensor,
-    land: tl.tensor, wait: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor,
+    land: tl.tensor, wait: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor, left_of: tl.tensor,
     layer: tl.tensor, experts: tl.tensor, width: tl.tensor, ring: tl.tensor,
     NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
-    PAIRS: tl.constexpr, COMPARED: tl.constexpr, ON_HOST: tl.constexpr,
+    PAIRS: tl.constexpr, COMPARED: tl.constexpr, LEAVES: tl.constexpr,
 ) -> None:  # fmt: skip
     if layer > 0:
         _publish(entries, slot_address, totals, distinct_experts, targets, layer - 1, experts, WIDTH)
@@ -217,12 +217,15 @@ def _resolve_kernel(
 
     taken = tl.load(head)
     free = tl.load(tail) - taken
-    order = tl.cumsum(far.to(tl.int32), 0) - 1
-    lands = far & (order < free)
     left = far & (expert < 0)  # to the processor: nobody
-    if ON_HOST:
-        lands, left = left, far
+    if LEAVES:
+        missing = tl.sum(far.to(tl.int32), 0)
+        nth_missing = tl.cumsum(far.to(tl.int32), 0) - 1 + ((taken + layer) & (EXPERTS - 1))
+        left = far & (nth_missing % tl.maximum(missing, 1) < tl.load(left_of + missing))
     tl.store(totals + 2, tl.sum(left.to(tl.int32), 0))
+    read = far & (left == 0)
+    order = tl.cumsum(read.to(tl.int32), 0) - 1
+    lands = read & (order < free)
     target = tl.load(landing + ((taken + order) & (ring - 1)), mask=lands, other=-1)
     tl.store(head, taken + tl.sum(lands.to(tl.int32), 0))
 
@@ -233,7 +236,7 @@ def _resolve_kernel(
 
     tl.store(distinct_experts + nth, expert, mask=chosen)
     tl.store(targets + nth, target, mask=chosen)
-    source = tl.where(left, 4, tl.where(lands, 3, tl.where(far, 1, tl.where(awaited, 2, 0))))
+    source = tl.where(left, 4, tl.where(lands, 3, tl.where(read, 1, tl.where(awaited, 2, 0))))
     record = seen + (layer * width + nth) * 4
     tl.store(record, expert, mask=chosen)
     tl.store(record + 1, source, mask=chosen)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm, normalised
-from expertd_engine.kernels.cuda.selection import in_best_groups, places, scored
+from expertd_engine.kernels.cuda.selection import HELD, in_best_groups, places, ranks, scored
 from expertd_engine.kernels.cuda.substitute import Among, answer
 from expertd_engine.model.native_abi import NormKind, Scores
 
@@ -87,7 +87,6 @@ def route(
         BLOCK_G=triton.next_power_of_2(groups),
         BLOCK_S=triton.next_power_of_2(matrix.rows // groups),
         WIDTH=1 if among is None else among.experts.shape[1],
-        BLOCK_W=1 if among is None else triton.next_power_of_2(among.experts.shape[1]),
         SHARED=1 if among is None else among.shared_by,
         num_warps=max(1, min(8, block // 512)),
     )
@@ -110,7 +109,7 @@ def _route_kernel(
     COLS: tl.constexpr, PADDED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
     LAYER: tl.constexpr, TOP_K: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr,
     KEPT: tl.constexpr, BEST: tl.constexpr, SHARES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, SHARED: tl.constexpr,
+    WIDTH: tl.constexpr, SHARED: tl.constexpr,
 ) -> None:  # fmt: skip
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, BLOCK)
@@ -135,17 +134,27 @@ def _route_kernel(
         expert = tl.where(lives, g * (EXPERTS // GROUPS) + s, 2147483647)
         scores = tl.load(logits + row * logits_stride + expert, lives, float("-inf"), cache_modifier=".cg")
         scores = scored(scores, lives, SCORES)
-        eligible = scores
-        if favour is not None:
-            eligible = scores + tl.load(favour + expert, lives, 0.0)
-        eligible = tl.where(lives & (eligible == eligible), eligible, float("-inf"))  # NaN is chosen last
-        if GROUPS > 1:
-            eligible = in_best_groups(eligible, expert, g, GROUPS, KEPT, BEST)
-        place = places(eligible, expert)
+        if (GROUPS == 1) and (favour is None):  # a higher logit is a higher score
+            rank = tl.reshape(ranks(logits + row * logits_stride, held, EXPERTS, BLOCK_S), scores.shape)
+            place, ahead = rank % HELD, rank // HELD
+            if SCORES == 2:  # one NaN, and all scores are: then ids alone tell them apart
+                place = tl.where(scores == scores, place, expert)
+        else:
+            eligible = scores
+            if favour is not None:
+                eligible = scores + tl.load(favour + expert, lives, 0.0)
+            eligible = tl.where(lives & (eligible == eligible), eligible, float("-inf"))  # NaN is chosen last
+            if GROUPS > 1:
+                eligible = in_best_groups(eligible, expert, g, GROUPS, KEPT, BEST)
+            place = places(eligible, expert)
+            ahead = place
         chosen = lives & (place < TOP_K)
         if SCORES == 4:  # of what is chosen alone
             best = tl.max(tl.max(tl.where(place == 0, scores, float("-inf")), 1), 0)
-            scores = tl.where(chosen, tl.exp(tl.where(chosen, scores - best, 0.0)), 0.0)
+            scores = tl.where(lives, tl.exp(scores - best), 0.0)
+            score, scores = scores, tl.where(chosen, scores, 0.0)
+        else:
+            score = scores
         if SHARES:
             scores = scores / (tl.sum(tl.sum(tl.where(chosen, scores, 0.0), 1), 0) + epsilon)
         tl.store(index + row * index_stride + place, expert.to(index.dtype.element_ty), chosen)
@@ -153,8 +162,8 @@ def _route_kernel(
         if held is not None:
             given = tl.where(i < COLS, given, 0.0)
             answer(
-                logits + row * logits_stride, expert, g, lives, place, scores * scale,
+                logits + row * logits_stride, score, expert, g, lives, place, ahead, scores * scale,
                 tl.sqrt(tl.sum(given * given, 0)), row < tl.load(num_rows), favour, held, tl.load(limits + row),
                 asked, met + row * met_stride, served + row * WIDTH, shares + row * WIDTH,
-                TOP_K, WIDTH, BLOCK_W, SHARED, SCORES, GROUPS, KEPT, BEST,
+                TOP_K, WIDTH, SHARED, SCORES, GROUPS, KEPT, BEST,
             )  # fmt: skip

@@ -6,6 +6,45 @@ import triton
 import triton.language as tl
 
 
+_AT_ONCE = tl.constexpr(32)
+"""Experts that all are compared with at once. A loop of little code is quicker than a lot of it without a loop: a step
+comes here once a layer, and by then the instruction cache has forgotten it."""
+HELD = tl.constexpr(1 << 16)
+
+
+@triton.jit
+def ranks(logits: tl.tensor, held: tl.tensor, EXPERTS: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """How many logits of a row come before each `[BLOCK]`: those that are higher, and equals of a lower id; NaN is the
+    lowest. Each that is held, if `held` is given, counts `HELD` more."""
+    CHUNK: tl.constexpr = BLOCK if BLOCK < _AT_ONCE else _AT_ONCE
+    expert, other = tl.arange(0, BLOCK), tl.arange(0, CHUNK)
+    mine, following = _ordered(logits, expert, EXPERTS), _ordered(logits, other, EXPERTS)
+    counts = _counted(held, other, EXPERTS)
+    rank = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, BLOCK, CHUNK):
+        theirs, count, at = following, counts, first + other
+        following, counts = _ordered(logits, at + CHUNK, EXPERTS), _counted(held, at + CHUNK, EXPERTS)
+        ahead = (theirs[None, :] > mine[:, None]) | (
+            (theirs[None, :] == mine[:, None]) & (at[None, :] < expert[:, None])
+        )
+        rank += tl.sum(tl.where(ahead, count[None, :], 0), 1)
+    return rank
+
+
+@triton.jit
+def _ordered(logits: tl.tensor, expert: tl.tensor, EXPERTS: tl.constexpr) -> tl.tensor:
+    found = tl.load(logits + expert, expert < EXPERTS, float("-inf"), cache_modifier=".cg")
+    return tl.where(found == found, found, float("-inf"))
+
+
+@triton.jit
+def _counted(held: tl.tensor, expert: tl.tensor, EXPERTS: tl.constexpr) -> tl.tensor:
+    if held is None:
+        return (expert >= 0).to(tl.int32)
+    else:
+        return tl.where(tl.load(held + expert, expert < EXPERTS, 0) != 0, HELD + 1, 1)
+
+
 @triton.jit
 def places(eligible: tl.tensor, expert: tl.tensor) -> tl.tensor:
     """How many come before each `[G, S]`: those that are higher, and equals of a lower id. All are compared at once."""

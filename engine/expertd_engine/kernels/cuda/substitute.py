@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertd_engine.kernels.cuda.selection import in_best_groups, places
+from expertd_engine.kernels.cuda.selection import HELD, in_best_groups, places
 
 MET = 3
 """Numbers told of each row and layer: choices replaced, the share of the row's weights that they had, choices read over
@@ -39,52 +39,67 @@ class Among:
     weights: Tensor
     """float32 `[R, W]`: zeros for those named again."""
     shared_by: int
-    """Held experts for each choice replaced, as far as W has room."""
+    """Held experts for each choice replaced, as `model.substitution.num_substitutes` has it; W is `widest` of it."""
 
 
 @triton.jit
 def answer(
-    logits: tl.tensor, expert: tl.tensor, g: tl.tensor, lives: tl.tensor, place: tl.tensor, weight: tl.tensor,
-    length: tl.tensor, is_real: tl.tensor, favour: tl.tensor, held_words: tl.tensor, limit: tl.tensor,
-    asked: tl.tensor, met: tl.tensor, experts: tl.tensor, weights: tl.tensor,
-    TOP_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, SHARED: tl.constexpr,
-    SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
+    logits: tl.tensor, score: tl.tensor, expert: tl.tensor, g: tl.tensor, lives: tl.tensor, place: tl.tensor,
+    ahead: tl.tensor, weight: tl.tensor, length: tl.tensor, is_real: tl.tensor, favour: tl.tensor,
+    held_words: tl.tensor, limit: tl.tensor, asked: tl.tensor, met: tl.tensor, experts: tl.tensor, weights: tl.tensor,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr,
+    KEPT: tl.constexpr, BEST: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One row, whose router put experts `[G, S]` at `place` with `weight`; pointers are to this row's numbers."""
+    """One row, whose router put experts `[G, S]` at `place` with `weight`, out of `score`; `ahead`: held experts that
+    come before each, where the router goes by logits alone. Pointers are to this row's numbers.
+
+    Where fewer than TOP_K are held, which is before virtual mode begins, nobody answers for anybody.
+    """
     chosen = lives & (place < TOP_K)
     held = lives & (tl.load(held_words + expert, lives, 0) != 0)
     lacking = chosen & (held == 0)
     weight = tl.where(chosen, weight, 0.0)
-    tl.atomic_add(asked + expert, tl.where(is_real, length * weight, 0.0), (place < TOP_K) & lives)
-    share = weight / tl.maximum(_total(weight), 1.1754943508222875e-38)
-    replaced = lacking
+    tl.atomic_add(asked + expert, tl.where(is_real, length * weight, 0.0), chosen, sem="relaxed")
+    counts = held.to(tl.int32) * HELD + lacking.to(tl.int32)
+    total, lost, counts = _sums(weight, tl.where(lacking, weight, 0.0), counts)
+    lacking = lacking & (counts >= HELD * TOP_K)
+    missed = tl.where(counts >= HELD * TOP_K, counts % HELD, 0)
+    replaced, count = lacking, missed
+    total = tl.maximum(total, 1.1754943508222875e-38)
     if limit < 1.0:
-        replaced = lacking & (_mass_up_to(share, lacking, place) <= limit + 1e-6)
-    count = _total(replaced.to(tl.int32))
+        replaced = lacking & (_mass_up_to(weight / total, lacking, place, TOP_K) <= limit + 1e-6)
+        _, lost, count = _sums(weight, tl.where(replaced, weight, 0.0), replaced.to(tl.int32))
     tl.store(met, count.to(tl.float32))
-    tl.store(met + 1, _total(tl.where(replaced, share, 0.0)))
-    tl.store(met + 2, (_total(lacking.to(tl.int32)) - count).to(tl.float32))
-    served = chosen & (replaced == 0)
-    shares = tl.where(served, weight, 0.0)
-    if count > 0:
-        most = tl.minimum(count * SHARED, WIDTH - (TOP_K - count))
+    tl.store(met + 1, tl.where(count > 0, lost / total, 0.0))
+    tl.store(met + 2, (missed - count).to(tl.float32))
+    stays = chosen & (replaced == 0)
+    most = tl.maximum(count, tl.minimum(count * SHARED, TOP_K * 3 // 4))
+    if (GROUPS > 1) or (favour is not None):
         logit = tl.load(logits + expert, lives, float("-inf"), cache_modifier=".cg")
-        others = held & (served == 0)
-        if (GROUPS > 1) or (favour is not None):
-            others = others & _candidates(
-                logit, expert, g, lives, served, held | served, TOP_K - count + most, favour,
-                SCORES, GROUPS, KEPT, BEST,
-            )  # fmt: skip
-        logit = tl.where(others & (logit == logit), logit, float("-inf"))
-        serves = others & (places(logit, expert) < most)
-        if SCORES == 3:
-            score = tl.where(serves, 1.0 / (1.0 + tl.exp(-tl.where(serves, logit, 0.0))), 0.0)
-        else:
-            score = tl.where(serves, tl.exp(tl.where(serves, logit - tl.max(tl.max(logit, 1), 0), 0.0)), 0.0)
-        lost = _total(tl.where(replaced, weight, 0.0))
-        shares = tl.where(serves, score * (lost / tl.maximum(_total(score), 1.1754943508222875e-38)), shares)
-        served = served | serves
-    _store(expert, served, shares, experts, weights, WIDTH, BLOCK_W)
+        others = held & (stays == 0) & _candidates(
+            logit, expert, g, lives, stays, held | stays, TOP_K - count + most, favour, SCORES, GROUPS, KEPT, BEST
+        )  # fmt: skip
+        serves = others & (places(tl.where(others & (logit == logit), logit, float("-inf")), expert) < most)
+    else:  # all of the choices that are held come before all others
+        serves = held & (chosen == 0) & (ahead < TOP_K - missed + most)
+    score = tl.where(serves, tl.maximum(score, 1e-30), 0.0)
+    all_scores, _, more = _sums(score, score, serves.to(tl.int32))
+    shares = tl.where(serves, score * (lost / tl.maximum(all_scores, 1e-30)), tl.where(stays, weight, 0.0))
+    _store(expert, stays | serves, shares, TOP_K - count + more, experts, weights, TOP_K, WIDTH)
+
+
+@triton.jit
+def _sums(a: tl.tensor, b: tl.tensor, c: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Each summed over `[G, S]`, all at once: every sum waits for all threads."""
+    COUNT: tl.constexpr = a.shape[0] * a.shape[1]
+    return tl.reduce((tl.reshape(a, (COUNT,)), tl.reshape(b, (COUNT,)), tl.reshape(c, (COUNT,))), 0, _added)
+
+
+@triton.jit
+def _added(
+    a: tl.tensor, b: tl.tensor, c: tl.tensor, more_a: tl.tensor, more_b: tl.tensor, more_c: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    return a + more_a, b + more_b, c + more_c
 
 
 @triton.jit
@@ -93,13 +108,13 @@ def _total(values: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _mass_up_to(share: tl.tensor, lacking: tl.tensor, place: tl.tensor) -> tl.tensor:
+def _mass_up_to(share: tl.tensor, lacking: tl.tensor, place: tl.tensor, TOP_K: tl.constexpr) -> tl.tensor:
     """For each `[G, S]` the shares of all that lack and are no heavier, itself included; of equals the one before."""
-    COUNT: tl.constexpr = share.shape[0] * share.shape[1]
-    shares, lacks, at = tl.reshape(share, (COUNT,)), tl.reshape(lacking, (COUNT,)), tl.reshape(place, (COUNT,))
-    equal = (shares[None, :] == shares[:, None]) & (at[None, :] <= at[:, None])
-    before = lacks[None, :] & ((shares[None, :] < shares[:, None]) | equal)
-    return tl.reshape(tl.sum(tl.where(before, shares[None, :], 0.0), 1), share.shape)
+    mass = tl.zeros_like(share)
+    for nth in range(TOP_K):
+        theirs = _total(tl.where(lacking & (place == nth), share, 0.0))
+        mass += tl.where((theirs < share) | ((theirs == share) & (nth <= place)), theirs, 0.0)
+    return mass
 
 
 @triton.jit
@@ -132,16 +147,19 @@ def _candidates(
 
 @triton.jit
 def _store(
-    expert: tl.tensor, served: tl.tensor, shares: tl.tensor, experts: tl.tensor, weights: tl.tensor,
-    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
+    expert: tl.tensor, served: tl.tensor, shares: tl.tensor, count: tl.tensor, experts: tl.tensor, weights: tl.tensor,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Those served by ascending id, then from the first on again, with no weight."""
-    COUNT: tl.constexpr = expert.shape[0] * expert.shape[1]
-    ids, serves, parts = tl.reshape(expert, (COUNT,)), tl.reshape(served, (COUNT,)), tl.reshape(shares, (COUNT,))
-    count = tl.maximum(tl.sum(serves.to(tl.int32), 0), 1)  # nobody serves where nobody is held: in a trial
-    nth = tl.cumsum(serves.to(tl.int32), 0) - 1
-    at = tl.arange(0, BLOCK_W)
-    here = serves[None, :] & (nth[None, :] == (at % count)[:, None])
-    tl.store(experts + at, tl.sum(tl.where(here, ids[None, :], 0), 1).to(experts.dtype.element_ty), at < WIDTH)
-    weight = tl.where(at < count, tl.sum(tl.where(here, parts[None, :], 0.0), 1), 0.0)
-    tl.store(weights + at, weight, at < WIDTH)
+    """The `count` served, at least TOP_K, by ascending id; then the first of them again, with no weight."""
+    one = served.to(tl.int32)
+    at = tl.cumsum(one, 1) - 1
+    if expert.shape[0] > 1:
+        rows = tl.sum(one, 1)
+        at += (tl.cumsum(rows, 0) - rows)[:, None]
+    expert = expert.to(experts.dtype.element_ty)
+    tl.store(experts + at, expert, served)
+    tl.store(weights + at, shares, served)
+    for spare in tl.static_range(TOP_K, WIDTH):
+        again = served & (at == 0) & (at + count <= spare)
+        tl.store(experts + spare + at, expert, again)
+        tl.store(weights + spare + at, tl.zeros_like(shares), again)

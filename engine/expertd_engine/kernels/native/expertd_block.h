@@ -124,7 +124,7 @@ EXPERTD_API int expertd_block_finish(expertd_pool *pool, const expertd_block *bl
 /* One layer's routes among the experts that it holds. Of the choices that a row lacks, the lightest are replaced for as
  * long as their share of the row's weights stays within its limit (1: all are). Choices that stay keep their weight; what
  * the others weighed is shared by held experts, in proportion to their scores: the best by the router's own rule,
- * `shared_by` for each replaced choice, as far as a row has no more than 2 * top_k. */
+ * `shared_by` for each replaced choice while they are at most three quarters of top_k, and one for each at least. */
 typedef struct expertd_substitution {
   const uint8_t *held; /* [experts]: not 0 for at least top_k of them */
   const float *limits; /* [rows]: of the share that is replaced */
@@ -155,6 +155,8 @@ typedef struct expertd_run {
   float *routed;         /* [rows, hidden], zeros */
   int64_t *chosen;       /* layer l's experts [rows, top_k] are left at chosen + l * chosen_stride */
   int64_t chosen_stride;
+  const int64_t *given;  /* null; or experts in the place of layer l's router's: [rows, top_k] at given + l * chosen_stride.
+                          * Their weights are those of the router's choices. Not for expertd_run_held */
 } expertd_run;
 
 /* Layers from `first` on, each with the experts it chooses, for as long as these are resident. `experts` (may be null)

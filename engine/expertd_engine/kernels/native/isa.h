@@ -27,6 +27,9 @@ struct Isa {
   UnitKernel unit[5];  // by expertd_format
   // One row of `cols` floats as groups; `factor`: correction_factor of the format that will read it.
   void (*quantise)(const float* x, int64_t cols, int32_t factor, struct Group* out);
+  // `groups` groups of 16 rows at `data`, in the order "rows", as those of a strip at `out`. Integer formats. `then`:
+  // data that will probably be turned next.
+  void (*turn)(int format, const uint8_t* data, int64_t groups, const uint8_t* then, uint8_t* out);
   // gate[i] = activation(gate[i], up[i]) for n values; gate null: up[i] = activation(up[i]).
   void (*activate)(const Activation& activation, float* gate, float* up, int64_t n);
 };

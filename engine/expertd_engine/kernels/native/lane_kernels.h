@@ -10,6 +10,7 @@
 #include "formats.h"
 #include "isa.h"
 #include "lane_math.h"
+#include "turn_kernels.h"
 
 namespace expertd {
 namespace {
@@ -211,6 +212,7 @@ constexpr Isa isa_of(const char* name, bool (*runs_here)()) {
           {float_unit<float>, float_unit<uint16_t>, integer_unit<EXPERTD_INT8>, integer_unit<EXPERTD_INT4>,
            integer_unit<EXPERTD_INT4S>},
           quantise,
+          turn_groups,
           activate};
 }
 

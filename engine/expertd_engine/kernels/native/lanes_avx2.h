@@ -180,6 +180,25 @@ inline Rows integer_dot<128>(const Weights& w, const Group& x) {
   return {_mm256_cvtepi32_ps(total)};
 }
 
+// Four words of each of four rows as four words of each of four columns.
+inline void turn(const uint8_t* segment, uint32_t* words) {
+  for (int row = 0; row < 16; row += 4) {
+    for (int q = 0; q < 8; q += 4) {
+      __m128i rows[4];
+      for (int i = 0; i < 4; ++i) {
+        rows[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(segment + (row + i) * 32 + q * 4));
+      }
+      const __m128i low01 = _mm_unpacklo_epi32(rows[0], rows[1]), low23 = _mm_unpacklo_epi32(rows[2], rows[3]);
+      const __m128i high01 = _mm_unpackhi_epi32(rows[0], rows[1]), high23 = _mm_unpackhi_epi32(rows[2], rows[3]);
+      const __m128i columns[4] = {_mm_unpacklo_epi64(low01, low23), _mm_unpackhi_epi64(low01, low23),
+                                  _mm_unpacklo_epi64(high01, high23), _mm_unpackhi_epi64(high01, high23)};
+      for (int i = 0; i < 4; ++i) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(words + (q + i) * 16 + row), columns[i]);
+      }
+    }
+  }
+}
+
 __attribute__((always_inline)) inline void prefetch(const void* address) {
   _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
 }

@@ -117,6 +117,28 @@ inline Rows integer_dot(const Weights& w, const Group& x) {
   return {_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd))};
 }
 
+// Pairs of rows as quadruples of words, then quadruples of rows as runs of 16.
+inline void turn(const uint8_t* segment, uint32_t* words) {
+  const __m512i low = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
+  for (int half = 0; half < 2; ++half) {
+    __m512i quads[4];
+    for (int i = 0; i < 4; ++i) {
+      const __m512i first = _mm512_loadu_si512(segment + 128 * i), second = _mm512_loadu_si512(segment + 128 * i + 64);
+      quads[i] = _mm512_permutex2var_epi32(first, half == 0 ? low : high, second);
+    }
+    const __m512i front01 = _mm512_shuffle_i32x4(quads[0], quads[1], 0x44);
+    const __m512i back01 = _mm512_shuffle_i32x4(quads[0], quads[1], 0xee);
+    const __m512i front23 = _mm512_shuffle_i32x4(quads[2], quads[3], 0x44);
+    const __m512i back23 = _mm512_shuffle_i32x4(quads[2], quads[3], 0xee);
+    uint32_t* const to = words + 64 * half;
+    _mm512_storeu_si512(to, _mm512_shuffle_i32x4(front01, front23, 0x88));
+    _mm512_storeu_si512(to + 16, _mm512_shuffle_i32x4(front01, front23, 0xdd));
+    _mm512_storeu_si512(to + 32, _mm512_shuffle_i32x4(back01, back23, 0x88));
+    _mm512_storeu_si512(to + 48, _mm512_shuffle_i32x4(back01, back23, 0xdd));
+  }
+}
+
 __attribute__((always_inline)) inline void prefetch(const void* address) {
   _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
 }

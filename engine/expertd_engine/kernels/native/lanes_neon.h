@@ -186,6 +186,12 @@ inline Rows integer_dot(const Weights& w, const Group& x) {
   return out;
 }
 
+inline void turn(const uint8_t* segment, uint32_t* words) {
+  for (int row = 0; row < 16; ++row) {
+    for (int q = 0; q < 8; ++q) __builtin_memcpy(words + q * 16 + row, segment + row * 32 + q * 4, sizeof *words);
+  }
+}
+
 __attribute__((always_inline)) inline void prefetch(const void* address) { __builtin_prefetch(address); }
 
 }  // namespace

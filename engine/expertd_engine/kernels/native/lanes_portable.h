@@ -167,6 +167,12 @@ inline Rows integer_dot<0>(const Weights& w, const Group& x) {
 }
 
 constexpr int64_t kPrefetchBytes = 0;
+inline void turn(const uint8_t* segment, uint32_t* words) {
+  for (int row = 0; row < 16; ++row) {
+    for (int q = 0; q < 8; ++q) std::memcpy(words + q * 16 + row, segment + row * 32 + q * 4, sizeof *words);
+  }
+}
+
 inline void prefetch(const void* /*address*/) {}
 
 }  // namespace

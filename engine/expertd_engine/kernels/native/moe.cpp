@@ -80,13 +80,14 @@ class Moe {
   }
 
   // Rows `first` to `first` + kUnitRows of the `rows` x `cols` matrix at an offset, as kernels read them: a record that
-  // lies as GPUs read it is turned on the way, a unit at a time, in memory of the thread's own.
-  const std::byte* unit(const Segment& segment, int64_t matrix, int64_t rows, int64_t cols, int64_t first,
+  // lies as GPUs read it is turned on the way, a unit at a time, in memory of the thread's own. `then`: the offset of
+  // the matrix whose same rows are read next; -1: those that follow are.
+  const std::byte* unit(const Segment& segment, int64_t matrix, int64_t then, int64_t rows, int64_t cols, int64_t first,
                         int thread) const {
     const std::byte* const begin = segment.record + matrix;
     if (!by_rows_) return begin + first / kUnitRows * kUnitStrips * strip_bytes(layout_.format, cols);
     std::byte* const strips = turned_ + thread * turned_bytes_;
-    strips_of_rows(layout_.format, begin, rows, cols, first, strips);
+    strips_of_rows(layout_.format, begin, rows, cols, first, then < 0 ? nullptr : segment.record + then, strips);
     return strips;
   }
 
@@ -141,11 +142,12 @@ class Moe {
   }
 
   // out[t][i] = inner row first + i of the matrix at offset `matrix`, with its bias. `then`: the offset of the matrix
-  // whose same rows are read next.
+  // whose same rows are read next; of those that are turned, turning fetches what comes next.
   void project(const Segment& segment, int64_t matrix, int64_t bias, int64_t then, int64_t first, int valid,
                const void* const* inputs, int count, float (*out)[kBlockRows], int thread) const {
-    const std::byte* const weights = unit(segment, matrix, layout_.inner, layout_.hidden, first, thread);
-    const std::byte* const next = segment.record + first / kBlockRows * block_bytes_ + then;
+    const int64_t same_rows = matrix == layout_.up ? -1 : layout_.up;
+    const std::byte* const weights = unit(segment, matrix, same_rows, layout_.inner, layout_.hidden, first, thread);
+    const std::byte* const next = by_rows_ ? weights : segment.record + first / kBlockRows * block_bytes_ + then;
     isa().unit[layout_.format](weights, next, layout_.hidden, valid, inputs, count, out[0]);
     const float* biases = floats_at(segment, bias);
     if (!biases) return;
@@ -184,8 +186,8 @@ class Moe {
     const int rows = static_cast<int>(std::min<int64_t>(kUnitRows, hidden - first));
     const float* bias = floats_at(segment, layout_.down_bias);
     float sums[kTile * kUnitRows];
-    const std::byte* const weights = this->unit(segment, layout_.down, hidden, layout_.inner, first, thread);
-    isa().unit[layout_.format](weights, then, layout_.inner, rows, inputs, count, sums);
+    const std::byte* const weights = this->unit(segment, layout_.down, -1, hidden, layout_.inner, first, thread);
+    isa().unit[layout_.format](weights, by_rows_ ? weights : then, layout_.inner, rows, inputs, count, sums);
     for (int t = 0; t < count; ++t) {
       const float weight = a_.pair_weight[pair + t];
       const float* sum = sums + t * kUnitRows;

@@ -7,8 +7,13 @@
 
 namespace expertd {
 
+constexpr int64_t kSegmentBytes = 512;  // 32 of each of 16 rows: a group of int8, or two of 4 bits
+
 // Rows first .. first + kUnitRows (fewer at the end) of a `rows` x `cols` matrix in the order "rows", as strips at
 // `out`, which has room for kUnitStrips of them. `first` is a multiple of kStripRows, `format` one of the integers'.
-void strips_of_rows(int format, const std::byte* matrix, int64_t rows, int64_t cols, int64_t first, std::byte* out);
+// `then`: a matrix as large, whose same rows are probably asked for next, or null: those that follow are. Their
+// beginning is fetched meanwhile.
+void strips_of_rows(int format, const std::byte* matrix, int64_t rows, int64_t cols, int64_t first,
+                    const std::byte* then, std::byte* out);
 
 }  // namespace expertd

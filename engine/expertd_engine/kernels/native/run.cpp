@@ -70,6 +70,15 @@ class Chosen {
   expertd_moe_call call_{};
 };
 
+void check_given(const expertd_run& run, int32_t layer, const expertd_step& step) {
+  const expertd_router& router = run.blocks[layer]->router;
+  const int64_t* given = run.given + layer * run.chosen_stride;
+  for (int64_t i = 0; i < step.rows * router.top_k; ++i)
+    require(given[i] >= 0 && given[i] < router.experts, "layer " + std::to_string(layer) + " is given expert " +
+                                                            std::to_string(given[i]) + "; there are " +
+                                                            std::to_string(router.experts));
+}
+
 void check_run(const expertd_run* run, int32_t first, const expertd_step* step, const int32_t* reached) {
   require(run != nullptr && run->blocks && run->layouts && run->slots && run->routed && run->chosen,
           "run, or something it needs, is null");
@@ -82,6 +91,7 @@ void check_run(const expertd_run* run, int32_t first, const expertd_step* step, 
     const bool routes = run->blocks[layer]->router.scores != EXPERTD_SCORES_DENSE;
     require(routes == (run->layouts[layer] != nullptr) && routes == (run->slots[layer] != nullptr),
             "layer " + std::to_string(layer) + " has a router and no experts, or experts and no router");
+    if (routes && run->given) check_given(*run, layer, *step);
   }
 }
 
@@ -133,6 +143,7 @@ class Run {
   bool route(int32_t layer) {
     const expertd_router& router = run_.blocks[layer]->router;
     const int64_t count = step_.rows * router.top_k;
+    if (run_.given) std::copy_n(run_.given + layer * run_.chosen_stride, count, step_.experts);
     Routes routes{step_.experts, step_.weights, router.top_k, nullptr};
     if (held_) {
       expertd_substitution s = held_->layers[layer];
@@ -189,6 +200,7 @@ extern "C" int expertd_run_held(expertd_pool* pool, const expertd_run* run, cons
   return guarded([&] {
     check_run(run, first, step, reached);
     check_held(*run, held, first, *step);
+    require(run->given == nullptr, "experts are given to a run among held ones");
     if (experts) check_moe(*experts);
     Call call(pool);
     *reached = Run(call.pool(), *run, held, *step).forward(first, experts);

@@ -94,7 +94,8 @@ class Row {
       lowered_[experts()[i]] = last;
       allowed_[experts()[i]] = 1;
     }
-    const int64_t most = std::min<int64_t>(int64_t(replaced) * s_.shared_by, 2 * top_k_ - stay);
+    const int64_t shared = std::min(int64_t(replaced) * s_.shared_by, int64_t(top_k_) * 3 / 4);
+    const int64_t most = std::max<int64_t>(replaced, shared);
     const int64_t allowed = n - std::count(allowed_, allowed_ + n, uint8_t{0});
     expertd_router wide = router_;
     wide.top_k = static_cast<int32_t>(std::min(stay + most, allowed));

@@ -20,7 +20,7 @@ from torch._dynamo import config as dynamo
 
 from expertd_engine.console import Progress, run_command
 from expertd_engine.publish import exclusive
-from expertd_engine.refactor.command import baseline_of
+from expertd_engine.refactor.contest import Contest, baseline_of, branched
 from expertd_engine.refactor.corpus import Corpus, read_corpus
 from expertd_engine.refactor.demo.texts import LANGUAGES
 from expertd_engine.refactor.dense import Dense, open_dense
@@ -96,42 +96,22 @@ def _long_jobs(dense: Dense, steps: Mapping[str, int], *, compiled: bool) -> lis
         steps=steps["long-sweep"], learning_rate=2e-3, router_steps=50, rounds=1, rows=24, micro_rows=24,
         distillation=0.0, overlap_share=0.0, balance=0.01, compile=compiled,
     )  # fmt: skip
-    sides = {"pruned": baseline_of(FINE, dense), "fine": FINE}
     others = {"wide": WIDE, "many": MANY, "index": INDEX}
     found = [Job(f"long-sweep-{name}-{base.learning_rate:g}", shape, base) for name, shape in others.items()]
-    for name, shape in sides.items():
-        swept = [Job(f"long-sweep-{name}-{rate:g}", shape, replace(base, learning_rate=rate)) for rate in LONG_RATES]
-        names = tuple(job.name for job in swept)
-        final = replace(base, steps=steps["long-final"])
-        found += swept
-        found += [Job(f"long-final-{name}-{seed}", shape, replace(final, seed=seed), best_of=names) for seed in SEEDS]
-    return found
+    sides = {"pruned": baseline_of(FINE, dense), "fine": FINE}
+    contest = Contest("long-", sides, base, replace(base, steps=steps["long-final"]), LONG_RATES, SEEDS)
+    return found + contest.jobs()
 
 
 def _branched_jobs(dense: Dense, steps: Mapping[str, int], *, compiled: bool) -> list[Job]:
     """Experts that begin as copies of a pruned model's FFNs after its first steps, against that model going on."""
     base = Recipe(
-        steps=steps["branch-base"], learning_rate=1e-3, router_steps=800, distillation=0.0,
-        overlap_share=0.0, labelled=0.7, compile=compiled,
+        steps=steps["branch-base"], learning_rate=1e-3, router_steps=800, distillation=0.0, compile=compiled
     )  # fmt: skip
     sides = {"index": BRANCHED, "pruned": baseline_of(BRANCHED, dense)}
-    first = replace(base, end_share=1.0)
-    found = [Job(f"branch-base-{seed}", sides["pruned"], replace(first, seed=seed), keep=True) for seed in SEEDS]
-    for name, shape in sides.items():
-        short = replace(base, steps=steps["branch-sweep"], seed=10)
-        swept = [
-            Job(f"branch-sweep-{name}-{rate:g}", shape, replace(short, learning_rate=rate), begin="branch-base-0")
-            for rate in BRANCH_RATES
-        ]
-        final, names = replace(base, steps=steps["branch-final"]), tuple(job.name for job in swept)
-        found += swept
-        found += [
-            Job(
-                f"branch-final-{name}-{seed}", shape, replace(final, seed=20 + seed), None, names, f"branch-base-{seed}"
-            )
-            for seed in SEEDS
-        ]
-    return found
+    short, final = (replace(base, steps=steps[f"branch-{stage}"]) for stage in ("sweep", "final"))
+    bases, contest = branched(Contest("branch-", sides, short, final, BRANCH_RATES, SEEDS), sides["pruned"], base)
+    return bases + contest.jobs()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

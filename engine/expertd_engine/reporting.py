@@ -20,16 +20,10 @@ from expertd_engine.experts.transfer import LATENCY_BOUNDS_S
 from expertd_engine.histogram import Histogram
 from expertd_engine.live_budget import LiveBudget
 from expertd_engine.memory import MemoryUse
-from expertd_engine.messages import (
-    ExpertMap,
-    Foresight,
-    HistogramData,
-    LayerLookups,
-    LeadOutcomes,
-    Snapshot,
-    VirtualLayer,
-)
+from expertd_engine.messages import ExpertMap
+from expertd_engine.model.path_routing import PathRouting
 from expertd_engine.model.virtual_routing import VirtualRouting
+from expertd_engine.snapshot import Foresight, HistogramData, LayerLookups, LeadOutcomes, Snapshot, VirtualLayer
 from expertd_engine.startup import Engine
 from expertd_engine.step_plan import StepPlan
 
@@ -133,7 +127,7 @@ def _counted(engine: AnyEngine, meter: StepMeter, memory: MemoryUse, budget: Liv
         virtual_tokens=0 if engine.runner.virtual is None else engine.runner.virtual.counts.tokens,
         step_seconds={phase: seconds.data() for phase, seconds in meter.seconds.items()},
         step_tokens={phase: tokens.data() for phase, tokens in meter.tokens.items()},
-        load_latency_seconds=HistogramData(list(LATENCY_BOUNDS_S), list(reads.latency_counts), reads.busy_s),
+        load_latency_seconds=HistogramData(list(LATENCY_BOUNDS_S), list(reads.latency_counts), reads.latency_s),
     )
 
 
@@ -162,7 +156,7 @@ def leads_of(lookahead: Lookahead) -> list[LeadOutcomes]:
     ]
 
 
-def virtual_by_layer(virtual: VirtualRouting | DeviceVirtual | None) -> list[VirtualLayer]:
+def virtual_by_layer(virtual: VirtualRouting | PathRouting | DeviceVirtual | None) -> list[VirtualLayer]:
     if virtual is None:
         return []
     counts, sets = virtual.counts, virtual.held.sets

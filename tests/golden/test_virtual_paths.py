@@ -1,0 +1,162 @@
+"""Virtual mode of a model of one index in the real engine: whole paths in the place of those that are not held."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from expertd_engine.experts.store import ExpertStore
+from expertd_engine.experts.virtual_paths import VirtualPaths
+from expertd_engine.messages import ExpertMode, Sampling
+from expertd_engine.model.path_routing import PathRouting
+from expertd_engine.model.trial import Trial
+from expertd_engine.prepare import prepare
+from expertd_engine.startup import Engine
+from golden.tolerances import PREGATED_LOGPROBS
+from refactor.tiny import HEADS, INDEX, make_pregated
+from support.engine import Generated, collect, running_engine, stats_of, submit_of
+
+PATHS = replace(INDEX, experts=3)
+ANSWERS = Sampling(temperature=0, max_tokens=10, ignore_eos=True, logprobs=0)
+PROMPTS = [[(7 * i + 3) % 250 for i in range(20)], [(11 * i + 5) % 250 for i in range(33)]]
+ONE_PATH = {"threads": 1, "max_model_len": 64, "expert_budget": "75%", "virtual_slots": 1}
+
+
+@pytest.fixture(autouse=True)
+def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trial, "is_invariant", lambda self: True)
+    monkeypatch.setattr(Trial, "largest_step_bytes", lambda self, *sizes: 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`index`, a checkpoint, and `store`."""
+    folder = tmp_path_factory.mktemp("paths")
+    make_pregated(folder / "index", PATHS)
+    prepare(folder / "index", folder / "store", "float32")
+    return folder
+
+
+def run(engine: Engine, *asks: tuple[list[int], ExpertMode, float], first_id: int = 1) -> list[Generated]:
+    """Sequences of these prompts, modes and limits, together, to their end."""
+    results = {first_id + i: Generated() for i in range(len(asks))}
+    for sequence_id, (prompt, mode, limit) in zip(results, asks, strict=True):
+        submit = submit_of(sequence_id, prompt, ANSWERS)
+        engine.core.submit(msgspec.structs.replace(submit, mode=mode, max_substituted_mass=limit), 0.0)
+    collect(engine, results)
+    engine.cache.pump()
+    engine.cache.ledger.check()
+    return list(results.values())
+
+
+def paths_of(engine: Engine) -> PathRouting:
+    assert isinstance(engine.runner.virtual, PathRouting)
+    return engine.runner.virtual
+
+
+def logprobs(answer: Generated) -> list[float]:
+    return [entry.logprob for output in answer.outputs for entry in output.logprobs or []]
+
+
+def still(engine: Engine) -> PathRouting:
+    """One path is held, and stays."""
+    routing = paths_of(engine)
+    routing.sets.observe_paths({1: 1e9})
+    routing.held.begin_step()
+    routing.held.settle()
+    assert routing.sets.whole() == {1}
+    return routing
+
+
+def test_tokens_take_the_likeliest_held_path_from_the_first_layer_to_the_last(folder: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "index", dtype=torch.float32).eval()
+    with running_engine(folder / "store", **ONE_PATH) as engine:
+        still(engine)
+        counters = engine.cache.ledger.counters
+        before = sum(counters.misses) + sum(counters.late)
+        answers = run(engine, *((prompt, "virtual", 1.0) for prompt in PROMPTS))
+        assert sum(counters.misses) + sum(counters.late) == before, "nobody waits"
+        counts = paths_of(engine).counts
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = torch.tensor([prompt + answer.token_ids])
+        own = torch.ones(1, ids.shape[1], 1)
+        with torch.inference_mode():
+            logits = model.route(ids, None, torch.arange(ids.shape[1])[None], None)[0, :-1]
+            scores = model(ids, routes=(own.long(), own)).logits[0].log_softmax(-1)
+        expected = scores[len(prompt) - 1 : -1]
+        assert expected.argmax(-1).tolist() == answer.token_ids
+        theirs = expected.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        assert float((torch.tensor(logprobs(answer)) - theirs).abs().max()) <= PREGATED_LOGPROBS.allowed
+        met, shares = stats_of(answer), logits.softmax(-1)
+        above = torch.where(shares > shares[:, 1:2], shares, 0).sum(dim=1)
+        layers = len(model.model.layers)
+        assert (met.virtual_tokens, met.choices) == (len(logits), len(logits) * layers)
+        assert met.substituted == layers * int((above > 0).sum()) > 0
+        assert met.substituted_mass == pytest.approx(float(above.sum()), rel=1e-3)
+    told = [stats_of(answer) for answer in answers]
+    assert sum(counts.substituted) == sum(one.substituted for one in told)
+    assert sum(counts.mass) / layers == pytest.approx(sum(one.substituted_mass for one in told))
+    assert counts.tokens == sum(one.virtual_tokens for one in told) and counts.fetched == 0
+
+
+def test_layers_that_hold_no_whole_path_compute_as_ones_that_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for whole in (True, False):
+        with running_engine(folder / "store", **ONE_PATH) as engine:
+            still(engine)
+            if not whole:
+                monkeypatch.setattr(VirtualPaths, "whole", lambda self: frozenset())
+                monkeypatch.setattr(VirtualPaths, "end_step", lambda self, tokens: [])
+            answers = run(engine, *((prompt, "virtual", 1.0) for prompt in PROMPTS))
+            assert sum(stats_of(answer).substituted for answer in answers) > 0
+        seen.append([(answer.token_ids, logprobs(answer)) for answer in answers])
+    assert seen[0] == seen[1]
+
+
+def test_exact_tokens_never_notice_and_a_limit_is_kept(folder: Path) -> None:
+    with running_engine(folder / "store", threads=1, max_model_len=64) as engine:
+        expected = [answer.token_ids for answer in run(engine, *((prompt, "exact", 1.0) for prompt in PROMPTS))]
+    met = {}
+    with running_engine(folder / "store", **ONE_PATH) as engine:
+        for number, limit in enumerate((1.0, 0.5, 1e-9)):
+            answers = run(engine, *((prompt, "virtual", limit) for prompt in PROMPTS), first_id=10 * number + 1)
+            told = [stats_of(answer) for answer in answers]
+            assert all(one.substituted_mass <= limit * one.virtual_tokens for one in told)
+            met[limit] = sum(one.substituted for one in told)
+        assert [answer.token_ids for answer in answers] == expected, "all of its own paths were waited for"
+        assert met[1e-9] == 0 < met[0.5] < met[1.0] and paths_of(engine).counts.fetched > 0
+        mixed = run(
+            engine, (PROMPTS[0], "virtual", 1.0), (PROMPTS[0], "exact", 1.0), (PROMPTS[1], "exact", 1.0), first_id=50
+        )
+        assert [answer.token_ids for answer in mixed[1:]] == expected
+        assert stats_of(mixed[1]).choices == 0 < stats_of(mixed[0]).choices
+
+
+def test_paths_move_to_where_tokens_go_in_the_smallest_budget(folder: Path) -> None:
+    index = ExpertStore.open(folder / "store").index
+    smallest = (len(index.layers) + 2) * index.record_bytes(0)
+    with running_engine(folder / "store", **{**ONE_PATH, "expert_budget": str(smallest)}) as engine:
+        routing = still(engine)
+        routing.sets.observe_paths({2: 1e12})
+        run(engine, (PROMPTS[0], "virtual", 1.0))
+        routing.held.settle()
+        assert routing.sets.whole() == {2} and routing.sets.swaps == [1] * 3
+        engine.cache.set_budget(smallest - 1)
+        (refused,) = run(engine, (PROMPTS[0], "virtual", 1.0), first_id=2)
+        assert refused.finished is not None and refused.finished.refused
+        assert f"the smallest that works is {smallest} bytes" in str(refused.finished.error)
+
+
+def test_a_model_whose_layers_choose_apart_ahead_is_refused_by_name(tmp_path: Path) -> None:
+    make_pregated(tmp_path / "heads", HEADS)
+    prepare(tmp_path / "heads", tmp_path / "store", "float32")
+    with running_engine(tmp_path / "store", max_model_len=64) as engine:
+        (refused,) = run(engine, (PROMPTS[0], "virtual", 1.0))
+        assert refused.finished is not None and refused.finished.refused
+        assert "chooses 2 experts in each of 3 heads" in str(refused.finished.error)
