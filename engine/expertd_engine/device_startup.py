@@ -167,7 +167,7 @@ def _assemble(
     context.meter.measure()
     for fallback in fallbacks:
         logger.warning("fallback: %s", fallback)
-    info = describe(config, store, loaded, Parts(plan, cache, pool, records), how)
+    info = describe(config, store, loaded, Parts(plan, cache, pool, kv, records), how)
     sweep = Sweep(store, records, busy=lambda: cache.transfers.depth() > 0)
     parts = (core, runner, cache, sweep, pool, kv, context.meter, loaded.dense_bytes)
     return DeviceEngine(*parts, *planned_from, info, warm=warm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import transformers
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from expertd_engine.experts.device_cache import DeviceCache
 
 
+class _KVBytes(Protocol):
+    block_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What was allotted."""
@@ -28,6 +32,7 @@ class Parts:
     plan: StartupPlan
     cache: ExpertCache | DeviceCache
     pool: KVPool
+    storage: _KVBytes
     records: RecordFile
 
 
@@ -70,7 +75,9 @@ def describe(config: Config, store: ExpertStore, loaded: LoadedModel, parts: Par
         if plan.memory_budget_bytes is None
         else plan.expert_budget_bytes,
         memory_budget_bytes=plan.memory_budget_bytes,
+        kv_block_tokens=parts.pool.block_tokens,
         kv_blocks=parts.pool.capacity,
+        kv_bytes=parts.pool.capacity * parts.storage.block_bytes,
         policy=how.policy,
         lookahead=parts.cache.lookahead.exactness,
         prefetch=config.prefetch,

@@ -14,7 +14,7 @@ import msgspec
 from expertd_engine.snapshot import Snapshot
 from expertd_engine.wire import Message
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 2
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 """`stop`: end-of-sequence or stop token; `length`: max_tokens or context; `abort`: asked for; `error`: see `error`."""
@@ -163,7 +163,9 @@ class EngineInfo(Message, frozen=True):
     maximum_expert_budget_bytes: int
     """`SetBudget` may ask for so much: all experts, or what the memory budget leaves for them."""
     memory_budget_bytes: int | None
+    kv_block_tokens: int
     kv_blocks: int
+    kv_bytes: int
     policy: str
     lookahead: str
     """`exact`, `predicted` or `none`."""

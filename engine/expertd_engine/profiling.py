@@ -38,6 +38,10 @@ from expertd_engine.step_costs import STREAMS, measure_steps
 READ_ROUNDS = 15
 WINDOW = 128
 STEPS = 16
+FILLED = 256
+"""Tokens of each sequence, at most, of a daemon whose memory is measured."""
+SPREAD = 0.01
+"""Two daemons that do the same have been seen to differ by less."""
 AT_ONCE = 128
 """Tokens of a step while it is learned where they go."""
 
@@ -160,12 +164,15 @@ def _memory(text: TextEngine, store: ExpertStore, config: Config) -> MemoryProfi
 
 
 def served_bytes(store: ExpertStore, memory: MemoryProfile, flags: Mapping[str, int]) -> int:
-    """Of all processes of a daemon that has served two of the longest sequences at once, its largest step included,
-    but for experts and KV."""
-    experts = store.index.expert_bytes_total() // 4
-    blocks = 2 * -(-memory.max_model_len // memory.block_tokens)
-    filled = fill(store, memory, {"--expert-budget": experts, **flags}, blocks)
-    return filled.peak - experts - filled.kv
+    """Of all processes of a daemon that has served as many sequences at once as it may, its largest step included, but
+    for experts and KV."""
+    tokens = min(FILLED, memory.max_model_len)
+    blocks = memory.max_sequences * -(-tokens // memory.block_tokens)
+    quarter = {"--expert-budget": store.index.expert_bytes_total() // 4}
+    filled = fill(
+        store, memory, {**quarter, **flags}, max(blocks, -(-memory.max_model_len // memory.block_tokens)), tokens
+    )
+    return int((1 + SPREAD) * (filled.peak - filled.experts - filled.kv))
 
 
 def _virtual_step(text: TextEngine) -> float | None:

@@ -7,14 +7,11 @@ Why nobody starves. All sequences stand in one order, `rank`, fixed when they ar
 priority worth `ageing_steps` steps of waiting, so only finitely many can ever overtake a given one. Waiting sequences
 are admitted in that order and nobody passes one that does not fit. Blocks are given in that order, and whoever is
 last in it gives way, so the first running one always gets what it asks for, ends, and makes room.
-
-A step that fails by nobody in particular (a read, an allocation) is tried again as it was, then in halves, and the
-halves in halves, until what still fails is one sequence alone: that one ends. Whoever is not to blame loses time only.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
@@ -26,6 +23,7 @@ from expertd_engine.prefix_cache import PrefixCache
 from expertd_engine.queues import Queues
 from expertd_engine.request import Sequence, SequenceState
 from expertd_engine.step_plan import Chunk, SchedulerLimits, StepPlan
+from expertd_engine.trials import Trials
 
 
 class SequenceRefused(ExpertdError):
@@ -47,10 +45,7 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         """All and only the live ones."""
         self._in_flight: StepPlan | None = None
-        self._trials: deque[list[int]] = deque()
-        """Ids of sequences whose last step gave up, in groups: each is tried in a step of its own."""
-        self._on_trial = False
-        """The step in flight is such a group."""
+        self._trials = Trials()
         self._arrivals = 0
         self._step = 0
         self._mode: ExpertMode = "exact"
@@ -134,7 +129,6 @@ class Scheduler:
             raise EngineError(f"step {self._in_flight.step} has not been answered")
         preempted: list[Sequence] = []
         chunks = self._next_trial(preempted)
-        self._on_trial = bool(chunks)
         if chunks:
             return self._begin_step(chunks[0].sequence.mode, chunks, preempted)
         for mode in self._turns():
@@ -178,16 +172,11 @@ class Scheduler:
         """The plan failed by none of its sequences in particular. The one that failed alone, after it had failed with
         others or once before, ends with `error` and is returned; all others are as before and will be tried again."""
         self._end_step(plan)
-        ids = [chunk.sequence.sequence_id for chunk in plan.chunks]
-        half = len(ids) // 2
-        if not self._on_trial:
-            self._trials.appendleft(ids)
-        elif half:
-            self._trials.extendleft((ids[half:], ids[:half]))
-        elif plan.chunks[0].sequence.state is SequenceState.RUNNING:
-            self.finish(plan.chunks[0].sequence, "error")
-            return [plan.chunks[0].sequence]
-        return []
+        blamed = self._trials.gave_up([chunk.sequence.sequence_id for chunk in plan.chunks])
+        if not blamed or plan.chunks[0].sequence.state is not SequenceState.RUNNING:
+            return []
+        self.finish(plan.chunks[0].sequence, "error")
+        return [plan.chunks[0].sequence]
 
     def check(self) -> None:
         """Raise EngineError unless blocks balance: the pool's law, tables and references the same, and every position
@@ -214,8 +203,8 @@ class Scheduler:
     def _next_trial(self, preempted: list[Sequence]) -> list[Chunk]:
         """Chunks of the next group to be tried alone of which any member still runs; empty if there is none."""
         chunks: list[Chunk] = []
-        while self._trials and not chunks:
-            group = [s for i in self._trials.popleft() if (s := self._sequences.get(i)) and s in self._queues.running]
+        while not chunks and (ids := self._trials.next()):
+            group = [s for i in ids if (s := self._sequences.get(i)) and s in self._queues.running]
             if group:
                 chunks = self._continue_running(group[0].mode, preempted, group)
         return chunks

@@ -190,7 +190,7 @@ def _assemble(
     core = EngineCore(scheduler, forward, loaded.eos_token_ids, context.constrain, refusal, foresee)
     for fallback in context.fallbacks:
         logger.warning("fallback: %s", fallback)
-    info = describe(config, store, loaded, Parts(plan, cache, pool, records), _how(context))
+    info = describe(config, store, loaded, Parts(plan, cache, pool, storage, records), _how(context))
     sweep = Sweep(store, records, busy=lambda: cache.transfers.depth() > 0)
     warm = WarmRestart(store.path, store.index.store_id, info.policy, cache) if config.warm_restart else None
     parts = (core, runner, cache, sweep, pool, storage, meter, loaded.dense_bytes)

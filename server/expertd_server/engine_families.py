@@ -252,8 +252,8 @@ GAUGES = (
            _of_tiers(lambda x: {(): x.link_bytes_per_s})),
     Family("host_bytes_per_second", "Of experts' records, as the processor computed them when it was measured beside a "
            "card's link, at start; 0 where it was not.", (), _of_tiers(lambda x: {(): x.cpu_bytes_per_s})),
-    Family("device_misses", "1 for who computes what a card's steps miss: the card, over its link, the processor, or both.",
-           ("by",), _of_tiers(lambda x: {(by,): float(x.misses == by) for by in MISSES})),
+    Family("device_misses", "1 for who computes what a card's steps miss: the card, over its link, the processor, or "
+           "both.", ("by",), _of_tiers(lambda x: {(by,): float(x.misses == by) for by in MISSES})),
     Family("requests_running", "Sequences being computed.", (), _one(lambda s: s.running)),
     Family("requests_waiting", "Sequences waiting in the engine.", (), _one(lambda s: s.waiting)),
 )  # fmt: skip

@@ -19,14 +19,12 @@ from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.store import ExpertStore, RecordFile
 from expertd_engine.experts.store_format import RECORDS_NAME
 from expertd_engine.messages import Sampling
-from expertd_engine.model import attention, expert_torch, native_model
-from expertd_engine.model.loader import load_model
+from expertd_engine.model import native_model
 from expertd_engine.model.native_model import NativeModel
 from expertd_engine.model.native_run import LayerRun
-from expertd_engine.model.trial import Trial
 from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine
-from support.engine import Generated, collect, generate, submit_of
+from support.engine import Generated, collect, generate, step, submit_of, without_trials
 from support.engine import running_engine as running
 from support.tiny_mixtral import make_llama, make_mixtral
 
@@ -62,11 +60,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pa
 
 
 @pytest.fixture(autouse=True)
-def quick_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start without trial steps, which have tests of their own here, and without a pool of threads."""
-    if "trial" not in request.node.name:
-        monkeypatch.setattr(Trial, "is_invariant", lambda self: True)
-    monkeypatch.setattr(Trial, "largest_step_bytes", lambda self, *sizes: 0)
+def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_trials(monkeypatch)
 
 
 class Logits:
@@ -308,67 +303,9 @@ def test_an_abort_between_steps_leaves_the_others_right(stores: dict[tuple[str, 
         engine.core.submit(submit_of(1, MINE, GREEDY), 0.0)
         engine.core.submit(submit_of(2, prompt(3, 20), GREEDY), 0.0)
         for _ in range(steps):
-            for output in engine.core.step(0.0).outputs:
-                results[output.sequence_id].token_ids += output.token_ids
-                results[output.sequence_id].outputs.append(output)
+            step(engine, results)
         engine.core.abort([2], 0.0)
         collect(engine, results)
         assert results[2].finished is not None and results[2].finished.reason == "abort"
         assert tokens_and_logprobs(results[1]) == tokens_and_logprobs(expected)
         check_idle(engine)
-
-
-# ---------------------------------------------------------------- the trial at start
-
-
-def is_invariant(store: Path) -> bool:
-    opened = ExpertStore.open(store)
-    return Trial(load_model(opened), opened, 16, 256).is_invariant()
-
-
-@pytest.mark.parametrize("experts_format", FORMATS)
-def test_the_trial_finds_nothing_where_nothing_is_wrong(
-    stores: dict[tuple[str, str], Path], experts_format: str
-) -> None:
-    assert is_invariant(stores["mixtral", experts_format])
-
-
-def test_the_trial_notices_rows_that_are_not_padded(
-    stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner, "ROW_MULTIPLE", 1)
-    monkeypatch.setattr(expert_torch, "ROW_MULTIPLE", 1)
-    assert not is_invariant(stores["mixtral", "float32"])
-
-
-@pytest.mark.parametrize("experts_format", FORMATS)
-def test_the_trial_notices_keys_that_follow_the_chunk(
-    stores: dict[tuple[str, str], Path], experts_format: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kernel = attention._kernel
-
-    def following(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, *rest: Any) -> Any:
-        known = int(keys.any(-1).any(0).nonzero().max()) + 1
-        return kernel(query, keys[:, :known], values[:, :known], mask[..., :known], *rest)
-
-    monkeypatch.setattr(attention, "_kernel", following)
-    assert not is_invariant(stores["mixtral", experts_format])
-
-
-def test_the_trial_notices_experts_that_depend_on_the_number_of_rows(
-    stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ffn = expert_torch.expert_ffn
-
-    def drifting(module: torch.nn.Module, record: Any, x: torch.Tensor) -> torch.Tensor:
-        return ffn(module, record, x) * (1 + 1e-3 * len(x))
-
-    monkeypatch.setattr(expert_torch, "expert_ffn", drifting)
-    assert not is_invariant(stores["mixtral", "bf16"])
-
-
-def test_per_batch_numerics_are_said(stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trial, "is_invariant", lambda self: False)
-    with running_engine(stores["mixtral", "bf16"]) as engine:
-        assert engine.info.numerics == "per-batch"
-        assert any("numerics" in fallback for fallback in engine.info.fallbacks)

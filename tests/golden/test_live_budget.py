@@ -11,12 +11,11 @@ from expertd_engine import startup
 from expertd_engine.live_budget import LiveBudget
 from expertd_engine.memory import MemoryUse
 from expertd_engine.messages import Sampling, SetBudget
-from expertd_engine.model.trial import Trial
 from expertd_engine.planning.startup_plan import GROWTH_BYTES, plan_memory
 from expertd_engine.prepare import prepare
 from expertd_engine.pressure import PressureReader, PressureSource
 from expertd_engine.startup import Engine
-from support.engine import Generated, running_engine, submit_of
+from support.engine import Generated, running_engine, step, submit_of, without_trials
 from support.tiny_families import make_checkpoint
 
 STREAMS = 16
@@ -35,8 +34,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trial, "is_invariant", lambda self: True)
-    monkeypatch.setattr(Trial, "largest_step_bytes", lambda self, *sizes: 0)
+    without_trials(monkeypatch)
 
 
 def run(engine: Engine, changes: list[SetBudget], budget: LiveBudget | None = None) -> list[Generated]:
@@ -46,12 +44,7 @@ def run(engine: Engine, changes: list[SetBudget], budget: LiveBudget | None = No
         engine.core.submit(submit_of(i, prompt, HOW), 0.0)
     steps = 0
     while engine.core.has_work:
-        told = engine.core.step(0.0)
-        for output in told.outputs:
-            results[output.sequence_id].token_ids += output.token_ids
-            results[output.sequence_id].outputs.append(output)
-        for finished in told.finished:
-            results[finished.sequence_id].finished = finished
+        step(engine, results)
         steps += 1
         if steps % 4 == 0 and changes:
             change = changes.pop(0)

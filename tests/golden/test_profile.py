@@ -13,7 +13,6 @@ from expertd_engine.bench.virtual_speed import virtual_speed
 from expertd_engine.config import Config
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.store import ExpertStore
-from expertd_engine.model.trial import Trial
 from expertd_engine.model.virtual_build import FORESEEN
 from expertd_engine.plan_command import main as plan
 from expertd_engine.planning.planner import Request, make_plan
@@ -21,7 +20,7 @@ from expertd_engine.planning.profile import Profile
 from expertd_engine.prepare import prepare
 from expertd_engine.profile_file import read_profile, write_profile
 from expertd_engine.profiling import profile
-from support.engine import running_engine
+from support.engine import running_engine, without_trials
 from support.tiny_families import make_checkpoint
 
 ALL = Request()
@@ -34,8 +33,7 @@ pytestmark = pytest.mark.usefixtures("quick_start")
 @pytest.fixture(scope="module")
 def quick_start() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trial, "is_invariant", lambda self: True)
-        patch.setattr(Trial, "largest_step_bytes", lambda self, *sizes: 0)
+        without_trials(patch)
         patch.setattr("expertd_engine.profiling.served_bytes", lambda *args: SERVED)
         yield
 

@@ -15,11 +15,10 @@ from expertd_engine.experts.events import ExpertId, Load, Priority
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.virtual import SwapLimits
 from expertd_engine.messages import Sampling
-from expertd_engine.model.trial import Trial
 from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine
-from support.engine import Ask, Generated, ask, generate, running_engine, submit_of
+from support.engine import Ask, Generated, ask, generate, running_engine, step, submit_of, without_trials
 from support.engine import stats_of as stats
 from support.kernels import needs_kernels
 from support.tiny_families import FAMILIES, make_checkpoint
@@ -31,8 +30,7 @@ OTHER = [(11 * i + 5) % 250 for i in range(33)]
 
 @pytest.fixture(autouse=True)
 def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trial, "is_invariant", lambda self: True)
-    monkeypatch.setattr(Trial, "largest_step_bytes", lambda self, *sizes: 0)
+    without_trials(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -237,10 +235,7 @@ def test_held_experts_follow_a_budget_that_changes_while_they_serve(stores: dict
             engine.core.submit(submit_of(number, MINE, sampling, mode=mode), 0.0)
         steps = 0
         while engine.core.has_work:
-            for output in (told := engine.core.step(0.0)).outputs:
-                results[output.sequence_id].token_ids += output.token_ids
-            for finished in told.finished:
-                results[finished.sequence_id].finished = finished
+            step(engine, results)
             steps += 1
             if steps % 6 == 0 and budgets:
                 engine.cache.set_budget(budgets[0])

@@ -11,16 +11,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from expertd_engine.bench.quality_paths import PathQuality
+from expertd_engine.calibration import TextEngine
+from expertd_engine.errors import UsageError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.virtual_paths import VirtualPaths
 from expertd_engine.messages import ExpertMode, Sampling
 from expertd_engine.model.path_routing import PathRouting
-from expertd_engine.model.trial import Trial
 from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine
 from golden.tolerances import PREGATED_LOGPROBS
 from refactor.tiny import HEADS, INDEX, make_pregated
-from support.engine import Generated, collect, running_engine, stats_of, submit_of
+from support.engine import Generated, collect, make_config, running_engine, stats_of, submit_of, without_trials
 
 PATHS = replace(INDEX, experts=3)
 ANSWERS = Sampling(temperature=0, max_tokens=10, ignore_eos=True, logprobs=0)
@@ -30,8 +32,7 @@ ONE_PATH = {"threads": 1, "max_model_len": 64, "expert_budget": "75%", "virtual_
 
 @pytest.fixture(autouse=True)
 def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trial, "is_invariant", lambda self: True)
-    monkeypatch.setattr(Trial, "largest_step_bytes", lambda self, *sizes: 0)
+    without_trials(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +161,20 @@ def test_a_model_whose_layers_choose_apart_ahead_is_refused_by_name(tmp_path: Pa
         (refused,) = run(engine, (PROMPTS[0], "virtual", 1.0))
         assert refused.finished is not None and refused.finished.refused
         assert "chooses 2 experts in each of 3 heads" in str(refused.finished.error)
+
+
+def test_quality_is_told_for_every_method(folder: Path) -> None:
+    config = make_config(model="", threads=1, max_model_len=64, max_sequences=1, prefix_cache=False)
+    text = TextEngine(ExpertStore.open(folder / "store"), config)
+    try:
+        assert text.virtual is None
+        assert text.paths is not None
+        bench = PathQuality(text, PROMPTS, PROMPTS[:1], text.paths)
+        points = bench.points(factors=[1.25])
+        with pytest.raises(UsageError, match="method 'planned' is not known: choose from paths, counts"):
+            bench.points(["planned"])
+    finally:
+        text.close()
+    assert [point.method for point in points] == list(bench.methods)
+    assert all(point.slots == 1 and 0 < point.substituted < 1 and point.divergence > 0 for point in points)
+    assert all((point.swaps == 0) == (point.method not in ("paths", "counts")) for point in points)

@@ -15,11 +15,10 @@ from expertd_engine import device_virtual
 from expertd_engine.experts.virtual import SwapLimits
 from expertd_engine.messages import ExpertMode, Sampling
 from expertd_engine.model import virtual_build
-from expertd_engine.model.trial import Trial
 from expertd_engine.prepare import prepare
 from golden.tolerances import DEVICE_FLOAT32_LOGITS
 from support.device_engine import SEED, device_engine, make_store
-from support.engine import Generated, ask, running_engine
+from support.engine import Generated, ask, running_engine, without_trials
 from support.engine import stats_of as stats
 from support.tiny_families import make_model
 
@@ -88,8 +87,7 @@ def test_what_is_substituted_is_what_the_processor_substitutes(tmp_path: Path, m
         monkeypatch.setattr(module, "SwapLimits", lambda **_: STILL)
     store = make_store(FAMILY, tmp_path)
     prepare(tmp_path / "checkpoint", tmp_path / "cpu", "float32")
-    monkeypatch.setattr(Trial, "is_invariant", lambda self: True)
-    monkeypatch.setattr(Trial, "largest_step_bytes", lambda self, *sizes: 0)
+    without_trials(monkeypatch)
     options = {"max_sequences": 1, "max_step_tokens": 4, "max_model_len": 16, "virtual_slots": store.index.top_k}
     with device_engine(store, "cpu", expert_budget="75%", **options) as engine:
         met, held = stats(run(engine, "virtual", 1.0, 1)), engine.runner.virtual.held.sets

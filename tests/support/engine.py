@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from expertd_engine.config import Config, parse_size
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.messages import ExpertMode, Finished, Output, Sampling, SequenceStats, Submit, TextInput
+from expertd_engine.model.trial import Trial
 from expertd_engine.startup import Engine, start_engine
 
 
@@ -21,6 +24,12 @@ def make_config(**options: Any) -> Config:
         if isinstance(options.get(name), str):
             options[name] = parse_size(options[name], share_allowed=name in ("expert_budget", "host_budget"))
     return Config(**{"max_model_len": 256, "warm_restart": False, **options})
+
+
+def without_trials(patch: pytest.MonkeyPatch) -> None:
+    """Let engines start without trial steps, which have tests of their own."""
+    patch.setattr(Trial, "is_invariant", lambda self: True)
+    patch.setattr(Trial, "largest_step_bytes", lambda self, *sizes: 0)
 
 
 @contextmanager
@@ -86,10 +95,15 @@ def answers(engine: Engine, submits: Iterable[Submit]) -> list[Generated]:
 def collect(engine: Engine, results: dict[int, Generated]) -> None:
     """Step until nothing is left, filling `results` by sequence id."""
     while engine.core.has_work:
-        told = engine.core.step(0.0)
-        for output in told.outputs:
-            results[output.sequence_id].token_ids += output.token_ids
-            results[output.sequence_id].outputs.append(output)
-        for finished in told.finished:
-            assert results[finished.sequence_id].finished is None, "a sequence ended twice"
-            results[finished.sequence_id].finished = finished
+        step(engine, results)
+
+
+def step(engine: Engine, results: dict[int, Generated]) -> None:
+    """One step; what it brings is added to `results`."""
+    told = engine.core.step(0.0)
+    for output in told.outputs:
+        results[output.sequence_id].token_ids += output.token_ids
+        results[output.sequence_id].outputs.append(output)
+    for finished in told.finished:
+        assert results[finished.sequence_id].finished is None, "a sequence ended twice"
+        results[finished.sequence_id].finished = finished

@@ -19,7 +19,7 @@ def engine_info(**changes: object) -> EngineInfo:
         eos_token_ids=[END], num_moe_layers=2, num_experts=4, top_k=2, expert_record_bytes=4096,
         expert_bytes_total=32768, expert_budget_bytes=16384, minimum_expert_budget_bytes=8192,
         maximum_expert_budget_bytes=32768,
-        memory_budget_bytes=None, kv_blocks=32, policy="lru", lookahead="none",
+        memory_budget_bytes=None, kv_block_tokens=16, kv_blocks=32, kv_bytes=65536, policy="lru", lookahead="none",
         prefetch=True, numerics="invariant", kernels="avx2", step_path="native",
         direct_io=True, fallbacks=["direct I/O was refused"], torch_version="0",
         transformers_version="0",

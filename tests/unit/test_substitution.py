@@ -28,8 +28,10 @@ from expertd_engine.model.substitution import (
     Floats,
     Ids,
     Substituted,
+    num_substitutes,
     replaced_choices,
     widened,
+    widest,
     with_substitutes,
 )
 from expertd_engine.model.virtual_routing import among_held
@@ -82,6 +84,13 @@ def test_what_is_held_keeps_its_weight_and_substitutes_share_the_rest(
         lost = int(replaced[row].sum())
         assert sorted(serving) == sorted(ranked[: max(lost, min(shared_by * lost, 3 * K // 4))])
         np.testing.assert_allclose(sum(got.values()), weights[row].sum(), rtol=1e-5)
+
+
+def test_two_answer_for_one_until_so_many_do_anyway() -> None:
+    lost = np.arange(9)
+    assert num_substitutes(lost, 8, 2).tolist() == [0, 2, 4, 6, 6, 6, 6, 7, 8]
+    assert num_substitutes(lost, 8, 1).tolist() == lost.tolist()
+    assert [widest(top_k, 2) for top_k in (1, 2, 4, 8)] == [1, 2, 5, 11]
 
 
 def test_substitutes_share_in_proportion_to_how_the_router_likes_them() -> None:

@@ -29,6 +29,7 @@ PURE = (
     "batching",
     "queues",
     "scheduler",
+    "trials",
     "step_plan",
     "core",
     "experts.events",

@@ -31,6 +31,9 @@ def learned() -> tuple[TokenMap, np.ndarray]:
     return fit.fit(VOCABULARY), logits
 
 
+NOBODY = np.zeros((len(EXPERTS), max(EXPERTS)), bool)
+
+
 def test_the_experts_that_routers_choose_are_expected(learned: tuple[TokenMap, np.ndarray]) -> None:
     numbers, logits = learned
     routes = TokenRoutes(numbers, TOP_K)
@@ -49,18 +52,34 @@ def test_many_tokens_share_the_weight(learned: tuple[TokenMap, np.ndarray]) -> N
     assert both == pytest.approx((routes.expected([3]) + routes.expected([7])) / 2)
 
 
+def test_the_most_expected_of_those_that_are_lacking_are_wanted(learned: tuple[TokenMap, np.ndarray]) -> None:
+    routes = TokenRoutes(learned[0], TOP_K)
+    expected = routes.expected([3])
+    held = NOBODY.copy()
+    held[0, expected[0].argmax()] = True
+    order = np.where(held, 0, expected).ravel().argsort()[::-1]
+    assert routes.wanted([3], held, 4)[1] == order[:4].tolist()
+    assert set(routes.wanted([3], held, 99)[1]) == set(np.flatnonzero(np.where(held, 0, expected)))
+    assert routes.wanted([3], expected > 0, 4)[1] == []
+
+
+def test_the_pool_answers_as_numpy_does(learned: tuple[TokenMap, np.ndarray]) -> None:
+    rng = np.random.default_rng(1)
+    with native_pool(2) as pool:
+        native, plain = TokenRoutes(learned[0], TOP_K, pool), TokenRoutes(learned[0], TOP_K)
+        for tokens in ([3], [3, 7, 11], range(VOCABULARY)):
+            held = rng.random(NOBODY.shape) < 0.3
+            for most in (0, 4, 99):
+                shares, wanted = native.wanted(tokens, held, most)
+                assert shares == pytest.approx(plain.wanted(tokens, held, most)[0], abs=1e-5)
+                assert wanted == plain.wanted(tokens, held, most)[1]
+
+
 def test_a_map_is_of_one_store(learned: tuple[TokenMap, np.ndarray], tmp_path: Path) -> None:
     write_token_map(tmp_path, learned[0], "this")
     assert np.array_equal(read_token_map(tmp_path, "this").up, learned[0].up)
     with pytest.raises(StoreError, match="another store"):
         read_token_map(tmp_path, "that")
-
-
-def test_the_pool_computes_what_numpy_does(learned: tuple[TokenMap, np.ndarray]) -> None:
-    with native_pool(2) as pool:
-        routes = TokenRoutes(learned[0], TOP_K, pool)
-        for tokens in ([3], [3, 7, 11]):
-            assert routes.expected(tokens) == pytest.approx(TokenRoutes(learned[0], TOP_K).expected(tokens), abs=1e-5)
 
 
 def test_what_is_expected_shows_as_soon_as_it_is_read_and_nothing_else_does() -> None:

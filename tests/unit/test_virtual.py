@@ -246,8 +246,8 @@ def bringing(foreseen: int = 2, held: int = 4) -> VirtualExperts:
     return sets
 
 
-WANTED = [(ExpertId(0, 5), 0.5), (ExpertId(0, 4), 0.4)]
-SHARES = [[0.0, 0.0, 0.0, 0.1, 0.4, 0.5]]
+WANTED = [ExpertId(0, 5), ExpertId(0, 4)]
+SHARES = [[0.0, 0.0, 0.0, 0.1, 0.4, 0.5]].__getitem__
 
 
 def test_what_a_step_will_ask_for_takes_the_place_of_what_is_worth_least() -> None:
@@ -263,7 +263,7 @@ def test_what_a_step_will_ask_for_takes_the_place_of_what_is_worth_least() -> No
 def test_a_step_brings_in_no_more_than_it_may_and_leaves_a_token_enough() -> None:
     assert len(bringing(foreseen=1).bring(WANTED, SHARES)) == 2
     assert bringing(held=TOP_K).bring(WANTED, SHARES) == []
-    assert bringing().bring([(ExpertId(0, 5), 0.01)], [[0.3, 0.3, 0.3, 0.09, 0.0, 0.01]]) == []
+    assert bringing().bring([ExpertId(0, 5)], lambda layer: [0.3, 0.3, 0.3, 0.09, 0.0, 0.01]) == []
 
 
 def test_equal_experts_are_not_swapped_back_and_forth() -> None:

@@ -135,6 +135,7 @@ def test_whatever_happens_layers_end_with_the_same_paths(in_flight: int, events:
         elif event == "resize":
             slots = value
             box.do(box.sets.resize([slots] * LAYERS))
+            assert all(len(box.sets.held(layer)) <= slots for layer in range(LAYERS)), "what is too much goes at once"
         elif event == "stop":
             slots = 0
             box.do(box.sets.stop())

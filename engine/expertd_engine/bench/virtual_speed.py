@@ -22,7 +22,7 @@ from expertd_engine.experts.device_slab import plan_chunks
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import StoreIndex
 
-HEADER = ("run", "ms/token", "95 %", "p95 ms", "stall ms/token", "substituted")
+HEADER = ("run", "ms/token", "95 %", "p95 ms", "stall ms/token", "substituted", "expert MB/token")
 
 
 def virtual_speed(
@@ -85,6 +85,7 @@ def _values(run: Timed) -> dict[str, float]:
         "p95_ms": 1e3 * percentile(run.gaps_s, 0.95),
         "stall_s": run.stall_s,
         "substituted": run.substituted / max(1, run.choices),
+        "expert_bytes_per_token": run.expert_bytes / len(run.gaps_s),
     }
 
 
@@ -97,4 +98,5 @@ def _row(run: Timed) -> list[str]:
         number(values["p95_ms"]),
         number(1e3 * run.stall_s / len(run.gaps_s), 3),
         percent(values["substituted"]),
+        number(values["expert_bytes_per_token"] / 1e6, 1),
     ]

@@ -7,7 +7,7 @@ evict it, and whatever else wants experts has the rest of the budget. `HeldSets`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from expertd_engine.errors import BudgetError
 from expertd_engine.experts.cache import ExpertCache
@@ -81,7 +81,7 @@ class HeldSets(ABC):
             self._carry_out(self.sets.foresee(layer, expected))
             self._take_in()
 
-    def bring(self, wanted: Iterable[tuple[ExpertId, float]], expected: Sequence[Sequence[float]]) -> None:
+    def bring(self, wanted: Iterable[ExpertId], expected: Callable[[int], Sequence[float]]) -> None:
         """As `VirtualExperts.bring`."""
         if self.sets.is_open:
             self._carry_out(self.sets.bring(wanted, expected))

@@ -11,7 +11,7 @@ once, which bounds the share of the disk that virtual mode may take.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from expertd_engine.errors import EngineError, ResourceError
@@ -94,16 +94,6 @@ class _Layer:
     def free(self) -> int:
         return self.slots - len(self.held) - sum(victim in (None, _GONE) for victim in self.coming.values())
 
-    def worth(self, expert: int, expected: Sequence[float], total: float) -> float:
-        """What an expert is good for: the share of the layer's weight that it will have, and that it had of late, where
-        scores have this `total`."""
-        return expected[expert] + self.scores.get(expert, 0.0) / total
-
-    def by_worth(self, expected: Sequence[float]) -> tuple[float, list[tuple[float, int]]]:
-        """The total of all scores, and victims with what each is worth: the least last."""
-        total = max(sum(self.scores.values()), _LEAST)
-        return total, sorted(((self.worth(e, expected, total), e) for e in self.victims()), reverse=True)
-
     def rank(self, expert: int) -> tuple[float, float]:
         return self.scores.get(expert, 0.0), self.prior[expert]
 
@@ -161,6 +151,23 @@ class _Layer:
             self._best = max(self.outside(), key=self.rank, default=None)
             self._worst = min(self.victims(), key=self.rank, default=None)
             self._known = True
+
+
+class _Spare:
+    """Who of a layer may go as a step begins. An expert is worth the share of the layer's weight that it will have, and
+    that it had of late."""
+
+    def __init__(self, layer: _Layer, expected: Sequence[float]) -> None:
+        scores = layer.scores
+        total = max(sum(scores.values()), _LEAST)
+        self._worth = [share + scores.get(expert, 0.0) / total for expert, share in enumerate(expected)]
+        self._victims = sorted([(self._worth[expert], expert) for expert in layer.victims()], reverse=True)
+
+    def give_way_to(self, newcomer: int, factor: float) -> int | None:
+        """Whoever is worth least, if the newcomer is worth more than so many times that."""
+        if not self._victims or self._worth[newcomer] <= self._victims[-1][0] * factor:
+            return None
+        return self._victims.pop()[1]
 
 
 class VirtualExperts:
@@ -283,26 +290,24 @@ class VirtualExperts:
             actions.append(self._hold(layer, newcomer, victim))
         return actions
 
-    def bring(self, wanted: Iterable[tuple[ExpertId, float]], expected: Sequence[Sequence[float]]) -> list[Action]:
-        """The step that begins will probably ask for `wanted`, for such a share of their layer's weight; `expected`, by
-        layer and expert, says so of all. Bring in, the most wanted first, those that are worth more than a held one.
+    def bring(self, wanted: Iterable[ExpertId], expected: Callable[[int], Sequence[float]]) -> list[Action]:
+        """The step that begins will probably ask for `wanted`; `expected` says of a layer what share of its weight each
+        expert will have. Bring in, the first first, those that are worth more than a held one.
 
         That one leaves at once: its room is the newcomer's, and it is what the step misses least.
         """
         actions: list[Action] = []
-        spare: dict[int, tuple[float, list[tuple[float, int]]]] = {}
-        for (number, newcomer), _ in wanted:
+        spare: dict[int, _Spare] = {}
+        for number, newcomer in wanted:
             if self._loading >= self.limits.in_flight or len(actions) >= 2 * self.limits.foreseen:
                 break
             layer = self._layers[number]
             inside = newcomer in layer.held or newcomer in layer.coming or newcomer in layer.barred
             if inside or layer.free > 0 or len(layer.held) <= self.top_k:
                 continue
-            total, victims = spare.get(number) or spare.setdefault(number, layer.by_worth(expected[number]))
-            if victims and layer.worth(newcomer, expected[number], total) > victims[-1][0] * (
-                1 + self.limits.hysteresis
-            ):
-                _, victim = victims.pop()
+            victims = spare.get(number) or spare.setdefault(number, _Spare(layer, expected(number)))
+            victim = victims.give_way_to(newcomer, 1 + self.limits.hysteresis)
+            if victim is not None:
                 actions += [self._release(number, victim), self._hold(number, newcomer, _GONE)]
         return actions
 

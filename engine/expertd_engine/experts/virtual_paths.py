@@ -28,7 +28,7 @@ class VirtualPaths(VirtualExperts):
         super().__init__([prior] * layers, 1, limits)
         self.stay = False
         """A step computes along the held paths, and none may go meanwhile."""
-        self._paths = VirtualExperts([prior], 1, replace(limits, in_flight=1, per_step=1, ahead=0, foreseen=0))
+        self._paths = VirtualExperts([prior], 1, replace(limits, in_flight=1))
 
     def whole(self) -> frozenset[int]:
         """Paths that every layer holds."""
@@ -47,6 +47,9 @@ class VirtualPaths(VirtualExperts):
         for layer in self._layers:
             layer.slots = count
         self._paths.resize([count], paths)
+        coming = sorted(self._paths.to_be_held(0) - self._paths.held(0))
+        for path in coming[: max(0, len(self._paths.to_be_held(0)) - count)]:  # or they would come all the same
+            self._paths.failed(ExpertId(0, path))
         return self._follow()
 
     def stop(self) -> list[Action]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -47,6 +48,8 @@ class VirtualWork:
         self._host = torch.zeros(len(self._left), pin_memory=device.type == "cuda")
         self._asked = self._left[:count].view(layers, experts)
         self._met = self._left[count:].view(rows, layers, MET)
+        told = self._host.numpy()
+        self._told = Told(told[:count].reshape(self._asked.shape), told[count:].reshape(self._met.shape))
         pairs = max(rows * top_k, *(size * self.width(size) for size in range(1, few + 1)))
         self._experts = torch.zeros(pairs, dtype=torch.int32, device=device)
         self._weights = torch.zeros(pairs, device=device)
@@ -69,9 +72,6 @@ class VirtualWork:
             shared_by=self._shared_by(rows),
         )
 
-    def _shared_by(self, rows: int) -> int:
-        return SHARED_BY if rows <= self._few and rows * widest(self._top_k, SHARED_BY) <= LARGEST_PAIRS else 1
-
     def forget(self) -> None:
         """The first work of a step: nothing has been asked for."""
         self._asked.zero_()
@@ -83,9 +83,10 @@ class VirtualWork:
 
     def told(self, rows: int) -> Told:
         """What was sent, once the device has come past it."""
-        left, count = self._host.numpy(), self._asked.numel()
-        met = left[count:].reshape(self._met.shape)[:rows]
-        return Told(left[:count].reshape(self._asked.shape).copy(), met.copy())
+        return Told(self._told.asked.copy(), self._told.met[:rows].copy())
+
+    def _shared_by(self, rows: int) -> int:
+        return SHARED_BY if rows <= self._few and rows * widest(self._top_k, SHARED_BY) <= LARGEST_PAIRS else 1
 
 
 class DeviceVirtual:
@@ -105,11 +106,10 @@ class DeviceVirtual:
         """A virtual step over sequences of so many rows each has ended, well: what it did to each."""
         rows = sum(lengths)
         told = self._work.told(rows)
-        self._met += told.met.sum(axis=0)
         self._tokens += rows
         self.held.digest(map(np.multiply, told.asked, self._norms), rows / max(1, len(lengths)))
-        ends = np.cumsum(lengths).tolist()
-        return [self._of(told.met[end - count : end]) for count, end in zip(lengths, ends, strict=True)]
+        ends = accumulate(lengths)
+        return [self._count(told.met[end - count : end]) for count, end in zip(lengths, ends, strict=True)]
 
     @property
     def counts(self) -> VirtualCounts:
@@ -118,7 +118,9 @@ class DeviceVirtual:
         activations = [self._tokens * self._top_k] * len(self._met)
         return VirtualCounts(activations, list(map(int, replaced)), mass.tolist(), self._tokens, int(fetched.sum()))
 
-    def _of(self, met: Floats) -> Substitutions:
-        rows, layers, _ = met.shape
-        replaced, mass, _ = met.sum(axis=(0, 1)).tolist()
+    def _count(self, met: Floats) -> Substitutions:
+        by_layer = met.sum(axis=0)
+        self._met += by_layer
+        replaced, mass, _ = by_layer.sum(axis=0).tolist()
+        rows, layers = len(met), len(by_layer)
         return Substitutions(rows * layers * self._top_k, int(replaced), mass / layers, rows)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from expertd_engine.experts.store_format import RecordLayout
 from expertd_engine.kernels.library import ACTIVATIONS, FORMATS, ExpertLayout, ExpertsCall, Pool, record_addresses
+from expertd_engine.model.activations import PLAIN
 from expertd_engine.model.expert_torch import SlotViews, gated
 from expertd_engine.model.moe import LaterCall, Pairs
 
@@ -126,21 +126,12 @@ def find_activation(module: torch.nn.Module) -> tuple[str, float, float]:
     raise Unsupported("its activation is none of " + ", ".join(ACTIVATIONS))
 
 
-_PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-    "relu2": lambda x: functional.relu(x).square(),
-}
-
-
 def _activated(
     name: str, gate: torch.Tensor | None, up: torch.Tensor, alpha: float, limit: float
 ) -> torch.Tensor | None:
     """What the kernel of that name computes; None where it needs a gate that is not there."""
-    if name in _PLAIN:
-        return _PLAIN[name](up) if gate is None else _PLAIN[name](gate) * up
+    if name in PLAIN:
+        return PLAIN[name](up) if gate is None else PLAIN[name](gate) * up
     if gate is None:
         return None
     held = gate.clamp(max=limit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,19 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from expertd_engine.kernels.library import ACTIVATIONS
+from expertd_engine.model.activations import PLAIN
 from expertd_engine.model.native_abi import NormKind
 from expertd_engine.model.native_witness import NotMatched
 from expertd_engine.model.numerics import InvariantActivation
 
 _NORM_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-    "relu2": lambda x: functional.relu(x).square(),
-}
 
 
 def norm_kind(module: nn.Module, weight: Tensor, bias: Tensor | None, eps: float) -> NormKind:
@@ -48,7 +40,7 @@ def activation_of(act: Any) -> int:
     """The native activation that gives the numbers of `act`. Raises NotMatched."""
     act = act.act if isinstance(act, InvariantActivation) else act
     x = torch.linspace(-6, 6, 97)
-    for name, function in _ACTIVATIONS.items():
+    for name, function in PLAIN.items():
         if torch.allclose(act(x), function(x), atol=1e-6):
             return ACTIVATIONS[name]
     raise NotMatched(f"no kernel has the activation {type(act).__name__}")

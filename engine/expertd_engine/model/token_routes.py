@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from ctypes import POINTER, byref, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from expertd_engine.arrays_file import ArraysFile
 from expertd_engine.kernels.library import FORMATS, Matrix, Pool
-from expertd_engine.model.substitution import Floats
+from expertd_engine.model.substitution import Bools, Floats
 
 TOKEN_ROUTES_NAME = "token_routes.safetensors"
 RANK = 128
@@ -48,47 +50,66 @@ class TokenMap:
     """`[L, E]`: of the gate weight that each layer gave each expert on the text of the fit."""
 
 
+Ask = Callable[[Floats, Bools, int], tuple[Floats, list[int]]]
+"""Of rows `[T, R]`, as `TokenRoutes.wanted`."""
+
+
 class TokenRoutes:
     """Asks a map. `top_k` as the routers'."""
 
     def __init__(self, numbers: TokenMap, top_k: int, pool: Pool | None = None) -> None:
-        """`pool` computes the product; without, numpy does."""
-        self.numbers = numbers
-        self._product = _by_numpy(numbers) if pool is None else _by_pool(numbers, pool)
-        self._named = min(math.ceil(_NAMED * top_k), numbers.shares.shape[1])
+        """`pool` computes; without, numpy does."""
+        self._tokens = numbers.tokens
+        self._nobody = np.zeros(numbers.shares.shape, bool)
+        named = min(math.ceil(_NAMED * top_k), numbers.shares.shape[1])
+        self._ask: Ask = partial(_by_numpy, numbers, named) if pool is None else NativeRoutes(numbers, named, pool)
 
     def expected(self, token_ids: Sequence[int]) -> Floats:
         """`[L, E]`: the share of each layer's gate weight that these tokens will probably give each expert."""
-        numbers = self.numbers
-        layers, experts = numbers.shares.shape
-        rows = numbers.tokens[list(token_ids[-_ROWS:])].astype(np.float32)
-        logits = self._product(rows).reshape(-1, experts)
-        least = np.partition(logits, -self._named, axis=1)[:, -self._named, None]
-        weights = np.exp(np.where(logits >= least, logits - logits.max(axis=1, keepdims=True), -np.inf))
-        weights /= weights.sum(axis=1, keepdims=True)
-        shares: Floats = weights.reshape(-1, layers, experts).mean(axis=0)
-        return shares
+        return self.wanted(token_ids, self._nobody, 0)[0].copy()
+
+    def wanted(self, token_ids: Sequence[int], held: Bools, most: int) -> tuple[Floats, list[int]]:
+        """As `expected`, good until the next call; and where in it, counted through, lie up to `most` that are not
+        `held` `[L, E]`, the most expected first."""
+        return self._ask(self._tokens[list(token_ids[-_ROWS:])].astype(np.float32), held, most)
 
 
-Product = Callable[[Floats], Floats]
-"""Of rows `[T, R]` to logits `[T, L * E]`."""
-
-
-def _by_numpy(numbers: TokenMap) -> Product:
+def _by_numpy(numbers: TokenMap, named: int, rows: Floats, held: Bools, most: int) -> tuple[Floats, list[int]]:
+    layers, experts = numbers.shares.shape
     # no BLAS: its threads go on spinning on the cores that the layers want
-    return lambda rows: np.einsum("tr,re->te", rows, numbers.up) + numbers.bias
+    logits = (np.einsum("tr,re->te", rows, numbers.up) + numbers.bias).reshape(-1, experts)
+    least = np.partition(logits, -named, axis=1)[:, -named, None]
+    weights = np.exp(np.where(logits >= least, logits - logits.max(axis=1, keepdims=True), -np.inf))
+    weights /= weights.sum(axis=1, keepdims=True)
+    shares: Floats = weights.reshape(-1, layers, experts).mean(axis=0)
+    lacking = np.where(held, 0, shares).ravel()
+    best = (-lacking).argsort(kind="stable")[:most]
+    return shares, best[lacking[best] > 0].tolist()
 
 
-def _by_pool(numbers: TokenMap, pool: Pool) -> Product:
-    up = np.ascontiguousarray(numbers.up.T)
-    matrix = Matrix(up.ctypes.data, numbers.bias.ctypes.data, FORMATS["float32"], *up.shape)
+class NativeRoutes:
+    """An `Ask` in one native call: numpy's dozen small steps find every cache cold between two steps of a model."""
 
-    def product(rows: Floats) -> Floats:
-        logits = np.empty((len(rows), len(up)), np.float32)
-        pool.matmul(matrix, rows.ctypes.data, len(rows), logits.ctypes.data)
-        return logits
+    def __init__(self, numbers: TokenMap, named: int, pool: Pool) -> None:
+        self._call = pool.library.bind(
+            "expertd_foresee",
+            [c_void_p, POINTER(Matrix), c_void_p, c_int64, *[c_int32] * 3, c_void_p, c_int32, *[c_void_p] * 4],
+        )
+        self._pool, self._named = pool, named
+        self._up, self._bias = np.ascontiguousarray(numbers.up.T), numbers.bias
+        self._map = Matrix(self._up.ctypes.data, self._bias.ctypes.data, FORMATS["float32"], *self._up.shape)
+        self._logits = np.empty((_ROWS, len(self._up)), np.float32)
+        self._shares = np.empty(numbers.shares.shape, np.float32)
+        self._wanted = np.empty(self._shares.size, np.int64)
 
-    return product
+    def __call__(self, rows: Floats, held: Bools, most: int) -> tuple[Floats, list[int]]:
+        found = c_int32()
+        self._call(
+            *(self._pool.address, byref(self._map), rows.ctypes.data, len(rows), *self._shares.shape, self._named),
+            *(held.ctypes.data, min(most, self._wanted.size), self._logits.ctypes.data, self._shares.ctypes.data),
+            *(self._wanted.ctypes.data, byref(found)),
+        )
+        return self._shares, self._wanted[: found.value].tolist()
 
 
 _FILE = ArraysFile.of(TOKEN_ROUTES_NAME, 1, TokenMap, "expertd profile")

@@ -88,7 +88,7 @@ def build_virtual(
     """As `virtual_parts`, of a model that the processor computes; `tokens` says where its tokens go. What is weaker
     than designed goes to `fallbacks`."""
     if loaded.pregating is not None:
-        return _along_paths(loaded, index, config, cache)
+        return _along_paths(loaded, index, config, cache, fallbacks)
     foresees = config.virtual_swaps == "foreseen"
     limits = SwapLimits(in_flight=LOADS_A_THREAD * config.io_threads)
     if not foresees:
@@ -109,15 +109,17 @@ def build_virtual(
 
 
 def _along_paths(
-    loaded: LoadedModel, index: StoreIndex, config: Config, cache: ExpertCache
+    loaded: LoadedModel, index: StoreIndex, config: Config, cache: ExpertCache, fallbacks: list[str]
 ) -> PathRouting | NoVirtualMode:
-    """Of a model whose router has chosen before its steps. Swaps are of paths, whatever `virtual_swaps` says."""
+    """Of a model whose router has chosen before its steps. Paths are swapped between steps."""
     heads = int(loaded.model.config.router_heads)
     if (heads, index.top_k) != (1, 1):
         return NoVirtualMode(
             f"the model's router chooses {index.top_k} experts in each of {heads} heads before a step: substitution is "
             f"of whole paths, which one index for all layers makes, and expert_mode may be exact alone"
         )
+    if config.virtual_swaps == "foreseen":
+        fallbacks.append("virtual mode swaps whole paths, between steps: this model's layers have nothing to foresee")
     sizes = np.linalg.norm(np.array([layer.norms or [1.0] * layer.num_experts for layer in index.layers]), axis=0)
     limits = SwapLimits(in_flight=LOADS_A_THREAD * config.io_threads)
     sets = VirtualPaths(sizes.tolist(), len(index.layers), limits)

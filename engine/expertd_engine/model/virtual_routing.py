@@ -56,6 +56,8 @@ class TokenForesight(Protocol):
 
     def expected(self, token_ids: Sequence[int]) -> Floats: ...
 
+    def wanted(self, token_ids: Sequence[int], held: Bools, most: int) -> tuple[Floats, list[int]]: ...
+
 
 _CANDIDATES = 3
 """Experts considered for each swap that a step may begin."""
@@ -150,19 +152,16 @@ class VirtualRouting:
         self._mass = np.zeros(len(limits), np.float32)
         self._choices = 0
         if is_open and self.tokens is not None and self.held.sets.limits.foreseen:
-            self._bring(self.tokens.expected(token_ids))
+            self._bring(self.tokens, token_ids)
         return is_open
 
-    def _bring(self, expected: Floats) -> None:
+    def _bring(self, foresight: TokenForesight, token_ids: Sequence[int]) -> None:
         """Let what the step's tokens will ask for come in: those that are not held, as far as there may be swaps."""
-        self.refresh()
-        flat, experts = np.where(self.held.table.held, 0, expected).ravel(), expected.shape[1]
-        some = min(_CANDIDATES * self.held.sets.limits.foreseen, len(flat))
-        best = flat.argpartition(-some)[-some:]
-        best = best[flat[best].argsort()[::-1]]
-        shares = zip(best.tolist(), flat[best].tolist(), strict=True)
-        told = [(ExpertId(*divmod(at, experts)), share) for at, share in shares if share > 0]
-        self.held.bring(told, expected.tolist())
+        self._take_in()
+        most = _CANDIDATES * self.held.sets.limits.foreseen
+        expected, wanted = foresight.wanted(token_ids, self.held.table.held, most)
+        experts = expected.shape[1]
+        self.held.bring([ExpertId(*divmod(at, experts)) for at in wanted], lambda layer: expected[layer].tolist())
 
     def end_step(self, sequences: int) -> None:
         """The step of so many sequences has ended, well or not."""

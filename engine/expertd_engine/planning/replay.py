@@ -156,7 +156,7 @@ def _foreseen(sets: VirtualExperts, expected: Mapping[int, float]) -> list[Actio
     more."""
     wanted = sorted(expected.keys() - sets.held(0), key=lambda expert: (-expected[expert], expert))
     shares = [expected.get(expert, 0.0) for expert in range(len(sets.priors[0]))]
-    return sets.bring([(ExpertId(0, expert), expected[expert]) for expert in wanted], [shares])
+    return sets.bring([ExpertId(0, expert) for expert in wanted], lambda layer: shares)
 
 
 def _settle(sets: VirtualExperts, actions: list[Action]) -> None:

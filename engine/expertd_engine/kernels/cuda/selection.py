@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 _AT_ONCE = tl.constexpr(32)
 """Experts that all are compared with at once. A loop of little code is quicker than a lot of it without a loop: a step
 comes here once a layer, and by then the instruction cache has forgotten it."""

@@ -90,9 +90,10 @@ def answer(
 
 @triton.jit
 def _sums(a: tl.tensor, b: tl.tensor, c: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Each summed over `[G, S]`, all at once: every sum waits for all threads."""
+    """Each summed over `[G, S]`, all at once: a sum waits for all threads."""
     COUNT: tl.constexpr = a.shape[0] * a.shape[1]
-    return tl.reduce((tl.reshape(a, (COUNT,)), tl.reshape(b, (COUNT,)), tl.reshape(c, (COUNT,))), 0, _added)
+    a, b, c = tl.reduce((tl.reshape(a, (COUNT,)), tl.reshape(b, (COUNT,)), tl.reshape(c, (COUNT,))), 0, _added)
+    return a, b, c
 
 
 @triton.jit
