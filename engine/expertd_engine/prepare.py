@@ -21,20 +21,8 @@ from expertd_engine.checkpoint import Checkpoint, copy_text_files
 from expertd_engine.console import Progress, progress_bar, run_command, silent
 from expertd_engine.errors import ModelError, StoreError, UsageError
 from expertd_engine.experts.store import ExpertStore, is_store
-from expertd_engine.experts.store_format import (
-    DENSE_NAME,
-    RECORDS_NAME,
-    TARGETS,
-    LayerEntry,
-    QuantisedTensor,
-)
-from expertd_engine.families import (
-    DTYPES,
-    Model,
-    build_servable_model,
-    find_experts,
-    load_config,
-)
+from expertd_engine.experts.store_format import DENSE_NAME, RECORDS_NAME, TARGETS, LayerEntry, QuantisedTensor
+from expertd_engine.families import DTYPES, Model, build_servable_model, find_experts, load_config
 from expertd_engine.kernels.formats import STRIP_ROWS, Bytes, quantise
 from expertd_engine.kernels.row_order import ROW_FORMATS, quantise_rows
 from expertd_engine.publish import publish

@@ -40,8 +40,6 @@ WINDOW = 128
 STEPS = 16
 FILLED = 256
 """Tokens of each sequence, at most, of a daemon whose memory is measured."""
-SPREAD = 0.01
-"""Two daemons that do the same have been seen to differ by less."""
 AT_ONCE = 128
 """Tokens of a step while it is learned where they go."""
 
@@ -167,12 +165,10 @@ def served_bytes(store: ExpertStore, memory: MemoryProfile, flags: Mapping[str, 
     """Of all processes of a daemon that has served as many sequences at once as it may, its largest step included, but
     for experts and KV."""
     tokens = min(FILLED, memory.max_model_len)
-    blocks = memory.max_sequences * -(-tokens // memory.block_tokens)
+    blocks = max(memory.max_sequences * tokens, memory.max_model_len) // memory.block_tokens + 1
     quarter = {"--expert-budget": store.index.expert_bytes_total() // 4}
-    filled = fill(
-        store, memory, {**quarter, **flags}, max(blocks, -(-memory.max_model_len // memory.block_tokens)), tokens
-    )
-    return int((1 + SPREAD) * (filled.peak - filled.experts - filled.kv))
+    filled = fill(store, memory, {**quarter, **flags}, blocks, tokens)
+    return filled.peak - filled.experts - filled.kv
 
 
 def _virtual_step(text: TextEngine) -> float | None:

@@ -28,11 +28,7 @@ from expertd_engine.model.kv_storage import KVStorage, block_bytes
 from expertd_engine.model.loader import LoadedModel, load_model
 from expertd_engine.model.native_model import NativeModel
 from expertd_engine.model.pathfinder import Pathfinder
-from expertd_engine.model.predictor_build import (
-    choose,
-    is_trivial,
-    predictor_source,
-)
+from expertd_engine.model.predictor_build import choose, is_trivial, predictor_source
 from expertd_engine.model.runner import Runner
 from expertd_engine.model.step_routes import RouteSource
 from expertd_engine.model.token_routes import has_token_map, read_token_map

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from expertd_engine.bench import planned
@@ -14,6 +15,7 @@ from expertd_engine.config import Config
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.model.virtual_build import FORESEEN
+from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.plan_command import main as plan
 from expertd_engine.planning.planner import Request, make_plan
 from expertd_engine.planning.profile import Profile
@@ -56,7 +58,7 @@ def profiled(store: ExpertStore, quick_start: None) -> Profile:
 def test_who_serves_a_profiled_store_follows_its_tokens(store: ExpertStore, profiled: Profile) -> None:
     with running_engine(store.path, threads=1, expert_budget="75%", virtual_slots=6) as engine:
         routing = engine.runner.virtual
-        assert routing is not None and routing.runs and routing.tokens is not None
+        assert isinstance(routing, VirtualRouting) and routing.runs and routing.tokens is not None
         assert routing.begin_step([1.0], [5])
         routing.held.settle()
         before = sum(routing.held.sets.swaps)
@@ -84,6 +86,16 @@ def test_a_profile_holds_what_was_measured(store: ExpertStore, profiled: Profile
     for layer in profiled.model.layers:
         assert layer.slots[0] == 4 and layer.slots[-1] == 12
         assert layer.mass[-1] == 0 < layer.mass[0] < 1 and layer.sensitivity > 0
+
+
+def test_a_profile_of_another_version_is_told_of_and_not_used(store: ExpertStore, profiled: Profile) -> None:
+    old = msgspec.structs.replace(profiled, version=1)
+    write_profile(store, old)
+    try:
+        with running_engine(store.path, threads=1) as engine:
+            assert [one for one in engine.info.fallbacks if "profile again" in one]
+    finally:
+        write_profile(store, profiled)
 
 
 def test_a_plan_is_printed_explained_and_refused(

@@ -57,7 +57,7 @@ def run(engine: Engine, *asks: Ask, first_id: int = 1) -> list[Generated]:
 
 
 def virtual_of(engine: Engine) -> VirtualRouting:
-    assert engine.runner.virtual is not None
+    assert isinstance(engine.runner.virtual, VirtualRouting)
     return engine.runner.virtual
 
 

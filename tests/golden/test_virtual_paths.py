@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -16,15 +14,14 @@ from expertd_engine.calibration import TextEngine
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.virtual_paths import VirtualPaths
-from expertd_engine.messages import ExpertMode, Sampling
+from expertd_engine.messages import Sampling
 from expertd_engine.model.path_routing import PathRouting
 from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine
 from golden.tolerances import PREGATED_LOGPROBS
 from refactor.tiny import HEADS, INDEX, make_pregated
-from support.engine import Generated, collect, make_config, running_engine, stats_of, submit_of, without_trials
+from support.engine import Ask, Generated, ask, make_config, running_engine, stats_of, without_trials
 
-PATHS = replace(INDEX, experts=3)
 ANSWERS = Sampling(temperature=0, max_tokens=10, ignore_eos=True, logprobs=0)
 PROMPTS = [[(7 * i + 3) % 250 for i in range(20)], [(11 * i + 5) % 250 for i in range(33)]]
 ONE_PATH = {"threads": 1, "max_model_len": 64, "expert_budget": "75%", "virtual_slots": 1}
@@ -39,21 +36,16 @@ def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`index`, a checkpoint, and `store`."""
     folder = tmp_path_factory.mktemp("paths")
-    make_pregated(folder / "index", PATHS)
+    make_pregated(folder / "index", INDEX)
     prepare(folder / "index", folder / "store", "float32")
     return folder
 
 
-def run(engine: Engine, *asks: tuple[list[int], ExpertMode, float], first_id: int = 1) -> list[Generated]:
-    """Sequences of these prompts, modes and limits, together, to their end."""
-    results = {first_id + i: Generated() for i in range(len(asks))}
-    for sequence_id, (prompt, mode, limit) in zip(results, asks, strict=True):
-        submit = submit_of(sequence_id, prompt, ANSWERS)
-        engine.core.submit(msgspec.structs.replace(submit, mode=mode, max_substituted_mass=limit), 0.0)
-    collect(engine, results)
+def run(engine: Engine, *asks: Ask, first_id: int = 1) -> list[Generated]:
+    done = ask(engine, asks, ANSWERS, first_id=first_id)
     engine.cache.pump()
     engine.cache.ledger.check()
-    return list(results.values())
+    return done
 
 
 def paths_of(engine: Engine) -> PathRouting:

@@ -32,6 +32,9 @@ QUARTER = ALL // 4
 class Patterned:
     """Records whose first bytes tell who they are."""
 
+    def place_of(self, expert: ExpertId) -> None:
+        """Each is read by itself."""
+
     def read_record(self, expert: ExpertId, buffer: memoryview) -> None:
         buffer[:2] = bytes(expert)
         buffer[-2:] = bytes(expert)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from expertd_engine.messages import (
-    PROTOCOL_VERSION,
-    EngineInfo,
-)
+from expertd_engine.messages import PROTOCOL_VERSION, EngineInfo
 from expertd_engine.snapshot import HistogramData, LayerLookups, Snapshot, VirtualLayer
 from support.fake_store import END, MAX_MODEL_LEN, VOCAB_SIZE
 

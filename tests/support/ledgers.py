@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from expertd_engine.experts.events import (
-    Demand,
-    ExpertId,
-    Instruction,
-    Load,
-    Loaded,
-    Release,
-)
+from expertd_engine.experts.events import Demand, ExpertId, Instruction, Load, Loaded, Release
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import Lookahead, NoLookahead
 from expertd_engine.experts.policy import make_policy

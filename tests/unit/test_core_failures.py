@@ -9,14 +9,7 @@ import pytest
 
 from expertd_engine.core import StepFailed
 from expertd_engine.step_plan import StepPlan
-from support.builders_core import (
-    HashForward,
-    Told,
-    make_core,
-    make_submit,
-    run_alone,
-    run_to_end,
-)
+from support.builders_core import HashForward, Told, make_core, make_submit, run_alone, run_to_end
 
 
 def run_with_failures(fails: Callable[[StepPlan], bool], num_sequences: int, *, late: int = 0) -> Told:

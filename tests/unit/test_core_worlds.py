@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 from expertd_engine.core import StepFailed
 from expertd_engine.messages import ExpertMode, Submit
 from expertd_engine.step_plan import StepPlan
-from support.builders_core import (
-    EOS,
-    HashForward,
-    Told,
-    make_core,
-    make_scheduler,
-    make_submit,
-    run_alone,
-)
+from support.builders_core import EOS, HashForward, Told, make_core, make_scheduler, make_submit, run_alone
 
 
 @dataclass(frozen=True)

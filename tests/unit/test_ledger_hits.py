@@ -8,17 +8,7 @@ from functools import cache
 
 import pytest
 
-from expertd_engine.experts.events import (
-    Demand,
-    ExpertId,
-    Granted,
-    Load,
-    Loaded,
-    Release,
-    Served,
-    Tick,
-    Used,
-)
+from expertd_engine.experts.events import Demand, ExpertId, Granted, Load, Loaded, Release, Served, Tick, Used
 from expertd_engine.experts.ledger import Ledger, LedgerError
 from expertd_engine.experts.lookahead import EveryExpert
 from expertd_engine.experts.policy import make_policy

@@ -15,6 +15,7 @@ from expertd_engine.config import parse_size
 from expertd_engine.errors import BudgetError, StoreError
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.virtual import SwapLimits
+from expertd_engine.planning.costs import Step, fit_costs
 from expertd_engine.planning.planner import Request, make_plan, missing_s
 from expertd_engine.planning.profile import (
     PROFILE_VERSION,
@@ -112,7 +113,7 @@ def test_a_plan_says_what_its_budget_gives() -> None:
     budget = 50_000 + 10_000 + 64 * 2**20 + 48_000 + 400
     plan = make_plan(profile(), Request(memory_budget=parse_size(str(budget))))
     assert plan.expert_budget_bytes == 48_000 and plan.kv_blocks == 4
-    assert plan.memory_bytes <= budget
+    assert plan.memory_bytes == int(1.01 * (60_000 + 48_000 + 400)) <= budget
     assert plan.hit_rate == pytest.approx(0.8)
     assert 1 / plan.tok_s == pytest.approx(0.010 + 1.5 * 0.0002 + 0.8 * (1.0 * 0.001 + 0.5 * 0.0015))
     assert plan.divergence == 0
@@ -149,6 +150,21 @@ def test_a_profile_of_another_store_is_refused() -> None:
     for wrong, store in ((data, "other"), (b"{}", "store"), (b"\xff", "store")):
         with pytest.raises(StoreError, match="profile again"):
             decode_profile(wrong, store)
+
+
+@pytest.mark.parametrize(("leave_s", "overlap"), [(0.0003, 0.8), (0.0, 1.2), (0.001, 0.0)])
+def test_costs_are_those_that_steps_were_made_of(leave_s: float, overlap: float) -> None:
+    reads_s = [0.001, 0.0014, 0.002]
+    missing = [[3.0, 1.0], [0.0, 5.0], [1.0], [], [2.0, 2.0, 2.0, 1.0]]
+    steps = [Step(leave_s * sum(one) + overlap * missing_s(one, reads_s), one) for one in missing]
+    assert fit_costs(steps, reads_s) == pytest.approx((leave_s, overlap), abs=1e-9)
+
+
+def test_no_cost_is_below_nothing() -> None:
+    steps = [Step(0.010, [10.0]), Step(0.004, [0.0, 10.0])]  # who misses more is faster
+    leave_s, overlap = fit_costs(steps, [0.001, 0.002])
+    assert min(leave_s, overlap) == 0 < max(leave_s, overlap)
+    assert fit_costs([Step(-0.001, [3.0])], [0.001]) == (0, 0) == fit_costs([Step(0.001, [])], [0.001])
 
 
 def test_values_between_measured_ones_lie_on_a_line() -> None:

@@ -119,7 +119,9 @@ def _virtual(options: argparse.Namespace) -> str:
 def _planner(options: argparse.Namespace) -> str:
     from expertd_engine.bench.planned import planner
 
-    return planner(options.stores, options.routing.split(","), rounds=options.rounds, tokens=options.tokens)
+    routings = [] if options.only == "memory" else options.routing.split(",")
+    memory = options.only != "speed"
+    return planner(options.stores, routings, rounds=options.rounds, tokens=options.tokens, memory=memory)
 
 
 def _make_model(options: argparse.Namespace) -> str:

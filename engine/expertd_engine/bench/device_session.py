@@ -15,11 +15,12 @@ import msgspec
 import numpy as np
 import torch
 
+from expertd_engine.bench.engine_spec import config_of, generated
 from expertd_engine.bench.generated import ChannelLookahead
 from expertd_engine.bench.protocol import EngineFacts, EngineSpec
 from expertd_engine.bench.replay import LRUReplay
 from expertd_engine.bench.routing import Ids
-from expertd_engine.bench.session import EngineSession, config_of, generated
+from expertd_engine.bench.session import EngineSession
 from expertd_engine.config import Config, parse_size
 from expertd_engine.console import silent
 from expertd_engine.core import StepResult

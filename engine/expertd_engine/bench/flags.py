@@ -128,6 +128,7 @@ def _add_planner(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--rounds", type=_positive, default=3, metavar="N", help="of all budgets (default: 3)")
     command.add_argument("--tokens", type=_positive, default=64, metavar="N", help="timed in each (default: 64)")
+    command.add_argument("--only", choices=("speed", "memory"), help="of the two (default: both)")
 
 
 def _add_perplexity(command: argparse.ArgumentParser) -> None:

@@ -17,13 +17,7 @@ from expertd_engine.bench.shapes import Cut, make_config
 from expertd_engine.bench.weights import constant, random_matrix, random_rows, stored_bytes
 from expertd_engine.console import Progress, silent
 from expertd_engine.experts.store import ExpertStore, is_store
-from expertd_engine.experts.store_format import (
-    DENSE_NAME,
-    RECORDS_NAME,
-    LayerEntry,
-    QuantisedTensor,
-    RecordLayout,
-)
+from expertd_engine.experts.store_format import DENSE_NAME, RECORDS_NAME, LayerEntry, QuantisedTensor, RecordLayout
 from expertd_engine.families import DTYPES, build_servable_model
 from expertd_engine.kernels.formats import STRIP_ROWS, Bytes
 from expertd_engine.kernels.row_order import ROW_FORMATS

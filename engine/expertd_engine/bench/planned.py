@@ -140,7 +140,7 @@ def _report(speeds: Sequence[_Speed], memories: Sequence[MemoryRun]) -> str:
         for one in speeds
     ]  # fmt: skip
     notes = [
-        " · ".join(MEMORY_HEADER),
+        *([" · ".join(MEMORY_HEADER)] if memories else []),
         *(
             f"{one.label} · {mebibytes(one.plan.memory_bytes)} · {mebibytes(one.used)} · {one.over:+.1%}"
             for one in memories

@@ -117,7 +117,8 @@ class LayerQuality(QualityBench):
 
     def _routing(self, method: str, slots: Sequence[int]) -> VirtualRouting:
         served, moving = self._model.held.sets.limits, SwapLimits(in_flight=len(self._experts))
-        still, after = replace(moving, per_step=0, ahead=0), replace(served, foreseen=0, ahead=0, per_step=1)
+        still = replace(moving, per_step=0, ahead=0)
+        after = replace(served, foreseen=0, ahead=0, per_step=1, half_life=moving.half_life)
         published = partial(with_slots, self._model, slots, foresees=False, shared_by=1)
         made: dict[str, Callable[[], VirtualRouting]] = {
             "planned": lambda: with_slots(self._model, slots, served),

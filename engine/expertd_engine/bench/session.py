@@ -10,15 +10,15 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from expertd_engine.bench.channel import PREDICTORS, Channel, make_channel
+from expertd_engine.bench.channel import PREDICTORS
 from expertd_engine.bench.disk import read_bandwidth
-from expertd_engine.bench.generated import ChannelLookahead, GeneratedRoutes, Recorder
+from expertd_engine.bench.engine_spec import config_of, generated, opened
+from expertd_engine.bench.generated import ChannelLookahead, Recorder
 from expertd_engine.bench.protocol import (
     Decoded,
     DecodeRequest,
@@ -29,10 +29,8 @@ from expertd_engine.bench.protocol import (
     PrefillRequest,
 )
 from expertd_engine.bench.replay import AgedReplay, LRUReplay
-from expertd_engine.bench.routing import RoutingShape, make_routing, shape_of
-from expertd_engine.bench.slow_disk import open_store
+from expertd_engine.bench.routing import shape_of
 from expertd_engine.bench.turns import Switch
-from expertd_engine.config import Config, Device, DeviceMisses, Policy, Predictor, parse_size
 from expertd_engine.console import silent
 from expertd_engine.core import Forward, StepResult
 from expertd_engine.errors import EngineError
@@ -301,11 +299,6 @@ class EngineSession:
         cache.end_step()
 
 
-def opened(spec: EngineSpec) -> ExpertStore:
-    """The store, as quick as it shall be. Raises StoreError."""
-    return open_store(Path(spec.store), spec.disk_mib_s)
-
-
 def _dense_read_bytes(store: ExpertStore) -> int:
     with store.dense_path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -318,31 +311,3 @@ def _dense_read_bytes(store: ExpertStore) -> int:
 def _kernels() -> str:
     """Which kernels compute the experts."""
     return "torch kernels" if library.why_missing() else f"{library.load().instruction_set} kernels"
-
-
-def generated(spec: EngineSpec, shape: RoutingShape) -> tuple[GeneratedRoutes | None, Channel | None]:
-    """The routes and the channel that `spec` asks for; None for the model's own. Raises UsageError."""
-    routing, channel = make_routing(spec.routing, shape, spec.seed), make_channel(spec.hints)
-    if routing is None:
-        return None, None
-    return GeneratedRoutes(routing, channel, spec.streams + 1), channel
-
-
-def config_of(spec: EngineSpec) -> Config:
-    """What the engine is started with."""
-    return Config(
-        model=spec.store,
-        expert_budget=parse_size(spec.expert_budget, share_allowed=True) if spec.expert_budget else None,
-        memory_budget=parse_size(spec.memory_budget) if spec.memory_budget else None,
-        expert_policy=cast(Policy, spec.policy),  # checked by the command line
-        predictor=cast(Predictor, spec.hints if spec.hints in PREDICTORS else "none"),
-        prefetch=spec.prefetch,
-        prefix_cache=False,
-        max_model_len=spec.max_model_len,
-        max_sequences=spec.streams + 1,
-        max_step_tokens=spec.max_step_tokens,
-        threads=spec.threads,
-        io_threads=spec.io_threads,
-        device=cast(Device, spec.device),
-        device_misses=cast(DeviceMisses, spec.device_misses),
-    )

@@ -11,7 +11,7 @@ once, which bounds the share of the disk that virtual mode may take.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from expertd_engine.errors import EngineError, ResourceError
@@ -158,16 +158,19 @@ class _Spare:
     that it had of late."""
 
     def __init__(self, layer: _Layer, expected: Sequence[float]) -> None:
-        scores = layer.scores
-        total = max(sum(scores.values()), _LEAST)
-        self._worth = [share + scores.get(expert, 0.0) / total for expert, share in enumerate(expected)]
-        self._victims = sorted([(self._worth[expert], expert) for expert in layer.victims()], reverse=True)
+        self._expected, self._scores = expected, layer.scores
+        self._total = max(sum(layer.scores.values()), _LEAST)
+        self._victims = sorted(zip(self._worth(victims := layer.victims()), victims, strict=True), reverse=True)
 
     def give_way_to(self, newcomer: int, factor: float) -> int | None:
         """Whoever is worth least, if the newcomer is worth more than so many times that."""
-        if not self._victims or self._worth[newcomer] <= self._victims[-1][0] * factor:
+        if not self._victims or self._worth((newcomer,))[0] <= self._victims[-1][0] * factor:
             return None
         return self._victims.pop()[1]
+
+    def _worth(self, experts: Collection[int]) -> list[float]:
+        expected, scores, total = self._expected, self._scores, self._total
+        return [expected[expert] + scores.get(expert, 0.0) / total for expert in experts]
 
 
 class VirtualExperts:
@@ -336,7 +339,9 @@ class VirtualExperts:
         self.swaps[number] += victim == _GONE or victim in layer.held
         if victim in layer.held:
             actions.append(self._release(number, victim))
-        return actions + self._shrink(number) + self._fill()
+        if len(layer.held) > layer.slots:
+            actions += self._shrink(number)
+        return actions + self._fill() if self._has_room else actions
 
     def failed(self, expert: ExpertId) -> list[Action]:
         """It cannot be loaded now; it may be chosen again once it has been observed anew."""

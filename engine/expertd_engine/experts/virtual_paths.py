@@ -32,7 +32,7 @@ class VirtualPaths(VirtualExperts):
 
     def whole(self) -> frozenset[int]:
         """Paths that every layer holds."""
-        return frozenset.intersection(*(self.held(number) for number in range(len(self._layers))))
+        return frozenset(set.intersection(*(layer.held for layer in self._layers)))
 
     def score(self, layer: int, expert: int) -> float:
         """The path's, in all layers."""
@@ -94,6 +94,8 @@ class VirtualPaths(VirtualExperts):
         chosen = self._chosen()
         actions: list[Action] = []
         for number, layer in enumerate(self._layers):
+            if layer.held == chosen:
+                continue
             spare = sorted(layer.held - chosen)[: max(0, len(layer.held) - layer.slots)]
             actions += [self._release(number, path) for path in spare]
             for path in sorted(chosen - layer.held - layer.coming.keys()):

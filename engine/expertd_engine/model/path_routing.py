@@ -8,7 +8,7 @@ one of other routes, and its layers know nothing of it.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -82,7 +82,12 @@ class PathRouting:
     def _along_held(
         self, own: Sequence[int], chances: Floats, limits: Sequence[float], known: KnownRoutes
     ) -> KnownRoutes:
-        whole, held = self.sets.whole(), [self.sets.held(layer) for layer in range(self._layers)]
+        whole = self.sets.whole()
+        if whole.issuperset(own):
+            self.sets.stay = True
+            self._count(own, ())
+            return known
+        held = [self.sets.held(layer) for layer in range(self._layers)]
         served = [
             None if path in whole else serve(row, path, whole, held, limit)
             for path, row, limit in zip(own, chances.tolist(), limits, strict=True)
@@ -93,18 +98,17 @@ class PathRouting:
         ]
         self.counts.fetched += sum(lacking)
         self.sets.stay = not any(lacking)
-        self._count(own, served)
+        self._count(own, [(row, other) for row, other in enumerate(served) if other is not None])
         return _routes(own, served, self._layers, known)
 
-    def _count(self, own: Sequence[int], served: Sequence[Served | None]) -> None:
+    def _count(self, own: Sequence[int], served: Iterable[tuple[int, Served]]) -> None:
+        """Who computes rows in the place of their `own`, by row."""
         counts = self.counts
         counts.activations = [count + len(own) for count in counts.activations]
-        for row, (path, other) in enumerate(zip(own, served, strict=True)):
-            if other is None:
-                continue
+        for row, other in served:
             self._mass[row] = sum(other.masses) / len(other.masses)
             for layer in range(self._layers):
-                replaced = int(other.in_layer(layer) != path)
+                replaced = int(other.in_layer(layer) != own[row])
                 self._substituted[row] += replaced
                 counts.substituted[layer] += replaced
                 counts.mass[layer] += other.masses[layer % len(other.masses)]

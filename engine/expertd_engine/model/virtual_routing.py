@@ -8,7 +8,7 @@ the router's own rule likes next share what the others weighed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -230,7 +230,8 @@ class VirtualRouting:
             counts.activations[layer] += rows * top_k
             counts.substituted[layer] += replaced[place]
             counts.mass[layer] += mass[place]
-            self.held.sets.observe(layer, _sums(met.chosen[place], values[place]))
+        for layer, sums in zip(met.layers, _sums_of_layers(met.chosen, values), strict=True):
+            self.held.sets.observe(layer, sums)
         self.held.cache.served(_served(met, max(map(len, self.masks))))
 
     def _foresee(self, layer: int, hidden: Tensor) -> None:
@@ -309,6 +310,15 @@ def _sums(chosen: Ids, values: Floats) -> dict[int, float]:
         return dict(zip(chosen[0].tolist(), values[0].tolist(), strict=True))
     total = np.bincount(chosen.ravel(), values.ravel())
     return {expert: float(total[expert]) for expert in np.flatnonzero(total).tolist()}
+
+
+def _sums_of_layers(chosen: Ids, values: Floats) -> Iterable[dict[int, float]]:
+    """As `_sums`, from `[n, T, K]` each: what one token chose in all layers becomes lists at once."""
+    if chosen.shape[1] == 1:
+        return (
+            dict(zip(*pair, strict=True)) for pair in zip(chosen[:, 0].tolist(), values[:, 0].tolist(), strict=True)
+        )
+    return map(_sums, chosen, values)
 
 
 def _served(met: Met, experts: int) -> list[tuple[int, int, int]]:

@@ -6,6 +6,7 @@ fixed split can only lose. Virtual mode holds a set for each layer, and there th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,10 @@ from expertd_engine.errors import BudgetError
 from expertd_engine.messages import ExpertMode
 from expertd_engine.planning.profile import MissCurve, Profile, at_share
 from expertd_engine.planning.split import Gain, split_slots
-from expertd_engine.planning.startup_plan import Asked, Measured, plan_memory
+from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
+
+SPREAD = 0.01
+"""Of memory: daemons that do the same have been seen to differ by less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ def make_plan(profile: Profile, request: Request) -> Plan:
     """Raises BudgetError, with the smallest budget that works, for one that is too small."""
     startup = plan_memory(_measured(profile, request), _asked(profile, request))
     experts = startup.expert_budget_bytes
-    memory = profile.memory.base + profile.memory.step + experts + startup.kv_blocks * profile.memory.kv_block
+    memory = _memory(profile, startup)
     if request.mode == "virtual":
         slots, gains = virtual_slots(profile, experts, request.share)
         loss = sum(curve.loss(count) for curve, count in zip(profile.model.layers, slots, strict=True))
@@ -68,6 +72,13 @@ def make_plan(profile: Profile, request: Request) -> Plan:
     hit_rate, step_s = predict_exact(profile, profile.curve(request.routing), experts)
     even = [min(count, int(count * experts / profile.expert_bytes)) for count in profile.num_experts]
     return Plan("exact", experts, startup.kv_blocks, memory, even, hit_rate, step_s, 0.0, [])
+
+
+def _memory(profile: Profile, startup: StartupPlan) -> int:
+    """What all processes use at most; a budget is kept to, as serving keeps to it."""
+    memory = profile.memory
+    parts = memory.base + memory.step + startup.expert_budget_bytes + startup.kv_blocks * memory.kv_block
+    return min(int((1 + SPREAD) * parts), startup.memory_budget_bytes or sys.maxsize)
 
 
 def predict_exact(profile: Profile, curve: MissCurve, expert_bytes: int) -> tuple[float, float]:

@@ -144,7 +144,7 @@ def decode_tiles(layout: ExpertLayout, cols: int) -> Tiles:
         return _fitting(Tiles(16, 128, 2, 2), layout, cols)
     if layout.format == "bfloat16":
         return _fitting(Tiles(32, 256, 4, 4) if is_down else Tiles(16, 256, 2, 4), layout, cols)
-    span = 64 if layout.format in ("int4", "int4s") else 128
+    span = 32 if layout.format in ("int4", "int4s") else 128
     return _fitting(Tiles(32 if is_down else 16, span, 2, 4), layout, cols)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm, normalised
-from expertd_engine.kernels.cuda.selection import HELD, in_best_groups, places, ranks, scored
+from expertd_engine.kernels.cuda.selection import ranked, scored
 from expertd_engine.kernels.cuda.substitute import Among, answer
 from expertd_engine.model.native_abi import NormKind, Scores
 
@@ -122,6 +122,9 @@ def _route_kernel(
         given = normalised(given, weight, norm_bias, i, COLS, eps, LAYER)
     if y is not None and part == 0:
         tl.store(y + row * y_stride + i, given.to(y.dtype.element_ty), i < COLS)
+    if held is not None:  # while the matrix is on its way: it is asked for at the end, when nothing else is
+        given = tl.where(i < COLS, given, 0.0)
+        length, limit, is_real = tl.sqrt(tl.sum(given * given, 0)), tl.load(limits + row), row < tl.load(num_rows)
     found = tl.sum(rows * given[None, :], 1)
     if bias is not None:
         found = found + tl.load(bias + e, e < EXPERTS, 0.0)
@@ -134,20 +137,10 @@ def _route_kernel(
         expert = tl.where(lives, g * (EXPERTS // GROUPS) + s, 2147483647)
         scores = tl.load(logits + row * logits_stride + expert, lives, float("-inf"), cache_modifier=".cg")
         scores = scored(scores, lives, SCORES)
-        if (GROUPS == 1) and (favour is None):  # a higher logit is a higher score
-            rank = tl.reshape(ranks(logits + row * logits_stride, held, EXPERTS, BLOCK_S), scores.shape)
-            place, ahead = rank % HELD, rank // HELD
-            if SCORES == 2:  # one NaN, and all scores are: then ids alone tell them apart
-                place = tl.where(scores == scores, place, expert)
-        else:
-            eligible = scores
-            if favour is not None:
-                eligible = scores + tl.load(favour + expert, lives, 0.0)
-            eligible = tl.where(lives & (eligible == eligible), eligible, float("-inf"))  # NaN is chosen last
-            if GROUPS > 1:
-                eligible = in_best_groups(eligible, expert, g, GROUPS, KEPT, BEST)
-            place = places(eligible, expert)
-            ahead = place
+        place, ahead = ranked(
+            logits + row * logits_stride, scores, expert, g, lives, favour, held,
+            EXPERTS, SCORES, GROUPS, KEPT, BEST,
+        )  # fmt: skip
         chosen = lives & (place < TOP_K)
         if SCORES == 4:  # of what is chosen alone
             best = tl.max(tl.max(tl.where(place == 0, scores, float("-inf")), 1), 0)
@@ -160,10 +153,8 @@ def _route_kernel(
         tl.store(index + row * index_stride + place, expert.to(index.dtype.element_ty), chosen)
         tl.store(weights + row * weights_stride + place, scores * scale, chosen)
         if held is not None:
-            given = tl.where(i < COLS, given, 0.0)
             answer(
-                logits + row * logits_stride, score, expert, g, lives, place, ahead, scores * scale,
-                tl.sqrt(tl.sum(given * given, 0)), row < tl.load(num_rows), favour, held, tl.load(limits + row),
-                asked, met + row * met_stride, served + row * WIDTH, shares + row * WIDTH,
+                logits + row * logits_stride, score, expert, g, lives, place, ahead, scores * scale, length, is_real,
+                favour, held, limit, asked, met + row * met_stride, served + row * WIDTH, shares + row * WIDTH,
                 TOP_K, WIDTH, SHARED, SCORES, GROUPS, KEPT, BEST,
             )  # fmt: skip

@@ -12,7 +12,32 @@ HELD = tl.constexpr(1 << 16)
 
 
 @triton.jit
-def ranks(logits: tl.tensor, held: tl.tensor, EXPERTS: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+def ranked(
+    logits: tl.tensor, scores: tl.tensor, expert: tl.tensor, g: tl.tensor, lives: tl.tensor, favour: tl.tensor,
+    held: tl.tensor, EXPERTS: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
+    BEST: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """How many come before each `[G, S]` of a row by the router's rule; and how many of the held do, where logits alone
+    decide and `held` is given."""
+    if (GROUPS == 1) and (favour is None):  # a higher logit is a higher score
+        rank = tl.reshape(_ranks(logits, held, EXPERTS, scores.shape[1]), scores.shape)
+        place, ahead = rank % HELD, rank // HELD
+        if SCORES == 2:  # one NaN, and all scores are: then ids alone tell them apart
+            place = tl.where(scores == scores, place, expert)
+    else:
+        eligible = scores
+        if favour is not None:
+            eligible = scores + tl.load(favour + expert, lives, 0.0)
+        eligible = tl.where(lives & (eligible == eligible), eligible, float("-inf"))  # NaN is chosen last
+        if GROUPS > 1:
+            eligible = in_best_groups(eligible, expert, g, GROUPS, KEPT, BEST)
+        place = places(eligible, expert)
+        ahead = place
+    return place, ahead
+
+
+@triton.jit
+def _ranks(logits: tl.tensor, held: tl.tensor, EXPERTS: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
     """How many logits of a row come before each `[BLOCK]`: those that are higher, and equals of a lower id; NaN is the
     lowest. Each that is held, if `held` is given, counts `HELD` more."""
     CHUNK: tl.constexpr = BLOCK if BLOCK < _AT_ONCE else _AT_ONCE
