@@ -50,8 +50,6 @@ class Timed:
     """Of timed tokens."""
     choices: int = 0
     substituted: int = 0
-    expert_bytes: float = 0.0
-    """Of experts that steps read, those of all streams; each expert counts once a step, as if all were equally long."""
 
 
 class Decoder:
@@ -65,7 +63,6 @@ class Decoder:
         self._routes = None if routing is None else GeneratedRoutes(routing)
         self._engine = self._started(store, config)
         self._experts = [layer.num_experts for layer in store.index.layers]
-        self._record_bytes = store.index.expert_bytes_total() / sum(self._experts)
         self._prompts = prompts
         self._next_id = 1
 
