@@ -191,11 +191,23 @@ def test_serve_and_io(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (["--expert-budget", "25%", "--memory-budget", "1GiB"], "not both"),
     (["--cgroup"], "needs --memory-budget"),
     (["--versus", "colour=red"], "colour"),
+    (["--versus", "prefetch=no"], "'no' is neither on nor off"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_refused(
     store: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["decode", str(store), *flags, *SMALL]) != 0
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--device", "cuda"], "--device cuda is not allowed for bench serve"),
+    (["--routing", "uniform", "--hints", "exact"], "without --routing, --hints"),
+])  # fmt: skip
+def test_a_daemon_is_not_asked_for_what_it_cannot_do(
+    store: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(store), *flags, *SMALL]) != 0
     assert message in capsys.readouterr().err
 
 

@@ -137,6 +137,7 @@ def test_a_virtual_token_is_timed_beside_one_of_a_smaller_model(store: ExpertSto
     values = json.loads(told.splitlines()[-1])
     assert values["ratio"] > 0 and values["slots"] == 6
     runs = values["runs"]
+    assert all(run["expert_bytes_per_token"] > 0 for run in runs.values())
     assert runs["virtual"]["stall_s"] == 0 < runs["virtual"]["substituted"] < 1
     assert runs["a model of 6 experts"]["substituted"] == 0
     with pytest.raises(UsageError, match="give 4 to 12"):

@@ -59,6 +59,9 @@ def test_a_second_run_uses_what_the_first_left(model: Path, tmp_path: Path) -> N
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     first, second = (tmp_path / name / "model.safetensors" for name in ("first", "moe"))
     assert first.read_bytes() == second.read_bytes()
+    second.parent.rename(tmp_path / "second")
+    assert _convert(model, texts, "--distillation", "0", "--baselines") == 3, "its rate was not chosen among others"
+    assert {path.name for path in (tmp_path / "moe.work" / "results").iterdir()} == {path.name for path in stamps}
 
 
 def test_experts_can_begin_as_copies_of_a_pruned_models(
@@ -107,6 +110,7 @@ def test_what_is_wrong_is_said(model: Path, tmp_path: Path, capsys: pytest.Captu
         (empty, [], 3, "holds no text for void"),
         (short, ["--length", "512"], 3, "training tokens: at least 513 are needed"),
         (good, ["--active", "0.1", "--permanent", "0.2"], 2, "0 ≤ permanent < active ≤ 1"),
+        (good, ["--seeds", "0"], 2, "--seeds 0 is not allowed: give 1 or more"),
         (good, ["--rows", "5"], 2, "--micro-rows 2 does not divide --rows 5"),
         (good, ["--pruned-steps", "-1"], 2, "--pruned-steps -1 is not allowed"),
         (good, ["--pruned-steps", "9", "--routing", "heads"], 2, "not allowed with --routing heads: only experts of"),

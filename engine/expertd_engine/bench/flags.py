@@ -44,11 +44,15 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cache-dir", type=Path, default=Config().cache_dir, metavar="DIR", help="prepared models")
     command.add_argument("--threads", type=_positive, metavar="N", help="compute threads (default: all cores)")
     command.add_argument("--io-threads", type=_positive, default=2, metavar="N", help="reading threads (default: 2)")
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=DEVICES, default="cpu", help="what computes (default: cpu)")
 
 
 def _add_engine(command: argparse.ArgumentParser) -> None:
     _add_model(command)
+    _add_device(command)
     command.add_argument("--expert-budget", metavar="SIZE", help="as for serve, such as 25%% or 2GiB")
     command.add_argument("--memory-budget", metavar="SIZE", help="as for serve")
     command.add_argument("--cgroup", action="store_true", help="run in a memory cgroup of --memory-budget; needs root")
@@ -88,6 +92,7 @@ def _add_run(command: argparse.ArgumentParser, prompt: int, tokens: int) -> None
 
 def _add_foresight(command: argparse.ArgumentParser) -> None:
     _add_model(command)
+    _add_device(command)
     command.add_argument(
         "--routing", default="uniform,calibrated:fine", metavar="R,…", help="(default: uniform,calibrated:fine)"
     )
@@ -116,6 +121,7 @@ def _add_quality(command: argparse.ArgumentParser) -> None:
 
 def _add_virtual(command: argparse.ArgumentParser) -> None:
     _add_model(command)
+    _add_device(command)
     command.add_argument("--slots", type=_positive, required=True, metavar="N", help="experts held in each layer")
     command.add_argument("--pairs", type=_positive, default=15, metavar="N", help="interleaved rounds (default: 15)")
     command.add_argument("--tokens", type=_positive, default=48, metavar="N", help="timed in a round (default: 48)")

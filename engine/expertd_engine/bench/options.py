@@ -20,12 +20,19 @@ from expertd_engine.config import parse_size
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.store import ExpertStore
 
+
+def _is_on(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise ValueError(f"{text!r} is neither on nor off")
+    return text == "on"
+
+
 _VARIABLES: dict[str, Callable[[str], Any]] = {
     "policy": str,
     "routing": str,
     "hints": str,
     "expert_budget": str,
-    "prefetch": lambda text: text == "on",
+    "prefetch": _is_on,
     "io_threads": int,
     "threads": int,
 }

@@ -42,8 +42,11 @@ class _Round:
 
 def serve(options: Options) -> str:
     """Run it; the report. Raises UsageError for what a daemon cannot be told."""
-    if options.engine.routing != "model" or options.peer or options.versus:
-        raise UsageError("bench serve measures the daemon as it is: without --routing, --peer and --versus")
+    engine = options.engine
+    if (engine.routing, engine.hints) != ("model", "none") or options.peer or options.versus:
+        raise UsageError("bench serve measures the daemon as it is: without --routing, --hints, --peer and --versus")
+    if engine.device != "cpu":
+        raise UsageError(f"--device {engine.device} is not allowed for bench serve: give cpu")
     with ExitStack() as stack:
         group = None if options.limit_bytes is None else stack.enter_context(limited_memory(options.limit_bytes))
         command = _command(options) if group is None else inside(group, _command(options))
@@ -72,7 +75,7 @@ def _command(options: Options) -> list[str]:
         "--expert-budget": engine.expert_budget, "--memory-budget": engine.memory_budget,
         "--expert-policy": engine.policy, "--threads": engine.threads, "--io-threads": engine.io_threads,
         "--max-step-tokens": engine.max_step_tokens, "--max-model-len": engine.max_model_len,
-        "--max-sequences": engine.streams,
+        "--max-sequences": engine.streams, "--device": engine.device,
     }  # fmt: skip
     return (
         command

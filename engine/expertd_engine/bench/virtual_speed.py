@@ -68,29 +68,31 @@ def _holding(config: Config, index: StoreIndex, slots: int) -> Config:
 
 def _report(store: ExpertStore, slots: int, pairs: int, tokens: int, runs: tuple[Timed, Timed, Timed]) -> str:
     alone, whole, _ = runs
+    record_bytes = store.index.expert_bytes_total() / sum(layer.num_experts for layer in store.index.layers)
     ratio = ratio_interval(alone.means_s, whole.means_s)
     values = {
         "command": "virtual", "model": store.index.name, "slots": slots, "pairs": pairs, "tokens": tokens,
         "ratio": ratio.median, "ratio_interval": ratio.as_json(),
-        "runs": {run.name: _values(run) for run in runs},
+        "runs": {run.name: _values(run, record_bytes) for run in runs},
     }  # fmt: skip
     note = f"virtual over cut: {ratio.median:.3f} × (95 %: {spread(ratio.low, ratio.high, 3)})"
     title = f"{store.index.name}: {slots} slots a layer, {pairs} pairs of {tokens} tokens, one stream"
-    return finish(title, HEADER, [_row(run) for run in runs], [note], values)
+    return finish(title, HEADER, [_row(run, record_bytes) for run in runs], [note], values)
 
 
-def _values(run: Timed) -> dict[str, float]:
+def _values(run: Timed, record_bytes: float) -> dict[str, float]:
+    """`record_bytes`: of an expert, on average. Bytes of experts are those of all streams' steps."""
     return {
         "ms_per_token": 1e3 * median_interval(run.means_s).median,
         "p95_ms": 1e3 * percentile(run.gaps_s, 0.95),
         "stall_s": run.stall_s,
         "substituted": run.substituted / max(1, run.choices),
-        "expert_bytes_per_token": run.expert_bytes / len(run.gaps_s),
+        "expert_bytes_per_token": run.lookups * record_bytes / len(run.gaps_s),
     }
 
 
-def _row(run: Timed) -> list[str]:
-    interval, values = median_interval(run.means_s), _values(run)
+def _row(run: Timed, record_bytes: float) -> list[str]:
+    interval, values = median_interval(run.means_s), _values(run, record_bytes)
     return [
         run.name,
         number(values["ms_per_token"]),

@@ -96,7 +96,10 @@ def refactor(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise UsageError for options that do not go together."""
+    """Raise UsageError for options that cannot be, or do not go together."""
+    for name, value in (("--seeds", options.seeds), ("--micro-rows", options.micro_rows)):
+        if value < 1:
+            raise UsageError(f"{name} {value} is not allowed: give 1 or more")
     if options.micro_rows > options.rows or options.rows % options.micro_rows:
         raise UsageError(f"--micro-rows {options.micro_rows} does not divide --rows {options.rows}")
     if options.pruned_steps < 0:
@@ -130,6 +133,8 @@ def _run(shop: Workshop, options: argparse.Namespace, shape: Shape) -> Job:
         compile=shop.compute != torch.float32,
     )  # fmt: skip
     jobs, kept = _jobs(options, recipe, shape, shop.dense)
+    for job in jobs:
+        shop.check(job)  # before hours of others
     shop.score_dense()
     if options.distillation:
         shop.run(Job(TUNED, None, replace(recipe, steps=max(1, options.steps // 2)), keep=True))

@@ -81,9 +81,9 @@ class Workshop:
     def run(self, job: Job) -> dict[str, Any]:
         """The job's result, computed unless there is one. Raises TrainingError; what was learned stays. ModelError
         where a job of that name has run otherwise."""
+        self.check(job)
         found = self.result(job.name)
         if found is not None:
-            self._check_same(job, found["job"])
             return found
         if job.best_of:
             job = replace(job, recipe=replace(job.recipe, learning_rate=self.best_rate(job.best_of)))
@@ -132,14 +132,18 @@ class Workshop:
         grown.compute_in(self.compute)
         return grown
 
-    def _check_same(self, job: Job, ran: dict[str, Any]) -> None:
-        """Raise ModelError unless `ran` is the job, but for its learning rate where that was chosen."""
+    def check(self, job: Job) -> None:
+        """Raise ModelError where a job of that name has run otherwise, but for its learning rate if that was chosen."""
+        found = self.result(job.name)
+        if found is None:
+            return
+        ran = {**found["job"], **found["job"]["recipe"]}
         free = {"compile", "micro_rows", *(("learning_rate",) if job.best_of else ())}
-        asked = {**_plain(job), **asdict(job.recipe)}
+        asked = {**_plain(job), **asdict(job.recipe), "best_of": list(job.best_of)}
         differs = {
             name: value
-            for name, value in {**ran, **ran["recipe"]}.items()
-            if name not in free and name not in ("recipe", "best_of", "keep") and asked.get(name) != value
+            for name, value in ran.items()
+            if name not in free and name not in ("recipe", "keep") and asked.get(name) != value
         }
         if differs:
             told = ", ".join(f"{name} {value} instead of {asked.get(name)}" for name, value in differs.items())
