@@ -156,7 +156,9 @@ def _memory(text: TextEngine, store: ExpertStore, config: Config) -> MemoryProfi
         max_sequences=config.max_sequences,
         max_model_len=info.max_model_len,
     )
-    flags = {"--threads": torch.get_num_threads(), "--io-threads": config.io_threads}
+    quarter = min(store.index.expert_bytes_total(), text.engine.cache.ledger.budget_bytes) // 4
+    flags = {"--threads": torch.get_num_threads(), "--io-threads": config.io_threads,
+             "--expert-budget": max(quarter, measured.experts_minimum)}  # fmt: skip
     served = served_bytes(store, memory, flags)
     return msgspec.structs.replace(memory, base=max(memory.base, served - memory.step))
 
@@ -166,8 +168,7 @@ def served_bytes(store: ExpertStore, memory: MemoryProfile, flags: Mapping[str, 
     for experts and KV."""
     tokens = min(FILLED, memory.max_model_len)
     blocks = max(memory.max_sequences * tokens, memory.max_model_len) // memory.block_tokens + 1
-    quarter = {"--expert-budget": store.index.expert_bytes_total() // 4}
-    filled = fill(store, memory, {**quarter, **flags}, blocks, tokens)
+    filled = fill(store, memory, flags, blocks, tokens)
     return filled.peak - filled.experts - filled.kv
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expertd_engine.bench.routing import Routing, make_routing, shape_of
+from expertd_engine.bench.routing import Routing, RoutingShape, make_routing, shape_of
 from expertd_engine.bench.text_decoder import WARM, Decoder, Timed
 from expertd_engine.calibration import Window
 from expertd_engine.config import Config
@@ -24,9 +24,9 @@ from expertd_engine.planning.costs import Step, fit_costs
 from expertd_engine.planning.replay import Routes
 
 STREAMS = 4
-"""Timed with every expert there; where they go, misses are foretold from."""
+"""Timed with every expert there, or as many as the box has room for; where they go, misses are foretold from."""
 LOW_SHARES = (0.5, 0.35, 0.2)
-"""Of all expert bytes: budgets at which the cost of missing experts is measured."""
+"""Of all expert bytes: budgets at which the cost of missing experts is measured, as far as the box has so much."""
 DRIFTING = "calibrated:fine"
 """Routes that miss something in every model, whatever its own do."""
 NOT_COUNTED = WARM - 1
@@ -69,15 +69,37 @@ class _Routes:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """Of one engine, from its largest budget down."""
+
+    first: Timed
+    fits: bool
+    """Every expert was there in the first."""
+    low: list[Timed]
+
+    def steps(self, still: Timed) -> Iterator[Step]:
+        """Those that may have missed something, beyond this engine's own that did not, or else beyond `still`."""
+        without = fmean((self.first if self.fits else still).means_s)
+        for timed in self.low if self.fits else [self.first, *self.low]:
+            for seconds, missed in zip(timed.gaps_s, timed.missed, strict=True):
+                yield Step(seconds - without, by_count(missed))
+
+
 def measure_steps(
     store: ExpertStore, config: Config, prompts: Sequence[Window], reads_s: Sequence[float], tokens: int
 ) -> StepCosts:
-    """Time `tokens` of each stream. Raises what starting an engine raises."""
-    watched = _Routes(len(store.index.layers))
-    step_s, steps = _timed(store, config, prompts, tokens, None, watched)
-    drifting = _timed(store, config, prompts, tokens, make_routing(DRIFTING, shape_of(store.index)), None)[1]
-    leave_s, overlap = fit_costs([*steps, *drifting], reads_s)
-    return StepCosts(step_s, leave_s, overlap, watched.tokens, len(watched.tokens) // STREAMS)
+    """Time `tokens` of each stream. No budget is above what serving would plan for this box: where that does not hold
+    every expert, a step that misses nothing is one whose tokens all go to the same few.
+
+    Raises what starting an engine raises.
+    """
+    shape, watched = shape_of(store.index), _Routes(len(store.index.layers))
+    own = _timed(store, config, prompts, tokens, None, watched)
+    drifting = _timed(store, config, prompts, tokens, make_routing(DRIFTING, shape), None)
+    still = (own if own.fits else _timed(store, config, prompts, tokens, _always_the_same(shape), None)).first
+    leave_s, overlap = fit_costs([*own.steps(still), *drifting.steps(still)], reads_s)
+    return StepCosts(fmean(still.means_s), leave_s, overlap, watched.tokens, len(watched.tokens) // STREAMS)
 
 
 def _timed(
@@ -87,33 +109,39 @@ def _timed(
     tokens: int,
     routing: Routing | None,
     watched: _Routes | None,
-) -> tuple[float, list[Step]]:
-    """Seconds of a step that misses nothing, and the steps at low budgets."""
-    decoder, full = Decoder(store, config, prompts, routing), Timed("100%")
+) -> _Windows:
+    decoder, first = Decoder(store, config, prompts, routing), Timed("planned")
     try:
-        decoder.refill()
+        fits, room = decoder.holds_all, decoder.budget_bytes
+        if fits:
+            decoder.refill()
         if watched is not None:
             decoder.onlooker(watched)
         for _ in range(STREAMS):
-            decoder.window(["exact"], tokens, full)
+            decoder.window(["exact"], tokens, first)
         if watched is not None:
             watched.ends = True
-        step_s = fmean(full.means_s)
-        return step_s, [step for share in LOW_SHARES for step in _at(decoder, share, step_s, tokens)]
+        budgets = (int(share * decoder.expert_bytes) for share in LOW_SHARES)
+        low = [one for budget in budgets if budget <= room for one in _at(decoder, budget, tokens)]
+        return _Windows(first, fits, low)
     finally:
         decoder.close()
 
 
-def _at(decoder: Decoder, share: float, step_s: float, tokens: int) -> Iterator[Step]:
-    """Steps in that share of all expert bytes; none where so little is no budget."""
+def _at(decoder: Decoder, budget: int, tokens: int) -> Iterator[Timed]:
+    """Steps in so many bytes; none where so little is no budget."""
     try:
-        decoder.set_budget(int(share * decoder.expert_bytes))
+        decoder.set_budget(budget)
     except BudgetError:
         return
-    low = Timed(f"{share:.0%}")
+    low = Timed(f"{budget} bytes")
     decoder.window(["exact"], tokens, low)
-    for seconds, missed in zip(low.gaps_s, low.missed, strict=True):
-        yield Step(seconds - step_s, by_count(missed))
+    yield low
+
+
+def _always_the_same(shape: RoutingShape) -> Routing:
+    routes = np.tile(np.arange(shape.top_k), (2, shape.layers, 1))
+    return Routing("always the same", shape, 0, trace=routes)
 
 
 def by_count(missed: Sequence[int]) -> list[float]:

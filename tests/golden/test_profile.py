@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
+from expertd_engine import step_costs
 from expertd_engine.bench import planned
 from expertd_engine.bench.quality import quality
+from expertd_engine.bench.text_decoder import Decoder
 from expertd_engine.bench.virtual_speed import virtual_speed
-from expertd_engine.config import Config
+from expertd_engine.config import Config, Size
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.model.virtual_build import FORESEEN
@@ -86,6 +88,29 @@ def test_a_profile_holds_what_was_measured(store: ExpertStore, profiled: Profile
     for layer in profiled.model.layers:
         assert layer.slots[0] == 4 and layer.slots[-1] == 12
         assert layer.mass[-1] == 0 < layer.mass[0] < 1 and layer.sensitivity > 0
+
+
+def test_steps_are_timed_in_no_more_memory_than_serving_would_plan(
+    store: ExpertStore, quick_start: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets: list[int] = []
+    set_budget = Decoder.set_budget
+
+    def noted(decoder: Decoder, nbytes: int) -> None:
+        budgets.append(nbytes)
+        set_budget(decoder, nbytes)
+
+    monkeypatch.setattr(Decoder, "set_budget", noted)
+    monkeypatch.setattr(Decoder, "refill", None)
+    monkeypatch.setattr(step_costs, "STREAMS", 1)
+    total = store.index.expert_bytes_total()
+    config = Config(
+        model=str(store.path), threads=1, max_model_len=192, max_sequences=4, expert_budget=Size(40 * total // 100)
+    )
+    costs = step_costs.measure_steps(store, config, [range(20)], [0.001] * 12, 2)
+    assert set(budgets) == {35 * total // 100, 20 * total // 100}, "half of them do not fit"
+    assert costs.step_s > 0 and len(costs.routes) == costs.stream == step_costs.NOT_COUNTED + 2
+    assert costs.leave_s or costs.overlap, "missing experts cost nothing"
 
 
 def test_a_profile_of_another_version_is_told_of_and_not_used(store: ExpertStore, profiled: Profile) -> None:

@@ -167,6 +167,24 @@ def test_rows_among_held_experts_are_those_of_the_cpu(rule: Rule, shared_by: int
     torch.testing.assert_close(among.asked.cpu(), asked, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rule", RULES[:2])
+def test_where_fewer_are_held_than_a_token_needs_choices_stay(rule: Rule) -> None:
+    world, width = World(rule, ""), widest(rule.top_k, 2)
+    held = torch.zeros(rule.experts, dtype=torch.int32)
+    held[: rule.top_k - 1] = 1
+    rows = torch.full((ROWS + 1, width), -1, dtype=torch.int32, device=DEVICE)
+    among = Among(
+        held=held.to(DEVICE), limits=torch.ones(ROWS, device=DEVICE),
+        num_rows=torch.tensor([ROWS], dtype=torch.int32, device=DEVICE),
+        asked=torch.zeros(rule.experts, device=DEVICE), met=torch.ones(ROWS, MET, device=DEVICE),
+        experts=rows[:ROWS], weights=torch.empty(ROWS, width, device=DEVICE), shared_by=2,
+    )  # fmt: skip
+    index, weights, _, _ = world.on_device(among)
+    ours = spread(rule, among.experts.cpu().long(), among.weights.cpu())
+    torch.testing.assert_close(ours, spread(rule, index.long(), weights))
+    assert not among.met.any() and (rows[ROWS] == -1).all(), "nobody answers, and nothing is written beyond the rows"
+
+
 def spread(rule: Rule, index: Tensor, weights: Tensor) -> Tensor:
     """Weights `[R, experts]`, whatever the order in which experts are named, and how often."""
     return torch.zeros(len(index), rule.experts).scatter_add_(1, index, weights)

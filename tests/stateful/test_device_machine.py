@@ -329,7 +329,8 @@ class HeldMachine(DeviceMachine):
 TestDevice = DeviceMachine.TestCase
 TestDevice.settings = LIMITS
 TestOnHost = OnHostMachine.TestCase
-TestBoth = BothMachine.TestCase
 TestOnHost.settings = settings(LIMITS, max_examples=25)
+TestBoth = BothMachine.TestCase
+TestBoth.settings = settings(LIMITS, max_examples=25)
 TestHeld = HeldMachine.TestCase
 TestHeld.settings = settings(LIMITS, max_examples=30)

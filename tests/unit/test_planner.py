@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from expertd_engine.bench.genetic import genetic_split
 from expertd_engine.config import parse_size
-from expertd_engine.errors import BudgetError, StoreError
+from expertd_engine.errors import BudgetError, StoreError, UsageError
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.virtual import SwapLimits
 from expertd_engine.planning.costs import Step, fit_costs
@@ -150,6 +150,13 @@ def test_a_profile_of_another_store_is_refused() -> None:
     for wrong, store in ((data, "other"), (b"{}", "store"), (b"\xff", "store")):
         with pytest.raises(StoreError, match="profile again"):
             decode_profile(wrong, store)
+
+
+def test_virtual_mode_is_not_planned_without_curves_of_it() -> None:
+    found = profile()
+    bare = msgspec.structs.replace(found, model=msgspec.structs.replace(found.model, layers=[]))
+    with pytest.raises(UsageError, match="--expert-mode virtual is not allowed for this model"):
+        make_plan(bare, Request(mode="virtual"))
 
 
 @pytest.mark.parametrize(("leave_s", "overlap"), [(0.0003, 0.8), (0.0, 1.2), (0.001, 0.0)])

@@ -86,6 +86,16 @@ class Decoder:
         """Of all experts."""
         return int(self._engine.info.expert_bytes_total)
 
+    @property
+    def budget_bytes(self) -> int:
+        """For experts, now."""
+        return int(self._engine.cache.ledger.budget_bytes)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether the budget has room for every expert."""
+        return self.budget_bytes >= self.expert_bytes
+
     def refill(self) -> None:
         """Have every expert resident, in a budget that holds them all, as after long service."""
         cache = self._engine.cache

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expertd_engine.config import Size
-from expertd_engine.errors import BudgetError
+from expertd_engine.errors import BudgetError, UsageError
 from expertd_engine.messages import ExpertMode
 from expertd_engine.planning.profile import MissCurve, Profile, at_share
 from expertd_engine.planning.split import Gain, split_slots
@@ -60,7 +60,8 @@ class Plan:
 
 
 def make_plan(profile: Profile, request: Request) -> Plan:
-    """Raises BudgetError, with the smallest budget that works, for one that is too small."""
+    """Raises BudgetError, with the smallest budget that works, for one that is too small, and UsageError for virtual
+    mode of a model that was profiled without."""
     startup = plan_memory(_measured(profile, request), _asked(profile, request))
     experts = startup.expert_budget_bytes
     memory = _memory(profile, startup)
@@ -99,7 +100,13 @@ def missing_s(missing: Sequence[float], reads_s: Sequence[float]) -> float:
 
 
 def virtual_slots(profile: Profile, expert_bytes: int, share: float) -> tuple[list[int], list[Gain]]:
-    """Slots of each layer for virtual mode, and what the last one of each was worth. Raises BudgetError."""
+    """Slots of each layer for virtual mode, and what the last one of each was worth. Raises BudgetError, and UsageError
+    for a model whose profile has nothing of it."""
+    if not profile.model.layers:
+        raise UsageError(
+            "--expert-mode virtual is not allowed for this model: its profile has no curves to plan by, since it has "
+            "no virtual mode, or one of whole paths; give exact"
+        )
     total, floor = profile.expert_bytes, profile.top_k * sum(profile.record_bytes)
     staging = 2 * max(profile.record_bytes)
     if expert_bytes >= total:

@@ -34,7 +34,7 @@ class BoxProfile(_Part, frozen=True):
     overlap: float
     """What missing records cost of the time they take to read alone: below 1, where others compute meanwhile."""
     virtual_s: float | None = None
-    """Seconds of one sequence's decode step in virtual mode, sets moving; None where the model has no such mode."""
+    """Seconds of one sequence's decode step in virtual mode, sets moving; None without it, or of whole paths."""
 
 
 class MemoryProfile(_Part, frozen=True):
@@ -82,7 +82,7 @@ class ModelProfile(_Part, frozen=True):
     """Of calibration text, each computed by itself through the real runtime."""
     misses: list[MissCurve]
     layers: list[LayerCurve]
-    """Empty where the model has no virtual mode."""
+    """Empty where the model has no virtual mode, or one of whole paths."""
 
 
 class Profile(_Part, frozen=True):

@@ -138,7 +138,7 @@ def record_constants(layout: ExpertLayout, tiles: Tiles, outputs: int, cols: int
 
 
 def decode_tiles(layout: ExpertLayout, cols: int) -> Tiles:
-    """How matrices of so many columns are cut: the fastest of five to nine cuts tried on an H100."""
+    """How matrices of so many columns are cut: bfloat16, int8, int4 as was fastest of five to ten cuts on an H100."""
     is_down = cols == layout.inner
     if layout.format == "float32":
         return _fitting(Tiles(16, 128, 2, 2), layout, cols)

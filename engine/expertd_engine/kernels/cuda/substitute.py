@@ -81,7 +81,7 @@ def answer(
         )  # fmt: skip
         serves = others & (places(tl.where(others & (logit == logit), logit, float("-inf")), expert) < most)
     else:  # all of the choices that are held come before all others
-        serves = held & (chosen == 0) & (ahead < TOP_K - missed + most)
+        serves = held & (chosen == 0) & (ahead < tl.where(count > 0, TOP_K - missed + most, 0))
     score = tl.where(serves, tl.maximum(score, 1e-30), 0.0)
     all_scores, _, more = _sums(score, score, serves.to(tl.int32))
     shares = tl.where(serves, score * (lost / tl.maximum(all_scores, 1e-30)), tl.where(stays, weight, 0.0))
