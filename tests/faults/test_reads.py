@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from expertd_engine.experts import cache
+from expertd_engine.experts.async_reads import AsyncReads
 from expertd_engine.experts.store_format import RECORDS_NAME
 from expertd_engine.messages import Sampling
 from expertd_engine.startup import Engine
@@ -44,20 +46,36 @@ def errors(generated: Sequence[Generated]) -> list[str | None]:
 
 
 class Disk:
-    """Reads through `os.preadv`, but those that `fault` takes over."""
+    """Reads through `os.preadv`, those begun together too, but for those that `fault` takes over."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         self.fault: Callable[[int, Read, Any], int | None] = lambda number, read, arguments: None
         self._read: Read = os.preadv
         self._lock = threading.Lock()
+        self._ended: dict[int, list[tuple[int, int]]] = {}
+        """What reads begun together came to, by who began them."""
         monkeypatch.setattr(os, "preadv", self._preadv)
+        monkeypatch.setattr(AsyncReads, "begin", lambda ring, reads: self._begin(ring, reads))
+        monkeypatch.setattr(AsyncReads, "under_way", property(lambda ring: len(self._ended.get(id(ring), ()))))
+        monkeypatch.setattr(AsyncReads, "wait", lambda ring, _: self._ended.pop(id(ring)))
 
     def _preadv(self, *arguments: Any) -> int:
         with self._lock:
             number, self.count = self.count, self.count + 1
         taken = self.fault(number, self._read, arguments)
         return self._read(*arguments) if taken is None else taken
+
+    def _begin(self, ring: AsyncReads, reads: Sequence[tuple[int, int, int, int]]) -> int:
+        self._ended[id(ring)] = [(which, self._together(*read)) for which, read in enumerate(reads)]
+        return len(reads)
+
+    def _together(self, file: int, offset: int, address: int, nbytes: int) -> int:
+        buffer = memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+        try:
+            return self._preadv(file, [buffer], offset)
+        except OSError as error:
+            return -(error.errno or errno.EIO)
 
 
 @pytest.fixture
