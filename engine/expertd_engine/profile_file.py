@@ -20,7 +20,7 @@ def profile_to_serve(store: ExpertStore, fallbacks: list[str]) -> Profile | None
     try:
         return read_profile(store) if has_profile(store) else None
     except StoreError as error:
-        fallbacks.append(f"virtual mode does not split its slots over layers as they need them: {error}")
+        fallbacks.append(f"plans and virtual mode's split of slots do without the store's profile: {error}")
         return None
 
 

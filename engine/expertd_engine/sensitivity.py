@@ -101,7 +101,7 @@ class ModelMeasure:
         slots = sorted({min(count, max(self._top_k, round(f * self._top_k))) for f in SLOTS} | {count})
         tokens = self._choices[number]
         mass = [
-            replay_virtual(tokens, sets.priors[number], self._top_k, n, sets.limits, len(tokens) // 4)[0] for n in slots
+            replay_virtual(tokens, sets.priors[number], self._top_k, n, sets.limits, len(tokens) // 4) for n in slots
         ]
         return LayerCurve(slots, mass, self._sensitivity(number))
 

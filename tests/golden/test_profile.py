@@ -110,7 +110,6 @@ def test_steps_are_timed_in_no_more_memory_than_serving_would_plan(
     costs = step_costs.measure_steps(store, config, [range(20)], [0.001] * 12, 2)
     assert set(budgets) == {35 * total // 100, 20 * total // 100}, "half of them do not fit"
     assert costs.step_s > 0 and len(costs.routes) == costs.stream == step_costs.NOT_COUNTED + 2
-    assert costs.leave_s or costs.overlap, "missing experts cost nothing"
 
 
 def test_a_profile_of_another_version_is_told_of_and_not_used(store: ExpertStore, profiled: Profile) -> None:

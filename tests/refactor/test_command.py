@@ -50,7 +50,7 @@ def test_from_texts_to_a_store_with_report_and_baselines(model: Path, tmp_path: 
     )
 
 
-def test_a_second_run_uses_what_the_first_left(model: Path, tmp_path: Path) -> None:
+def test_a_second_run_uses_what_the_first_left(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = write_texts(tmp_path / "texts")
     assert _convert(model, texts, "--distillation", "0") == 0
     (tmp_path / "moe").rename(tmp_path / "first")
@@ -62,6 +62,13 @@ def test_a_second_run_uses_what_the_first_left(model: Path, tmp_path: Path) -> N
     second.parent.rename(tmp_path / "second")
     assert _convert(model, texts, "--distillation", "0", "--baselines") == 3, "its rate was not chosen among others"
     assert {path.name for path in (tmp_path / "moe.work" / "results").iterdir()} == {path.name for path in stamps}
+    capsys.readouterr()
+    make_llama(model, rms_norm_eps=1e-5)
+    assert _convert(model, texts, "--distillation", "0") == 3
+    assert "was made of something else (changed: dense model): name another --work" in capsys.readouterr().err
+    (texts / "domain-1" / "0.txt").write_text("Another")
+    assert _convert(model, texts, "--distillation", "0") == 3
+    assert "(changed: texts of domain-1): name another --work" in capsys.readouterr().err
 
 
 def test_experts_can_begin_as_copies_of_a_pruned_models(

@@ -196,10 +196,9 @@ def test_a_replay_meets_what_the_ledger_would() -> None:
 
 def test_a_virtual_replay_substitutes_less_with_more_slots() -> None:
     tokens = [Choice([t // 20 % 8, (t // 20 + 1 + t % 2) % 8], [0.7, 0.3], [7.0, 3.0]) for t in range(160)]
-    found = [replay_virtual(tokens, [1.0] * 8, 2, slots, SwapLimits(), 40) for slots in (2, 3, 4, 8)]
-    masses = [mass for mass, _ in found]
-    assert masses == sorted(masses, reverse=True) and masses[-1] == 0 < masses[0] < 0.7
-    assert found[0][1] > 0, "the sets follow the text"
+    masses = [replay_virtual(tokens, [1.0] * 8, 2, slots, SwapLimits(), 40) for slots in (2, 3, 4, 8)]
+    assert masses == sorted(masses, reverse=True) and masses[-1] == 0
+    assert masses[0] < 0.6, "the sets follow the text: any two experts held throughout substitute two thirds"
 
 
 # ---------------------------------------------------------------- the genetic search

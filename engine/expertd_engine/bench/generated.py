@@ -58,6 +58,8 @@ class GeneratedRoutes:
         self._rows: list[tuple[int, int, int]] = []
         """Stream, first and last + 1 token, in the order of rows."""
         self._routes = np.empty((0, self.shape.layers, self.shape.top_k), np.int64)
+        self._predictions: dict[bool, list[Ids]] = {}
+        """Of the rows' own tokens (False), and of each stream's next (True), where they were asked for."""
 
     def become(self, other: GeneratedRoutes) -> None:
         """Go on as `other`, which is done with."""
@@ -78,6 +80,7 @@ class GeneratedRoutes:
             self._rows.append((number, start, stream.position))
             parts.append(stream.routes(start, stream.position))
         self._routes = np.concatenate(parts)
+        self._predictions.clear()
 
     def route(self, layer: int, num_rows: int) -> Ids:
         """Expert ids `[num_rows, top_k]` for the running step. Raises ValueError for rows nobody announced."""
@@ -98,9 +101,15 @@ class GeneratedRoutes:
         """What the channel gives, `lead` layers ahead, for `layer` of this step's tokens; or of the next token of each
         of its streams. Distinct, ascending.
         """
+        if next_step not in self._predictions:
+            self._predictions[next_step] = self._predict(next_step)
+        parts = [part[:, layer, lead - 1].ravel().tolist() for part in self._predictions[next_step]]
+        return sorted(set().union(*parts))
+
+    def _predict(self, next_step: bool) -> list[Ids]:
+        """`[tokens, layers, leads, top_k]` of each stream, for all that `predicted` may be asked in this step."""
         spans = [(number, stop, stop + 1) if next_step else (number, start, stop) for number, start, stop in self._rows]
-        parts = [self._streams[number].predicted(start, stop)[:, layer, lead - 1] for number, start, stop in spans]
-        return sorted({expert for part in parts for expert in part.ravel().tolist()})
+        return [self._streams[number].predicted(start, stop) for number, start, stop in spans]
 
 
 class ChannelLookahead:
@@ -121,7 +130,7 @@ class ChannelLookahead:
         self._leads = min(len(channel.recalls), source.shape.layers)
         self._period = source.shape.layers * source.shape.experts
         self._told: dict[int, set[int]] = {}
-        """Experts named at the latest lead, by the position at which their layer begins."""
+        """Experts named at the latest lead, by the position at which their layer begins, in that order."""
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
         return ()
@@ -129,15 +138,14 @@ class ChannelLookahead:
     def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
         shape = self._source.shape
         hints: list[Hint] = []
-        now = self._begin_of(step, layer)
-        for passed in [begin for begin in self._told if begin <= now]:
+        now = step * self._period + layer * shape.experts
+        while self._told and (passed := next(iter(self._told))) <= now:
             del self._told[passed]
-        for lead in range(1, self._leads + 1):
+        said = (next(reversed(self._told), now) - now) // shape.experts if self.exactness == "exact" else 0
+        for lead in range(said + 1, self._leads + 1):
             ahead, target = divmod(layer + lead, shape.layers)
-            begin = self._begin_of(step + ahead, target)
-            if self.exactness == "exact" and begin in self._told:
-                continue
             named = self._absent(target, self._source.predicted(target, lead, next_step=bool(ahead)))
+            begin = now + lead * shape.experts
             hints += [Hint(ExpertId(target, expert), begin + expert) for expert in named]
             self._told[begin] = set(named)
         return hints
@@ -152,9 +160,6 @@ class ChannelLookahead:
             return experts
         slots = self._slots_of(layer)
         return [expert for expert in experts if slots[expert] < 0]
-
-    def _begin_of(self, step: int, layer: int) -> int:
-        return step * self._period + layer * self._source.shape.experts
 
 
 class Recorder:

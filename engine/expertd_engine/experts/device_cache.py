@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 _LANDING_MOST = 4096
 _MARGIN = 2
 """Layers that are too near for a copy."""
-_EVICTIONS = 16
+_EVICTIONS = 8
 """Between two looks at the running launch."""
 
 
@@ -163,6 +163,7 @@ class DeviceCache:
             self._layers_known = known
         self._executor.pump(events)
         next(self._digesting, None)
+        self.copies.begin()  # what the digest has just asked for need not wait for the next poll
         self.meanwhile()
 
     @property
@@ -395,8 +396,11 @@ class DeviceCache:
         yield from self._set_aside()
 
     def _set_aside(self) -> Iterator[None]:
-        wanted = self._wanted()
-        for landing in range(self.ledger.pool.number(Use.HANDED), wanted.landing, _EVICTIONS):
+        wanted, pool = self._wanted(), self.ledger.pool
+        for reserve in range(pool.number(Use.COLD, Use.COOLING, Use.FREE), wanted.reserve, _EVICTIONS):
+            self._executor.handle([Provide(0, min(reserve + _EVICTIONS, wanted.reserve))])
+            yield
+        for landing in range(pool.number(Use.HANDED), wanted.landing, _EVICTIONS):
             self._executor.handle([Provide(min(landing + _EVICTIONS, wanted.landing), wanted.reserve)])
             yield
         self._executor.handle([wanted])

@@ -104,7 +104,10 @@ class DeviceCopies:
         return len(self._begun) + sum(map(len, self._waiting.values()))
 
     def _next(self) -> _Copy | None:
-        return next((queue.popleft() for queue in self._waiting.values() if queue), None)
+        for queue in self._waiting.values():
+            if queue:
+                return queue.popleft()
+        return None
 
     def _begin(self, copy: _Copy) -> None:
         copy.began = time.perf_counter()

@@ -186,17 +186,15 @@ class DeviceLedger(LedgerBase):
     # ------------------------------------------------------------ what steps did
 
     def _seen(self, event: Seen) -> None:
-        """The hottest loop of a token: 384 uses for 48 layers of 8."""
-        records, foresight, policy = self._by_layer[event.layer], self._foresight, self._policy
+        """The hottest loop of a token: 384 uses for 48 layers of 8. `Victims` need not be told of who only rose."""
+        records, foresight, used = self._by_layer[event.layer], self._foresight, self._policy.used
         lookups, scan, covered = foresight.lookups, event.scan, 0
-        offer, rose = self._residency.victims.offer, self._residency.victims.rose
         for index, source in zip(event.experts, event.sources, strict=True):
             record = records[index]
-            facts, ranked_anew = record.facts, rose
-            if facts.next_use is not None:
-                ranked_anew = offer  # what was known of it may be past
-                covered += facts.next_use <= event.position + index
-                foresight.forget_until(record, event.position + index)
+            facts = record.facts
+            was_foreseen = facts.next_use is not None
+            if was_foreseen:
+                covered += self._forget(record, event.position + index)
             if record.pending:
                 self._residency.settle_prefetch(record, "used" if source == HIT else "late")
             lookups += 1
@@ -205,29 +203,35 @@ class DeviceLedger(LedgerBase):
             facts.probation = scan
             facts.last_use = lookups
             if not scan:
-                policy.used(facts)
-            if facts.ticket:
-                ranked_anew(facts)
+                used(facts)
+            if was_foreseen and facts.ticket:
+                self._residency.victims.offer(facts)  # what was known of it may be past
         foresight.lookups = lookups
         if self.brings_in and COMPUTED in event.sources and not scan:
             self._note_computed(event)
         self.foreseen_until(event.position)
         self._count_seen(event, covered)
 
+    def _forget(self, record: Record, used_at: int) -> bool:
+        """What was foreseen up to this use is past; whether the use was foreseen."""
+        next_use = record.facts.next_use
+        self._foresight.forget_until(record, used_at)
+        return next_use is not None and next_use <= used_at
+
     def _count_seen(self, event: Seen, covered: int) -> None:
         counters, layer = self._residency.counters, event.layer
         counters.covered[layer] += covered
         by_result = {"hit": counters.hits, "late": counters.late, "miss": counters.misses}
-        for source, result in enumerate(_RESULTS):
-            if count := event.sources.count(source):
-                by_result[result][layer] += count
-                met = event.pairs
-                if count < len(event.sources):
-                    met = [n for n, one in zip(event.pairs, event.sources, strict=True) if one == source]
-                counters.activations[result][layer] += sum(met)
-                if source in _OVER_LINK:
-                    counters.demand_loads += count
-                    counters.demand_bytes += count * self._by_layer[layer][0].nbytes
+        for source in set(event.sources):
+            count, result = event.sources.count(source), _RESULTS[source]
+            by_result[result][layer] += count
+            met = event.pairs
+            if count < len(event.sources):
+                met = [n for n, one in zip(event.pairs, event.sources, strict=True) if one == source]
+            counters.activations[result][layer] += sum(met)
+            if source in _OVER_LINK:
+                counters.demand_loads += count
+                counters.demand_bytes += count * self._by_layer[layer][0].nbytes
 
     def _note_computed(self, event: Seen) -> None:
         for index, source in zip(event.experts, event.sources, strict=True):
@@ -408,8 +412,9 @@ class DeviceLedger(LedgerBase):
                 break
             pool.put(slot, Use.HANDED)
             self._out.append(Hand(slot))
-        while pool.number(Use.COLD, Use.COOLING, Use.FREE) < event.reserve and self._evict("capacity") is not None:
-            pass
+        for _ in range(event.reserve - pool.number(Use.COLD, Use.COOLING, Use.FREE)):
+            if self._evict("capacity") is None:
+                break
 
     def _evict(self, reason: EvictionReason) -> int | None:
         """The slot of whoever gives way first; None if nobody may."""

@@ -130,8 +130,9 @@ class SlotPool(Slots):
         del self._places[before][slot]
         self._use[slot] = use
         self._places[use][slot] = None
-        self.charged += self.slot_bytes * ((before <= Use.FREE) - (use <= Use.FREE))
-        self.peak = max(self.peak, self.charged)
+        if (was_free := before <= Use.FREE) is not (use <= Use.FREE):
+            self.charged += self.slot_bytes if was_free else -self.slot_bytes
+            self.peak = max(self.peak, self.charged)
 
     def own(self, slot: int, nbytes: int) -> None:
         """A record of `nbytes` is in the slot, or will be."""

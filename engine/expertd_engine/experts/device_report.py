@@ -33,11 +33,15 @@ def read_report(report: Report, launch: Launch) -> Iterator[tuple[Seen, list[Lan
     """Layer by layer: which experts were met, and those that landed."""
     for layer, (experts, sources, slots, pairs) in report.layers():
         position = launch.position + layer * launch.experts
-        landed = [
-            Landed(ExpertId(layer, expert), slot, launch.scan, launch.whole)
-            for expert, source, slot in zip(experts, sources, slots, strict=True)
-            if source == LANDED
-        ]
+        landed = (
+            [
+                Landed(ExpertId(layer, expert), slot, launch.scan, launch.whole)
+                for expert, source, slot in zip(experts, sources, slots, strict=True)
+                if source == LANDED
+            ]
+            if LANDED in sources
+            else []
+        )
         yield Seen(layer, experts, sources, pairs, position, launch.scan), landed
 
 

@@ -44,7 +44,8 @@ class Record:
     @property
     def sure_precision(self) -> float:
         """Two standard errors below: of many classes with few outcomes some are lucky, and those would be followed."""
-        return self.precision - 2 * math.sqrt(self.precision * (1 - self.precision) / self.all)
+        precision = self.precision
+        return precision - 2 * math.sqrt(precision * (1 - precision) / self.all)
 
     def add(self, came_true: bool) -> None:
         self.true += came_true
@@ -154,7 +155,9 @@ class Governor:
         chosen = {begin + expert for expert in experts}
         for position, judged in self._judged.pop(begin, {}).items():
             for one in judged.values():
-                self.records.setdefault(one.kind, Record()).add(position in chosen)
+                if (record := self.records.get(one.kind)) is None:
+                    record = self.records[one.kind] = Record()
+                record.add(position in chosen)
                 self._account(one, ExpertId(layer, position - begin), position in chosen)
         for told in (self._judged, self._first_lead):
             for old in [first for first in told if first <= begin]:
@@ -188,5 +191,6 @@ class Governor:
         approved = record is not None and record.sure_precision >= self.waste.least_precision
         followed = approved and not (track is not None and track.is_off)
         judged = self._judged.setdefault(begin, {}).setdefault(hint.needed_at, {})
-        judged.setdefault(kind, _Judged(kind, lead, approved, followed))
+        if kind not in judged:
+            judged[kind] = _Judged(kind, lead, approved, followed)
         return followed

@@ -24,8 +24,9 @@ _MARGIN = 0.03
 
 def with_use(weight: float, now: float) -> float:
     """An aged count, as log2 and in half-lives, after one more use at `now`."""
-    high, low = max(weight, now), min(weight, now)
-    return high + math.log2(1.0 + 2.0 ** (low - high))
+    if weight < now:
+        return now + math.log2(1.0 + 2.0 ** (weight - now))
+    return weight + math.log2(1.0 + 2.0 ** (now - weight))
 
 
 class _Shadow:

@@ -108,11 +108,11 @@ class AdaptiveNextUse(NextUse):
 
     def __init__(self, half_lives: HalfLives) -> None:
         super().__init__(half_lives.current)
-        self._half_lives = half_lives
+        self._half_lives, self._sampled = half_lives, half_lives.sampled
 
     def used(self, facts: Facts) -> None:
-        super().used(facts)
-        if facts.expert in self._half_lives.sampled:
+        facts.weight = with_use(facts.weight, facts.last_use / self.half_life)
+        if facts.expert in self._sampled:
             self._half_lives.use(facts.expert, facts.last_use)
 
     def adapt(self, lookups: int, slots: int, known: Iterable[Facts]) -> bool:
@@ -203,10 +203,11 @@ class Victims:
     def take(self) -> Facts:
         """Take out the expert that gives way first. There must be one."""
         while True:
-            *order, ticket, facts = heappop(self._heap)
+            entry = heappop(self._heap)
+            ticket, facts = entry[3], entry[4]
             if ticket != facts.ticket:
                 continue
-            if (now := self._order(facts)) > tuple(order):
+            if (now := self._order(facts)) > entry[:3]:
                 heappush(self._heap, (*now, ticket, facts))
                 continue
             self.withdraw(facts)

@@ -112,8 +112,9 @@ class Transfers:
 
     def submit(self, load: Load, buffer: memoryview) -> None:
         with self._condition:
+            if not any(self._queues.values()):  # else who has been woken wakes the next: waking a thread is what costs
+                self._condition.notify()
             self._queues[load.priority].append(_Job(load, buffer))
-            self._condition.notify()
 
     def promote(self, load_id: int) -> None:
         """Move a queued prefetch behind the queued demands. No effect once it has begun."""
@@ -168,6 +169,8 @@ class Transfers:
                     if self._queues[priority]:
                         jobs = self._with_others(self._queues[priority], most if priority is Priority.DEMAND else 1)
                         self._reading += len(jobs)
+                        if any(self._queues.values()):
+                            self._condition.notify()
                         return jobs
                 self._condition.wait()
         return []

@@ -11,7 +11,8 @@ once, which bounds the share of the disk that virtual mode may take.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from expertd_engine.errors import EngineError, ResourceError
@@ -78,7 +79,8 @@ class _Layer:
     held: set[int] = field(default_factory=set)
     coming: dict[int, int | None] = field(default_factory=dict)
     """Newcomer → the held expert it replaces, or `_GONE`; None: it fills a free slot."""
-    scores: dict[int, float] = field(default_factory=dict)
+    scores: array[float] = field(init=False)
+    """By expert. Side by side in memory: each token meets them all after a step has gone over the caches."""
     unit: float = 1.0
     """What an observation made now counts for: scores are never aged, the unit grows instead."""
     observed: bool = False
@@ -90,12 +92,16 @@ class _Layer:
     _known: bool = False
     """Whether `_best` and `_worst` are right."""
 
+    def __post_init__(self) -> None:
+        self.scores = array("d", bytes(8 * len(self.prior)))
+
     @property
     def free(self) -> int:
-        return self.slots - len(self.held) - sum(victim in (None, _GONE) for victim in self.coming.values())
+        vacant = self.slots - len(self.held)
+        return vacant - sum(victim in (None, _GONE) for victim in self.coming.values()) if self.coming else vacant
 
     def rank(self, expert: int) -> tuple[float, float]:
-        return self.scores.get(expert, 0.0), self.prior[expert]
+        return self.scores[expert], self.prior[expert]
 
     def outside(self) -> list[int]:
         inside = self.held.union(self.coming, self.barred)
@@ -112,7 +118,7 @@ class _Layer:
 
     def add(self, expert: int, value: float) -> None:
         """Observe one expert."""
-        score = self.scores[expert] = self.scores.get(expert, 0.0) + value * self.unit
+        score = self.scores[expert] = self.scores[expert] + value * self.unit
         if expert in self.barred:
             self.barred.remove(expert)
             self._known = False
@@ -144,7 +150,7 @@ class _Layer:
         best, worst = self.best(), self.worst()
         if best is None or worst is None:
             return 0.0
-        return (self.scores.get(best, 0.0) - self.scores.get(worst, 0.0)) / self.unit
+        return (self.scores[best] - self.scores[worst]) / self.unit
 
     def _seek(self) -> None:
         if not self._known:
@@ -158,19 +164,18 @@ class _Spare:
     that it had of late."""
 
     def __init__(self, layer: _Layer, expected: Sequence[float]) -> None:
-        self._expected, self._scores = expected, layer.scores
-        self._total = max(sum(layer.scores.values()), _LEAST)
-        self._victims = sorted(zip(self._worth(victims := layer.victims()), victims, strict=True), reverse=True)
+        scores = self._scores = layer.scores
+        total = self._total = max(sum(scores), _LEAST)
+        self._expected = expected
+        worth = [(expected[expert] + scores[expert] / total, expert) for expert in layer.victims()]
+        self._victims = sorted(worth, reverse=True)
 
     def give_way_to(self, newcomer: int, factor: float) -> int | None:
         """Whoever is worth least, if the newcomer is worth more than so many times that."""
-        if not self._victims or self._worth((newcomer,))[0] <= self._victims[-1][0] * factor:
+        worth = self._expected[newcomer] + self._scores[newcomer] / self._total
+        if not self._victims or worth <= self._victims[-1][0] * factor:
             return None
         return self._victims.pop()[1]
-
-    def _worth(self, experts: Collection[int]) -> list[float]:
-        expected, scores, total = self._expected, self._scores, self._total
-        return [expected[expert] + scores.get(expert, 0.0) / total for expert in experts]
 
 
 class VirtualExperts:
@@ -230,7 +235,7 @@ class VirtualExperts:
     def score(self, layer: int, expert: int) -> float:
         """Its windowed score, an observation made now counting in full."""
         at = self._layers[layer]
-        return at.scores.get(expert, 0.0) / at.unit
+        return at.scores[expert] / at.unit
 
     # ------------------------------------------------------------ size
 
@@ -265,15 +270,19 @@ class VirtualExperts:
 
     def observe(self, layer: int, sums: Mapping[int, float]) -> None:
         """What the unmasked router sent to experts of `layer` in this step: sums over tokens of ‖x‖·g·‖E‖."""
+        self.observe_each(layer, sums.keys(), sums.values())
+
+    def observe_each(self, layer: int, experts: Iterable[int], sums: Iterable[float]) -> None:
+        """As `observe`, with the sum of each expert in its place."""
         at = self._layers[layer]
         at.observed = True
         if at.keeps_best_and_worst:
-            for expert, value in sums.items():
+            for expert, value in zip(experts, sums, strict=True):
                 at.add(expert, value)
         else:
             scores, unit = at.scores, at.unit
-            for expert, value in sums.items():
-                scores[expert] = scores.get(expert, 0.0) + value * unit
+            for expert, value in zip(experts, sums, strict=True):
+                scores[expert] += value * unit
 
     def foresee(self, layer: int, expected: Mapping[int, float]) -> list[Action]:
         """The step under way will probably ask `layer` for these experts, for so much each: bring in those that are not
@@ -324,7 +333,7 @@ class VirtualExperts:
             layer.observed = False
             layer.unit *= growth
             if layer.unit > _RESCALE:
-                layer.scores = {expert: score / layer.unit for expert, score in layer.scores.items()}
+                layer.scores = array("d", [score / layer.unit for score in layer.scores])
                 layer.unit = 1.0
         return actions + self._fill()
 
@@ -359,7 +368,7 @@ class VirtualExperts:
     def _bar(self, expert: ExpertId) -> list[Action]:
         """Not to be chosen until it has been observed anew; let others come."""
         layer = self._layers[expert.layer]
-        layer.scores.pop(expert.expert, None)
+        layer.scores[expert.expert] = 0.0
         layer.barred.add(expert.expert)
         self._has_room = True
         layer.changed()
@@ -385,7 +394,7 @@ class VirtualExperts:
             newcomer, victim = layer.best(), layer.worst()
             if newcomer is None or victim is None:
                 break
-            if layer.scores.get(newcomer, 0.0) <= layer.scores.get(victim, 0.0) * (1 + self.limits.hysteresis):
+            if layer.scores[newcomer] <= layer.scores[victim] * (1 + self.limits.hysteresis):
                 break
             actions.append(self._hold(number, newcomer, victim))
         return actions

@@ -230,8 +230,9 @@ class VirtualRouting:
             counts.activations[layer] += rows * top_k
             counts.substituted[layer] += replaced[place]
             counts.mass[layer] += mass[place]
-        for layer, sums in zip(met.layers, _sums_of_layers(met.chosen, values), strict=True):
-            self.held.sets.observe(layer, sums)
+        observe = self.held.sets.observe_each
+        for layer, (experts, sums) in zip(met.layers, _sums_of_layers(met.chosen, values), strict=True):
+            observe(layer, experts, sums)
         self.held.cache.served(_served(met, max(map(len, self.masks))))
 
     def _foresee(self, layer: int, hidden: Tensor) -> None:
@@ -266,7 +267,7 @@ class VirtualRouting:
         self._choices += chosen.shape[1]
         rows = hidden.float().numpy()
         lengths: Floats = np.sqrt(np.einsum("th,th->t", rows, rows))
-        self.held.sets.observe(layer, _sums(chosen, self.score(layer, lengths, chosen, weights)))
+        self.held.sets.observe_each(layer, *_sums(chosen, self.score(layer, lengths, chosen, weights)))
 
     def count(self, layer: int, replaced: Ids | Int32s, mass: Floats) -> None:
         """How many of each row's choices others answer for `[T]`, and the mass `[T]` of those."""
@@ -304,20 +305,19 @@ def among_held(
     return Substituted(index, shares, replaced.sum(axis=1), mass)
 
 
-def _sums(chosen: Ids, values: Floats) -> dict[int, float]:
-    """By expert, from `[T, K]` each."""
+def _sums(chosen: Ids, values: Floats) -> tuple[list[int], list[float]]:
+    """Experts, and the sum of each, from `[T, K]` each."""
     if len(chosen) == 1:
-        return dict(zip(chosen[0].tolist(), values[0].tolist(), strict=True))
+        return chosen[0].tolist(), values[0].tolist()
     total = np.bincount(chosen.ravel(), values.ravel())
-    return {expert: float(total[expert]) for expert in np.flatnonzero(total).tolist()}
+    experts = np.flatnonzero(total)
+    return experts.tolist(), total[experts].tolist()
 
 
-def _sums_of_layers(chosen: Ids, values: Floats) -> Iterable[dict[int, float]]:
+def _sums_of_layers(chosen: Ids, values: Floats) -> Iterable[tuple[list[int], list[float]]]:
     """As `_sums`, from `[n, T, K]` each: what one token chose in all layers becomes lists at once."""
     if chosen.shape[1] == 1:
-        return (
-            dict(zip(*pair, strict=True)) for pair in zip(chosen[:, 0].tolist(), values[:, 0].tolist(), strict=True)
-        )
+        return zip(chosen[:, 0].tolist(), values[:, 0].tolist(), strict=True)
     return map(_sums, chosen, values)
 
 

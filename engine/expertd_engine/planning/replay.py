@@ -134,8 +134,8 @@ class Choice:
 
 def replay_virtual(
     tokens: Sequence[Choice], prior: Sequence[float], top_k: int, slots: int, limits: SwapLimits, warm: int
-) -> tuple[float, float]:
-    """One layer in virtual mode: substituted mass a token, and swaps a token."""
+) -> float:
+    """One layer in virtual mode: substituted mass a token."""
     sets = VirtualExperts([prior], top_k, replace(limits, foreseen=min(limits.foreseen, 1)))
     _settle(sets, sets.resize([slots]))
     lost = 0.0
@@ -147,8 +147,7 @@ def replay_virtual(
             lost += missing / max(sum(choice.weights), 1e-30)
         sets.observe(0, dict(zip(choice.experts, choice.importance, strict=True)))
         _settle(sets, sets.end_step(1))
-    counted = max(1, len(tokens) - warm)
-    return lost / counted, sets.swaps[0] / max(1, len(tokens))
+    return lost / max(1, len(tokens) - warm)
 
 
 def _foreseen(sets: VirtualExperts, expected: Mapping[int, float]) -> list[Action]:

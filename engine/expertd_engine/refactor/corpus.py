@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from expertd_engine.console import Progress, silent
 from expertd_engine.errors import ModelError
+from expertd_engine.refactor.origin import Origin, check_origin, files_fingerprint, texts_of, tokenizer_fingerprint
 
 Tokens: TypeAlias = NDArray[np.uint32] | NDArray[np.uint16]
 
@@ -30,6 +31,7 @@ _STAMP = "corpus.json"
 _HELD_OUT_SHARE = 1 / 16
 _SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".c", ".h", ".html", ".json", ""})
 _CLOZE_CONTEXT_CHARACTERS = 700
+_CLOZE_ITEMS = 500
 _WORD = re.compile(r"[^\W\d_]{3,}")
 
 
@@ -49,6 +51,8 @@ class Corpus:
     train: Mapping[str, Tokens]
     held_out: Mapping[str, Tokens]
     cloze: Sequence[ClozeItem]
+    made_of: Origin = field(default_factory=dict)
+    """Its texts by domain, its tokenizer, and how it was cut into clusters, if it was."""
 
     @property
     def domains(self) -> list[str]:
@@ -60,7 +64,9 @@ class Corpus:
         if missing:
             raise ModelError(f"no texts of {', '.join(missing)}: there are {', '.join(self.domains)}")
         train, held = ({name: part[name] for name in domains} for part in (self.train, self.held_out))
-        return Corpus(train, held, [item for item in self.cloze if item.domain in domains])
+        others = {texts_of(name) for name in self.domains} - {texts_of(name) for name in domains}
+        made_of = {name: told for name, told in self.made_of.items() if name not in others}
+        return Corpus(train, held, [item for item in self.cloze if item.domain in domains], made_of)
 
     def windows(self, domain: str, count: int, length: int) -> NDArray[np.int64]:
         """At most `count` held-out windows `[N, length]`, evenly spread and not overlapping."""
@@ -106,28 +112,32 @@ def read_corpus(
     folder: Path,
     *,
     min_tokens: int,
-    cloze_items: int = 500,
     progress: Progress = silent,
 ) -> Corpus:
     """Tokenise `texts` into `folder`, or read what an earlier run left there.
 
-    Raises ModelError for a missing folder, a domain without text, and one whose training part has fewer than
-    `min_tokens` tokens.
+    Raises ModelError for a missing folder, a domain without text, one whose training part has fewer than `min_tokens`
+    tokens, and a `folder` where an earlier run left what was made of other texts or by another tokenizer: that stays.
     """
     files = find_texts(texts)
-    stamp = {"fingerprint": _fingerprint(files, tokenizer), "domains": sorted(files)}
-    if not (folder / _STAMP).is_file() or json.loads((folder / _STAMP).read_text()) != stamp:
+    made_of = {texts_of(name): files_fingerprint(texts, paths) for name, paths in files.items()}
+    made_of["tokenizer"] = tokenizer_fingerprint(tokenizer, end_of_text)
+    ready = (folder / _STAMP).is_file()
+    if ready:
+        check_origin(folder, json.loads((folder / _STAMP).read_text()).get("made_of", {}), made_of)
+    else:
         folder.mkdir(parents=True, exist_ok=True)
         for number, (name, paths) in enumerate(files.items()):
-            _write(name, paths, tokenizer, end_of_text, folder, -(-cloze_items // len(files)))
+            _write(name, paths, tokenizer, end_of_text, folder, -(-_CLOZE_ITEMS // len(files)))
             progress("tokenise", (number + 1) / len(files))
-        (folder / _STAMP).write_text(json.dumps(stamp))
-    corpus = load_corpus(folder)
+    corpus = _load(folder, sorted(files), made_of)
     for domain, tokens in corpus.train.items():
         if len(tokens) < min_tokens:
             raise ModelError(
                 f"domain {domain!r} of {texts} has {len(tokens)} training tokens: at least {min_tokens} are needed"
             )
+    if not ready:  # only now: texts of which nothing can be made may be mended in their place
+        (folder / _STAMP).write_text(json.dumps({"domains": sorted(files), "made_of": made_of}))
     return corpus
 
 
@@ -135,13 +145,17 @@ def load_corpus(folder: Path) -> Corpus:
     """A corpus that `read_corpus` wrote. Raises ModelError when there is none."""
     if not (folder / _STAMP).is_file():
         raise ModelError(f"no tokenised corpus in {folder}")
-    domains = json.loads((folder / _STAMP).read_text())["domains"]
+    stamp = json.loads((folder / _STAMP).read_text())
+    return _load(folder, stamp["domains"], stamp["made_of"])
+
+
+def _load(folder: Path, domains: Sequence[str], made_of: Origin) -> Corpus:
     train, held = (
         {domain: np.load(folder / f"{domain}.{part}.npy", mmap_mode="r") for domain in domains}
         for part in ("train", "held")
     )
     items = [item for domain in domains for item in json.loads((folder / f"{domain}.cloze.json").read_text())]
-    return Corpus(train, held, [ClozeItem(**item) for item in items])
+    return Corpus(train, held, [ClozeItem(**item) for item in items], made_of)
 
 
 def find_texts(texts: Path) -> dict[str, list[Path]]:
@@ -160,11 +174,6 @@ def find_texts(texts: Path) -> dict[str, list[Path]]:
             f"{texts} holds no text for {', '.join(empty)}: allowed are files {', '.join(sorted(_SUFFIXES))}"
         )
     return files
-
-
-def _fingerprint(files: Mapping[str, Sequence[Path]], tokenizer: Tokenizer) -> str:
-    stamps = {name: [(path.name, path.stat().st_size) for path in paths] for name, paths in files.items()}
-    return hashlib.sha256(json.dumps([stamps, tokenizer.get_vocab_size()]).encode()).hexdigest()
 
 
 def _write(

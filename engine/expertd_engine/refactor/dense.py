@@ -7,8 +7,10 @@ and `act_fn` will do: Llama, Mistral, Qwen2, Qwen3, the Gemmas and their like.
 from __future__ import annotations
 
 import io
+import json
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expertd_engine.errors import ModelError
 from expertd_engine.families import Model, check_rope, load_config
+from expertd_engine.refactor.origin import weights_fingerprint
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -59,6 +62,13 @@ class Dense:
     def end_of_text(self) -> int:
         eos = self.tokenizer.eos_token_id
         return 0 if eos is None else int(eos)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of its config and weights, wherever they were read from."""
+        config = self.model.config.get_text_config().to_diff_dict()
+        settings = {name: told for name, told in config.items() if name[0] != "_" and name != "transformers_version"}
+        return weights_fingerprint(json.dumps(settings, sort_keys=True), dict(self.model.named_parameters()))
 
 
 def open_dense(source: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Dense:

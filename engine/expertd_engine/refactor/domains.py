@@ -40,7 +40,7 @@ def cluster_domains(
         raise ModelError(
             f"{len(empty)} of {count} clusters of activations got no text: ask for fewer experts, or give more text"
         )
-    return Corpus(train, held, corpus.cloze)
+    return Corpus(train, held, corpus.cloze, {**corpus.made_of, "clusters": f"{count} of windows of {length}"})
 
 
 def _windows(tokens: Tokens, length: int) -> NDArray[np.int64]:

@@ -1,7 +1,8 @@
 """Runs the jobs of a conversion in a work folder: statistics, training runs, scores. Owns that folder.
 
 Everything finished is found again: `corpus/`, `statistics.safetensors`, `results/NAME.json`, `trained/NAME.pt`, and
-`checkpoints/NAME.pt` of what was interrupted. Several processes, one a GPU, may share the jobs of one folder.
+`checkpoints/NAME.pt` of what was interrupted; `origin.json` tells of what all that was made, and anything else is
+refused. Several processes, one a GPU, may share the jobs of one folder.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from expertd_engine.refactor.corpus import Corpus
 from expertd_engine.refactor.delta import save_delta
 from expertd_engine.refactor.dense import Dense
 from expertd_engine.refactor.evaluation import evaluate
+from expertd_engine.refactor.origin import settle
 from expertd_engine.refactor.selection import select
 from expertd_engine.refactor.shape import Shape
 from expertd_engine.refactor.statistics import Statistics, gather_into
@@ -30,6 +32,7 @@ from expertd_engine.refactor.training import Recipe, Trainer
 from expertd_engine.refactor.upcycle import upcycled
 
 TUNED = "dense-tuned"
+_STATISTICS = "statistics.safetensors"
 _POLL_S = 0.5
 _EVALUATION_WINDOWS = 48
 
@@ -53,7 +56,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Workshop:
-    """What all jobs share. `compute` is the dtype that training computes in."""
+    """What all jobs share. `compute` is the dtype that training computes in. ModelError for a folder whose results are
+    of another dense model, another corpus or windows of another length."""
 
     folder: Path
     dense: Dense
@@ -63,9 +67,14 @@ class Workshop:
     evaluation_length: int = 1024
     progress: Progress = silent
 
+    def __post_init__(self) -> None:
+        length = str(self.evaluation_length)
+        origin = {"dense model": self.dense.fingerprint, "window length": length, **self.corpus.made_of}
+        settle(self.folder, origin, (_STATISTICS, "results/*.json"))
+
     def statistics(self) -> Statistics:
         """Of the dense model on the corpus; gathered once."""
-        path = self.folder / "statistics.safetensors"
+        path = self.folder / _STATISTICS
         return gather_into(path, self.dense, self.corpus, length=self.evaluation_length, progress=self.progress)
 
     def result(self, name: str) -> dict[str, Any] | None:

@@ -158,8 +158,9 @@ def _shop(job: Job, work: Path, dense: Dense, corpus: Corpus, compute: torch.dty
     kind = next((one for one in ("branch", "demo") if job.name.startswith(one)), "")
     texts = corpus.only((*DOMAINS, *LANGUAGES) if kind == "branch" else DOMAINS)
     if kind == "demo":
-        chat = np.concatenate([corpus.only(["chat"]).train["chat"], corpus.only(["own"]).train["own"]])
-        texts = replace(texts, train={**texts.train, "chat": chat})
+        own = corpus.only(["own"])
+        chat = np.concatenate([texts.train["chat"], own.train["own"]])
+        texts = replace(texts, train={**texts.train, "chat": chat}, made_of={**texts.made_of, **own.made_of})
     shop = Workshop(work / kind, dense, texts, compute, progress=_lines())
     with exclusive(shop.folder):  # the first process makes what all need
         shop.statistics()
