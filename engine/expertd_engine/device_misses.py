@@ -50,7 +50,7 @@ def settle_misses(context: Context, cache: DeviceCache) -> Mailbox | None:
         return None
     computing.lands = decided.where == "both"
     cache.computing = computing
-    cache.ledger.brings_in = decided.where == "cpu"
+    cache.ledger.brings_in = not computing.lands
     return computing.mailbox(context.device.torch_device, left_to_processor(_room(context).experts, decided))
 
 

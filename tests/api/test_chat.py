@@ -187,7 +187,7 @@ BAD_MESSAGES: list[tuple[Any, str]] = [
 def test_a_message_that_is_none_is_refused_by_its_place(
     server: Server, messages: object, param: str, stream: bool
 ) -> None:
-    error(server.chat(messages=messages, stream=stream), param)
+    assert error(server.chat(messages=messages, stream=stream), param)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_what_is_not_text_is_refused_by_its_type(server: Server, part: dict[str,
 def test_a_field_with_a_bad_value_is_refused_by_name(server: Server, param: str, value: object, stream: bool) -> None:
     body = {"stream": stream} if stream and param != "stream_options" else {}
     limits = {"max_tokens": 50} if param == "min_tokens" else {}
-    error(server.chat(**body, **limits, **{param: value}), param)
+    assert error(server.chat(**body, **limits, **{param: value}), param)
 
 
 def test_fields_without_effect_and_unknown_ones_are_accepted(server: Server) -> None:

@@ -86,12 +86,16 @@ def test_a_host_that_holds_half_of_the_experts_serves_layer_by_layer(tmp_path: P
     assert largest_error(result) <= DEVICE_FLOAT32_LOGITS.allowed
 
 
+FEW_RESIDENT: dict[str, Any] = {
+    "max_sequences": 2, "max_step_tokens": 8, "max_model_len": 32, "expert_budget": "40%",
+}  # fmt: skip
+
+
 def test_link_and_processor_share_what_steps_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     halves = "expertd_engine.device_misses.left_to_processor"
     monkeypatch.setattr(halves, lambda most, _: [missing // 2 for missing in range(most + 1)])
     store, prompt = make_store(FAMILY, tmp_path), PROMPT[:2]
-    options = {"max_sequences": 2, "max_step_tokens": 8, "max_model_len": 32, "expert_budget": "40%"}
-    with device_engine(store, "cpu", **options, device_misses="both") as engine:
+    with device_engine(store, "cpu", **FEW_RESIDENT, device_misses="both") as engine:
         assert engine.info.numerics == "per-residency"
         [result] = generate(engine, [prompt], SAMPLING)
         engine.cache.settle()
@@ -104,8 +108,7 @@ def test_link_and_processor_share_what_steps_miss(tmp_path: Path, monkeypatch: p
 
 def test_the_processor_computes_what_steps_miss(tmp_path: Path) -> None:
     store, prompt = make_store(FAMILY, tmp_path), PROMPT[:2]
-    options = {"max_sequences": 2, "max_step_tokens": 8, "max_model_len": 32, "expert_budget": "40%"}
-    with device_engine(store, "cpu", **options, device_misses="cpu") as engine:
+    with device_engine(store, "cpu", **FEW_RESIDENT, device_misses="cpu") as engine:
         assert engine.info.numerics == "per-residency"
         [result] = generate(engine, [prompt], SAMPLING)
         engine.cache.settle()

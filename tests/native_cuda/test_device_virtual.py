@@ -4,7 +4,7 @@ notice."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ def test_what_is_substituted_is_what_the_processor_substitutes(tmp_path: Path, m
         assert engine.runner.virtual is not None
         for layer, priors in enumerate(engine.runner.virtual.held.sets.priors):
             for expert in held.held(layer):
-                priors[expert] += 1e6  # type: ignore[index]  # typed as a sequence; the device's own sets first
+                cast("list[float]", priors)[expert] += 1e6  # the device's own sets first
         theirs = stats(run(engine, "virtual", 1.0, 1))
     assert (met.substituted, met.choices) == (theirs.substituted, theirs.choices)
     assert met.substituted_mass == pytest.approx(theirs.substituted_mass, rel=1e-4)

@@ -143,6 +143,8 @@ def test_leases_end_with_a_step_that_is_given_up(worlds: list[World], slots: int
     world.use(1, range(EXPERTS))
     world.cache.end_step()
     world.settle()
+    counters = world.ledger.counters
+    assert counters.hits[1] + counters.late[1] + counters.misses[1] == EXPERTS, "the next step is a whole one"
 
 
 @pytest.mark.parametrize("slots", [2, 4, 24])
