@@ -70,6 +70,8 @@ def _write_sparse_checkpoint(folder: Path) -> int:
 def test_checkpoint_three_times_as_big_as_memory(tmp_path: Path) -> None:
     size = _write_sparse_checkpoint(tmp_path / "checkpoint")
     assert size >= 3 * LIMIT_BYTES
+    if (free := shutil.disk_usage(tmp_path).free) < size * 5 // 4:
+        pytest.skip(f"the store needs {size * 5 // 4} bytes of disk; {free} are free")
     with limited_memory(LIMIT_BYTES) as group:
         command = [sys.executable, "-c", PREPARE, str(tmp_path / "checkpoint"), str(tmp_path / "store")]
         done = run_inside(group, command, timeout_s=300)
