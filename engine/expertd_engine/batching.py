@@ -191,6 +191,11 @@ class Chooser:
         self._last: frozenset[int] = frozenset()
         self._passed_over: dict[int, int] = {}
 
+    @property
+    def passes_over(self) -> bool:
+        """Whether it chooses at all: with `decode-first` everybody who runs computes."""
+        return self._batching != "decode-first"
+
     def shares(self, rows: Sequence[Running]) -> dict[int, int]:
         """Tokens by sequence id, for at least one of `rows`, all of which have tokens to compute."""
         candidates = [self._candidate(row) for row in rows]

@@ -22,6 +22,7 @@ from expertd_engine.errors import EngineError
 from expertd_engine.experts.held import HeldExperts
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
+from expertd_engine.experts.virtual_paths import VirtualPaths
 from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
 from expertd_engine.model.kv_storage import KVStorage
 from expertd_engine.model.moe import MoELayer
@@ -190,6 +191,20 @@ def with_slots(
     return VirtualRouting(model.routers, held, score or model.score, foresight, shared_by or model.shared_by, tokens)
 
 
+def with_paths(
+    model: PathRouting,
+    paths: int,
+    limits: SwapLimits | None = None,
+    prior: Floats | None = None,
+    kind: type[PathRouting] = PathRouting,
+) -> PathRouting:
+    """As `with_slots`, of so many whole paths."""
+    layers = len(model.held.room.experts)
+    sets = VirtualPaths((model.sizes if prior is None else prior).tolist(), layers, limits or model.sets.limits)
+    room = replace(model.held.room, wanted=[paths] * layers, share=1.0)
+    return kind(sets, HeldExperts(model.held.cache, sets, room), model.sizes)
+
+
 class SomeLayers(VirtualRouting):
     """Virtual mode in some layers alone; the others are computed exactly."""
 
@@ -227,6 +242,11 @@ class TextEngine:
             return runner(plan)
 
         return forward
+
+    @property
+    def any_virtual(self) -> VirtualRouting | PathRouting | None:
+        """The model's own virtual mode, of either kind."""
+        return self.virtual or self.paths
 
     @property
     def virtual(self) -> VirtualRouting | None:

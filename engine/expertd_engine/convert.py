@@ -3,53 +3,33 @@ becomes a standard Mixtral checkpoint, the *block model*.
 
 Expert e of a layer is block e of its FFN neurons; all E are chosen for every token by a zero router (top_k = E, each
 weight exactly 1/E), and `down_proj` is scaled by E. With E a power of two no rounding is added: the same function.
-Owns the reading of dense models; weights pass through one tensor at a time (a GGUF file is loaded whole).
+`dense_source` reads the dense model.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, MixtralConfig
+from transformers import MixtralConfig
 
-from expertd_engine.checkpoint import Checkpoint, copy_text_files, save_tokenizer
 from expertd_engine.console import Progress, progress_bar, run_command, silent
+from expertd_engine.dense_source import Weights, load_dense_config, open_weights, write_text_files
 from expertd_engine.errors import ModelError, UsageError
-from expertd_engine.families import DTYPES, Config, build_meta_model, check_rope, load_config, tied_names
+from expertd_engine.families import DTYPES, Config, build_meta_model, tied_names
 from expertd_engine.publish import publish
 from expertd_engine.refactor.command import add_options, merge, refactor
 from expertd_engine.refactor.gguf_export import write_gguf
 from expertd_engine.tensor_file import TensorFileWriter, TensorShape
 
 DEFAULT_BLOCKS = 16
-_DENSE_TYPES = ("llama", "mistral")
 _BLOCK_MULTIPLE = 32
-_GGUF_HEADER_BYTES = 64 * 2**20
 _SHARD_BYTES = 4 * 10**9
-
-
-class _Weights(Protocol):
-    """A dense model's parameters by transformers' name, as consecutive pieces of rows."""
-
-    def pieces(self, target: str) -> Iterator[torch.Tensor]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _LoadedWeights:
-    """Weights that are in memory already."""
-
-    tensors: Mapping[str, torch.Tensor]
-
-    def pieces(self, target: str) -> Iterator[torch.Tensor]:
-        yield self.tensors[target]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +57,13 @@ def convert_blocks(
     blocks = choose_blocks(config, blocks)
     torch_dtype = _dtype_of(config, dtype)
     progress("read", 0.0)
-    weights = _open_weights(source, config, torch_dtype)
+    weights = open_weights(source, config, torch_dtype)
     parts = _plan(config, blocks, torch_dtype)
     shards = _shards(parts)
     needed = sum(part.shape.num_bytes for part in parts.values())
     with publish(destination, needed_bytes=needed) as folder:
         _block_config(config, blocks, torch_dtype).save_pretrained(folder)
-        _write_text_files(source, config, folder)
+        write_text_files(source, config, folder)
         done = 0
         for path, names in shards.items():
             with TensorFileWriter(folder / path, {name: parts[name].shape for name in names}) as file:
@@ -93,28 +73,6 @@ def convert_blocks(
                     progress("blocks", done / needed)
         if len(shards) > 1:
             _write_index(folder, shards, needed)
-
-
-def load_dense_config(source: Path) -> Config:
-    """The configuration of a dense model that a block model can express. Raises ModelError naming what prevents it."""
-    config = load_gguf_config(source) if is_gguf(source) else load_config(source)
-    fault = _fault(config)
-    if fault:
-        raise ModelError(
-            f"{source}: {config.model_type} cannot become a block model: {fault}; allowed are Llama and Mistral models "
-            f"without biases and without norms on queries and keys"
-        )
-    check_rope(config)
-    return config
-
-
-def is_gguf(source: Path) -> bool:
-    return source.suffix == ".gguf"
-
-
-def is_dense(source: Path) -> bool:
-    """Whether `source` must be converted before it can be prepared. GGUF files of MoE models are refused later."""
-    return is_gguf(source) or load_config(source).model_type in _DENSE_TYPES
 
 
 def allowed_blocks(config: Config) -> list[int]:
@@ -135,53 +93,12 @@ def choose_blocks(config: Config, wanted: int | None) -> int:
     return blocks
 
 
-def load_gguf_config(source: Path) -> Config:
-    """The configuration inside a GGUF file. Raises ModelError when transformers cannot read it."""
-    if not source.is_file():
-        raise ModelError(f"no GGUF file at {source}")
-    try:
-        return AutoConfig.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
-    except (ValueError, KeyError, OSError, TypeError, IndexError) as error:
-        raise ModelError(
-            f"{source}: transformers cannot read this GGUF file: {' '.join(str(error).split())}"
-        ) from error
-
-
-def _fault(config: Config) -> str | None:
-    if config.model_type not in _DENSE_TYPES:
-        return f"its type is none of {', '.join(_DENSE_TYPES)}"
-    biases = [name for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)]
-    return f"it has {biases[0]}" if biases else None
-
-
 def _dtype_of(config: Config, dtype: str) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if config.dtype == torch.bfloat16 else torch.float32
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known: allowed are auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def _open_weights(source: Path, config: Config, dtype: torch.dtype) -> _Weights:
-    if not is_gguf(source):
-        return Checkpoint(source, build_meta_model(config, dtype), dtype)
-    if _has_rope_factors(source):
-        raise ModelError(f"{source}: its rope_freqs cannot be read from a GGUF file; use the safetensors checkpoint")
-    # transformers draws bars on stderr, terminal or not; its warnings go through logging and are not lost here.
-    with redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, config=config, dtype=torch.float32, local_files_only=True
-        )
-    return _LoadedWeights(model.state_dict())
-
-
-def _has_rope_factors(source: Path) -> bool:
-    """Whether the file carries Llama 3's frequency factors, a tensor that transformers passes over in silence.
-
-    The names of all tensors stand before any data; a search there spares the seconds that parsing the header takes.
-    """
-    with source.open("rb") as file:
-        return b"rope_freqs.weight" in file.read(_GGUF_HEADER_BYTES)
 
 
 def _block_config(config: Config, blocks: int, dtype: torch.dtype) -> Any:
@@ -234,7 +151,7 @@ def _blocks_of(name: str, shape: tuple[int, ...], blocks: int, dtype: torch.dtyp
         yield f"{layer}.block_sparse_moe.experts.{block}.{stored}.weight", part
 
 
-def _read(weights: _Weights, part: _Part) -> Iterator[torch.Tensor]:
+def _read(weights: Weights, part: _Part) -> Iterator[torch.Tensor]:
     if part.source is None:
         yield torch.zeros(part.shape.shape, dtype=part.shape.dtype)
         return
@@ -247,15 +164,6 @@ def _read(weights: _Weights, part: _Part) -> Iterator[torch.Tensor]:
         else:
             yield piece[max(part.begin - row, 0) : max(part.end - row, 0)]
         row += piece.shape[0]
-
-
-def _write_text_files(source: Path, config: Config, folder: Path) -> None:
-    if not is_gguf(source):
-        copy_text_files(source, folder)
-        return
-    save_tokenizer(source.parent, folder, gguf_file=source.name)
-    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**ids).save_pretrained(folder)
 
 
 def _shards(parts: Mapping[str, _Part]) -> dict[str, list[str]]:

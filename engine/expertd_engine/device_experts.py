@@ -16,7 +16,7 @@ from expertd_engine.experts.device_pool import ChunkPlan
 from expertd_engine.experts.device_slab import plan_chunks
 from expertd_engine.experts.device_spill import SpilledHost
 from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead
-from expertd_engine.experts.store import RecordFile
+from expertd_engine.experts.record_file import RecordFile
 from expertd_engine.experts.store_format import ALIGNMENT, StoreIndex
 from expertd_engine.memory import available_bytes
 from expertd_engine.model.predictor_build import Choice, choose, served_policy

@@ -11,7 +11,8 @@ import transformers
 
 from expertd_engine.config import Config
 from expertd_engine.experts.cache import ExpertCache
-from expertd_engine.experts.store import ExpertStore, RecordFile
+from expertd_engine.experts.record_file import RecordFile
+from expertd_engine.experts.store import ExpertStore
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import PROTOCOL_VERSION, EngineInfo
 from expertd_engine.model.loader import LoadedModel

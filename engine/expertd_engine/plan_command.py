@@ -15,7 +15,7 @@ from expertd_engine.console import Progress, progress_bar, run_command
 from expertd_engine.errors import BudgetError, UsageError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.planning.planner import Plan, Request, make_plan
-from expertd_engine.planning.profile import Profile
+from expertd_engine.planning.profile import PathCurve, Profile
 from expertd_engine.profile_file import read_profile
 
 SWEEP = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -95,18 +95,37 @@ def describe(plan: Plan, profile: Profile) -> list[str]:
     ]
     if plan.mode == "virtual":
         lines.append(f"divergence  {plan.divergence:>16.4f} nats a token from exact mode")
-        lines.append(f"slots       {' '.join(map(str, plan.slots))}")
+        lines.append(f"slots       {_slots(plan, profile)}")
     return lines
 
 
+def _slots(plan: Plan, profile: Profile) -> str:
+    if profile.model.paths is None:
+        return " ".join(map(str, plan.slots))
+    return f"{min(plan.slots)} in each layer: so many of {min(profile.num_experts)} whole paths"
+
+
 def explain(plan: Plan, profile: Profile) -> list[str]:
-    """What one more slot was worth, layer by layer."""
+    """What one more slot was worth, layer by layer; of whole paths, what each is."""
     if plan.mode == "exact":
         return ["one cache serves all layers: a slot goes to whichever layer uses it; a fixed split can only lose"]
+    if profile.model.paths is not None:
+        return _explain_paths(plan, profile, profile.model.paths)
     lines = ["layer  slots  sensitivity  the last slot saved, nats a token"]
     for gain in plan.gains:
+        assert gain.layer is not None, "only where whole paths are held"
         curve = profile.model.layers[gain.layer]
         lines.append(f"{gain.layer:>5}  {gain.slots:>5}  {curve.sensitivity:>11.4f}  {gain.saved:.6f}")
+    return lines
+
+
+def _explain_paths(plan: Plan, profile: Profile, curve: PathCurve) -> list[str]:
+    lines = ["paths  of their bytes  divergence  the last path saved, nats a token"]
+    for count in range(1, curve.paths[-1] + 1):
+        saved = f"{curve.loss(count - 1) - curve.loss(count):.6f}" if count > 1 else "-"
+        here = "  <- this plan" if count == min(plan.slots) else ""
+        nbytes = count * sum(profile.record_bytes)
+        lines.append(f"{count:>5}  {nbytes:>14,}  {curve.loss(count):>10.4f}  {saved}{here}")
     return lines
 
 
@@ -118,7 +137,7 @@ def draw(profile: Profile, request: Request, path: Path) -> None:
         raise UsageError("--png needs matplotlib: install expertd[bench]") from None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     speed, quality = figure.subplots(1, 2)
-    for mode in ("exact", "virtual") if profile.model.layers else ("exact",):
+    for mode in ("exact", "virtual") if profile.model.has_virtual else ("exact",):
         plans = _sweep(profile, replace(request, mode=mode, memory_budget=None))
         gigabytes = [plan.expert_budget_bytes / 2**30 for plan in plans]
         speed.plot(gigabytes, [plan.tok_s for plan in plans], marker="o", label=mode)

@@ -52,7 +52,8 @@ def profile(
     progress: Progress = silent,
     learned: int = 0,
 ) -> Profile:
-    """Measure. `tokens` of text are computed one by one, once for each MoE layer and three times more. Of `learned`
+    """Measure. `tokens` of text are computed one by one, once for each MoE layer, or for some numbers of whole paths,
+    and three times more. Of `learned`
     other ones it is learned, and written beside the store, where tokens go in virtual mode; 0: what is there stays.
 
     Raises what `start_engine` raises, and UsageError for more tokens than there is text.
@@ -174,7 +175,7 @@ def served_bytes(store: ExpertStore, memory: MemoryProfile, flags: Mapping[str, 
 
 def _virtual_step(text: TextEngine) -> float | None:
     """Seconds of one sequence's decode step in virtual mode, with room for half of the experts; None without it."""
-    cache, virtual = text.engine.cache, text.virtual
+    cache, virtual = text.engine.cache, text.any_virtual
     if virtual is None:
         return None
     before = cache.ledger.budget_bytes

@@ -1,4 +1,4 @@
-"""The scheduler: who computes how many tokens in the next step. Through its queues it owns all sequences and blocks.
+"""The scheduler: whose turn it is, and what becomes of a step. Through its queues it owns all sequences and blocks.
 
 One rule: every sequence has computed tokens that catch up with its known tokens, and a step hands out one token
 budget. A decode is a sequence one token behind; a prefill chunk is as much of the rest as the budget holds.
@@ -22,6 +22,7 @@ from expertd_engine.messages import ExpertMode, FinishReason
 from expertd_engine.prefix_cache import PrefixCache
 from expertd_engine.queues import Queues
 from expertd_engine.request import Sequence, SequenceState
+from expertd_engine.step_filler import StepFiller
 from expertd_engine.step_plan import Chunk, SchedulerLimits, StepPlan
 from expertd_engine.trials import Trials
 
@@ -52,9 +53,7 @@ class Scheduler:
         self._mode_steps = 0
         self.chooser = Chooser(batching, limits.max_step_tokens, limits.patience_steps, room)
         self._queues = Queues(pool, prefixes, self.chooser)
-        self._passes_over = batching != "decode-first"
-        # Where all step, decodes leave a token for every row that prefills; else the more run, the more is to choose.
-        self._max_running = limits.max_sequences if self._passes_over else limits.max_rows
+        self._filler = StepFiller(limits, pool, self._queues, self.chooser)
 
     # ------------------------------------------------------------ sequences come and go
 
@@ -132,7 +131,7 @@ class Scheduler:
         if chunks:
             return self._begin_step(chunks[0].sequence.mode, chunks, preempted)
         for mode in self._turns():
-            chunks = self._fill_step(mode, preempted)
+            chunks = self._filler.fill(mode, preempted)
             if chunks:
                 return self._begin_step(mode, chunks, preempted)
         if self._sequences:
@@ -206,89 +205,7 @@ class Scheduler:
         while not chunks and (ids := self._trials.next()):
             group = [s for i in ids if (s := self._sequences.get(i)) and s in self._queues.running]
             if group:
-                chunks = self._continue_running(group[0].mode, preempted, group)
-        return chunks
-
-    def _fill_step(self, mode: ExpertMode, preempted: list[Sequence]) -> list[Chunk]:
-        if self._passes_over:
-            return self._choose_running(mode, preempted)
-        chunks = self._continue_running(mode, preempted)
-        if not preempted:
-            chunks += self._admit_waiting(mode, chunks)
-        return chunks
-
-    def _choose_running(self, mode: ExpertMode, preempted: list[Sequence]) -> list[Chunk]:
-        """Admit whoever fits, then let the batching say who of all running ones computes.
-
-        Whoever is chosen may have to give way to others of the choice, last in rank first: if that leaves nobody,
-        others are chosen. The first by rank never gives way, so there is an end.
-        """
-        self._admit_ahead()
-        chunks: list[Chunk] = []
-        while not chunks and (rows := [s for s in self._queues.running if s.mode == mode]):
-            shares = self.chooser.shares(rows)
-            for sequence in rows:
-                num_tokens = shares.get(sequence.sequence_id, 0)
-                if num_tokens > 1:
-                    num_tokens = self._scorable(sequence, num_tokens, chunks)
-                if num_tokens and self._queues.make_room(sequence, num_tokens, preempted):
-                    chunks.append(_chunk(sequence, num_tokens))
-        still = [s for s in self._queues.running if s.mode == mode]
-        self.chooser.stepped(still, {chunk.sequence.sequence_id for chunk in chunks})
-        return chunks
-
-    def _admit_ahead(self) -> None:
-        """Admit by rank while there are rows, and blocks beside one for each running sequence to go on with."""
-        while self._queues.waiting and len(self._queues.running) < self._max_running:
-            if self._queues.running and self.pool.free_blocks <= len(self._queues.running):
-                break
-            if not self._queues.admit():
-                break
-
-    def _continue_running(
-        self, mode: ExpertMode, preempted: list[Sequence], among: Collection[Sequence] | None = None
-    ) -> list[Chunk]:
-        """Chunks of running sequences: a token for every decode, the rest of the budget to prefills by rank.
-
-        Blocks are given by rank, so who gives way (the last in rank) has never been given its chunk before.
-        """
-        rows = [s for s in self._queues.running if s.mode == mode and (among is None or s in among)]
-        left = self.limits.max_step_tokens - sum(sequence.num_uncomputed_tokens == 1 for sequence in rows)
-        chunks: list[Chunk] = []
-        for sequence in rows:
-            num_tokens = sequence.num_uncomputed_tokens
-            if num_tokens > 1:
-                num_tokens = self._scorable(sequence, min(num_tokens, left), chunks)
-                left -= num_tokens
-            if num_tokens and self._queues.make_room(sequence, num_tokens, preempted):
-                chunks.append(_chunk(sequence, num_tokens))
-        return chunks
-
-    def _scorable(self, sequence: Sequence, num_tokens: int, chunks: Collection[Chunk]) -> int:
-        """At most `num_tokens`, so few that their prompt logprobs fit into the step beside those of `chunks`."""
-        start = sequence.num_computed_tokens
-        wanted = sequence.unscored(start, start + num_tokens)
-        left = self.limits.max_scored_tokens - sum(len(chunk.prompt_logprob_positions) for chunk in chunks)
-        return num_tokens if len(wanted) <= left else wanted.start + left - start
-
-    def _admit_waiting(self, mode: ExpertMode, running: Collection[Chunk]) -> list[Chunk]:
-        """Admit by rank while there are tokens, rows, and blocks for *all* known tokens of the next one.
-
-        With blocks for a first chunk alone, sequences admitted together would starve each other and be computed
-        twice. One of the other mode gets its row and blocks here too, in its place, and its tokens at its turn.
-        """
-        tokens = self.limits.max_step_tokens - sum(chunk.num_tokens for chunk in running)
-        chunks: list[Chunk] = []
-        while self._queues.waiting and tokens and len(self._queues.running) < self._max_running:
-            sequence = self._queues.waiting[0]
-            if not self._queues.admit():
-                break
-            if sequence.mode != mode:
-                continue
-            num_tokens = self._scorable(sequence, min(sequence.num_uncomputed_tokens, tokens), [*running, *chunks])
-            if num_tokens:
-                chunks.append(_chunk(sequence, num_tokens))
-                tokens -= num_tokens
+                chunks = self._filler.continue_running(group[0].mode, preempted, group)
         return chunks
 
     def _begin_step(self, mode: ExpertMode, chunks: list[Chunk], preempted: list[Sequence]) -> StepPlan:
@@ -318,9 +235,3 @@ class Scheduler:
                 f"a sequence of up to {sequence.max_length} tokens needs {needed} KV blocks of "
                 f"{self.pool.block_tokens} tokens: there are {capacity}"
             )
-
-
-def _chunk(sequence: Sequence, num_tokens: int) -> Chunk:
-    reaches_end = num_tokens == sequence.num_uncomputed_tokens
-    samples = reaches_end and sequence.num_tokens < sequence.max_length
-    return Chunk(sequence, sequence.num_computed_tokens, num_tokens, samples)

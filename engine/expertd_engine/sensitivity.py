@@ -6,15 +6,16 @@ import statistics
 from collections.abc import Sequence
 
 from expertd_engine.bench.routing import RoutingShape, make_routing
-from expertd_engine.calibration import RouteRecorder, SomeLayers, TextEngine, Told, Window, with_slots
+from expertd_engine.calibration import RouteRecorder, SomeLayers, TextEngine, Told, Window, with_paths, with_slots
 from expertd_engine.config import Config
 from expertd_engine.console import Progress
 from expertd_engine.errors import BudgetError, UsageError
 from expertd_engine.experts.lookahead import EveryExpert
 from expertd_engine.experts.policy import serving_policy
 from expertd_engine.experts.store import ExpertStore
+from expertd_engine.model.path_routing import PathRouting
 from expertd_engine.model.virtual_routing import VirtualRouting
-from expertd_engine.planning.profile import LayerCurve, MissCurve, ModelProfile
+from expertd_engine.planning.profile import LayerCurve, MissCurve, ModelProfile, PathCurve
 from expertd_engine.planning.replay import Choice, Met, Routes, replay_exact, replay_virtual
 from expertd_engine.startup_parts import policy_name
 from expertd_engine.step_costs import NOT_COUNTED, StepCosts
@@ -22,7 +23,7 @@ from expertd_engine.step_costs import NOT_COUNTED, StepCosts
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Of all expert bytes, at which routes are replayed."""
 SLOTS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Of top-k, at which virtual mode is replayed; and all."""
+"""Of top-k, at which virtual mode is replayed, or run where it is of whole paths; and all."""
 SENSITIVE_AT = 2.0
 """Slots, of top-k, at which a layer's substitutions are measured by what they do to the output."""
 LEAST_MASS = 1e-6
@@ -58,14 +59,14 @@ class ModelMeasure:
         for number in range(len(self._experts) if self._text.virtual is not None else 0):
             progress("profile", number / len(self._experts))
             layers.append(self._layer(number))
-        return ModelProfile(sum(map(len, self._windows)), misses, layers)
+        return ModelProfile(sum(map(len, self._windows)), misses, layers, self._path_curve(progress))
 
     # ------------------------------------------------------------ exact mode
 
     def _record(self) -> Told | None:
-        """What is said, while it is kept what is routed; None for a model without virtual mode."""
+        """What is said, while it is kept what layers choose; None for a model without virtual mode."""
         if self._text.virtual is None:
-            return None
+            return None if self._text.paths is None else self._text.tell(self._windows)
         recorder = RouteRecorder(self._text.virtual)
         told = self._text.tell(self._windows, recorder, settle=False)
         self._choices = recorder.choices
@@ -97,13 +98,15 @@ class ModelMeasure:
 
     def _layer(self, number: int) -> LayerCurve:
         virtual = self._virtual()
-        sets, count = virtual.held.sets, self._experts[number]
-        slots = sorted({min(count, max(self._top_k, round(f * self._top_k))) for f in SLOTS} | {count})
+        sets, slots = virtual.held.sets, self._measured_slots(self._experts[number])
         tokens = self._choices[number]
         mass = [
             replay_virtual(tokens, sets.priors[number], self._top_k, n, sets.limits, len(tokens) // 4) for n in slots
         ]
         return LayerCurve(slots, mass, self._sensitivity(number))
+
+    def _measured_slots(self, experts: int) -> list[int]:
+        return sorted({min(experts, max(self._top_k, round(f * self._top_k))) for f in SLOTS} | {experts})
 
     def _sensitivity(self, number: int) -> float:
         """Divergence of the output for each unit of mass that this layer alone substitutes; 0 where it does none."""
@@ -114,11 +117,36 @@ class ModelMeasure:
         told = self._text.tell(self._windows, routing)
         routing.held.close()
         mass = routing.counts.mass[number] / max(1, routing.counts.tokens)
-        assert self.exact is not None, "only asked for where there is virtual mode"
-        return statistics.fmean(self.exact.divergences(told)) / mass if mass > LEAST_MASS else 0.0
+        return self._divergence(told) / mass if mass > LEAST_MASS else 0.0
 
     def _sensitive_slots(self, layer: int) -> int:
         return min(self._experts[layer], max(self._top_k + 1, round(SENSITIVE_AT * self._top_k)))
+
+    def _path_curve(self, progress: Progress) -> PathCurve | None:
+        """Where virtual mode is of whole paths: with so many of them."""
+        model = self._text.paths
+        if model is None:
+            return None
+        *fewer, all_paths = self._measured_slots(min(self._experts))
+        mass, divergence = [], []
+        for done, count in enumerate(fewer):
+            progress("profile", done / len(fewer))
+            lost, diverged = self._with_paths(model, count)
+            mass.append(lost)
+            divergence.append(diverged)
+        return PathCurve([*fewer, all_paths], [*mass, 0.0], [*divergence, 0.0])
+
+    def _with_paths(self, model: PathRouting, count: int) -> tuple[float, float]:
+        """Substituted mass of a token, and divergence."""
+        routing = with_paths(model, count)
+        told = self._text.tell(self._windows, routing)
+        routing.held.close()
+        return statistics.fmean(routing.counts.mass) / max(1, routing.counts.tokens), self._divergence(told)
+
+    def _divergence(self, told: Told) -> float:
+        """From exact mode, nats a token."""
+        assert self.exact is not None, "only asked for where there is virtual mode"
+        return statistics.fmean(self.exact.divergences(told))
 
     def _virtual(self) -> VirtualRouting:
         virtual = self._text.virtual

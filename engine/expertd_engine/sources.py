@@ -168,7 +168,8 @@ def _prepared(source: Source, cache_dir: Path, formats: Formats, order: str, pro
 
 def _make(source: Source, store: Path, scratch: Path, formats: Formats, order: str, progress: Progress) -> None:
     # torch and transformers take seconds to import: only where something must be made.
-    from expertd_engine.convert import convert_blocks, is_dense
+    from expertd_engine.convert import convert_blocks
+    from expertd_engine.dense_source import is_dense
     from expertd_engine.prepare import prepare
 
     checkpoint = source.path

@@ -6,8 +6,8 @@ from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import EveryExpert, LayerScan, Lookahead, NoLookahead
 from expertd_engine.experts.pregated import PregatedLookahead
+from expertd_engine.experts.record_file import RecordFile
 from expertd_engine.experts.slab import Slab
-from expertd_engine.experts.store import RecordFile
 from expertd_engine.experts.store_format import StoreIndex
 from expertd_engine.experts.transfer import Transfers
 from expertd_engine.model.expert_torch import SlotViews

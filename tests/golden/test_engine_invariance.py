@@ -16,7 +16,8 @@ import expertd_engine.model.runner as runner
 from expertd_engine.convert import convert_blocks
 from expertd_engine.errors import StoreError
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.experts.store import ExpertStore, RecordFile
+from expertd_engine.experts.record_file import RecordFile
+from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import RECORDS_NAME
 from expertd_engine.messages import Sampling
 from expertd_engine.model import native_model
@@ -215,7 +216,7 @@ def test_a_record_damaged_on_disk_is_named(
     source = stores["mixtral", "bf16"]
     for file in source.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    place = ExpertStore.open(source).record_offset(ExpertId(2, 11)) + 100
+    place = ExpertStore.open(source).index.record_offset(ExpertId(2, 11)) + 100
     data = bytearray((tmp_path / RECORDS_NAME).read_bytes())
     data[place] ^= 1
     (tmp_path / RECORDS_NAME).write_bytes(data)

@@ -201,7 +201,7 @@ def _copy_zeroing(store: ExpertStore, copy: Path, module: str, expert: int) -> N
     layer = [entry.module for entry in index.layers].index(module)
     zeros = bytes(index.record_bytes(layer))
     with (copy / RECORDS_NAME).open("r+b") as file:
-        file.seek(store.record_offset(ExpertId(layer, expert)))
+        file.seek(store.index.record_offset(ExpertId(layer, expert)))
         file.write(zeros)
     index.layers[layer].crc32[expert] = zlib.crc32(zeros)
     index = msgspec.structs.replace(index, store_id=identify(index))

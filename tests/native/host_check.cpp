@@ -17,13 +17,14 @@ constexpr int kUnknown = 9;  // a layer that there is none of
 
 struct Box {
   int32_t posted = 0, done = 0, head[3] = {}, experts[kExperts] = {}, begin[kExperts] = {}, end[kExperts] = {};
+  int32_t cuts[kExperts] = {};
   int32_t pairs[kRows * kTopK] = {};
   std::vector<float> x = check::random_floats(kRows * kHidden), weights = check::random_floats(kRows * kTopK);
   std::vector<float> sums = std::vector<float>(kRows * kHidden);
 
   expertd_mailbox view() {
-    return {&posted, &done, head, experts, begin, end, pairs, x.data(), weights.data(), sums.data(), kRows, kExperts,
-            kTopK};
+    return {&posted, &done, head, experts, begin, end, cuts, pairs, x.data(), weights.data(), sums.data(), kRows,
+            kExperts, kTopK};
   }
 
   // Row 0 by experts `first` and the next, of a layer; waits for the answer.

@@ -29,7 +29,7 @@ from expertd_engine.planning.profile import (
     decode_profile,
 )
 from expertd_engine.planning.replay import Choice, replay_exact, replay_virtual
-from expertd_engine.planning.split import split_slots
+from expertd_engine.planning.split import last_gains, split_slots
 
 RECORD, EXPERTS, TOP_K, LAYERS = 1000, 16, 2, 6
 
@@ -74,14 +74,14 @@ def test_no_split_of_convex_losses_is_better(shapes: list[tuple[float, float]], 
     for sensitivity, half in shapes:
         slots = list(range(TOP_K, 9))
         curves.append(LayerCurve(slots, [2.0 ** (-(n - TOP_K) / half) for n in slots], sensitivity))
-    found, _ = split_slots(curves, [RECORD] * 3, room * RECORD)
+    found = split_slots(curves, [RECORD] * 3, room * RECORD)
     assert sum(found) <= room
     every = [s for s in itertools.product(range(TOP_K, 9), repeat=3) if sum(s) <= room]
     assert loss(curves, found) <= min(loss(curves, list(s)) for s in every) + 1e-9
 
 
 def test_layers_that_are_alike_get_as_many_slots() -> None:
-    slots, _ = split_slots([curve()] * LAYERS, [RECORD] * LAYERS, RECORD * LAYERS * 7)
+    slots = split_slots([curve()] * LAYERS, [RECORD] * LAYERS, RECORD * LAYERS * 7)
     assert slots == [7] * LAYERS
 
 
@@ -89,20 +89,21 @@ def test_a_hot_layer_gets_its_slots() -> None:
     curves = [curve(sensitivity=0.01, half=1.0) for _ in range(LAYERS)]
     curves[3] = curve(sensitivity=5.0, half=6.0)
     room = RECORD * LAYERS * 4
-    slots, gains = split_slots(curves, [RECORD] * LAYERS, room)
+    slots = split_slots(curves, [RECORD] * LAYERS, room)
+    gains = last_gains(curves, slots)
     assert slots[3] > 2 * max(count for layer, count in enumerate(slots) if layer != 3)
     assert loss(curves, slots) < loss(curves, [4] * LAYERS)
     assert {gain.layer for gain in gains} >= {3} and gains[-1].saved > 0
 
 
 def test_a_short_record_is_bought_with_what_a_long_one_leaves() -> None:
-    slots, _ = split_slots([curve(), curve()], [1000, 300], 2 * TOP_K * 650 + 1000 + 900)
+    slots = split_slots([curve(), curve()], [1000, 300], 2 * TOP_K * 650 + 1000 + 900)
     assert slots[1] > slots[0]
     assert 1000 * slots[0] + 300 * slots[1] <= 2 * TOP_K * 650 + 1900
 
 
 def test_a_layer_that_loses_nothing_gets_the_fewest() -> None:
-    slots, _ = split_slots([curve(sensitivity=0.0), curve()], [RECORD] * 2, 12 * RECORD)
+    slots = split_slots([curve(sensitivity=0.0), curve()], [RECORD] * 2, 12 * RECORD)
     assert slots[1] == 10
 
 
@@ -209,7 +210,7 @@ def test_the_split_matches_or_beats_the_even_one_and_the_genetic_one(seed: int) 
     rng = Random(seed)
     curves = [curve(rng.uniform(0.1, 4.0), rng.uniform(1.0, 6.0)) for _ in range(12)]
     room = RECORD * len(curves) * 6
-    ours = loss(curves, split_slots(curves, [RECORD] * len(curves), room)[0])
+    ours = loss(curves, split_slots(curves, [RECORD] * len(curves), room))
     assert ours < 0.95 * loss(curves, [6] * len(curves))
     found = genetic_split(curves, [RECORD] * len(curves), room, rounds=60, seed=seed)
     assert sum(found) * RECORD <= room
@@ -219,5 +220,5 @@ def test_the_split_matches_or_beats_the_even_one_and_the_genetic_one(seed: int) 
 def test_the_genetic_search_is_no_straw_man() -> None:
     curves = [curve(sensitivity=0.01, half=1.0), curve(sensitivity=5.0, half=6.0), curve(sensitivity=0.01, half=1.0)]
     found = genetic_split(curves, [RECORD] * 3, RECORD * 3 * 6)
-    best = split_slots(curves, [RECORD] * 3, RECORD * 3 * 6)[0]
+    best = split_slots(curves, [RECORD] * 3, RECORD * 3 * 6)
     assert loss(curves, found) <= 1.05 * loss(curves, best)

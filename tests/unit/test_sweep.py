@@ -9,17 +9,18 @@ import pytest
 
 from expertd_engine.errors import StoreError
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.experts.store import ExpertStore, RecordFile
+from expertd_engine.experts.record_file import RecordFile
+from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import RECORDS_NAME
 from expertd_engine.experts.sweep import Sweep
-from unit.test_store import _write_store
+from support.random_store import write_store
 
 BAD = ExpertId(1, 2)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> ExpertStore:
-    _write_store(tmp_path / "store")
+    write_store(tmp_path / "store")
     return ExpertStore.open(tmp_path / "store")
 
 
@@ -30,7 +31,7 @@ def buffer_for(store: ExpertStore, expert: ExpertId) -> memoryview:
 def damage(store: ExpertStore, expert: ExpertId) -> None:
     """Flip one bit of a record; again: flip it back."""
     with (store.path / RECORDS_NAME).open("r+b") as file:
-        file.seek(store.record_offset(expert) + 100)
+        file.seek(store.index.record_offset(expert) + 100)
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 4]))
@@ -49,7 +50,7 @@ class Moody(RecordFile):
 
 
 def test_a_record_that_was_misread_is_read_again(store: ExpertStore, caplog: pytest.LogCaptureFixture) -> None:
-    with Moody(store, direct=False) as moody, store.open_records() as records:
+    with Moody(store.path, store.index, direct=False) as moody, store.open_records() as records:
         wrong, right = buffer_for(store, BAD), buffer_for(store, BAD)
         moody.read_record(BAD, wrong)
         records.read_record(BAD, right)
@@ -58,7 +59,7 @@ def test_a_record_that_was_misread_is_read_again(store: ExpertStore, caplog: pyt
 
 
 def test_a_record_that_is_bad_twice_is_an_error_with_its_place(store: ExpertStore) -> None:
-    with Moody(store, direct=False) as moody:
+    with Moody(store.path, store.index, direct=False) as moody:
         moody.lies = 2
         with pytest.raises(StoreError, match=r"record \(layer 1, expert 2\)"):
             moody.read_record(BAD, buffer_for(store, BAD))

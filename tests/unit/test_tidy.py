@@ -30,6 +30,7 @@ PURE = (
     "queues",
     "scheduler",
     "trials",
+    "step_filler",
     "step_plan",
     "core",
     "experts.events",

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.experts.store import ExpertStore, RecordFile
+from expertd_engine.experts.record_file import RecordFile
+from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import TensorSpec, tensor_bytes
 from expertd_engine.families import Model, build_meta_model, find_experts, load_config
 from expertd_engine.kernels.formats import QUANTISED, Floats, dequantise

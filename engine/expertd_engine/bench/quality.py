@@ -22,7 +22,7 @@ from torch import Tensor
 from expertd_engine.bench.genetic import genetic_split
 from expertd_engine.bench.perplexity import held_out
 from expertd_engine.bench.quality_paths import PathQuality
-from expertd_engine.bench.quality_points import FACTORS, QualityBench, describe, draw
+from expertd_engine.bench.quality_points import CACHE_PRIOR, FACTORS, QualityBench, describe, draw
 from expertd_engine.calibration import RouteRecorder, TextEngine, Window, with_slots
 from expertd_engine.config import Config
 from expertd_engine.console import Progress, silent
@@ -35,8 +35,6 @@ from expertd_engine.planning.replay import Choice
 from expertd_engine.planning.split import split_slots
 from expertd_engine.profile_file import has_profile, read_profile
 
-CACHE_PRIOR = 0.5
-"""Share of a layer's range of logits by which cache-prior routing (arXiv 2412.00099) lifts what is held."""
 WINDOW = 256
 CALIBRATION = 2
 """Windows of other text, for static pruning; `expertd profile` takes its text from there, too."""
@@ -113,7 +111,7 @@ class LayerQuality(QualityBench):
         curves, room = self._profile.model.layers, sum(even)
         if method == "genetic":
             return genetic_split(curves, [1] * len(even), room)
-        return split_slots(curves, [1] * len(even), room)[0]
+        return split_slots(curves, [1] * len(even), room)
 
     def _routing(self, method: str, slots: Sequence[int]) -> VirtualRouting:
         served, moving = self._model.held.sets.limits, SwapLimits(in_flight=len(self._experts))

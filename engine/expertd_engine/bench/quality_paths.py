@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from random import Random
 
 import numpy as np
 
-from expertd_engine.bench.quality_points import QualityBench
-from expertd_engine.calibration import TextEngine, Window
-from expertd_engine.experts.held import HeldExperts
-from expertd_engine.experts.virtual import SwapLimits
-from expertd_engine.experts.virtual_paths import VirtualPaths
+from expertd_engine.bench.quality_points import CACHE_PRIOR, QualityBench
+from expertd_engine.calibration import TextEngine, Window, with_paths
+from expertd_engine.experts.virtual_paths import Served
 from expertd_engine.model.path_routing import PathRouting
 from expertd_engine.model.step_routes import KnownRoutes
 from expertd_engine.model.substitution import Floats
 
-METHODS = ("paths", "counts", "chances", "norms", "random")
+METHODS = ("paths", "counts", "chances", "norms", "random", "cache-prior")
 """`paths` is what is served. In `counts` a path is worth its tokens; `chances` is static, by the router's probability
-on other text; so are `norms`, by ‖E‖, and `random`."""
+on other text; so are `norms`, by ‖E‖, and `random`; cache-prior routing may fetch."""
+
+
+_LEAST_CHANCE = 1e-30
 
 
 class CountedPaths(PathRouting):
@@ -27,6 +28,28 @@ class CountedPaths(PathRouting):
 
     def importance(self, own: Sequence[int], chances: Floats) -> Floats:
         return np.bincount(own, minlength=chances.shape[1]).astype(np.float32)
+
+
+class CachePriorPaths(PathRouting):
+    """Held paths are preferred, not demanded: a token's own that beats them by the margin is fetched."""
+
+    def answer(
+        self,
+        chances: Sequence[float],
+        own: int,
+        whole: Collection[int],
+        held: Sequence[Collection[int]],
+        limit: float,
+    ) -> Served | None:
+        logits = np.log(np.maximum(chances, _LEAST_CHANCE))
+        preferred = max((logits[path] for path in whole), default=-np.inf) + CACHE_PRIOR * np.ptp(logits)
+        return None if logits[own] > preferred else super().answer(chances, own, whole, held, limit)
+
+
+MOVING: Mapping[str, type[PathRouting]] = {
+    "paths": PathRouting, "counts": CountedPaths, "cache-prior": CachePriorPaths,
+}  # fmt: skip
+"""Methods whose paths are swapped."""
 
 
 class Listener(PathRouting):
@@ -53,11 +76,10 @@ class PathQuality(QualityBench):
         self._model = model
 
     def _routing(self, method: str, slots: Sequence[int]) -> PathRouting:
-        served = self._model.sets.limits
-        kind = CountedPaths if method == "counts" else PathRouting
-        if method in ("paths", "counts"):
-            return self._with(slots, served, self._model.sizes, kind)
-        return self._with(slots, replace(served, per_step=0), self._prior(method), kind)
+        served, paths = self._model.sets.limits, min(slots)
+        if method in MOVING:
+            return with_paths(self._model, paths, served, self._model.sizes, MOVING[method])
+        return with_paths(self._model, paths, replace(served, per_step=0), self._prior(method))
 
     def _prior(self, method: str) -> Floats:
         if method == "norms":
@@ -68,9 +90,3 @@ class PathQuality(QualityBench):
         listener = Listener(self._model)
         self._text.tell(self._calibration, listener, settle=False)
         return listener.total
-
-    def _with(self, slots: Sequence[int], limits: SwapLimits, prior: Floats, kind: type[PathRouting]) -> PathRouting:
-        """Of as many paths as a layer has slots, in sets of their own."""
-        sets = VirtualPaths(prior.tolist(), len(slots), limits)
-        room = replace(self._model.held.room, wanted=slots, share=1.0)
-        return kind(sets, HeldExperts(self._model.held.cache, sets, room), self._model.sizes)

@@ -18,6 +18,8 @@ from expertd_engine.errors import UsageError
 from expertd_engine.model.path_routing import PathRouting
 from expertd_engine.model.virtual_routing import VirtualRouting
 
+CACHE_PRIOR = 0.5
+"""Share of a router's range of logits by which cache-prior routing (arXiv 2412.00099) lifts what is held."""
 FACTORS = (6.0, 4.0, 3.0, 2.0, 1.25)
 """Slots a layer, of top-k."""
 

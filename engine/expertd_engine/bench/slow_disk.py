@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.experts.store import ExpertStore, RecordFile
+from expertd_engine.experts.record_file import RecordFile
+from expertd_engine.experts.store import ExpertStore
 
 
 class _SlowRecords(RecordFile):
     """Reads take turns: a record has come once all before it have, and its own bytes."""
 
     def __init__(self, store: ExpertStore, bytes_per_s: float, *, direct: bool, verify_always: bool) -> None:
-        super().__init__(store, direct=direct, verify_always=verify_always)
+        super().__init__(store.path, store.index, direct=direct, verify_always=verify_always)
         self._bytes_per_s = bytes_per_s
         self._turn = threading.Lock()
         self._free_at = 0.0

@@ -55,7 +55,7 @@ class HostCompute:
         words = ints(3 * _LINE_WORDS)
         self.posted, self.done, self.head = words[:1], words[_LINE_WORDS:][:1], words[2 * _LINE_WORDS :][:3]
         """int32 `[1]`, `[1]`, `[3]`; as `kernels.cuda.host_experts.Mailbox`, and so are the others."""
-        self.experts, self.pairs = ints(3, room.experts), ints(room.rows * room.top_k)
+        self.experts, self.pairs = ints(4, room.experts), ints(room.rows * room.top_k)
         self.x, self.weights = floats(room.rows, room.hidden), floats(room.rows, room.top_k)
         self.sums = floats(room.rows, room.hidden)
         self.lands = False
@@ -97,12 +97,13 @@ class HostCompute:
         self.busy_s = (counts.nanoseconds - first.nanoseconds) / 1e9
         return self.busy_s - before
 
-    def ask(self, layer: int, experts: Sequence[int]) -> None:
-        """What a device would ask for one row, of which row 0 of `x` and `weights` are to be there; and wait for it."""
+    def ask(self, layer: int, experts: Sequence[int], cuts: Sequence[int] = ()) -> None:
+        """What a device would ask for one row, of which row 0 of `x` and `weights` are to be there; and wait for it.
+        `cuts`: of each expert the first neuron asked for, all where there are none."""
         count = len(experts)
         assert count <= self._room.top_k
         choices = np.arange(count)
-        self.experts.numpy()[:, :count] = experts, choices, choices + 1
+        self.experts.numpy()[:, :count] = experts, choices, choices + 1, cuts or [0] * count
         self.pairs.numpy()[:count] = choices
         self.head.numpy()[:] = layer, 1, count
         posted, done, until = self.posted.numpy(), self.done.numpy(), time.monotonic() + _PATIENCE_S

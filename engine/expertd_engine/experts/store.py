@@ -1,43 +1,32 @@
-"""Opens, checks and reads an expert store. Owns the file descriptor of experts.bin; owns no thread and no slot.
+"""Opens and checks an expert store. Owns nothing: its records are a `RecordFile`'s.
 
-Imports no torch: transfer threads and the server's checks run on it. Layout: `store_format`; writer: `prepare`.
+Imports no torch: the server's checks run on it. Layout: `store_format`; writer: `prepare`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
-import logging
 import mmap
-import os
-import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import msgspec
 
 from expertd_engine.console import Progress, silent
 from expertd_engine.errors import StoreError
 from expertd_engine.experts.events import ExpertId
+from expertd_engine.experts.record_file import RecordFile
 from expertd_engine.experts.soundness import problem_of
 from expertd_engine.experts.store_format import (
-    ALIGNMENT,
     DENSE_NAME,
     FORMAT_VERSION,
     INDEX_NAME,
-    RECORDS_NAME,
     TARGETS,
     FileEntry,
     StoreIndex,
 )
-
-logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 8 * 2**20
 
@@ -87,25 +76,13 @@ class ExpertStore:
 
     def open_records(self, *, direct: bool = True, verify_always: bool = False) -> RecordFile:
         """The records, read past the page cache unless `direct` is off or the system refuses it."""
-        return RecordFile(self, direct=direct, verify_always=verify_always)
-
-    def record_offset(self, expert: ExpertId) -> int:
-        """Byte in experts.bin at which the record begins, a multiple of `ALIGNMENT`."""
-        return self.index.layers[expert.layer].offset + expert.expert * self.index.record_bytes(expert.layer)
+        return RecordFile(self.path, self.index, direct=direct, verify_always=verify_always)
 
     def experts(self) -> Iterator[ExpertId]:
         """Every expert, in the order of its record on disk."""
         for layer, entry in enumerate(self.index.layers):
             for expert in range(entry.num_experts):
                 yield ExpertId(layer, expert)
-
-    def check_record(self, expert: ExpertId, crc32: int) -> None:
-        """Raise StoreError if the record, padding included, does not have the checksum that the index states."""
-        if crc32 != self.index.layers[expert.layer].crc32[expert.expert]:
-            raise StoreError(
-                f"store {self.path}: record (layer {expert.layer}, expert {expert.expert}) of {RECORDS_NAME} is "
-                f"corrupted: its checksum differs from the index; prepare the store again"
-            )
 
     def verify(self, progress: Progress = silent) -> None:
         """Read everything and compare all checksums. Raises StoreError naming the first bad file or record."""
@@ -120,132 +97,6 @@ class ExpertStore:
                 records.read_record(expert, _aligned_buffer(size))
                 done += size
                 progress("verify", done / total)
-
-
-class RecordFile:
-    """experts.bin, open for positional reads from any number of threads.
-
-    A record's checksum is compared the first time it is read; later reads of it trust the disk, unless `verify_always`.
-    One that differs is read once more before it is given up: a bus or a cable may have erred, and not the disk.
-    """
-
-    def __init__(self, store: ExpertStore, *, direct: bool, verify_always: bool = False) -> None:
-        self._store = store
-        self._verify_always = verify_always
-        self._path = store.path / RECORDS_NAME
-        self._lock = threading.Lock()
-        self._fds: list[int] = []
-        first = list(accumulate((layer.num_experts for layer in store.index.layers), initial=0))
-        self._first_record = first[:-1]
-        self._checked = bytearray(first[-1])
-        self.direct = False
-        self.fallback_reason: str | None = None
-        """Why reads go through the page cache although direct ones were asked for; None when they do not."""
-        if direct:
-            self._open_direct()
-        else:
-            self._fds.append(self._open(0))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; no read may be under way."""
-        while self._fds:
-            os.close(self._fds.pop())
-
-    def read_record(self, expert: ExpertId, buffer: memoryview) -> None:
-        """Fill `buffer`, page-aligned and exactly as long as the record. Raises StoreError naming the place."""
-        size = self._store.index.record_bytes(expert.layer)
-        if buffer.nbytes != size or _address(buffer) % ALIGNMENT:
-            raise ValueError(f"a buffer for {expert} must hold {size} bytes at a multiple of {ALIGNMENT}")
-        ordinal = self._first_record[expert.layer] + expert.expert
-        if self._verify_always or not self._checked[ordinal]:
-            self._read_checked(expert, buffer.cast("B"))
-            self._checked[ordinal] = 1
-        else:
-            self._read_at(self._store.record_offset(expert), buffer.cast("B"), expert)
-
-    def place_of(self, expert: ExpertId) -> tuple[int, int] | None:
-        """File and offset of a record, for who begins many reads at once. None where it has to come by `read_record`:
-        its checksum is due, or reads go through the page cache."""
-        checked = self._checked[self._first_record[expert.layer] + expert.expert] and not self._verify_always
-        return (self._fds[-1], self._store.record_offset(expert)) if checked and self.direct else None
-
-    def verify_record(self, expert: ExpertId, scratch: memoryview) -> None:
-        """Read a record through `scratch`, page-aligned and a multiple of `ALIGNMENT` long, and compare its checksum.
-
-        Raises StoreError naming the place; its next read as an expert is then checked again.
-        """
-        self._checked[self._first_record[expert.layer] + expert.expert] = 0
-        self._read_checked(expert, scratch)
-        self._checked[self._first_record[expert.layer] + expert.expert] = 1
-
-    def _read_checked(self, expert: ExpertId, buffer: memoryview) -> None:
-        """Pass the record through `buffer`, which holds it then if it is as long; at most twice."""
-        try:
-            self._store.check_record(expert, self._read_crc32(expert, buffer))
-        except StoreError as error:
-            logger.warning("%s; reading it once more", error)
-            self._store.check_record(expert, self._read_crc32(expert, buffer))
-
-    def _read_crc32(self, expert: ExpertId, buffer: memoryview) -> int:
-        begin, size, crc32 = self._store.record_offset(expert), self._store.index.record_bytes(expert.layer), 0
-        for offset in range(0, size, len(buffer)):
-            piece = buffer[: min(len(buffer), size - offset)]
-            self._read_at(begin + offset, piece, expert)
-            crc32 = zlib.crc32(piece, crc32)
-        return crc32
-
-    def _read_at(self, offset: int, buffer: memoryview, expert: ExpertId) -> None:
-        done = 0
-        while done < len(buffer):
-            direct = self.direct
-            try:
-                count = os.preadv(self._fds[-1], [buffer[done:]], offset + done)
-            except OSError as error:
-                if error.errno == errno.EINVAL and direct:  # as it was: another thread may just have fallen back
-                    self._fall_back("the file system refuses direct reads of this alignment")
-                    continue
-                raise self._unreadable(expert, offset + done, error.strerror or str(error)) from error
-            # A short direct read may end anywhere, but the next one must begin at a multiple of ALIGNMENT.
-            advance = count if done + count == len(buffer) else count - count % ALIGNMENT
-            if advance == 0:
-                raise self._unreadable(expert, offset + done, "the file ends here")
-            done += advance
-
-    def _unreadable(self, expert: ExpertId, offset: int, reason: str) -> StoreError:
-        place = f"record (layer {expert.layer}, expert {expert.expert}), byte {offset}"
-        return StoreError(f"cannot read {self._path}, {place}: {reason}")
-
-    def _open(self, flags: int) -> int:
-        try:
-            return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | flags)
-        except OSError as error:
-            if error.errno == errno.EINVAL and flags:
-                raise
-            raise StoreError(f"cannot open {self._path}: {error.strerror}") from error
-
-    def _open_direct(self) -> None:
-        try:
-            self._fds.append(self._open(os.O_DIRECT))
-            self.direct = True
-        except OSError:
-            self.direct = True
-            self._fall_back("the file system refuses O_DIRECT")
-
-    def _fall_back(self, reason: str) -> None:
-        """Read through the page cache from now on. Other threads may still be using the old descriptor: keep it."""
-        with self._lock:
-            if self.direct:
-                self._fds.append(self._open(0))
-                self.direct, self.fallback_reason = False, reason
-                logger.warning("%s: %s; reading through the page cache", self._path, reason)
 
 
 def file_crc32(path: Path) -> int:
@@ -303,10 +154,6 @@ def _check_size(path: Path, expected: int) -> None:
     if found != expected:
         fault = "truncated" if found < expected else "too long"
         raise StoreError(f"store file {path} is {fault}: expected {expected} bytes, found {found}")
-
-
-def _address(buffer: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def _aligned_buffer(size: int) -> memoryview:

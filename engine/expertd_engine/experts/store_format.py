@@ -1,4 +1,4 @@
-"""Layout of an expert store on disk. Plain data: the writer is `prepare.py`, the reader `experts/store.py`.
+"""Layout of an expert store on disk. Plain data: written by `prepare.py`, read by `store.py` and `record_file.py`.
 
     STORE/
       store.json            the index, written last: a directory without it is not a store
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from expertd_engine.experts.events import ExpertId
 from expertd_engine.kernels.formats import packed_bytes
 from expertd_engine.kernels.row_order import matrix_bytes
 
@@ -135,6 +136,10 @@ class StoreIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def record_bytes(self, layer: int) -> int:
         """Length in bytes of a record of MoE layer `layer`."""
         return self.layouts[self.layers[layer].layout].bytes
+
+    def record_offset(self, expert: ExpertId) -> int:
+        """Byte in experts.bin at which the record begins, a multiple of `ALIGNMENT`."""
+        return self.layers[expert.layer].offset + expert.expert * self.record_bytes(expert.layer)
 
     def expert_bytes_total(self) -> int:
         """Bytes of all records."""

@@ -12,7 +12,8 @@ from itertools import cycle
 
 from expertd_engine.errors import StoreError
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.experts.store import ExpertStore, RecordFile
+from expertd_engine.experts.record_file import RecordFile
+from expertd_engine.experts.store import ExpertStore
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ class Mailbox(ctypes.Structure):
     """`expertd_mailbox`. Whoever makes one keeps what it points to alive."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("posted", "done", "head", "experts", "begin", "end", "pairs", "x", "weights")),
-        ("sums", c_void_p),
+        *((name, c_void_p) for name in ("posted", "done", "head", "experts", "begin", "end", "cuts", "pairs", "x")),
+        *((name, c_void_p) for name in ("weights", "sums")),
         *((name, c_int32) for name in ("max_rows", "max_experts", "top_k")),
     ]
 
@@ -49,10 +49,11 @@ class HostThread:
     """
 
     def __init__(self, library: Library, threads: int, layers: Sequence[HostLayer], mailbox: Mailbox) -> None:
-        size: Any = getattr(library.handle, "expertd_host_layer_bytes", lambda: None)  # absent from older libraries
-        size.restype = c_int64
-        if size() != ctypes.sizeof(_Layer):
-            raise KernelsMissing(f"native kernels {library.path} are of another version: install again")
+        for name, struct in (("expertd_host_layer_bytes", _Layer), ("expertd_mailbox_bytes", Mailbox)):
+            size: Any = getattr(library.handle, name, lambda: None)  # absent from older libraries
+            size.restype = c_int64
+            if size() != ctypes.sizeof(struct):
+                raise KernelsMissing(f"native kernels {library.path} are of another version: install again")
         self._layers, self._host = list(layers), c_void_p()
         bound = [c_int32, POINTER(_Layer), c_int32, POINTER(Mailbox), POINTER(c_void_p)]
         create = library.bind("expertd_host_create", bound)

@@ -8,7 +8,7 @@ one of other routes, and its layers know nothing of it.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -79,6 +79,17 @@ class PathRouting:
             tokens=stop - start,
         )
 
+    def answer(
+        self,
+        chances: Sequence[float],
+        own: int,
+        whole: Collection[int],
+        held: Sequence[Collection[int]],
+        limit: float,
+    ) -> Served | None:
+        """As `serve`."""
+        return serve(chances, own, whole, held, limit)
+
     def _along_held(
         self, own: Sequence[int], chances: Floats, limits: Sequence[float], known: KnownRoutes
     ) -> KnownRoutes:
@@ -89,7 +100,7 @@ class PathRouting:
             return known
         held = [self.sets.held(layer) for layer in range(self._layers)]
         served = [
-            None if path in whole else serve(row, path, whole, held, limit)
+            None if path in whole else self.answer(row, path, whole, held, limit)
             for path, row, limit in zip(own, chances.tolist(), limits, strict=True)
         ]
         lacking = [

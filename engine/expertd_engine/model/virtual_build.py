@@ -73,7 +73,7 @@ def virtual_parts(
     room = _room(index, config, slot_bytes)
     if config.virtual_slots is None and profile is not None and profile.model.layers:
         curves, record_bytes = profile.model.layers, room.record_bytes
-        room = replace(room, divide=lambda nbytes: split_slots(curves, record_bytes, nbytes)[0])
+        room = replace(room, divide=lambda nbytes: split_slots(curves, record_bytes, nbytes))
     norms = [np.array(layer.norms or [1.0] * layer.num_experts, np.float32) for layer in index.layers]
     sets = VirtualExperts(priors or [norm.tolist() for norm in norms], index.top_k, limits)
     return VirtualParts(known, norms, sets, room)

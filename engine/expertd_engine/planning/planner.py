@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from expertd_engine.config import Size
 from expertd_engine.errors import BudgetError, UsageError
+from expertd_engine.experts.virtual_room import VirtualRoom
 from expertd_engine.messages import ExpertMode
-from expertd_engine.planning.profile import MissCurve, Profile, at_share
-from expertd_engine.planning.split import Gain, split_slots
+from expertd_engine.planning.profile import MissCurve, ModelProfile, Profile, at_share
+from expertd_engine.planning.split import Gain, last_gains, split_slots
 from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
 
 SPREAD = 0.01
@@ -52,7 +53,7 @@ class Plan:
     divergence: float
     """KL from exact mode, nats a token."""
     gains: list[Gain]
-    """Virtual mode: the last slot that each layer was given."""
+    """Virtual mode: the last slot that each layer was given, or the last path."""
 
     @property
     def tok_s(self) -> float:
@@ -66,8 +67,8 @@ def make_plan(profile: Profile, request: Request) -> Plan:
     experts = startup.expert_budget_bytes
     memory = _memory(profile, startup)
     if request.mode == "virtual":
-        slots, gains = virtual_slots(profile, experts, request.share)
-        loss = sum(curve.loss(count) for curve, count in zip(profile.model.layers, slots, strict=True))
+        slots = virtual_slots(profile, experts, request.share)
+        loss, gains = profile.model.loss(slots), _gains(profile.model, slots)
         step_s = profile.box.virtual_s or profile.box.step_s
         return Plan("virtual", experts, startup.kv_blocks, memory, slots, 1.0, step_s, loss, gains)
     hit_rate, step_s = predict_exact(profile, profile.curve(request.routing), experts)
@@ -99,23 +100,29 @@ def missing_s(missing: Sequence[float], reads_s: Sequence[float]) -> float:
     return sum(layers * each for layers, each in zip(missing, seconds, strict=True))
 
 
-def virtual_slots(profile: Profile, expert_bytes: int, share: float) -> tuple[list[int], list[Gain]]:
-    """Slots of each layer for virtual mode, and what the last one of each was worth. Raises BudgetError, and UsageError
-    for a model whose profile has nothing of it."""
-    if not profile.model.layers:
+def virtual_slots(profile: Profile, expert_bytes: int, share: float) -> list[int]:
+    """Slots of each layer for virtual mode, as serving gives them; of whole paths, as many in each. Raises BudgetError,
+    and UsageError for a model whose profile has nothing of it."""
+    model, record_bytes, experts = profile.model, profile.record_bytes, profile.num_experts
+    if not model.has_virtual:
         raise UsageError(
-            "--expert-mode virtual is not allowed for this model: its profile has no curves to plan by, since it has "
-            "no virtual mode, or one of whole paths; give exact"
+            "--expert-mode virtual is not allowed for this model: its profile has no curves to plan by. Either it has "
+            "no virtual mode: give exact; or an older expertd made the profile: make it anew with `expertd profile`"
         )
-    total, floor = profile.expert_bytes, profile.top_k * sum(profile.record_bytes)
-    staging = 2 * max(profile.record_bytes)
-    if expert_bytes >= total:
-        return list(profile.num_experts), []
-    if expert_bytes < floor + staging:
-        detail = f"{profile.top_k} slots in each of {len(profile.record_bytes)} MoE layers and two to load through"
-        raise BudgetError("expert budget for virtual mode", expert_bytes, floor + staging, detail)
-    room = max(floor, min(int(share * expert_bytes), expert_bytes - staging))
-    return split_slots(profile.model.layers, profile.record_bytes, room)
+    divide = None if model.paths else lambda nbytes: split_slots(model.layers, record_bytes, nbytes)
+    room = VirtualRoom(record_bytes, experts, profile.top_k, share, experts, divide)
+    slots = room.slots(expert_bytes)
+    if slots is None:
+        detail = f"{profile.top_k} slots in each of {len(experts)} MoE layers and two to load through"
+        raise BudgetError("expert budget for virtual mode", expert_bytes, room.minimum_bytes, detail)
+    return [min(slots)] * len(slots) if model.paths else slots
+
+
+def _gains(model: ModelProfile, slots: Sequence[int]) -> list[Gain]:
+    if model.paths is None:
+        return last_gains(model.layers, slots)
+    count = min(slots)
+    return [Gain(None, count, model.paths.loss(count - 1) - model.paths.loss(count))] if count > 1 else []
 
 
 def _measured(profile: Profile, request: Request) -> Measured:

@@ -6,6 +6,7 @@ Seconds and bytes throughout. A profile belongs to one store, one box and the li
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 
 import msgspec
 
@@ -34,7 +35,7 @@ class BoxProfile(_Part, frozen=True):
     overlap: float
     """What missing records cost of the time they take to read alone: below 1, where others compute meanwhile."""
     virtual_s: float | None = None
-    """Seconds of one sequence's decode step in virtual mode, sets moving; None without it, or of whole paths."""
+    """Seconds of one sequence's decode step in virtual mode, sets moving; None without it."""
 
 
 class MemoryProfile(_Part, frozen=True):
@@ -77,12 +78,40 @@ class LayerCurve(_Part, frozen=True):
         return self.sensitivity * _between(self.slots, self.mass, count)
 
 
+class PathCurve(_Part, frozen=True):
+    """Virtual mode where one index holds in all layers: what it costs to hold so many whole paths."""
+
+    paths: list[int]
+    """Ascending, from one to all."""
+    mass: list[float]
+    """Substituted mass of a token with these, 0 to 1."""
+    divergence: list[float]
+    """KL from exact mode with these, nats a token."""
+
+    def loss(self, count: int) -> float:
+        """Expected divergence with `count` paths, between measured ones on a straight line."""
+        return _between(self.paths, self.divergence, count)
+
+
 class ModelProfile(_Part, frozen=True):
     tokens: int
     """Of calibration text, each computed by itself through the real runtime."""
     misses: list[MissCurve]
     layers: list[LayerCurve]
     """Empty where the model has no virtual mode, or one of whole paths."""
+    paths: PathCurve | None = None
+    """Where virtual mode is of whole paths."""
+
+    @property
+    def has_virtual(self) -> bool:
+        """Whether there is anything to plan virtual mode by."""
+        return bool(self.layers) or self.paths is not None
+
+    def loss(self, slots: Sequence[int]) -> float:
+        """Expected divergence of virtual mode with so many slots in each layer, nats a token."""
+        if self.paths is not None:
+            return self.paths.loss(min(slots))
+        return sum(curve.loss(count) for curve, count in zip(self.layers, slots, strict=True))
 
 
 class Profile(_Part, frozen=True):

@@ -23,26 +23,29 @@ _BETTER = 1 - 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """The last slot that a layer was given: nats of divergence saved for each token."""
+    """The last slot that a layer was given, or the last path: nats of divergence saved for each token."""
 
-    layer: int
+    layer: int | None
+    """None: a whole path, a slot in every layer."""
     slots: int
-    """That the layer has with it."""
+    """That the layer, or every layer, has with it."""
     saved: float
 
 
-def split_slots(curves: Sequence[LayerCurve], record_bytes: Sequence[int], room: int) -> tuple[list[int], list[Gain]]:
-    """Slots of each layer inside `room` bytes, at least the fewest of each curve, and each layer's last gain."""
+def split_slots(curves: Sequence[LayerCurve], record_bytes: Sequence[int], room: int) -> list[int]:
+    """Slots of each layer inside `room` bytes, at least the fewest of each curve."""
     found = _along_hulls(curves, record_bytes, room)
     other = _fill(curves, record_bytes, room, _at_measured(curves, record_bytes, room))
-    if _loss(curves, other) < _BETTER * _loss(curves, found):
-        found = other
-    gains = [
+    return other if _loss(curves, other) < _BETTER * _loss(curves, found) else found
+
+
+def last_gains(curves: Sequence[LayerCurve], slots: Sequence[int]) -> list[Gain]:
+    """Of each layer that has more than the fewest."""
+    return [
         Gain(layer, count, curve.loss(count - 1) - curve.loss(count))
-        for layer, (curve, count) in enumerate(zip(curves, found, strict=True))
+        for layer, (curve, count) in enumerate(zip(curves, slots, strict=True))
         if count > curve.slots[0]
     ]
-    return found, gains
 
 
 def _loss(curves: Sequence[LayerCurve], slots: Sequence[int]) -> float:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from expertd_engine.dense_source import is_gguf, refuse_rope_factors
 from expertd_engine.errors import ModelError
 from expertd_engine.families import Model, check_rope, load_config
 from expertd_engine.refactor.origin import weights_fingerprint
@@ -73,12 +74,14 @@ class Dense:
 
 def open_dense(source: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Dense:
     """Load a checkpoint folder or GGUF file. Raises ModelError when it cannot be read or has no FFN of a known kind."""
-    gguf = source.suffix == ".gguf"
+    gguf = is_gguf(source)
     where: dict[str, Any] = {"gguf_file": source.name} if gguf else {}
     folder = source.parent if gguf else source
     if gguf and not source.is_file():
         raise ModelError(f"no GGUF file at {source}")
-    if not gguf:
+    if gguf:
+        refuse_rope_factors(source)
+    else:
         check_rope(load_config(source))
     try:
         with redirect_stderr(io.StringIO()):  # bars; warnings go through logging

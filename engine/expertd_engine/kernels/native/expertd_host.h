@@ -21,6 +21,8 @@ typedef struct expertd_mailbox {
   const int32_t *experts; /* [max_experts], ascending */
   const int32_t *begin;   /* [max_experts]: expert i serves pairs[begin[i]] to pairs[end[i] - 1] */
   const int32_t *end;
+  const int32_t *cuts;    /* [max_experts]: of expert i, inner neurons from cuts[i] on are asked for; 0: all are. Where
+                           * not all are, the GPU adds what the others give, and the bias of down */
   const int32_t *pairs;   /* [max_rows * top_k]: row * top_k + choice */
   const float *x;         /* [rows, hidden] */
   const float *weights;   /* [rows, top_k] */
@@ -41,11 +43,12 @@ typedef struct expertd_host_layer {
 typedef struct expertd_host_counts {
   int64_t requests;
   int64_t experts;
-  int64_t bytes;       /* of their records */
+  int64_t bytes;       /* of their records, or of the part that is asked for */
   int64_t nanoseconds; /* from request to answer, summed */
 } expertd_host_counts;
 
-EXPERTD_API int64_t expertd_host_layer_bytes(void); /* sizeof, for who binds it */
+EXPERTD_API int64_t expertd_host_layer_bytes(void); /* sizeof, for who binds it; and so is the next */
+EXPERTD_API int64_t expertd_mailbox_bytes(void);
 
 /* `threads` compute, the one that watches included; they are parked but between begin and end. The layers are copied,
  * what the mailbox and the layers point to must outlive the host. */

@@ -33,8 +33,8 @@ constexpr auto kNap = std::chrono::microseconds(200);
 int32_t read_number(const int32_t* at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
 
 void check_mailbox(const expertd_mailbox& box) {
-  require(box.posted && box.done && box.head && box.experts && box.begin && box.end && box.pairs && box.x &&
-              box.weights && box.sums,
+  require(box.posted && box.done && box.head && box.experts && box.begin && box.end && box.cuts && box.pairs &&
+              box.x && box.weights && box.sums,
           "a part of the mailbox is null");
   check_dimension("max_rows", box.max_rows);
   check_dimension("max_experts", box.max_experts);
@@ -53,6 +53,7 @@ class Host {
     const size_t pairs = static_cast<size_t>(box.max_rows) * box.top_k;
     records_.reserve(box.max_experts);
     pair_begin_.reserve(box.max_experts + 1);
+    cuts_.reserve(box.max_experts);
     pair_row_.reserve(pairs);
     pair_weight_.reserve(pairs);
     watcher_ = std::thread([this] { watch(); });
@@ -148,11 +149,14 @@ class Host {
     const expertd_moe_call call{&layer.layout,      box_.x,           rows,
                                 asked,              records_.data(),  pair_begin_.data(),
                                 pair_row_.data(),   pair_weight_.data(), box_.sums, nullptr};
-    check_moe(call);
+    const bool whole = std::all_of(cuts_.begin(), cuts_.end(), [](int32_t cut) { return cut == 0; });
+    const int32_t* const cuts = whole ? nullptr : cuts_.data();
+    check_moe(call, cuts);
     Call taken(pool_.get());
-    run_moe(taken.pool(), call);
+    run_moe(taken.pool(), call, cuts);
     counts_.experts += asked;
-    counts_.bytes += asked * layer.record_bytes;
+    const int64_t inner = layer.layout.inner;
+    for (const int32_t cut : cuts_) counts_.bytes += layer.record_bytes * (inner - cut) / inner;
   }
 
   // The request, as the kernels take it.
@@ -161,6 +165,7 @@ class Host {
     pair_row_.clear();
     pair_weight_.clear();
     pair_begin_.assign(1, 0);
+    cuts_.assign(box_.cuts, box_.cuts + asked);  // what is checked is what is computed with
     const int32_t most = rows * box_.top_k;
     for (int32_t i = 0; i < asked; ++i) {
       const int32_t expert = box_.experts[i];
@@ -188,7 +193,7 @@ class Host {
   const std::vector<expertd_host_layer> layers_;
   std::unique_ptr<expertd_pool, Destroy> pool_;
   std::vector<const void*> records_;
-  std::vector<int32_t> pair_begin_, pair_row_;
+  std::vector<int32_t> pair_begin_, pair_row_, cuts_;
   std::vector<float> pair_weight_;
   int32_t answered_;  // and what follows: the watching thread's, or, while that is parked, the caller's
   Clock::time_point heard_;  // of the last request, or of the step's beginning
@@ -210,6 +215,7 @@ struct expertd_host {
 using namespace expertd;
 
 extern "C" int64_t expertd_host_layer_bytes(void) { return sizeof(expertd_host_layer); }
+extern "C" int64_t expertd_mailbox_bytes(void) { return sizeof(expertd_mailbox); }
 
 extern "C" int expertd_host_create(int32_t threads, const expertd_host_layer* layers, int32_t count,
                                    const expertd_mailbox* mailbox, expertd_host** host) {

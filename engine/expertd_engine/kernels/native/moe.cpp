@@ -20,6 +20,7 @@ struct Segment {
   const std::byte* record;
   int64_t begin, end;
   int64_t tasks_before;
+  int64_t cut;  // its first inner neuron
 };
 
 // What one round works on: at most kBatchBytes of inner activations.
@@ -34,9 +35,10 @@ struct Round {
 
 class Moe {
  public:
-  Moe(Pool& pool, const expertd_moe_call& arguments, const Inputs& inputs)
+  Moe(Pool& pool, const expertd_moe_call& arguments, const int32_t* cuts, const Inputs& inputs)
       : pool_(pool),
         a_(arguments),
+        cuts_(cuts),
         layout_(*arguments.layout),
         inputs_(inputs),
         inner_stride_(input_bytes(layout_.format, layout_.inner)),
@@ -46,6 +48,7 @@ class Moe {
         rows_per_block_(rows_per_block(inputs.stride)),
         round_pairs_(std::max<int64_t>(kTile, kBatchBytes / inner_stride_)),
         by_rows_(layout_.order == EXPERTD_ROWS && !is_float_format(layout_.format)),
+        gathers_(layout_.order == EXPERTD_ROWS && (by_rows_ || cuts != nullptr)),
         turned_bytes_(std::max(block_bytes_, down_unit_bytes_)) {}
 
   void run() {
@@ -53,7 +56,7 @@ class Moe {
     const int64_t most = std::min(pairs - a_.pair_begin[0], round_pairs_);
     auto* segments = pool_.scratch().get<Segment>(a_.num_experts);
     auto* inner = pool_.scratch().get<std::byte>(most * inner_stride_);
-    if (by_rows_) turned_ = pool_.scratch().get<std::byte>(pool_.threads() * turned_bytes_);
+    if (gathers_) turned_ = pool_.scratch().get<std::byte>(pool_.threads() * turned_bytes_);
     int64_t pair = a_.pair_begin[0];
     for (int32_t expert = 0; pair < pairs;) {
       Round round{segments, 0, pair, 0, inner, inner_stride_};
@@ -61,8 +64,9 @@ class Moe {
       while (pair < round_end) {
         while (a_.pair_begin[expert + 1] <= pair) ++expert;
         const int64_t end = std::min<int64_t>(round_end, a_.pair_begin[expert + 1]);
-        segments[round.count++] = {static_cast<const std::byte*>(a_.records[expert]), pair, end, round.tasks};
-        round.tasks += blocks_ * ceil_div(end - pair, rows_per_block_);
+        const int64_t cut = cuts_ ? cuts_[expert] : 0;
+        segments[round.count++] = {static_cast<const std::byte*>(a_.records[expert]), pair, end, round.tasks, cut};
+        round.tasks += (blocks_ - cut / kBlockRows) * ceil_div(end - pair, rows_per_block_);
         pair = end;
       }
       pool_.parallel_for(round.tasks, [&](int64_t task, int thread) { inner_task(round, task, thread); });
@@ -79,15 +83,21 @@ class Moe {
     return offset < 0 ? nullptr : reinterpret_cast<const float*>(segment.record + offset);
   }
 
-  // Rows `first` to `first` + kUnitRows of the `rows` x `cols` matrix at an offset, as kernels read them: a record that
-  // lies as GPUs read it is turned on the way, a unit at a time, in memory of the thread's own. `then`: the offset of
-  // the matrix whose same rows are read next; -1: those that follow are.
+  // Rows `first` to `first` + kUnitRows of the `rows` x `cols` matrix at an offset, from column `first_col` on, as
+  // kernels read them: a record that lies as GPUs read it is turned on the way, a unit at a time, in memory of the
+  // thread's own, and so are rows of which a part is read. `then`: the offset of the matrix whose same rows are read
+  // next; -1: those that follow are.
   const std::byte* unit(const Segment& segment, int64_t matrix, int64_t then, int64_t rows, int64_t cols, int64_t first,
-                        int thread) const {
+                        int64_t first_col, int thread) const {
     const std::byte* const begin = segment.record + matrix;
-    if (!by_rows_) return begin + first / kUnitRows * kUnitStrips * strip_bytes(layout_.format, cols);
+    if (!by_rows_ && first_col == 0) return begin + first / kUnitRows * kUnitStrips * strip_bytes(layout_.format, cols);
     std::byte* const strips = turned_ + thread * turned_bytes_;
-    strips_of_rows(layout_.format, begin, rows, cols, first, then < 0 ? nullptr : segment.record + then, strips);
+    if (by_rows_) {
+      const std::byte* const following = then < 0 ? nullptr : segment.record + then;
+      strips_of_rows(layout_.format, begin, rows, cols, first, first_col, following, strips);
+    } else {
+      ends_of_rows(layout_.format, begin, rows, cols, first, first_col, strips);
+    }
     return strips;
   }
 
@@ -111,11 +121,11 @@ class Moe {
         count = half;
       }
     }
-    const int64_t local = task - segment->tasks_before;
-    const int64_t begin = segment->begin + local / blocks_ * rows_per_block_;
+    const int64_t local = task - segment->tasks_before, skipped = segment->cut / kBlockRows;
+    const int64_t begin = segment->begin + local / (blocks_ - skipped) * rows_per_block_;
     const int64_t end = std::min(segment->end, begin + rows_per_block_);
     for (int64_t pair = begin; pair < end; pair += kTile) {
-      inner_tile(round, *segment, local % blocks_, pair, end, thread);
+      inner_tile(round, *segment, skipped + local % (blocks_ - skipped), pair, end, thread);
     }
   }
 
@@ -146,7 +156,7 @@ class Moe {
   void project(const Segment& segment, int64_t matrix, int64_t bias, int64_t then, int64_t first, int valid,
                const void* const* inputs, int count, float (*out)[kBlockRows], int thread) const {
     const int64_t same_rows = matrix == layout_.up ? -1 : layout_.up;
-    const std::byte* const weights = unit(segment, matrix, same_rows, layout_.inner, layout_.hidden, first, thread);
+    const std::byte* const weights = unit(segment, matrix, same_rows, layout_.inner, layout_.hidden, first, 0, thread);
     const std::byte* const next = by_rows_ ? weights : segment.record + first / kBlockRows * block_bytes_ + then;
     isa().unit[layout_.format](weights, next, layout_.hidden, valid, inputs, count, out[0]);
     const float* biases = floats_at(segment, bias);
@@ -166,7 +176,8 @@ class Moe {
         const void* inputs[kTile];
         const int count = static_cast<int>(std::min<int64_t>(kTile, segment.end - pair));
         for (int t = 0; t < count; ++t) {
-          inputs[t] = round.inner + (pair + t - round.first_pair) * round.inner_stride;
+          inputs[t] = round.inner + (pair + t - round.first_pair) * round.inner_stride +
+                      input_bytes(layout_.format, segment.cut);
         }
         for (int64_t unit = begin; unit < end; ++unit) {
           const std::byte* then = unit + 1 < end ? down_unit(segment, unit + 1) : next;
@@ -184,10 +195,12 @@ class Moe {
                  int count, int thread) const {
     const int64_t first = unit * kUnitRows, hidden = layout_.hidden;
     const int rows = static_cast<int>(std::min<int64_t>(kUnitRows, hidden - first));
-    const float* bias = floats_at(segment, layout_.down_bias);
+    const float* bias = segment.cut > 0 ? nullptr : floats_at(segment, layout_.down_bias);
     float sums[kTile * kUnitRows];
-    const std::byte* const weights = this->unit(segment, layout_.down, -1, hidden, layout_.inner, first, thread);
-    isa().unit[layout_.format](weights, by_rows_ ? weights : then, layout_.inner, rows, inputs, count, sums);
+    const std::byte* const weights =
+        this->unit(segment, layout_.down, -1, hidden, layout_.inner, first, segment.cut, thread);
+    const std::byte* const next = by_rows_ ? weights : then;
+    isa().unit[layout_.format](weights, next, layout_.inner - segment.cut, rows, inputs, count, sums);
     for (int t = 0; t < count; ++t) {
       const float weight = a_.pair_weight[pair + t];
       const float* sum = sums + t * kUnitRows;
@@ -204,13 +217,25 @@ class Moe {
 
   Pool& pool_;
   const expertd_moe_call& a_;
+  const int32_t* const cuts_;
   const expertd_expert_layout& layout_;
   const Inputs inputs_;
   const int64_t inner_stride_, blocks_, block_bytes_, down_unit_bytes_, rows_per_block_, round_pairs_;
-  const bool by_rows_;
+  const bool by_rows_, gathers_;
   const int64_t turned_bytes_;
   std::byte* turned_ = nullptr;  // a unit for each thread, where records lie as GPUs read them
 };
+
+void check_cuts(const expertd_moe_call& a, const int32_t* cuts) {
+  if (cuts == nullptr) return;
+  const int32_t inner = a.layout->inner;
+  require(a.layout->order == EXPERTD_ROWS, "layout.order is 0 (strips), of which no part can be left out");
+  for (int32_t e = 0; e < a.num_experts; ++e) {
+    require(cuts[e] >= 0 && cuts[e] < inner && cuts[e] % kCutColumns == 0,
+            "cuts[" + std::to_string(e) + "] is " + std::to_string(cuts[e]) + "; allowed are multiples of " +
+                std::to_string(kCutColumns) + " below " + std::to_string(inner));
+  }
+}
 
 void check_layout(const expertd_expert_layout* layout) {
   require(layout != nullptr, "layout is null");
@@ -252,17 +277,18 @@ void check_pairs(const expertd_moe_call& a) {
 
 }  // namespace
 
-void check_moe(const expertd_moe_call& experts) {
+void check_moe(const expertd_moe_call& experts, const int32_t* cuts) {
   check_layout(experts.layout);
   check_pairs(experts);
+  check_cuts(experts, cuts);
   const bool has_result = experts.out != nullptr || experts.partials != nullptr;
   require(experts.tokens == 0 || (experts.x != nullptr && has_result), "x is null, or both out and partials");
 }
 
-void run_moe(Pool& pool, const expertd_moe_call& experts) {
+void run_moe(Pool& pool, const expertd_moe_call& experts, const int32_t* cuts) {
   const expertd_expert_layout& layout = *experts.layout;
   const Inputs inputs = prepare_inputs(pool, layout.format, experts.x, experts.tokens, layout.hidden, layout.hidden);
-  Moe(pool, experts, inputs).run();
+  Moe(pool, experts, cuts, inputs).run();
 }
 
 }  // namespace expertd

@@ -21,17 +21,19 @@ __attribute__((always_inline)) inline void fetch(const std::byte* from, int64_t 
 
 }  // namespace
 
-void strips_of_rows(int format, const std::byte* matrix, int64_t rows, int64_t cols, int64_t first,
+void strips_of_rows(int format, const std::byte* matrix, int64_t rows, int64_t cols, int64_t first, int64_t first_col,
                     const std::byte* then, std::byte* out) {
   const bool paired = format != EXPERTD_INT8;
-  const int64_t groups = groups_of(cols), stored = paired ? (groups + 1) / 2 * 2 : groups;
+  const int64_t all = groups_of(cols), stored = paired ? (all + 1) / 2 * 2 : all;
+  const int64_t before = first_col / kGroupColumns, groups = all - before;
   const int64_t group_bytes = paired ? kSegmentBytes / 2 : kSegmentBytes;
   const int64_t row_data = stored * group_bytes / kStripRows, row_scales = stored * 2;
   const int64_t whole = strips_of(rows) * kStripRows;
-  const std::byte* const scales = matrix + padded(whole * row_data);
+  const std::byte* const scales = matrix + padded(whole * row_data) + before * kScales;
   const std::byte* const minima = scales + padded(whole * row_scales);
   const int64_t strips = std::min<int64_t>(kUnitStrips, strips_of(rows - first));
-  for (int64_t strip = 0; strip < strips; ++strip, out += strip_bytes(format, cols)) {
+  matrix += before * group_bytes;
+  for (int64_t strip = 0; strip < strips; ++strip, out += strip_bytes(format, cols - first_col)) {
     const int64_t row = first + strip * kStripRows;
     fetch(scales + row * row_scales, groups * kScales);  // they lie elsewhere, and are copied at the end
     if (format == EXPERTD_INT4) fetch(minima + row * row_scales, groups * kScales);
@@ -42,6 +44,15 @@ void strips_of_rows(int format, const std::byte* matrix, int64_t rows, int64_t c
     std::byte* const to = out + groups * group_bytes;
     std::memcpy(to, scales + row * row_scales, groups * kScales);
     if (format == EXPERTD_INT4) std::memcpy(to + groups * kScales, minima + row * row_scales, groups * kScales);
+  }
+}
+
+void ends_of_rows(int format, const std::byte* matrix, int64_t rows, int64_t cols, int64_t first, int64_t first_col,
+                  std::byte* out) {
+  const int64_t item = format == EXPERTD_F32 ? 4 : 2, bytes = (cols - first_col) * item;
+  const int64_t end = std::min<int64_t>(rows, first + kUnitRows);
+  for (int64_t row = first; row < end; ++row, out += bytes) {
+    std::memcpy(out, matrix + (row * cols + first_col) * item, static_cast<size_t>(bytes));
   }
 }
 
