@@ -27,7 +27,8 @@ from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
 from expertd_engine.model.kv_storage import KVStorage
 from expertd_engine.model.moe import MoELayer
 from expertd_engine.model.path_routing import PathRouting
-from expertd_engine.model.runner import Runner, StepModel
+from expertd_engine.model.runner import Runner
+from expertd_engine.model.step_model import StepModel
 from expertd_engine.model.step_routes import StepRoutes
 from expertd_engine.model.step_rows import StepRows
 from expertd_engine.model.substitution import Floats

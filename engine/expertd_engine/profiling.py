@@ -37,6 +37,8 @@ from expertd_engine.step_costs import STREAMS, measure_steps
 
 READ_ROUNDS = 15
 WINDOW = 128
+LONG = 4
+"""Times as many tokens, in long windows, tell what whole paths lose: that is in the few tokens after a topic shifts."""
 STEPS = 16
 FILLED = 256
 """Tokens of each sequence, at most, of a daemon whose memory is measured."""
@@ -52,9 +54,9 @@ def profile(
     progress: Progress = silent,
     learned: int = 0,
 ) -> Profile:
-    """Measure. `tokens` of text are computed one by one, once for each MoE layer, or for some numbers of whole paths,
-    and three times more. Of `learned`
-    other ones it is learned, and written beside the store, where tokens go in virtual mode; 0: what is there stays.
+    """Measure. `tokens` of text are computed one by one, once for each MoE layer and three times more; of a model of
+    one index four times as many, once for some numbers of whole paths and once more. Of `learned` other ones it is
+    learned, and written beside the store, where tokens go in virtual mode; 0: what is there stays.
 
     Raises what `start_engine` raises, and UsageError for more tokens than there is text.
     """
@@ -69,6 +71,8 @@ def profile(
         if learned and text.virtual is not None:
             learn_tokens(text, store, learned, progress)
         virtual_s = _virtual_step(text)
+        if text.paths is not None:
+            windows = _windows(store, LONG * tokens, min(WINDOW_TOKENS, text.engine.info.max_model_len - 1))
         model = ModelMeasure(text, store, config, windows, costs).profile(progress, routings)
         kernels, threads = text.engine.info.kernels, torch.get_num_threads()
     finally:
@@ -109,10 +113,10 @@ def learn_tokens(text: TextEngine, store: ExpertStore, tokens: int, progress: Pr
     virtual.held.sets.priors = priors_of(numbers, store.index)
 
 
-def _windows(store: ExpertStore, tokens: int) -> list[Window]:
+def _windows(store: ExpertStore, tokens: int, length: int = WINDOW) -> list[Window]:
     tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
-    count = -(-tokens // WINDOW)
-    return [window[:WINDOW] for window in held_out(tokenizer, count)]
+    count = -(-tokens // length)
+    return [window[:length] for window in held_out(tokenizer, count)]
 
 
 # ---------------------------------------------------------------- the box

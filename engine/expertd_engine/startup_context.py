@@ -13,7 +13,7 @@ from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.predictor import Source
 from expertd_engine.model.predictor_build import Choice
 from expertd_engine.model.pregate import Pregate
-from expertd_engine.model.runner import StepModel
+from expertd_engine.model.step_model import StepModel
 from expertd_engine.model.step_routes import RouteSource
 from expertd_engine.step_plan import SchedulerLimits
 

@@ -14,18 +14,17 @@ from prometheus_client.registry import Collector
 
 from expertd_engine.messages import EngineInfo
 from expertd_engine.snapshot import HistogramData, Snapshot
+from expertd_server.empty_snapshot import NOTHING, empty_snapshot
 from expertd_server.engine_families import (
     COUNTERS,
     DISK,
     GAUGES,
     HISTOGRAMS,
     HOST,
-    NOTHING,
     UP,
     Family,
     HistogramFamily,
     Labels,
-    empty_snapshot,
 )
 
 

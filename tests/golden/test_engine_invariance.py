@@ -12,7 +12,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-import expertd_engine.model.runner as runner
 from expertd_engine.convert import convert_blocks
 from expertd_engine.errors import StoreError
 from expertd_engine.experts.events import ExpertId
@@ -20,7 +19,7 @@ from expertd_engine.experts.record_file import RecordFile
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import RECORDS_NAME
 from expertd_engine.messages import Sampling
-from expertd_engine.model import native_model
+from expertd_engine.model import native_model, step_model
 from expertd_engine.model.native_model import NativeModel
 from expertd_engine.model.native_run import LayerRun
 from expertd_engine.prepare import prepare
@@ -70,14 +69,14 @@ class Logits:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[torch.Tensor] = []
-        forward = runner.forward
+        forward = step_model.forward
 
         def recording(*args: Any) -> torch.Tensor:
             logits = forward(*args)
             self.steps.append(logits.clone())
             return logits
 
-        monkeypatch.setattr(runner, "forward", recording)
+        monkeypatch.setattr(step_model, "forward", recording)
 
 
 def check_idle(engine: Engine) -> None:

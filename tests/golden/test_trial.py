@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-import expertd_engine.model.runner as runner
+import expertd_engine.model.step_model as step_model
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.model import attention, expert_torch
 from expertd_engine.model.loader import load_model
@@ -39,7 +39,7 @@ def test_the_trial_finds_nothing_where_nothing_is_wrong(stores: dict[str, Path],
 
 
 def test_the_trial_notices_rows_that_are_not_padded(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "ROW_MULTIPLE", 1)
+    monkeypatch.setattr(step_model, "ROW_MULTIPLE", 1)
     monkeypatch.setattr(expert_torch, "ROW_MULTIPLE", 1)
     assert not is_invariant(stores["float32"])
 

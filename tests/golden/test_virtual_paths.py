@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from expertd_engine.bench.quality_paths import PathQuality
+from expertd_engine.bench.quality_paths import MOVING, PathQuality
+from expertd_engine.bench.virtual_speed import virtual_speed
 from expertd_engine.calibration import TextEngine
+from expertd_engine.config import Size
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.virtual_paths import VirtualPaths
 from expertd_engine.messages import Sampling
 from expertd_engine.model.path_routing import PathRouting
+from expertd_engine.plan_command import main as plan
+from expertd_engine.planning.planner import Request, make_plan
 from expertd_engine.prepare import prepare
+from expertd_engine.profile_file import write_profile
+from expertd_engine.profiling import profile
 from expertd_engine.startup import Engine
 from golden.tolerances import PREGATED_LOGPROBS
 from refactor.tiny import HEADS, INDEX, make_pregated
@@ -153,6 +160,8 @@ def test_a_model_whose_layers_choose_apart_ahead_is_refused_by_name(tmp_path: Pa
         (refused,) = run(engine, (PROMPTS[0], "virtual", 1.0))
         assert refused.finished is not None and refused.finished.refused
         assert "chooses 2 experts in each of 3 heads" in str(refused.finished.error)
+    with pytest.raises(UsageError, match="no virtual mode: its router chooses in each of 3 heads"):
+        virtual_speed(tmp_path / "store", 4)
 
 
 def test_quality_is_told_for_every_method(folder: Path) -> None:
@@ -169,4 +178,41 @@ def test_quality_is_told_for_every_method(folder: Path) -> None:
         text.close()
     assert [point.method for point in points] == list(bench.methods)
     assert all(point.slots == 1 and 0 < point.substituted < 1 and point.divergence > 0 for point in points)
-    assert all((point.swaps == 0) == (point.method not in ("paths", "counts")) for point in points)
+    print([(p.method, p.swaps, p.substituted) for p in points])
+    assert all((point.swaps == 0) == (point.method not in MOVING) for point in points)
+    substituted = {point.method: point.substituted for point in points}
+    assert substituted["cache-prior"] < substituted["paths"], "what a token clearly prefers is fetched"
+
+
+def test_plans_foretell_what_fewer_paths_cost(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("expertd_engine.profiling.served_bytes", lambda *args: 10**11)
+    store = ExpertStore.open(folder / "store")
+    config = make_config(model="", threads=1, max_model_len=192, max_sequences=4, prefix_cache=False)
+    measured = profile(store, config, tokens=12)
+    curve = measured.model.paths
+    assert curve is not None and measured.model.layers == [] and curve.paths == [1, 2, 3]
+    assert curve.mass[0] > curve.mass[1] > curve.mass[2] == 0 == curve.divergence[2] < min(curve.divergence[:2])
+    assert measured.box.virtual_s is not None and measured.box.virtual_s > 0
+    budget = 3 * measured.expert_bytes // 4
+    planned = make_plan(measured, Request(mode="virtual", expert_budget=Size(budget), share=0.9))
+    assert planned.slots == [2] * 3 and planned.divergence == curve.divergence[1]
+    with running_engine(store.path, threads=1, expert_budget=str(budget), virtual_share=0.9) as engine:
+        held = paths_of(engine).held
+        assert held.begin_step() and held.sets.slots == planned.slots
+    write_profile(store, measured)
+    try:
+        assert plan([str(store.path), "--expert-budget", "75%", "--expert-mode", "virtual", "--explain"]) == 0
+    finally:
+        (store.path / "profile.json").unlink()
+    told = capsys.readouterr().out
+    assert "1 in each layer: so many of 3 whole paths" in told and "the last path saved" in told
+
+
+def test_a_virtual_token_is_timed_beside_one_of_a_model_of_fewer_paths(folder: Path) -> None:
+    values = json.loads(virtual_speed(folder / "store", 1, pairs=2, tokens=4, threads=1).splitlines()[-1])
+    runs = values["runs"]
+    assert runs["virtual"]["stall_s"] == 0 < runs["virtual"]["substituted"] < 1
+    assert runs["a model of 1 experts"]["substituted"] == 0 < values["ratio"]
+    assert runs["a model of 1 experts"]["expert_bytes_per_token"] == runs["virtual"]["expert_bytes_per_token"]

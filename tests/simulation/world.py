@@ -25,7 +25,7 @@ from expertd_engine.prefix_cache import PrefixCache
 from expertd_engine.scheduler import Scheduler
 from expertd_engine.snapshot import Snapshot
 from expertd_engine.step_plan import SchedulerLimits, StepPlan
-from expertd_server.engine_families import empty_snapshot
+from expertd_server.empty_snapshot import empty_snapshot
 from simulation.checkers import CounterChecker, Expected, LedgerChecker, RequestChecker, WatchedLedger
 from simulation.device import DiskFaults, SimDisk, SimSlab, Violation
 from simulation.model import EOS, VOCAB, Shape, SimRunner

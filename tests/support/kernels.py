@@ -134,20 +134,21 @@ def make_experts(
     alpha: float = 1.7,
     limit: float = 1.0,
     order: str = "strips",
+    cut: int = 0,
 ) -> Experts:
-    """The same tensors in either order of records."""
+    """The same tensors in either order of records. What neurons before `cut` give, and the bias of down, are zeros."""
     shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
     if not gated:
         del shapes["gate"]
     made, offsets = [], dict.fromkeys(("gate", "up", "down", "gate_bias", "up_bias", "down_bias"), -1)
     for _ in range(count):
-        packed = {
-            name: pack(normal(rng, *shape) / np.float32(shape[1] ** 0.5), format) for name, shape in shapes.items()
-        }
+        weights = {name: normal(rng, *shape) / np.float32(shape[1] ** 0.5) for name, shape in shapes.items()}
+        weights["down"][:, :cut] = 0.0
+        packed = {name: pack(matrix, format) for name, matrix in weights.items()}
         tensors = {name: matrix.values for name, matrix in packed.items()}
         parts = {name: _ordered(matrix, order) for name, matrix in packed.items()}
         for name, shape in shapes.items() if biases else ():
-            tensors[f"{name}_bias"] = normal(rng, shape[0]) / np.float32(10)
+            tensors[f"{name}_bias"] = normal(rng, shape[0]) / np.float32(10) * (name != "down" or not cut)
             parts[f"{name}_bias"] = tensors[f"{name}_bias"].view(np.uint8)
         made.append((_record(parts, offsets), tensors))
     layout = ExpertLayout(hidden, inner, FORMATS[format], library.ACTIVATIONS[activation], alpha, limit, **offsets)

@@ -86,6 +86,38 @@ def test_a_request_is_answered_with_weighted_sums() -> None:
             assert np.array_equal(answer, expected[0])
 
 
+@instruction_sets
+@every_format
+def test_a_part_of_an_experts_neurons(format: str, instruction_set: str) -> None:
+    """The bits of an expert whose other neurons, and the bias, give nothing; beside one that is whole."""
+    inner, cut = 197, 128
+    whole, rest = (
+        make_experts(np.random.default_rng(3), EXPERTS, HIDDEN, inner, format, order="rows", cut=none)
+        for none in (0, cut)
+    )
+    rest.records[1][:] = whole.records[1]
+    nbytes, answers = len(whole.records[0]), []
+    with pool_on(instruction_set), computing(whole, rest) as compute:
+        compute.x.numpy()[:1] = normal(np.random.default_rng(5), 1, HIDDEN)
+        compute.weights.numpy()[0] = 0.75, -0.5
+        for layer, cuts in enumerate(([0, cut], [0, 0])):
+            compute.begin_step()
+            compute.ask(layer, [1, 3], cuts)
+            compute.end_step()
+            answers.append(compute.sums.numpy()[0].copy())
+    assert np.array_equal(*answers) and np.any(answers[0])
+    assert compute.computed_bytes == 3 * nbytes + nbytes * (inner - cut) // inner
+
+
+@pytest.mark.parametrize("cut", [40, 64, -64])
+def test_a_part_that_there_is_not_ends_the_step(cut: int) -> None:
+    with computing(made("int4", "rows")) as compute:
+        compute.begin_step()
+        compute.ask(0, [1], [cut])
+        with pytest.raises(EngineError, match=rf"cuts\[0\] is {cut}; allowed are multiples of 64 below {INNER}"):
+            compute.end_step()
+
+
 @pytest.mark.parametrize(
     ("layer", "expert", "told"),
     [(0, 2, "expert 2 of layer 0 has no record"), (0, 4, "expert 4 of layer 0 has no"), (1, 0, "layer 1 is asked for")],

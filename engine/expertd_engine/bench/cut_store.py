@@ -15,14 +15,22 @@ from expertd_engine.experts.store_format import DENSE_NAME, RECORDS_NAME, LayerE
 from expertd_engine.store_index import describe_files, write_index
 
 CONFIG_NAME = "config.json"
+_PATH_CHOOSER = "router.head.weight"
+"""Of a model of one index: the rows choose a path."""
 _OTHERS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 def cut_store(store: ExpertStore, experts: int, folder: Path) -> ExpertStore:
     """Routers lose the rows of experts from `experts` on; records are the same file. Its answers mean nothing.
 
-    Raises UsageError for fewer experts than a token chooses, or more than a layer has.
+    Raises UsageError for fewer experts than a token chooses, or more than a layer has, and for a model whose layers
+    choose apart before a step.
     """
+    config = json.loads((store.path / CONFIG_NAME).read_text(encoding="utf-8"))
+    if config.get("router_heads", 1) > 1:
+        raise UsageError(
+            f"{store.index.name} has no virtual mode: its router chooses in each of {config['router_heads']} heads"
+        )
     fewest = min(layer.num_experts for layer in store.index.layers)
     if not store.index.top_k <= experts <= fewest:
         raise UsageError(f"{experts} experts a layer are not allowed: give {store.index.top_k} to {fewest}")
@@ -33,10 +41,9 @@ def cut_store(store: ExpertStore, experts: int, folder: Path) -> ExpertStore:
     dense = load_file(store.path / DENSE_NAME)
     for name, tensor in dense.items():
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)
-        if block is not None and tensor.shape[0] == blocks[block]:
+        if name == _PATH_CHOOSER or (block is not None and tensor.shape[0] == blocks[block]):
             dense[name] = tensor[:experts].contiguous()
     save_file(dense, folder / DENSE_NAME)
-    config = json.loads((store.path / CONFIG_NAME).read_text(encoding="utf-8"))
     (folder / CONFIG_NAME).write_text(json.dumps(_cut_config(config, set(blocks.values()), experts)), encoding="utf-8")
     layers = [_cut_layer(layer, experts) for layer in store.index.layers]
     index = msgspec.structs.replace(store.index, store_id="", layers=layers, files=describe_files(folder))

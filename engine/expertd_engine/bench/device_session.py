@@ -18,9 +18,9 @@ import torch
 from expertd_engine.bench.engine_spec import config_of, generated
 from expertd_engine.bench.generated import ChannelLookahead
 from expertd_engine.bench.protocol import EngineFacts, EngineSpec
-from expertd_engine.bench.replay import LRUReplay
 from expertd_engine.bench.routing import Ids
 from expertd_engine.bench.session import EngineSession
+from expertd_engine.bench.yardstick import Yardstick
 from expertd_engine.config import Config, parse_size
 from expertd_engine.console import silent
 from expertd_engine.core import StepResult
@@ -90,10 +90,7 @@ class DeviceSession(EngineSession):
         self.foresee(True)
         cache.set_budget(parse_size(expert_budget, share_allowed=True).resolve(cache.ledger.max_budget_bytes))
         cache.fill()
-        slots = cache.ledger.budget_bytes // index.record_bytes(0)
-        every = self._store.experts() if slots >= self._shape.layers * self._shape.experts else ()
-        self._replay = LRUReplay(slots, every)
-        self._expect()
+        self._yardstick = Yardstick(self._store, self._shape, cache.ledger.budget_bytes, ages=True)
 
     def foresee(self, on: bool) -> None:
         cache = self._engine.cache

@@ -28,9 +28,9 @@ from expertd_engine.bench.protocol import (
     Prefilled,
     PrefillRequest,
 )
-from expertd_engine.bench.replay import AgedReplay, LRUReplay
 from expertd_engine.bench.routing import shape_of
 from expertd_engine.bench.turns import Switch
+from expertd_engine.bench.yardstick import Yardstick
 from expertd_engine.console import silent
 from expertd_engine.core import Forward, StepResult
 from expertd_engine.errors import EngineError
@@ -47,7 +47,7 @@ from expertd_engine.step_plan import StepPlan
 
 
 class EngineSession:
-    """One engine, its generated routes, and the LRU cache that is its yardstick."""
+    """One engine, its generated routes, and its yardstick."""
 
     def __init__(self, spec: EngineSpec) -> None:
         """Starts the engine. Raises what `start_engine` raises."""
@@ -66,17 +66,10 @@ class EngineSession:
         self._outcomes: dict[str, int] = {}
         """Bytes of prefetches by outcome, when they were last told."""
         self._switch: Switch | None = None
-        self._expected: AgedReplay | None = None
-        """Of sessions that take turns."""
-        self._decoded: list[Sequence[Sequence[int]]] = []
-        """What each decode step asked for, by layer, that the replay has not seen."""
         self._own_s = 0.0
         """What the bench itself took of the step that runs."""
         self._engine = self._started()
-        slots = self._engine.cache.ledger.budget_bytes // self._store.index.record_bytes(0)
-        self._replay = LRUReplay(
-            slots, self._store.experts() if slots >= self._shape.layers * self._shape.experts else ()
-        )
+        self._yardstick = Yardstick(self._store, self._shape, self._engine.cache.ledger.budget_bytes)
 
     def close(self) -> None:
         self._engine.cache.close()
@@ -127,7 +120,7 @@ class EngineSession:
             engine = self._engine
             plain = lookahead_for(self._store.index, 2 * self._spec.io_threads, NoLookahead(), engine.cache.ledger)
             self._switch = Switch(engine.cache, engine.runner, plain)
-            self._expect()
+            self._yardstick.expect()
         self._switch.turn(on)
 
     @property
@@ -135,21 +128,15 @@ class EngineSession:
         """Who tries whether foresight pays; None where nobody does, or foresight is taken away."""
         return cast(PayOff | None, self._engine.cache.payoff)
 
-    def _expect(self) -> None:
-        """From now on also tell how hard routes were."""
-        slots = self._engine.cache.ledger.budget_bytes // self._store.index.record_bytes(0)
-        self._expected = AgedReplay(self._shape, slots)
-
     def window(self, warm: int, tokens: int, streams: int) -> Decoded:
         """Time `tokens` steps of so many streams, all that there are, after `warm` others."""
         for _ in range(warm):
             self._step()
-        self._fed()
+        self._yardstick.replay()
         before = self._counts
         elapsed_s = sum(self._step() for _ in range(tokens))
         met = self._counts - before
-        union = sum(len(experts) for step in self._decoded for experts in step)
-        lru_misses, expected_misses = self._fed()
+        replayed = self._yardstick.replay()
         record = self._store.index.record_bytes(0)
         prefetched, wasted = self._prefetched()
         return Decoded(
@@ -161,20 +148,14 @@ class EngineSession:
             missed_bytes=met.misses * record,
             transferred_bytes=met.loaded_bytes,
             stall_s=met.stall_s,
-            lru_transferred_bytes=lru_misses * record,
-            expected_misses=expected_misses,
-            union=union / (tokens * self._shape.layers),
+            lru_transferred_bytes=replayed.lru_misses * record,
+            expected_misses=replayed.expected_misses,
+            union=replayed.lookups / (tokens * self._shape.layers),
             peak_bytes=self._engine.cache.ledger.peak_bytes,
             process_peak_bytes=peak_rss_bytes(),
             prefetched_bytes=prefetched,
             wasted_bytes=wasted,
         )
-
-    def _fed(self) -> tuple[int, int]:
-        """Replay the steps since the last call: what LRU missed, and what was to be expected."""
-        steps = self._decoded[:]
-        self._decoded.clear()
-        return self._replay.feed(steps).misses, 0 if self._expected is None else self._expected.feed(steps)
 
     def _prefetched(self) -> tuple[int, int]:
         """Bytes of prefetches that have ended since the last call, and of these wasted."""
@@ -196,7 +177,7 @@ class EngineSession:
         met = self._counts - before
         after_s = [self._step() for _ in range(request.after if request.decode else 0)]
         self.end(other if request.decode else [])
-        self._decoded.clear()
+        self._yardstick.drop()
         return Prefilled(
             ttft_s=sum(during_s),
             transferred_bytes=met.loaded_bytes,
@@ -223,7 +204,7 @@ class EngineSession:
             ended = time.perf_counter()
             self._counts += self._met(result)
             if plan.phase == "decode":
-                self._decoded.append(self._step_experts())
+                self._yardstick.add(self._step_experts())
             self._own_s += started - began + time.perf_counter() - ended
             return result
 

@@ -1,7 +1,7 @@
 """`expertd bench virtual`: a token in virtual mode beside one of a model that has no more experts than a layer holds.
 
-Both engines live in this process, all cores theirs by turns. The other model is the same store cut to its first N,
-all of them resident. Text is continued by sampling, so that routes are those of text.
+Both engines live in this process, all cores theirs by turns. The other model is the same store cut to its first N (of
+one index: its first N paths), all of them resident. Text is continued by sampling, so that routes are those of text.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from expertd_engine.experts.events import (
 from expertd_engine.experts.governor import Governor
 from expertd_engine.experts.leases import LayerLeases, Lease
 from expertd_engine.experts.ledger import Ledger
-from expertd_engine.experts.lookahead import LayerScan, Lookahead
+from expertd_engine.experts.lookahead import LayerScan, Lookahead, NoLookahead
 from expertd_engine.experts.pregated import PregatedLookahead
 from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.transfer import Completion, Transfers
@@ -71,6 +71,10 @@ class ExpertCache:
         while a step waits for that room."""
         self.payoff = governor.payoff if (governor := governor_in(lookahead)) is not None else None
         """Whether predictions are made now; None where nobody predicts."""
+        self._unforeseen: Lookahead = lookahead.alone() if isinstance(lookahead, LayerScan) else NoLookahead()
+        """In the lookahead's place while predictions do not pay: then a step goes as if there were nobody to make any."""
+        self._asked = lookahead
+        """By the running step."""
         self._slab = slab
         self._record_bytes = record_bytes
         self._experts_per_layer = max(ledger.experts_per_layer)
@@ -85,13 +89,14 @@ class ExpertCache:
     def begin_step(self, token_ids: Sequence[int]) -> None:
         """A new step over these tokens begins: tell the ledger what is foreseen."""
         self._step += 1
+        self._asked = self.lookahead if self.payoff is None or self.payoff.is_on else self._unforeseen
         self.clairvoyant.begin_step()
         self._began = self._totals()
         self.foresee(token_ids)
 
     def foresee(self, token_ids: Sequence[int]) -> None:
         """Tell the ledger what the running step over these tokens uses, as far as that is known now."""
-        hints = tuple(self.lookahead.begin_step(self._step, token_ids))
+        hints = tuple(self._asked.begin_step(self._step, token_ids))
         if hints:
             self.handle([Predict(hints)])
 
@@ -109,7 +114,7 @@ class ExpertCache:
         `pairs`: how many (token, choice) pairs chose each; by default one. `scanned`: those that prompt tokens alone
         ask for (law 5).
         """
-        hints = tuple(self.lookahead.routed(self._step, layer, experts))
+        hints = tuple(self._asked.routed(self._step, layer, experts))
         self.clairvoyant.use(layer, experts, self.ledger.resident_slots(layer))
         asked = [ExpertId(layer, expert) for expert in experts]
         return LayerLeases(self, asked, pairs or [1] * len(asked), scanned, self._after(layer, hints))
@@ -117,21 +122,16 @@ class ExpertCache:
     def _after(self, layer: int, hints: tuple[Hint, ...]) -> Sequence[Event]:
         """What is foreseen once `layer` has routed. What was predicted of it alone and did not come is read no more."""
         told: list[Event] = [Predict(hints)] if hints else []
-        if self.lookahead.exactness == "predicted" and self._predicts:
+        if self._asked.exactness == "predicted":
             told.insert(0, Tick(self._step * self._period + (layer + 1) * self._experts_per_layer))
         return told
 
     @property
     def foresees(self) -> bool:
         """Whether each layer has to be told: its routes give hints, or loads are under way for those after it."""
-        if isinstance(self.lookahead, PregatedLookahead):
-            return self.lookahead.lacks
-        return self.lookahead.exactness != "none" and self._predicts
-
-    @property
-    def _predicts(self) -> bool:
-        """False while predictions do not pay: then a step goes as if there were nobody to make any."""
-        return self.payoff is None or self.payoff.is_on
+        if isinstance(self._asked, PregatedLookahead):
+            return self._asked.lacks
+        return self._asked.exactness != "none"
 
     def used_in_passing(self, layers: Iterable[tuple[int, Sequence[int]]]) -> None:
         """Decoding tokens chose these experts (with repeats) of these layers, all resident, and have been computed."""
@@ -146,7 +146,7 @@ class ExpertCache:
     def _used(self, layer: int, experts: Sequence[int]) -> Used:
         counts = Counter(experts)
         chosen = tuple(sorted(counts))
-        self.lookahead.routed(self._step, layer, chosen)  # it foresees nothing, but may keep account
+        self._asked.routed(self._step, layer, chosen)  # it foresees nothing, but may keep account
         self.clairvoyant.use(layer, chosen, self.ledger.resident_slots(layer))
         position = self._step * self._period + layer * self._experts_per_layer
         return Used(layer, chosen, tuple(counts[expert] for expert in chosen), position)
@@ -198,7 +198,7 @@ class ExpertCache:
         """A demand under a new lease, not yet handled."""
         self._next_lease += 1
         position = self._step * self._period + expert.layer * self._experts_per_layer + expert.expert
-        next_use = self.lookahead.next_use(expert, position)
+        next_use = self._asked.next_use(expert, position)
         return Demand(self._next_lease, expert, position, next_use, scan, pairs)
 
     def remember(self, lease: Lease) -> None:

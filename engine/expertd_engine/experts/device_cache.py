@@ -42,7 +42,7 @@ from expertd_engine.experts.device_staging import Fetching, Residents, Ring, Sta
 from expertd_engine.experts.device_streams import Device, Mark
 from expertd_engine.experts.device_table import DeviceTable
 from expertd_engine.experts.events import ExpertId, Predict, Remember, SetBudget, Tick
-from expertd_engine.experts.lookahead import Lookahead
+from expertd_engine.experts.lookahead import Lookahead, NoLookahead
 from expertd_engine.experts.payoff import PayOff
 from expertd_engine.experts.store_format import StoreIndex
 from expertd_engine.sequence_stats import ExpertCounts
@@ -84,6 +84,8 @@ class DeviceCache:
         """Called again and again while a launch runs, for what may wait until there is time."""
         self.routes: Callable[[int], Sequence[int]] = _unknown
         """What a layer of the running step routes to, where that is known to the host before it has ended."""
+        self._asked, self._heard = lookahead, self.routes
+        """Of these two, by the running step: neither while hints do not pay, as if there were nobody to give any."""
         self.record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
         experts = max(ledger.experts_per_layer)
         landing = 1 << min(ledger.num_slots, _LANDING_MOST).bit_length()
@@ -120,9 +122,10 @@ class DeviceCache:
     def begin_step(self, token_ids: Sequence[int], scan: bool = False) -> None:
         """A new step over these tokens begins. `scan`: of prompt tokens alone (law 5)."""
         self._step += 1
+        self._ask()
         self._scan, self._layers_known, self._scanned = scan, 0, ExpertCounts()
         self.fetched.clear()
-        hints = tuple(self.lookahead.begin_step(self._step, token_ids))
+        hints = tuple(self._asked.begin_step(self._step, token_ids))
         self._executor.pump([Predict(hints)] if hints else [])
 
     def before_launch(self) -> None:
@@ -155,10 +158,10 @@ class DeviceCache:
         """
         events: list[DeviceEvent] = []
         known = self.table.layers_known
-        if self.routes is not _unknown and known > self._layers_known and self._foresees:
+        if self._heard is not _unknown and known > self._layers_known:
             self.ledger.foreseen_until(self._step * self._period + self._worth_copying(known) * self._experts)
             # The newest layer says what the others would have said, for layers that have not run yet.
-            hints = tuple(self.lookahead.routed(self._step, known - 1, self.routes(known - 1)))
+            hints = tuple(self._asked.routed(self._step, known - 1, self._heard(known - 1)))
             events += [Predict(hints)] if hints else []
             self._layers_known = known
         self._executor.pump(events)
@@ -171,10 +174,14 @@ class DeviceCache:
         """Whether hints are taken now; None where nobody foresees."""
         return payoff_of(self.lookahead)
 
+    def _ask(self) -> None:
+        """Settle whom the step that begins asks for hints, and whether it hears of its routes."""
+        foresees = self.lookahead.exactness != "none" and ((payoff := self.payoff) is None or payoff.is_on)
+        self._asked, self._heard = (self.lookahead, self.routes) if foresees else (_UNFORESEEN, _unknown)
+
     @property
     def _foresees(self) -> bool:
-        payoff = self.payoff
-        return self.lookahead.exactness != "none" and (payoff is None or payoff.is_on)
+        return self._asked.exactness != "none"
 
     def _worth_copying(self, known: int) -> int:
         """The first layer for which a copy begun now is announced early enough; those before read what they lack."""
@@ -415,9 +422,9 @@ class DeviceCache:
 
     def _foreseen_late(self, seen: Seen, launch: Launch) -> list[DeviceEvent]:
         """Where nobody knows routes while a step runs, a lookahead hears of them when it has ended."""
-        if self.routes is not _unknown:
+        if self._heard is not _unknown:
             return []
-        hints = tuple(self.lookahead.routed(launch.step, seen.layer, seen.experts))
+        hints = tuple(self._asked.routed(launch.step, seen.layer, seen.experts))
         return [Predict(hints)] if hints else []
 
     def _staged(self, layer: int, chosen: Sequence[int]) -> Seen:
@@ -460,3 +467,6 @@ def _nobody() -> None:
 
 def _unknown(layer: int) -> Sequence[int]:
     return ()
+
+
+_UNFORESEEN = NoLookahead()

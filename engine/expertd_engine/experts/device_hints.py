@@ -36,7 +36,7 @@ class AbsentHints:
 
 
 class Tried:
-    """A `Lookahead` around another that is asked only while that pays: even what is exact takes the host time, and
+    """A `Lookahead` around another that steps ask only while that pays: even what is exact takes the host time, and
     while it is busy a step may wait for it."""
 
     def __init__(self, inner: Lookahead) -> None:
@@ -45,13 +45,13 @@ class Tried:
         self._inner = inner
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
-        return self._inner.begin_step(step, token_ids) if self.payoff.is_on else ()
+        return self._inner.begin_step(step, token_ids)
 
     def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
-        return self._inner.routed(step, layer, experts) if self.payoff.is_on else ()
+        return self._inner.routed(step, layer, experts)
 
     def next_use(self, expert: ExpertId, after: int) -> int | None:
-        return self._inner.next_use(expert, after) if self.payoff.is_on else None
+        return self._inner.next_use(expert, after)
 
 
 def payoff_of(lookahead: Lookahead) -> PayOff | None:

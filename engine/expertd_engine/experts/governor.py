@@ -95,6 +95,7 @@ class _Judged:
 
 class Governor:
     """A `Lookahead` around a predicting one, which names a use again at every layer for as long as it believes in it.
+    Steps for which predictions do not pay do without: they ask neither.
 
     `absent_for(expert)` is None for an expert that is resident or on its way, else the lookups since its last use.
     `lookups_per_token` is MoE layers × top-k; layers and experts give positions their meaning (`experts.events`).
@@ -118,7 +119,7 @@ class Governor:
         self.tracks: dict[tuple[int, int], Track] = {}
         """By foreseen layer and lead; for status and metrics."""
         self.payoff = PayOff(in_doubt=False)
-        """Whether anything is predicted at all."""
+        """Whether a step is to ask."""
         self.records: dict[_Class, Record] = {}
         """For status and metrics."""
         self.waste = WasteLimit()
@@ -129,26 +130,25 @@ class Governor:
         self._lookups_per_token = lookups_per_token
         self._on_its_way = on_its_way
         self._reads_ahead = reads_ahead
+        self._step = 0
+        """The last that asked."""
         self._first_lead: dict[int, dict[int, int]] = {}
         """Layers ahead when a use of an absent expert was first named: by layer's beginning, then position."""
         self._judged: dict[int, dict[int, dict[_Class, _Judged]]] = {}
         """Hints on experts that were absent then: by layer's beginning, then position, once for each class."""
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
-        self.waste.tell(*self._reads_ahead())
-        if not self.payoff.is_on:
-            return ()
+        self.waste.tell(step - self._step, *self._reads_ahead())
+        self._step = step
         return self._let_through(step * self._num_layers - 1, self._inner.begin_step(step, token_ids))
 
     def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
-        if not self.payoff.is_on:
-            return ()
         now = step * self._num_layers + layer
         self._settle(now * self._num_experts, layer, experts)
         return self._let_through(now, self._inner.routed(step, layer, experts))
 
     def next_use(self, expert: ExpertId, after: int) -> int | None:
-        return self._inner.next_use(expert, after) if self.payoff.is_on else None
+        return self._inner.next_use(expert, after)
 
     def _settle(self, begin: int, layer: int, experts: Sequence[int]) -> None:
         """The layer that begins at position `begin` has routed: what was said of it came true or did not."""

@@ -95,7 +95,12 @@ class LayerScan:
         self.min_rows = rows_that_use(self.USED_SHARE, num_experts, top_k)
         self._num_layers = num_layers
         self._num_experts = num_experts
+        self._top_k = top_k
         self._scanning = False
+
+    def alone(self) -> LayerScan:
+        """As this, with nothing else foreseen."""
+        return LayerScan(NoLookahead(), self._num_layers, self._num_experts, self._top_k)
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
         self._scanning = len(token_ids) >= self.min_rows

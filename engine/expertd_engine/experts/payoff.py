@@ -22,7 +22,7 @@ HOLD = 1216
 """Steps between trials at first. Each that confirms the one before doubles them."""
 LONGEST = 8 * HOLD
 """Steps between trials that the doubling stops at."""
-COST = 0.01
+COST = 0.005
 """Of all time, that the slower way's steps in trials may lose."""
 GRACE = 16
 """First steps, with foresight: the cache fills, the predictor proves itself."""
@@ -32,8 +32,10 @@ SETTLED = GRACE + ROUNDS * BLOCK * len(TRIAL)
 """Steps until it has been."""
 MARGIN = 0.01
 """Of the time of a step, by which the other way must be better to be taken."""
-_SURE = 2.0
-"""Standard errors."""
+NOTICE = 64
+"""Steps before a trial, from which on a predictor may prepare for it."""
+_SURE = {4: 3.18, 8: 2.36, 12: 2.20}
+"""Standard errors, by the ratios of blocks that there are: two sides of 95 % (Student)."""
 
 _Times = tuple[list[float], list[float]]
 
@@ -56,6 +58,11 @@ class PayOff:
         """By rows, for like is compared with like: seconds of the trial's steps, without and with."""
         self._timed: _Times | None = None
         """Where the running step's seconds belong."""
+
+    @property
+    def is_near(self) -> bool:
+        """Whether predictions are made, or may be soon."""
+        return self._kept or self._left <= NOTICE
 
     def begin_step(self, rows: int | None) -> bool:
         """A step of so many decoding rows begins; None: one of another kind, which foresees and is not timed."""
@@ -81,7 +88,7 @@ class PayOff:
     def _judge(self, without: list[float], with_: list[float]) -> None:
         """A round has ended: the trial too, unless more steps could tell."""
         costs = [math.log(on / off) for on, off in zip(_blocks(with_), _blocks(without), strict=True)]
-        cost, doubt = fmean(costs), _SURE * stdev(costs) / math.sqrt(len(costs))
+        cost, doubt = fmean(costs), _SURE[len(costs)] * stdev(costs) / math.sqrt(len(costs))
         if abs(cost) <= doubt > MARGIN and len(costs) < ROUNDS * len(TRIAL) // 2:
             return
         before = self._kept

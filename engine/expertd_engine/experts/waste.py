@@ -20,16 +20,18 @@ _STEPS = 256
 
 
 class WasteLimit:
-    """Told once a step what the ledger has counted; `least_precision` is the bar that classes of hints must clear."""
+    """Told now and then what the ledger has counted; `least_precision` is the bar that classes of hints must clear."""
 
     def __init__(self) -> None:
         self.least_precision = MIN_PRECISION
         self._before = (0, 0)
         self._reads = self._wasted = 0.0
 
-    def tell(self, reads: int, wasted: int) -> None:
-        """Since start so many prefetches were read and have come to their end, of which some were `wasted`."""
-        age = 0.5 ** (1 / _STEPS) * (0.5 if self._reads > _MEMORY else 1.0)
+    def tell(self, steps: int, reads: int, wasted: int) -> None:
+        """So many `steps` after the last call: since start so many prefetches were read and have come to their end, of
+        which some were `wasted`.
+        """
+        age = 0.5 ** (steps / _STEPS) * (0.5 if self._reads > _MEMORY else 1.0)
         self._reads = age * self._reads + reads - self._before[0]
         self._wasted = age * self._wasted + wasted - self._before[1]
         self._before = (reads, wasted)

@@ -56,7 +56,8 @@ class TableExperts:
         resolve(self._table, moe, chosen, self._num_rows, scratch, left=None if box is None else box.left)
         if box is not None:
             ask(box, moe, x, weights, scratch)
-        experts_decode(self._layouts[moe], self._table, x, weights, scratch, out)
+        shares = box is not None and box.shares
+        experts_decode(self._layouts[moe], self._table, x, weights, scratch, out, shares=shares)
         if box is not None:
             collect(box, scratch, out)
 

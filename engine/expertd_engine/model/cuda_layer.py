@@ -19,7 +19,8 @@ from expertd_engine.kernels.cuda.norms import DeviceNorm
 from expertd_engine.kernels.cuda.router import RouterLayout
 from expertd_engine.kernels.library import ACTIVATIONS, FORMATS
 from expertd_engine.model.native_abi import Block, FeedForward, Norm, NormKind, Rope, Router, Scores
-from expertd_engine.model.native_model import Ends, NativeLayer
+from expertd_engine.model.native_model import Ends
+from expertd_engine.model.native_step import NativeLayer
 from expertd_engine.model.native_witness import NotMatched
 from expertd_engine.model.router_kinds import RouterAdapter
 from expertd_engine.model.router_rules import Rule

@@ -16,7 +16,7 @@ from expertd_engine.messages import TokenLogprob
 from expertd_engine.model.cuda_model import DeviceModel, StepOutcome, StepTokens
 from expertd_engine.model.cuda_virtual import DeviceVirtual
 from expertd_engine.model.moe import MoELayer
-from expertd_engine.model.runner import logit_positions, read_out, sample_row
+from expertd_engine.model.read_out import logit_positions, read_out, sample_row
 from expertd_engine.model.sampler import SampleRow, sample, takes_the_best
 from expertd_engine.model.step_routes import RouteSource
 from expertd_engine.model.step_rows import Span
@@ -108,7 +108,7 @@ class DeviceRunner:
 
 @dataclass(frozen=True, slots=True)
 class _OutcomeLogits:
-    """`runner.StepLogits` of a device's step."""
+    """`read_out.StepLogits` of a device's step."""
 
     outcome: StepOutcome
 

@@ -21,7 +21,8 @@ from expertd_engine.model.kv_storage import KVStorage, LayerShape
 from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.native_abi import Rope
 from expertd_engine.model.native_match import Matched, match_layer, match_matrix, match_norm, set_variant, variants
-from expertd_engine.model.native_model import TOKENS_ALIGNED, Ends, NativeLayer, NativeModel, StepMemory
+from expertd_engine.model.native_model import TOKENS_ALIGNED, Ends, NativeModel
+from expertd_engine.model.native_step import NativeLayer, StepMemory
 from expertd_engine.model.native_witness import LayerSeen, NotMatched, StandInExperts, Witness, decoder_layers, witness
 from expertd_engine.model.router_kinds import adapt_router
 

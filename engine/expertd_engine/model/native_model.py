@@ -7,7 +7,6 @@ prefill and decode, and no sum's order depends on the batch, the chunk or the nu
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from ctypes import byref
@@ -17,15 +16,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from expertd_engine.kernels.library import FORMATS, Matrix, Pool
+from expertd_engine.kernels.library import Matrix, Pool
 from expertd_engine.model.expert_native import NativeExperts
 from expertd_engine.model.held_run import NativeSubstitution
 from expertd_engine.model.kv_storage import KVStorage
 from expertd_engine.model.moe import Later, MoELayer
-from expertd_engine.model.native_abi import Block, BlockCalls, Norm, Scores, Step
+from expertd_engine.model.native_abi import BlockCalls, Norm, Scores
 from expertd_engine.model.native_run import LayerRun, may_run
+from expertd_engine.model.native_step import Activations, NativeLayer, StepMemory
 from expertd_engine.model.numerics import InvariantSigmoids
-from expertd_engine.model.router_kinds import RouterAdapter
 from expertd_engine.model.step_routes import KnownRoutes, StepRoutes
 from expertd_engine.model.step_rows import Span, StepRows
 
@@ -41,18 +40,6 @@ Experts = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(eq=False)
-class NativeLayer:
-    """One decoder layer. `keep` holds what `block`'s addresses point to."""
-
-    block: Block
-    moe: int | None
-    """Which MoE layer it is; None: dense."""
-    router: RouterAdapter | None
-    """Who selects, where the native path gives logits alone."""
-    keep: Sequence[Tensor]
-
-
-@dataclass(eq=False)
 class Ends:
     """What stands before the first layer and after the last."""
 
@@ -62,64 +49,6 @@ class Ends:
     head: Matrix
     logit_scale: float
     keep: Sequence[Tensor]
-
-
-class _Activations:
-    """One step's memory, for `rows` tokens."""
-
-    def __init__(self, rows: int, hidden: int, layers: Sequence[NativeLayer]) -> None:
-        self.rows = rows
-        self.hidden = torch.empty(rows, hidden)
-        self.normed = torch.empty(rows, hidden)
-        self.added = torch.empty(rows, hidden)
-        self.routed = torch.zeros(rows, hidden)
-        self.logits = torch.empty(rows * max(layer.block.router.experts for layer in layers))
-        choices = max(layer.block.router.top_k for layer in layers)
-        self.experts = torch.empty(rows * choices, dtype=torch.int64)
-        self.weights = torch.empty(rows * choices)
-        self.routes = [self._routes(layer.block) for layer in layers]
-        """Each layer's logits `[T, E]`, experts and weights `[T, K]`: the same memory for all."""
-
-    def _routes(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-        def first(memory: Tensor, width: int) -> Tensor:
-            return memory[: self.rows * width].view(self.rows, width)
-
-        router = block.router
-        return (
-            first(self.logits, router.experts),
-            first(self.experts, router.top_k),
-            first(self.weights, router.top_k),
-        )
-
-
-class StepMemory:
-    """One step as native code reads it, and everything that its addresses point to."""
-
-    def __init__(
-        self, activations: _Activations, positions: Sequence[int], spans: Sequence[Span], storage: KVStorage
-    ) -> None:
-        self.activations = activations
-        tables: list[int] = []
-        starts: list[int] = []
-        for span in spans:
-            starts.append(len(tables))
-            tables += span.blocks
-        self._arrays = (
-            array("q", positions),
-            array("q", [*(span.row for span in spans), len(positions)]),
-            array("q", starts),
-            array("i", tables),
-        )
-        at = [one.buffer_info()[0] for one in self._arrays]
-        memory = activations
-        self.step = Step(
-            *(len(positions), at[0], len(spans), at[1], at[2], at[3]),
-            *(storage.address, storage.block_bytes, storage.block_tokens),
-            FORMATS[str(storage.dtype).removeprefix("torch.")],
-            *(t.data_ptr() for t in (memory.hidden, memory.normed, memory.added)),
-            *(t.data_ptr() for t in (memory.logits, memory.experts, memory.weights)),
-        )
-        self.address = ctypes.addressof(self.step)
 
 
 class NativeModel:
@@ -133,7 +62,7 @@ class NativeModel:
         self.ends = ends
         self._hidden = layers[0].block.hidden
         self._storage: KVStorage | None = None
-        self._kept: _Activations | None = None
+        self._kept: Activations | None = None
         self._run: LayerRun | None = None
 
     @property
@@ -295,11 +224,11 @@ class NativeModel:
             layer.block.key_offset, layer.block.value_offset = keys, values
         self._storage = storage
 
-    def _activations(self, rows: int) -> _Activations:
+    def _activations(self, rows: int) -> Activations:
         kept, self._kept = self._kept, None  # a step that fails half way leaves sums behind: not to be used again
         if kept is not None and kept.rows == rows:
             return kept
-        return _Activations(rows, self._hidden, self._layers)
+        return Activations(rows, self._hidden, self._layers)
 
 
 def _call_of(later: Later | None) -> Any:

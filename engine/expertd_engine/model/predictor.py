@@ -158,7 +158,8 @@ class PredictorWatch:
         self.named: list[tuple[int, int, int]] = []
         """Lead, expert and trust, of the layer routed last: absent experts alone, soonest first."""
         self.payoff: PayOff | None = None
-        """While it says that predictions do not pay, none is made; None: they always are."""
+        """While it says that predictions do not pay, none is made, and until it is to try them again, none is prepared
+        for; None: they always are."""
         self._experts, self._width, self._top_k = experts, max(experts), top_k
         self._slots = [np.frombuffer(slots_of(layer), np.int64) for layer in range(len(experts))]
         self._rescore = rescore
@@ -168,6 +169,8 @@ class PredictorWatch:
 
     def begin_step(self, streams: Sequence[int], decode: Sequence[bool]) -> bool:
         """Of a prompt's rows the last alone matters to what comes after; a step that scans is not foreseen."""
+        if self._rescore is None and self.payoff is not None and not self.payoff.is_near:
+            return False
         rows = np.flatnonzero(decode)
         self._rows = slice(None) if len(rows) == len(decode) else rows if len(rows) else slice(-1, None)
         self.named = []

@@ -1,96 +1,29 @@
-"""Runs one planned step: flattens its chunks into one row of tokens, calls the model, samples. Decides nothing."""
+"""Runs one planned step: flattens its chunks into one row of tokens, calls the model, reads it out. Decides nothing."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Protocol
 
 import torch
-from torch.nn.functional import pad
 
-from expertd_engine.core import SampledToken, StepFailed, StepResult
+from expertd_engine.core import StepFailed, StepResult
 from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.leases import ExpertUnavailableError
 from expertd_engine.experts.pregated import PregatedLookahead
 from expertd_engine.kernels.library import KernelError
-from expertd_engine.messages import TokenLogprob
-from expertd_engine.model.attention import Attend, AttentionBatch
 from expertd_engine.model.kv_storage import KVStorage
-from expertd_engine.model.loader import LoadedModel
 from expertd_engine.model.moe import MoELayer
-from expertd_engine.model.numerics import ROW_MULTIPLE, InvariantSigmoids
 from expertd_engine.model.path_routing import PathRouting
 from expertd_engine.model.pathfinder import Pathfinder
-from expertd_engine.model.sampler import NoTokenLeft, SampleRow, sample, token_logprob
+from expertd_engine.model.read_out import TensorLogits, logit_positions, read_out
+from expertd_engine.model.step_model import StepModel
 from expertd_engine.model.step_routes import KnownRoutes, RouteSource, StepRoutes, Watch
 from expertd_engine.model.step_rows import Span, StepRows
 from expertd_engine.model.virtual_routing import VirtualRouting
-from expertd_engine.request import ConstraintFailed
-from expertd_engine.request import Sequence as EngineSequence
 from expertd_engine.sequence_stats import Substitutions
-from expertd_engine.step_plan import Chunk, StepPlan
-
-
-@torch.inference_mode()
-def forward(
-    loaded: LoadedModel,
-    layers: Sequence[MoELayer],
-    routes: StepRoutes,
-    attend: Attend,
-    rows: StepRows,
-) -> torch.Tensor:
-    """Logits `[len(logit_rows), V]` in float32.
-
-    Tokens and logit rows are padded to a multiple of four (see `numerics.ROW_MULTIPLE`), in bfloat16 too: many families
-    compute their routers in float32 whatever the weights. The padding reaches neither experts nor keys and values.
-    """
-    for layer in layers:
-        layer.step = routes
-    known = {} if routes.known is None else {"routes": _padded_routes(routes.known)}
-    with InvariantSigmoids() if loaded.float32_sigmoids else nullcontext():
-        output = loaded.model(
-            input_ids=_padded(rows.ids)[None],
-            position_ids=_padded(rows.positions)[None],
-            use_cache=False,
-            logits_to_keep=_padded(rows.logit_rows or [0]),
-            expertd_batch=attend,
-            **known,
-        )
-    logits: torch.Tensor = output.logits[0, : len(rows.logit_rows)].float()
-    return logits
-
-
-class StepModel(Protocol):
-    """Who computes a step's logits: the native path (`native_model`), or transformers' modules."""
-
-    def forward(
-        self, rows: StepRows, storage: KVStorage, layers: Sequence[MoELayer], routes: StepRoutes
-    ) -> torch.Tensor:
-        """Logits `[len(logit_rows), V]` in float32. Keys and values go into `storage`; `layers` are the experts."""
-        ...
-
-    def embeddings(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """What stands before the first layer, `[len(token_ids), H]` in float32."""
-        ...
-
-
-class ModuleModel:
-    """A step through transformers' own modules."""
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        self._loaded = loaded
-
-    def forward(
-        self, rows: StepRows, storage: KVStorage, layers: Sequence[MoELayer], routes: StepRoutes
-    ) -> torch.Tensor:
-        return forward(self._loaded, layers, routes, AttentionBatch(rows.spans, storage), rows)
-
-    def embeddings(self, token_ids: Sequence[int]) -> torch.Tensor:
-        with torch.inference_mode():
-            rows: torch.Tensor = self._loaded.model.get_input_embeddings()(torch.tensor(token_ids)).float()
-        return rows
+from expertd_engine.step_plan import StepPlan
 
 
 class Onlooker(Watch, Protocol):
@@ -248,77 +181,3 @@ def _decode_rows(plan: StepPlan) -> list[int] | None:
         return None
     prompt = [chunk.is_prefill for chunk in plan.chunks for _ in range(chunk.num_tokens)]
     return [row for row, is_prompt in enumerate(prompt) if not is_prompt]
-
-
-def logit_positions(chunk: Chunk) -> list[int]:
-    """Positions whose logits are read: those that score prompt tokens, then the one that chooses the next token."""
-    return [*chunk.prompt_logprob_positions, *([chunk.stop - 1] if chunk.samples else [])]
-
-
-class StepLogits(Protocol):
-    """What a step's rows ended in, in the order of `logit_positions` over all chunks."""
-
-    def of(self, row: int) -> torch.Tensor:
-        """float32 `[V]`"""
-        ...
-
-    def choose(self, row: int, how: SampleRow) -> tuple[int, TokenLogprob | None]:
-        """The next token, as `sampler.sample` has it."""
-        ...
-
-
-class TensorLogits:
-    """All of a step's logits `[rows, V]` at hand."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        self._logits = logits
-
-    def of(self, row: int) -> torch.Tensor:
-        return self._logits[row]
-
-    def choose(self, row: int, how: SampleRow) -> tuple[int, TokenLogprob | None]:
-        return sample(self._logits[row], how)
-
-
-def read_out(plan: StepPlan, logits: StepLogits) -> tuple[dict[int, SampledToken], dict[int, list[TokenLogprob]]]:
-    """Each sequence's next token, and the log-probabilities of prompt tokens. Raises StepFailed."""
-    sampled: dict[int, SampledToken] = {}
-    scored: dict[int, list[TokenLogprob]] = {}
-    row = 0
-    for chunk in plan.chunks:
-        sequence = chunk.sequence
-        for position in chunk.prompt_logprob_positions:
-            token_id = sequence.prompt_token_ids[position + 1]
-            num_top = sequence.sampling.prompt_logprobs or 0
-            scored.setdefault(sequence.sequence_id, []).append(token_logprob(logits.of(row), token_id, num_top))
-            row += 1
-        if chunk.samples:
-            try:
-                sampled[sequence.sequence_id] = SampledToken(*logits.choose(row, sample_row(sequence)))
-            except (NoTokenLeft, ConstraintFailed) as error:
-                raise StepFailed([sequence.sequence_id], str(error), refused=True) from None
-            row += 1
-    return sampled, scored
-
-
-def sample_row(sequence: EngineSequence) -> SampleRow:
-    """What decides the sequence's next token besides its logits."""
-    return SampleRow(
-        sequence.sampling,
-        sequence.choice_index,
-        sequence.prompt_token_ids,
-        sequence.output_token_ids,
-        sequence.banned_until_min(),
-        None if sequence.constrainer is None else sequence.constrainer.allowed(),
-    )
-
-
-def _padded_routes(known: KnownRoutes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Experts and weights with rows for the padding."""
-    experts, weights = known.tensors
-    rows = (0, 0, 0, -experts.shape[1] % ROW_MULTIPLE)
-    return pad(experts, rows), pad(weights, rows)
-
-
-def _padded(values: Sequence[int]) -> torch.Tensor:
-    return torch.tensor([*values, *[0] * (-len(values) % ROW_MULTIPLE)], dtype=torch.long)

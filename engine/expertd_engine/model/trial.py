@@ -24,8 +24,8 @@ from expertd_engine.model.moe import MoELayer
 from expertd_engine.model.native_build import build_native
 from expertd_engine.model.native_witness import NotMatched
 from expertd_engine.model.pregate import Pregate, build_pregate
-from expertd_engine.model.runner import ModuleModel, StepModel, forward
 from expertd_engine.model.sampler import SampleRow, sample
+from expertd_engine.model.step_model import ModuleModel, StepModel, forward
 from expertd_engine.model.step_routes import StepRoutes
 from expertd_engine.model.step_rows import Span, StepRows
 from expertd_engine.step_plan import SchedulerLimits

@@ -37,7 +37,7 @@ def gate_up_block(
             place_of_row(place, ROW, 32, FORMAT) + (up_half * (UP[0] - GATE[0]) + GATE[0]),
             scale_place + (up_half * (UP[1] // 2 - GATE[1] // 2) + GATE[1] // 2),
             scale_place + (up_half * (UP[2] // 2 - GATE[2] // 2) + GATE[2] // 2),
-            rows_of_x, live, FORMAT, COLS, 2 * BN, SPAN, STAGES, MT,
+            rows_of_x, live, COLS, FORMAT, COLS, 2 * BN, SPAN, STAGES, MT,
         )  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(acc, [MT, 2, BN]), [0, 2, 1]))
         gate = with_bias(gate, record, target, output, GATE_BIAS, OUTPUTS)
@@ -48,7 +48,7 @@ def gate_up_block(
             record, target, place_of_row(place, ROW, 32, FORMAT) + UP[0],
             place_of_row(place, SCALE_ROW // 2, 1, FORMAT) + UP[1] // 2,
             place_of_row(place, SCALE_ROW // 2, 1, FORMAT) + UP[2] // 2,
-            rows_of_x, live, FORMAT, COLS, BN, SPAN, STAGES, MT,
+            rows_of_x, live, COLS, FORMAT, COLS, BN, SPAN, STAGES, MT,
         )  # fmt: skip
         result = activated(with_bias(up, record, target, output, UP_BIAS, OUTPUTS), ACTIVATION)
     at = inner + pair.to(tl.int64)[:, None] * OUTPUTS + output[None, :]
@@ -58,12 +58,15 @@ def gate_up_block(
 @triton.jit
 def down_block(
     record: tl.tensor, target: tl.tensor, block: tl.tensor, start: tl.tensor, last: tl.tensor,
-    pairs: tl.tensor, inner: tl.tensor, weights: tl.tensor, partials: tl.tensor,
+    pairs: tl.tensor, inner: tl.tensor, weights: tl.tensor, partials: tl.tensor, until: tl.tensor,
     FORMAT: tl.constexpr, OUTPUTS: tl.constexpr, COLS: tl.constexpr, ROW: tl.constexpr, SCALE_ROW: tl.constexpr,
     BN: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
     DOWN: tl.constexpr, BIAS: tl.constexpr, MT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Weighted `partials` of pairs `[start, start + MT)`, as far as `last`, at outputs `[block·BN, + BN)`."""
+    """Weighted `partials` of pairs `[start, start + MT)`, as far as `last`, at outputs `[block·BN, + BN)`.
+
+    `until`: COLS, or a multiple of 64 from which on `inner` is zeros: what is read for them adds nothing.
+    """
     pair = start + tl.arange(0, MT)
     live = pair < last
     output = block * BN + tl.arange(0, BN)
@@ -72,7 +75,7 @@ def down_block(
         record, target, place_of_row(place, ROW, 32, FORMAT) + DOWN[0],
         place_of_row(place, SCALE_ROW // 2, 1, FORMAT) + DOWN[1] // 2,
         place_of_row(place, SCALE_ROW // 2, 1, FORMAT) + DOWN[2] // 2,
-        inner + pair.to(tl.int64) * COLS, live, FORMAT, COLS, BN, SPAN, STAGES, MT,
+        inner + pair.to(tl.int64) * COLS, live, until, FORMAT, COLS, BN, SPAN, STAGES, MT,
     )  # fmt: skip
     acc = with_bias(acc, record, target, output, BIAS, OUTPUTS)
     weight = tl.load(weights + tl.load(pairs + pair, mask=live, other=0), mask=live, other=0.0)
@@ -116,27 +119,28 @@ def place_of_row(row: tl.tensor, ROW: tl.constexpr, PIECE: tl.constexpr, FORMAT:
 @triton.jit
 def product(
     record: tl.tensor, target: tl.tensor, rows: tl.tensor, scales: tl.tensor, minima: tl.tensor,
-    x: tl.tensor, live: tl.tensor,
+    x: tl.tensor, live: tl.tensor, until: tl.tensor,
     FORMAT: tl.constexpr, COLS: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
     MT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """x W^T for a block of rows of W: float32 `[MT, BN]`. Writes what it reads to `target` unless that is 0."""
+    """x W^T for a block of rows of W, up to column `until`: float32 `[MT, BN]`. Writes what it reads to `target` unless
+    that is 0."""
     acc = tl.zeros([MT, BN], tl.float32)
     if FORMAT == "float32" or FORMAT == "bfloat16":
         WEIGHT: tl.constexpr = tl.float32 if FORMAT == "float32" else tl.bfloat16
         BK: tl.constexpr = SPAN // (WEIGHT.primitive_bitwidth // 8)
         if target != 0:
-            acc = multiply(acc, record, target, rows, x, live, WEIGHT, COLS, BK, STAGES, True)
+            acc = multiply(acc, record, target, rows, x, live, until, WEIGHT, COLS, BK, STAGES, True)
         else:
-            acc = multiply(acc, record, target, rows, x, live, WEIGHT, COLS, BK, STAGES, False)
+            acc = multiply(acc, record, target, rows, x, live, until, WEIGHT, COLS, BK, STAGES, False)
     else:
         if target != 0:
             acc = multiply_groups(
-                acc, record, target, rows, scales, minima, x, live, FORMAT, COLS, SPAN // 32, STAGES, True
+                acc, record, target, rows, scales, minima, x, live, until, FORMAT, COLS, SPAN // 32, STAGES, True
             )
         else:
             acc = multiply_groups(
-                acc, record, target, rows, scales, minima, x, live, FORMAT, COLS, SPAN // 32, STAGES, False
+                acc, record, target, rows, scales, minima, x, live, until, FORMAT, COLS, SPAN // 32, STAGES, False
             )
     return acc
 

@@ -83,42 +83,46 @@ def _parts(spec: TensorSpec | None) -> tuple[int, int, int]:
 
 
 def experts_decode(
-    layout: ExpertLayout, table: TablePointers, x: Tensor, weights: Tensor, scratch: ExpertScratch, out: Tensor
-) -> None:
+    layout: ExpertLayout, table: TablePointers, x: Tensor, weights: Tensor, scratch: ExpertScratch, out: Tensor, *,
+    shares: bool = False,
+) -> None:  # fmt: skip
     """Add each row's weighted experts to `out` (float32 `[R, H]`), after `resolve` of its routes.
 
     `x` `[R, H]` bfloat16 or float32: what the products are computed in, unless the records are float32. `weights`
-    float32 `[R, top_k]`.
+    float32 `[R, top_k]`. `shares`: of some experts a part alone is computed, as `scratch.cut` says.
     """
-    gate_up(layout, table, x, scratch, decode_tiles(layout, layout.hidden))
-    down(layout, table, weights, scratch, out, decode_tiles(layout, layout.inner))
+    gate_up(layout, table, x, scratch, decode_tiles(layout, layout.hidden), shares=shares)
+    down(layout, table, weights, scratch, out, decode_tiles(layout, layout.inner), shares=shares)
 
 
-def gate_up(layout: ExpertLayout, table: TablePointers, x: Tensor, scratch: ExpertScratch, tiles: Tiles) -> None:
+def gate_up(
+    layout: ExpertLayout, table: TablePointers, x: Tensor, scratch: ExpertScratch, tiles: Tiles, *, shares: bool = False
+) -> None:
     """`scratch.inner` of each pair: the first launch of `experts_decode`."""
     _gate_up_kernel[(triton.cdiv(layout.inner, tiles.outputs), len(scratch.address))](
         *_resolved(table, scratch), x, scratch.inner,
         **record_constants(layout, tiles, layout.inner, layout.hidden), TOP_K=scratch.top_k,
         GATE=layout.offsets[0], UP=layout.offsets[1], GATE_BIAS=layout.biases[0], UP_BIAS=layout.biases[1],
         ACTIVATION=layout.activation, ALPHA=layout.alpha, LIMIT=layout.limit,
-        MT=_ROWS, num_warps=tiles.warps, num_stages=tiles.stages,
+        MT=_ROWS, SHARES=shares, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 
 def down(
-    layout: ExpertLayout, table: TablePointers, weights: Tensor, scratch: ExpertScratch, out: Tensor, tiles: Tiles
-) -> None:
+    layout: ExpertLayout, table: TablePointers, weights: Tensor, scratch: ExpertScratch, out: Tensor, tiles: Tiles, *,
+    shares: bool = False,
+) -> None:  # fmt: skip
     """From `scratch.inner` to `out`: the second launch of `experts_decode`."""
     _down_kernel[(triton.cdiv(layout.hidden, tiles.outputs), len(scratch.address))](
         *_resolved(table, scratch), scratch.row_pairs, scratch.inner, weights, scratch.partials, scratch.arrived, out,
         **record_constants(layout, tiles, layout.hidden, layout.inner), TOP_K=scratch.top_k,
         DOWN=layout.offsets[2], BIAS=layout.biases[2],
-        MT=_ROWS, num_warps=tiles.warps, num_stages=tiles.stages,
+        MT=_ROWS, SHARES=shares, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 
 def _resolved(table: TablePointers, scratch: ExpertScratch) -> tuple[Tensor, ...]:
-    where = (scratch.totals, scratch.begin, scratch.address, scratch.land, scratch.wait)
+    where = (scratch.totals, scratch.begin, scratch.address, scratch.land, scratch.wait, scratch.cut)
     return (*where, table.ready, scratch.pairs)
 
 
@@ -156,12 +160,12 @@ def _fitting(tiles: Tiles, layout: ExpertLayout, cols: int) -> Tiles:
 
 @triton.jit
 def _gate_up_kernel(
-    totals: tl.tensor, begin: tl.tensor, address: tl.tensor, land: tl.tensor, wait: tl.tensor, ready: tl.tensor,
-    pairs: tl.tensor, x: tl.tensor, inner: tl.tensor,
+    totals: tl.tensor, begin: tl.tensor, address: tl.tensor, land: tl.tensor, wait: tl.tensor, cuts: tl.tensor,
+    ready: tl.tensor, pairs: tl.tensor, x: tl.tensor, inner: tl.tensor,
     FORMAT: tl.constexpr, OUTPUTS: tl.constexpr, COLS: tl.constexpr, ROW: tl.constexpr, SCALE_ROW: tl.constexpr,
     BN: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, TOP_K: tl.constexpr,
     GATE: tl.constexpr, UP: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, MT: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, MT: tl.constexpr, SHARES: tl.constexpr,
 ) -> None:  # fmt: skip
     nth = tl.program_id(1)
     if nth >= tl.load(totals):
@@ -170,6 +174,11 @@ def _gate_up_kernel(
     record, target = tl.load(address + nth), tl.load(land + nth)
     if record == 0:
         return  # the processor computes it
+    if SHARES:
+        cut, output = tl.load(cuts + nth), tl.program_id(0) * BN + tl.arange(0, BN)
+        if (cut > 0) & (tl.program_id(0) * BN >= cut):
+            write_zeros(inner, first, last, output, OUTPUTS, MT)  # what is left to the processor
+            last = first
     wait_for(ready, tl.load(wait + nth))
     for start in range(first, last, MT):
         gate_up_block(
@@ -182,12 +191,12 @@ def _gate_up_kernel(
 
 @triton.jit
 def _down_kernel(
-    totals: tl.tensor, begin: tl.tensor, address: tl.tensor, land: tl.tensor, wait: tl.tensor, ready: tl.tensor,
-    pairs: tl.tensor, row_pairs: tl.tensor, inner: tl.tensor, weights: tl.tensor, partials: tl.tensor,
-    arrived: tl.tensor, out: tl.tensor,
+    totals: tl.tensor, begin: tl.tensor, address: tl.tensor, land: tl.tensor, wait: tl.tensor, cuts: tl.tensor,
+    ready: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor, inner: tl.tensor, weights: tl.tensor,
+    partials: tl.tensor, arrived: tl.tensor, out: tl.tensor,
     FORMAT: tl.constexpr, OUTPUTS: tl.constexpr, COLS: tl.constexpr, ROW: tl.constexpr, SCALE_ROW: tl.constexpr,
     BN: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, TOP_K: tl.constexpr,
-    DOWN: tl.constexpr, BIAS: tl.constexpr, MT: tl.constexpr,
+    DOWN: tl.constexpr, BIAS: tl.constexpr, MT: tl.constexpr, SHARES: tl.constexpr,
 ) -> None:  # fmt: skip
     nth = tl.program_id(1)
     distinct = tl.load(totals)
@@ -198,11 +207,15 @@ def _down_kernel(
     wait_for(ready, tl.load(wait + nth))
     block = tl.program_id(0)
     if record == 0:
-        no_partials(partials, first, last, block * BN + tl.arange(0, BN), OUTPUTS, MT)
+        write_zeros(partials, first, last, block * BN + tl.arange(0, BN), OUTPUTS, MT)  # the processor's answer counts
         last = first
+    until = COLS
+    if SHARES:
+        cut = tl.load(cuts + nth)
+        until = tl.where(cut > 0, cut, COLS)
     for start in range(first, last, MT):
         down_block(
-            record, target, block, start, last, pairs, inner, weights, partials,
+            record, target, block, start, last, pairs, inner, weights, partials, until,
             FORMAT, OUTPUTS, COLS, ROW, SCALE_ROW, BN, SPAN, STAGES, DOWN, BIAS, MT,
         )  # fmt: skip
         record, target = landed(record, target)
@@ -214,13 +227,13 @@ def _down_kernel(
 
 
 @triton.jit
-def no_partials(
-    partials: tl.tensor, first: tl.tensor, last: tl.tensor, output: tl.tensor, OUTPUTS: tl.constexpr, MT: tl.constexpr
+def write_zeros(
+    results: tl.tensor, first: tl.tensor, last: tl.tensor, output: tl.tensor, OUTPUTS: tl.constexpr, MT: tl.constexpr
 ) -> None:
-    """Pairs `[first, last)` add nothing to a block of outputs: the processor's answer does."""
+    """As the results of pairs `[first, last)` at a block of outputs, which are computed elsewhere."""
     for start in range(first, last, MT):
         pair = start + tl.arange(0, MT)
-        at = partials + pair.to(tl.int64)[:, None] * OUTPUTS + output[None, :]
+        at = results + pair.to(tl.int64)[:, None] * OUTPUTS + output[None, :]
         tl.store(at, 0.0, mask=(pair < last)[:, None] & (output < OUTPUTS)[None, :])
 
 

@@ -145,7 +145,7 @@ def _prefill_down(
     if which < count:
         record = tl.load(addresses + which) & -2
         down_block(
-            record, record - record, tl.program_id(0), start, last, pairs, inner, weights, partials,
+            record, record - record, tl.program_id(0), start, last, pairs, inner, weights, partials, COLS,
             FORMAT, OUTPUTS, COLS, ROW, SCALE_ROW, BN, SPAN, STAGES, DOWN, BIAS, MT,
         )  # fmt: skip
 

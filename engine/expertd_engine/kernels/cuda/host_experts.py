@@ -31,7 +31,7 @@ class Mailbox:
     head: Tensor
     """int32 `[3]`: layer, rows, experts asked for."""
     experts: Tensor
-    """int32 `[3, U]`: who is asked for; where its pairs begin, and end."""
+    """int32 `[4, U]`: who is asked for; where its pairs begin, and end; its first neuron asked for."""
     pairs: Tensor
     """int32 `[P]`: row · top_k + choice, by expert."""
     x: Tensor
@@ -45,7 +45,10 @@ class Mailbox:
     arrived: Tensor
     """int32 `[1]`, on the device, 0 between launches: programs that have written their part of a request."""
     left: Tensor
-    """int32 `[U + 1]`, on the device: of n experts that a layer misses, how many the processor is asked for."""
+    """int32 `[L, U + 1, 2]`, on the device: of n experts that a layer misses, how many the processor is asked for, and
+    from which neuron on for one more; 0: for none."""
+    shares: bool
+    """Whether any expert is shared: else kernels need not look."""
 
 
 def ask(mailbox: Mailbox, layer: int, x: Tensor, weights: Tensor, scratch: ExpertScratch) -> None:
@@ -53,7 +56,7 @@ def ask(mailbox: Mailbox, layer: int, x: Tensor, weights: Tensor, scratch: Exper
     rows, hidden = x.shape
     experts, pairs = mailbox.experts, len(scratch.pairs)
     _ask_kernel[(rows,)](
-        *(scratch.totals, scratch.experts, scratch.address, scratch.begin, scratch.pairs, x, weights),
+        *(scratch.totals, scratch.experts, scratch.address, scratch.cut, scratch.begin, scratch.pairs, x, weights),
         *(mailbox.sent, mailbox.arrived, mailbox.posted, mailbox.head, experts, mailbox.pairs, mailbox.x),
         *(mailbox.weights, layer, experts.shape[1], pairs),
         HIDDEN=hidden,
@@ -80,8 +83,8 @@ def collect(mailbox: Mailbox, scratch: ExpertScratch, out: Tensor) -> None:
 
 @triton.jit(do_not_specialize=["layer"])
 def _ask_kernel(
-    totals: tl.tensor, distinct: tl.tensor, address: tl.tensor, begin: tl.tensor, pairs: tl.tensor, x: tl.tensor,
-    weights: tl.tensor, sent: tl.tensor, arrived: tl.tensor, posted: tl.tensor, head: tl.tensor, asked: tl.tensor,
+    totals: tl.tensor, distinct: tl.tensor, address: tl.tensor, cuts: tl.tensor, begin: tl.tensor, pairs: tl.tensor,
+    x: tl.tensor, weights: tl.tensor, sent: tl.tensor, arrived: tl.tensor, posted: tl.tensor, head: tl.tensor, asked: tl.tensor,
     asked_pairs: tl.tensor, asked_x: tl.tensor, asked_weights: tl.tensor,
     layer: tl.tensor, width: tl.tensor, num_pairs: tl.tensor,
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
@@ -103,11 +106,13 @@ def _ask_kernel(
         tl.store(arrived, 0)
         nth = tl.arange(0, WIDTH)
         met = nth < tl.load(totals)
-        missing = met & (tl.load(address + nth, mask=met, other=1) == 0)
+        cut = tl.load(cuts + nth, mask=met, other=0)
+        missing = met & ((tl.load(address + nth, mask=met, other=1) == 0) | (cut > 0))
         place = tl.cumsum(missing.to(tl.int32), 0) - 1
         tl.store(asked + place, tl.load(distinct + nth, mask=missing, other=0), mask=missing)
         tl.store(asked + width + place, tl.load(begin + nth, mask=missing, other=0), mask=missing)
         tl.store(asked + 2 * width + place, tl.load(begin + nth + 1, mask=missing, other=0), mask=missing)
+        tl.store(asked + 3 * width + place, cut, mask=missing)
         pair = tl.arange(0, PAIRS)
         tl.store(asked_pairs + pair, tl.load(pairs + pair, mask=pair < num_pairs, other=0), mask=pair < num_pairs)
         tl.store(head, layer)

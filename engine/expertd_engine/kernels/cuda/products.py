@@ -18,16 +18,18 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 @triton.jit
 def multiply(
     acc: tl.tensor, record: tl.tensor, target: tl.tensor, rows: tl.tensor, x: tl.tensor, live: tl.tensor,
+    until: tl.tensor,
     WEIGHT: tl.constexpr, COLS: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, LAND: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """`acc` `[MT, BN]` plus x W^T for a plain matrix, whose rows begin at `rows` (bytes) of `record` (an address).
 
-    `x` `[MT]` points at rows, of which those not `live` count as zeros. LAND: what is read is written to `target` too.
+    `x` `[MT]` points at rows, of which those not `live` count as zeros. Columns from `until` on are left out, or some of
+    them read all the same: they must be zeros in `x`. LAND: what is read is written to `target` too.
     """
     source = record.to(tl.pointer_type(WEIGHT))
     tl.multiple_of(source, 16)
     begin = rows // (WEIGHT.primitive_bitwidth // 8)
-    for first in tl.range(0, COLS, BK, num_stages=STAGES):
+    for first in tl.range(0, until, BK, num_stages=STAGES):
         col = first + tl.arange(0, BK)
         at = begin[:, None] + col[None, :]
         if COLS % BK == 0:
@@ -47,7 +49,7 @@ def multiply(
 @triton.jit
 def multiply_groups(
     acc: tl.tensor, record: tl.tensor, target: tl.tensor, rows: tl.tensor, scales: tl.tensor, minima: tl.tensor,
-    x: tl.tensor, live: tl.tensor,
+    x: tl.tensor, live: tl.tensor, until: tl.tensor,
     FORMAT: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, LAND: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """As `multiply`, for a quantised matrix; `scales` and `minima` say where those of each row begin, in float16.
@@ -65,7 +67,7 @@ def multiply_groups(
     SEGMENTS: tl.constexpr = (COLS + 32 * PER_SEGMENT - 1) // (32 * PER_SEGMENT)
     GROUPS: tl.constexpr = SEGMENTS * PER_SEGMENT
     byte = tl.arange(0, 32)
-    for first in tl.range(0, SEGMENTS, UNROLL, num_stages=STAGES):
+    for first in tl.range(0, (until + 32 * PER_SEGMENT - 1) // (32 * PER_SEGMENT), UNROLL, num_stages=STAGES):
         for step in tl.static_range(UNROLL):
             at = rows[:, None] + (first + step) * 512 + byte[None, :]
             stored = ((first + step) * 32 + byte)[None, :] < SEGMENTS * 32

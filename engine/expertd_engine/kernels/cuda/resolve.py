@@ -20,7 +20,7 @@ FAR = 1
 """Bit of an entry's address: the record lies in host memory and is read over the link. Records are page-aligned."""
 LANDED = 3
 """The `source` in `seen` of an expert that was read over the link into a slot; 0 resident, 1 read over the link and
-dropped, 2 waited for, 4 left to the processor."""
+dropped, 2 waited for, 4 left to the processor, 5 shared with it."""
 _COMPARED = 32
 
 
@@ -56,7 +56,7 @@ class ExpertScratch:
     num_experts: int
     max_rows: int
     totals: Tensor
-    """int32 `[3]`: distinct experts, real rows, experts among them that are left to the processor."""
+    """int32 `[3]`: distinct experts, real rows, experts among them that the processor computes, or a part of."""
     experts: Tensor
     """int32 `[U]`: the distinct experts, ascending."""
     target: Tensor
@@ -69,6 +69,9 @@ class ExpertScratch:
     """int64 `[U]`: where its bytes are to be written too; 0: nowhere."""
     wait: Tensor
     """int32 `[U]`: slot whose `ready` must be waited for; -1: none."""
+    cut: Tensor
+    """int32 `[U]`: its first neuron that the processor computes, while kernels read those before; 0: it is not shared.
+    Written where anything is left to the processor."""
     pairs: Tensor
     """int32 `[P]`: row · top_k + choice, by ascending expert, then row."""
     row_pairs: Tensor
@@ -114,6 +117,7 @@ class ExpertScratch:
             address=torch.zeros(distinct, dtype=torch.int64, device=device),
             land=torch.zeros(distinct, dtype=torch.int64, device=device),
             wait=ints(distinct),
+            cut=ints(distinct),
             pairs=ints(pairs),
             row_pairs=ints(max_rows, top_k),
             inner=torch.zeros(pairs, inner, dtype=dtype, device=device),
@@ -129,8 +133,9 @@ def resolve(
     """Group the pairs of `top_k_index` int `[R, K]` by expert and say where each expert is read from.
 
     Rows from `num_rows` (int32 `[1]`, on the device) on are padding. Publishes what landed in the layer before, takes
-    slots for what is read over the link, writes `seen` and `progress`. `left` int32 `[U + 1]`: of n missing experts so
-    many are left to the processor, others each time, so that all have their turn to land; None: none ever.
+    slots for what is read over the link, writes `seen` and `progress`. `left` int32 `[L, U + 1, 2]`: of n missing experts
+    of a layer so many are left to the processor, and of one more its neurons from there on, unless that is 0; others
+    each time, so that all have their turn to land, which one that is shared cannot. None: none ever.
     """
     rows, top_k = top_k_index.shape
     if top_k != scratch.top_k or rows > scratch.max_rows:
@@ -140,8 +145,9 @@ def resolve(
         *(table.entries, table.slot_address, table.ready, table.landing, table.head, table.tail),
         *(table.seen, table.seen_count, table.progress, top_k_index, num_rows),
         *(scratch.totals, scratch.experts, scratch.target, scratch.begin, scratch.address, scratch.land, scratch.wait),
-        *(scratch.pairs, scratch.row_pairs, table.head if left is None else left),
+        *(scratch.cut, scratch.pairs, scratch.row_pairs, table.head if left is None else left),
         *(layer, table.entries.shape[1], table.seen.shape[1], table.landing.shape[0]),
+        0 if left is None else left.shape[1],
         NUM_EXPERTS=scratch.num_experts,
         EXPERTS=triton.next_power_of_2(scratch.num_experts),
         WIDTH=triton.next_power_of_2(len(scratch.experts)),
@@ -189,8 +195,8 @@ def _resolve_kernel(
     entries: tl.tensor, slot_address: tl.tensor, ready: tl.tensor, landing: tl.tensor, head: tl.tensor, tail: tl.tensor,
     seen: tl.tensor, seen_count: tl.tensor, progress: tl.tensor, index: tl.tensor, num_rows: tl.tensor,
     totals: tl.tensor, distinct_experts: tl.tensor, targets: tl.tensor, begin: tl.tensor, address: tl.tensor,
-    land: tl.tensor, wait: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor, left_of: tl.tensor,
-    layer: tl.tensor, experts: tl.tensor, width: tl.tensor, ring: tl.tensor,
+    land: tl.tensor, wait: tl.tensor, cuts: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor, left_of: tl.tensor,
+    layer: tl.tensor, experts: tl.tensor, width: tl.tensor, ring: tl.tensor, left_width: tl.tensor,
     NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
     PAIRS: tl.constexpr, COMPARED: tl.constexpr, LEAVES: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -218,12 +224,18 @@ def _resolve_kernel(
     taken = tl.load(head)
     free = tl.load(tail) - taken
     left = far & (expert < 0)  # to the processor: nobody
+    shared = left
     if LEAVES:
         missing = tl.sum(far.to(tl.int32), 0)
         nth_missing = tl.cumsum(far.to(tl.int32), 0) - 1 + ((taken + layer) & (EXPERTS - 1))
-        left = far & (nth_missing % tl.maximum(missing, 1) < tl.load(left_of + missing))
-    tl.store(totals + 2, tl.sum(left.to(tl.int32), 0))
-    read = far & (left == 0)
+        turn = nth_missing % tl.maximum(missing, 1)
+        split = left_of + (layer * left_width + missing) * 2
+        cut = tl.load(split + 1)
+        left = far & (turn < tl.load(split))
+        shared = far & (turn == tl.load(split)) & (cut > 0)
+        tl.store(cuts + nth, tl.where(shared, cut, 0), mask=chosen)
+    tl.store(totals + 2, tl.sum((left | shared).to(tl.int32), 0))
+    read = far & ((left | shared) == 0)
     order = tl.cumsum(read.to(tl.int32), 0) - 1
     lands = read & (order < free)
     target = tl.load(landing + ((taken + order) & (ring - 1)), mask=lands, other=-1)
@@ -236,7 +248,8 @@ def _resolve_kernel(
 
     tl.store(distinct_experts + nth, expert, mask=chosen)
     tl.store(targets + nth, target, mask=chosen)
-    source = tl.where(left, 4, tl.where(lands, 3, tl.where(read, 1, tl.where(awaited, 2, 0))))
+    over_link = tl.where(lands, 3, tl.where(read, 1, tl.where(awaited, 2, 0)))
+    source = tl.where(left, 4, tl.where(shared, 5, over_link))
     record = seen + (layer * width + nth) * 4
     tl.store(record, expert, mask=chosen)
     tl.store(record + 1, source, mask=chosen)
