@@ -23,6 +23,13 @@ os.environ.setdefault("KMP_BLOCKTIME", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a store is complete; nothing is fetched while serving
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
+
+# transformers loads PyTorch's compiler, and that Triton where it is installed: 100 MiB of a budget, on a processor that
+# never compiles anything.
+if not torch.cuda.is_available():
+    sys.modules.setdefault("triton", None)  # type: ignore[arg-type]  # what `import` takes for "there is none"
+
 from expertd_engine.config import config_from_json
 from expertd_engine.core import Forward
 from expertd_engine.errors import EngineError, ExpertdError

@@ -21,7 +21,8 @@ from expertd_engine.core import Forward, StepResult
 from expertd_engine.errors import EngineError
 from expertd_engine.experts.held import HeldExperts
 from expertd_engine.experts.store import ExpertStore
-from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
+from expertd_engine.experts.swaps import SwapLimits
+from expertd_engine.experts.virtual import VirtualExperts
 from expertd_engine.experts.virtual_paths import VirtualPaths
 from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
 from expertd_engine.model.kv_storage import KVStorage

@@ -16,14 +16,14 @@ from expertd_engine.kernels import library
 from expertd_engine.kernels.cuda.experts import ExpertLayout
 from expertd_engine.kernels.cuda.host_experts import Mailbox
 from expertd_engine.kernels.host_experts import HostLayer
-from expertd_engine.planning.misses import decide, left_to_processor, may_compute
+from expertd_engine.planning.misses import Misses, Split, decide, left_to_processor, may_compute
 
 logger = logging.getLogger(__name__)
 
 _SAID = {
     "link": "steps read them over the link",
     "cpu": "the processor computes them",
-    "both": "steps read some over the link while the processor computes the others",
+    "both": "steps read some over the link, or a part of one, while the processor computes the others",
 }
 
 
@@ -38,20 +38,28 @@ def settle_misses(context: Context, cache: DeviceCache) -> Mailbox | None:
         context.fallbacks.extend([] if decided.fallback is None else [decided.fallback])
         return None
     computing = _host_compute(context, cache)
-    cache.cpu_bytes_per_s = computing.measure()
-    decided = decide(asked, obstacle, cache.link_bytes_per_s, cache.cpu_bytes_per_s)
+    cache.cpu_bytes_per_s, start_s = computing.measure()
+    decided = decide(asked, obstacle, cache.link_bytes_per_s, cache.cpu_bytes_per_s, start_s)
     logger.info(
-        "missing experts: %s; the link carries %.1f GB/s, %d threads compute %.1f GB/s",
+        "missing experts: %s; the link carries %.1f GB/s, %d threads compute %.1f GB/s after %.0f µs",
         _SAID[decided.where],
-        decided.link_bytes_per_s / 1e9, computing.threads, decided.cpu_bytes_per_s / 1e9,
+        decided.link_bytes_per_s / 1e9, computing.threads, decided.cpu_bytes_per_s / 1e9, start_s * 1e6,
     )  # fmt: skip
     if decided.where == "link":
         computing.close()
         return None
     computing.lands = decided.where == "both"
     cache.computing = computing
-    cache.ledger.brings_in = not computing.lands
-    return computing.mailbox(context.device.torch_device, left_to_processor(_room(context).experts, decided))
+    mailbox = computing.mailbox(context.device.torch_device, _left(context, cache, decided))
+    cache.ledger.brings_in = mailbox.shares or not computing.lands
+    return mailbox
+
+
+def _left(context: Context, cache: DeviceCache, decided: Misses) -> list[list[Split]]:
+    """By layer; most layers are alike."""
+    shapes = [(nbytes, layout.inner) for nbytes, layout in zip(cache.record_bytes, context.parts.layouts, strict=True)]
+    splits = {shape: left_to_processor(_room(context).experts, decided, *shape) for shape in set(shapes)}
+    return [splits[shape] for shape in shapes]
 
 
 def rehearsal_mailbox(context: Context) -> Mailbox | None:
@@ -66,8 +74,10 @@ def rehearsal_mailbox(context: Context) -> Mailbox | None:
     rows = zeros(room.rows, room.hidden, dtype=torch.float32)
     weights = zeros(room.rows, room.top_k, dtype=torch.float32)
     pairs = zeros(room.rows * room.top_k)
-    shared = (zeros(1), zeros(1), zeros(3), zeros(3, room.experts), pairs, rows, weights, rows)
-    return Mailbox(*shared, sent=zeros(1), arrived=zeros(1), left=zeros(room.experts + 1))
+    shared = (zeros(1), zeros(1), zeros(3), zeros(4, room.experts), pairs, rows, weights, rows)
+    left = zeros(len(context.parts.layouts), room.experts + 1, 2)
+    shares = context.config.device_misses in ("both", "auto")  # kernels that do take no less room
+    return Mailbox(*shared, sent=zeros(1), arrived=zeros(1), left=left, shares=shares)
 
 
 def _obstacle(context: Context, cache: DeviceCache) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from expertd_engine.device_context import Context
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_held import DeviceHeld
-from expertd_engine.experts.virtual import SwapLimits
+from expertd_engine.experts.swaps import SwapLimits
 from expertd_engine.model.cuda_model import DeviceModel
 from expertd_engine.model.cuda_virtual import DeviceVirtual
 from expertd_engine.model.virtual_build import NoVirtualMode, lacks_norms, virtual_parts

@@ -40,7 +40,6 @@ class Scheduler:
     ) -> None:  # fmt: skip
         """`prefixes`: None computes every token of every sequence. `batching` says who computes in a step whose tokens
         do not suffice for all, or whose experts find no `room`."""
-        self.limits = limits
         self.pool = pool
         self.prefixes = prefixes
         self._sequences: dict[int, Sequence] = {}
@@ -54,6 +53,15 @@ class Scheduler:
         self.chooser = Chooser(batching, limits.max_step_tokens, limits.patience_steps, room)
         self._queues = Queues(pool, prefixes, self.chooser)
         self._filler = StepFiller(limits, pool, self._queues, self.chooser)
+
+    @property
+    def limits(self) -> SchedulerLimits:
+        """Others may be given between steps."""
+        return self._filler.limits
+
+    @limits.setter
+    def limits(self, limits: SchedulerLimits) -> None:
+        self._filler.limits = limits
 
     # ------------------------------------------------------------ sequences come and go
 

@@ -94,9 +94,9 @@ class Tiers(Message, frozen=True):
     host_pinned: bool
     """Whether the card reads them in place."""
     link_bytes: dict[str, int]
-    """By what for: `landed` (kernels read and kept them), `read` (kernels read them), `prefetched` (copied before they
-    were needed), `filled` (copied into empty slots), `held` (copied for virtual mode), `staged` (streamed through, for
-    steps of many rows)."""
+    """By what for: `landed` (kernels read and kept them), `read` (kernels read them), `shared` (kernels read them, of
+    experts whose other part the processor computed), `prefetched` (copied before they were needed), `filled` (copied
+    into empty slots), `held` (copied for virtual mode), `staged` (streamed through, for steps of many rows)."""
     link_bytes_per_s: float
     """As measured at start; infinite where host and device share their memory."""
     copies: int
@@ -110,9 +110,10 @@ class Tiers(Message, frozen=True):
     cpu_bytes_per_s: float = 0.0
     """Of records that the processor computes, as measured at start; 0 where it was not."""
     computed: int = 0
-    """Missing experts that the processor computed, one for each step and layer: they cross no link."""
+    """Missing experts that the processor computed, or a part of, one for each step and layer: what it computed crosses
+    no link."""
     computed_bytes: int = 0
-    """Of their records."""
+    """Of their records, or of the part that it computed."""
 
 
 class HistogramData(Message, frozen=True):

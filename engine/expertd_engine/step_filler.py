@@ -16,7 +16,8 @@ class StepFiller:
     """Hands a step's tokens out: to all that run, or, where the batching passes some over, to those it chooses."""
 
     def __init__(self, limits: SchedulerLimits, pool: KVPool, queues: Queues, chooser: Chooser) -> None:
-        self._limits = limits
+        self.limits = limits
+        """Of the next step."""
         self._pool = pool
         self._queues = queues
         self._chooser = chooser
@@ -69,7 +70,7 @@ class StepFiller:
         Blocks are given by rank, so who gives way (the last in rank) has never been given its chunk before.
         """
         rows = [s for s in self._queues.running if s.mode == mode and (among is None or s in among)]
-        left = self._limits.max_step_tokens - sum(sequence.num_uncomputed_tokens == 1 for sequence in rows)
+        left = self.limits.max_step_tokens - sum(sequence.num_uncomputed_tokens == 1 for sequence in rows)
         chunks: list[Chunk] = []
         for sequence in rows:
             num_tokens = sequence.num_uncomputed_tokens
@@ -84,7 +85,7 @@ class StepFiller:
         """At most `num_tokens`, so few that their prompt logprobs fit into the step beside those of `chunks`."""
         start = sequence.num_computed_tokens
         wanted = sequence.unscored(start, start + num_tokens)
-        left = self._limits.max_scored_tokens - sum(len(chunk.prompt_logprob_positions) for chunk in chunks)
+        left = self.limits.max_scored_tokens - sum(len(chunk.prompt_logprob_positions) for chunk in chunks)
         return num_tokens if len(wanted) <= left else wanted.start + left - start
 
     def _admit_waiting(self, mode: ExpertMode, running: Collection[Chunk]) -> list[Chunk]:
@@ -93,7 +94,7 @@ class StepFiller:
         With blocks for a first chunk alone, sequences admitted together would starve each other and be computed
         twice. One of the other mode gets its row and blocks here too, in its place, and its tokens at its turn.
         """
-        tokens = self._limits.max_step_tokens - sum(chunk.num_tokens for chunk in running)
+        tokens = self.limits.max_step_tokens - sum(chunk.num_tokens for chunk in running)
         chunks: list[Chunk] = []
         while self._queues.waiting and tokens and len(self._queues.running) < self._max_running:
             sequence = self._queues.waiting[0]

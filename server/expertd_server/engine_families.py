@@ -24,7 +24,7 @@ FROM_TO = ("from_tier", "to_tier")
 PHASES = ("prefill", "decode")
 STALL_CAUSES = ("disk_read", "expert_wait")
 PREFETCH_OUTCOMES = ("used", "late", "wasted", "cancelled")
-LINK_CAUSES = ("landed", "read", "prefetched", "filled", "held", "staged")
+LINK_CAUSES = ("landed", "read", "shared", "prefetched", "filled", "held", "staged")
 MISSES = ("link", "cpu", "both")
 NO_TIERS = Tiers(0, 0, 0, 0, 0, False, dict.fromkeys(LINK_CAUSES, 0), 0.0, 0, 0, 0, misses="")
 """Where there is no card."""
@@ -172,16 +172,16 @@ COUNTERS = (
            "processor computed it for a GPU.",
            ("cause",), _by_key(lambda s: s.stall_seconds)),
     Family("link_bytes", "Bytes that crossed a card's link: landed, kernels read and kept them; read, kernels read "
-           "them; prefetched, filled and held (by virtual mode), copied; staged, streamed through for steps of many "
-           "rows. 0 without a card.",
+           "them; shared, likewise, of experts whose other part the processor computed; prefetched, filled and held "
+           "(by virtual mode), copied; staged, streamed through for steps of many rows. 0 without a card.",
            ("cause",), _of_tiers(lambda x: {(cause,): x.link_bytes[cause] for cause in LINK_CAUSES})),
     Family("link_duplicates", "Records that a step landed while they were being copied to the card.", (),
            _of_tiers(lambda x: {(): x.duplicates})),
     Family("layer_waits", "Times that the host was asked, in the middle of a card's step, to bring in what a layer "
            "lacks.", (), _of_tiers(lambda x: {(): x.layer_waits})),
-    Family("host_computed_experts", "Missing experts that the processor computed for a card, by step and layer: misses "
-           "that cross no link.", (), _of_tiers(lambda x: {(): x.computed})),
-    Family("host_computed_bytes", "Bytes of the records of host_computed_experts.", (),
+    Family("host_computed_experts", "Missing experts that the processor computed for a card, or a part of, by step and "
+           "layer: that crosses no link.", (), _of_tiers(lambda x: {(): x.computed})),
+    Family("host_computed_bytes", "Bytes of the records of host_computed_experts, or of the part that it computed.", (),
            _of_tiers(lambda x: {(): x.computed_bytes})),
     Family("engine_steps", "Forward passes; prefill: with any prompt token in it.", ("phase",),
            _by_key(lambda s: s.steps)),

@@ -19,7 +19,7 @@ from expertd_engine.bench.protocol import Decoded, DecodeRequest, EngineSpec, Pr
 from expertd_engine.bench.report import FIELDS
 from expertd_engine.bench.session import EngineSession
 from expertd_engine.bench.shapes import Cut
-from expertd_engine.bench.turns import take_turns
+from expertd_engine.bench.turns import joined, take_turns, turns_of
 from expertd_engine.errors import EngineError
 from support.memory_cgroup import can_limit_memory
 
@@ -90,11 +90,22 @@ def test_exact_hints_turn_misses_into_hits(store: Path, budgeted: EngineSession)
 
 def test_one_engine_goes_with_its_foresight_and_without(store: Path) -> None:
     session = EngineSession(spec(store, expert_budget="25%", routing="calibrated:fine", hints="exact", policy="lru"))
-    turns = take_turns(session, TurnsRequest(pairs=2, settle=6, tokens=8, warm=2, prompt=4, parts=2))
+    turns = take_turns(session, TurnsRequest(pairs=2, settle=6, tokens=8, prompt=4))
     session.close()
-    assert [len(turns.off), len(turns.on)] == [2, 2] and {one.tokens for one in turns.off + turns.on} == {8}
-    assert sum(one.misses for one in turns.on) < sum(one.misses for one in turns.off) / 2
-    assert sum(one.late for one in turns.off) == 0 < turns.prefetched_bytes
+    assert [len(steps) for steps in turns.off + turns.on] == [8] * 4
+    off, on = joined(sum(turns.off, [])), joined(sum(turns.on, []))
+    assert (off.tokens, on.tokens) == (16, 16) and on.misses < off.misses / 2
+    assert off.hardness > 0 and on.hits + on.late + on.misses == on.tokens * 6 * 8 and 0 < turns.prefetched_bytes
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_steps_with_foresight_and_without_are_as_many_and_neither_comes_first(steps: int) -> None:
+    pairs = [turns_of(pair, 12, steps) for pair in range(2)]
+    assert all(order.count(True) == order.count(False) == 12 for order in pairs)
+    whole = pairs[0] + pairs[1]
+    places = [sum(at for at, on in enumerate(whole) if on is arm) for arm in (False, True)]
+    assert places[0] == places[1], "what drifts falls on both alike"
+    assert whole[: 4 * steps] == [on for on in (False, True, True, False) for _ in range(steps)]
 
 
 def test_a_prompt_beside_a_decode(budgeted: EngineSession) -> None:

@@ -17,11 +17,12 @@ from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import tensor_bytes
 from expertd_engine.families import build_servable_model, dense_dtype_plan, find_experts, tied_names
 from expertd_engine.kernels.formats import QUANTISED, dequantise
-from expertd_engine.kernels.row_order import ROW_FORMATS, dequantise_rows
+from expertd_engine.kernels.row_order import ROW_FORMATS
 from expertd_engine.model.router_kinds import adapt_router
 from expertd_engine.prepare import main, prepare
 from expertd_engine.weights_plan import plan_quantised
 from support.engine import running_engine
+from support.row_values import dequantise_rows
 from support.tiny_families import FAMILIES, TINY_FAMILIES, make_checkpoint, make_config, make_model
 from support.tiny_mixtral import EXPERT_11, EXPERTS, make_mixtral, rewritten
 

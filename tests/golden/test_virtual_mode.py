@@ -13,7 +13,7 @@ from torch import Tensor
 from expertd_engine.calibration import with_slots
 from expertd_engine.experts.events import ExpertId, Load, Priority
 from expertd_engine.experts.store import ExpertStore
-from expertd_engine.experts.virtual import SwapLimits
+from expertd_engine.experts.swaps import SwapLimits
 from expertd_engine.messages import Sampling
 from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.prepare import prepare

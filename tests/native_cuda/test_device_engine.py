@@ -19,12 +19,13 @@ pytest.importorskip("triton")
 from expertd_engine.bench.device_session import DeviceSession
 from expertd_engine.bench.foresight import Cell, report
 from expertd_engine.bench.protocol import EngineSpec, Turns, TurnsRequest
-from expertd_engine.bench.turns import take_turns
+from expertd_engine.bench.turns import take_turns, turns_of
 from expertd_engine.errors import ConfigError, EngineError, ResourceError
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.live_budget import LiveBudget
 from expertd_engine.messages import Sampling, SetBudget
 from expertd_engine.model.cuda_model import StepOutcome, StepTokens
+from expertd_engine.planning.misses import Split
 from expertd_engine.planning.startup_plan import GROWTH_BYTES
 from golden.tolerances import DEVICE_FLOAT32_LOGITS
 from support.device_engine import SEED, device_engine, make_store
@@ -93,7 +94,7 @@ FEW_RESIDENT: dict[str, Any] = {
 
 def test_link_and_processor_share_what_steps_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     halves = "expertd_engine.device_misses.left_to_processor"
-    monkeypatch.setattr(halves, lambda most, _: [missing // 2 for missing in range(most + 1)])
+    monkeypatch.setattr(halves, lambda most, *_: [Split(missing // 2) for missing in range(most + 1)])
     store, prompt = make_store(FAMILY, tmp_path), PROMPT[:2]
     with device_engine(store, "cpu", **FEW_RESIDENT, device_misses="both") as engine:
         assert engine.info.numerics == "per-residency"
@@ -159,7 +160,7 @@ def test_foresight_is_measured_with_and_without_in_an_engine_that_is_retuned(
 ) -> None:
     store = make_store(FAMILY, tmp_path)
     spec = EngineSpec(str(store.path), "25%", routing="uniform", max_step_tokens=4, max_model_len=64, threads=1)
-    request = TurnsRequest(pairs=3, settle=4, tokens=4, warm=1, prompt=1, parts=2)
+    request = TurnsRequest(pairs=3, settle=4, tokens=4, prompt=1)
     with closing(DeviceSession(spec, torch.device("cpu"))) as session:
         few, foreseen = session.describe().expert_budget, list[str]()
 
@@ -182,8 +183,8 @@ def test_foresight_is_measured_with_and_without_in_an_engine_that_is_retuned(
     assert (cell["routing"], cell["budget"], said["pairs"]) == ("calibrated:fine", "50%", 3) and cell["ratio"][
         "low"
     ] > 0
-    each = ["none", "predicted", "predicted", "none"]
-    expected = [one for part in each * 3 for one in [part] * 3]
+    order = [on for pair in range(3) for on in turns_of(pair, 4, 4)]
+    expected = ["predicted" if on else "none" for on in order]
     assert foreseen[-len(expected) :] == expected and set(foreseen[: -len(expected)]) == {"predicted"}
 
 

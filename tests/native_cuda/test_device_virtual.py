@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from expertd_engine import device_virtual
-from expertd_engine.experts.virtual import SwapLimits
+from expertd_engine.experts.swaps import SwapLimits
 from expertd_engine.messages import ExpertMode, Sampling
 from expertd_engine.model import virtual_build
 from expertd_engine.prepare import prepare

@@ -14,11 +14,12 @@ from expertd_engine.experts.store_format import tensor_bytes
 from expertd_engine.kernels.cuda.experts import ACTIVATIONS, ExpertLayout, experts_decode
 from expertd_engine.kernels.cuda.experts_prefill import PairGroups, combine, experts_prefill
 from expertd_engine.kernels.cuda.resolve import FAR, ExpertScratch
-from expertd_engine.kernels.row_order import ROW_FORMATS, dequantise_rows
+from expertd_engine.kernels.row_order import ROW_FORMATS, row_bytes
 from expertd_engine.weights_plan import lay_out
 from golden.tolerances import DEVICE_EXPERTS, DEVICE_EXPERTS_BF16
 from support.expert_records import FORMATS, ExpertWorld, Kind
 from support.interpreter import DEVICE, interpreter
+from support.row_values import dequantise_rows
 
 
 def at_the_third_look(monkeypatch: pytest.MonkeyPatch, bring: Callable[[], None]) -> None:
@@ -122,6 +123,24 @@ def test_what_lands_is_the_record(format: str) -> None:
     world.home.bytes[1:3] = 77  # what has landed is not read over the link again
     assert torch.equal(world.decode(x, index, weights), first)
     assert [source for _, source, _, _ in world.seen()] == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("format", "hidden", "inner", "cut"), [*((one, 40, 150, 64) for one in FORMATS), ("int8", 33, 256, 64)]
+)
+def test_a_part_of_an_experts_neurons(format: str, hidden: int, inner: int, cut: int) -> None:
+    """Those before the cut alone: what the processor has of gate and up is not even read."""
+    world = ExpertWorld(
+        Kind(format, has_bias=hidden == 40, hidden=hidden, inner=inner, experts=3, top_k=2), far=(1,), free=(2,)
+    )
+    row = row_bytes(format, hidden)[0]
+    for data, _, _ in world.layout.offsets[:2]:
+        world.home.bytes[1, data + cut * row : data + inner // 16 * 16 * row] = 77
+    x, weights = world.rows(2, torch.float32), world.routes(2)[1]
+    index = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32, device=DEVICE)
+    found = world.decode(x, index, weights, cut=cut)
+    assert world.seen() == [[0, 0, -1, 1], [1, 5, -1, 2], [2, 0, -1, 1]], "what is divided does not land"
+    assert error(found, world.expected(x, index, weights, {1: cut})) <= DEVICE_EXPERTS.allowed
 
 
 def test_the_next_layer_publishes_what_landed() -> None:

@@ -15,7 +15,7 @@ from support.interpreter import DEVICE
 import torch  # isort: skip
 
 EXPERTS, TOP_K, ROWS, SLOTS, RING = 5, 2, 5, 6, 4
-RESIDENT, READ, WAITED, LANDED, LEFT = range(5)
+RESIDENT, READ, WAITED, LANDED, LEFT, SHARED = range(6)
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Case:
     free: list[int]
     taken: int
     """Slots taken from the ring before."""
-    left: list[int] | None
-    """To the processor, of so many missing."""
+    left: list[list[int]] | None
+    """To the processor, of so many missing; and from where on of one more."""
 
 
 @st.composite
@@ -46,8 +46,12 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.frozensets(st.sampled_from(slots))),
         slots[: draw(st.integers(0, 4))],
         draw(st.sampled_from([0, 3, 2**31 - 1])),
-        draw(st.none() | st.tuples(*(st.integers(0, n) for n in range(EXPERTS + 1))).map(list)),
+        draw(st.none() | st.tuples(*(splits(n) for n in range(EXPERTS + 1))).map(list)),
     )
+
+
+def splits(missing: int) -> st.SearchStrategy[list[int]]:
+    return st.tuples(st.integers(0, missing), st.sampled_from([0, 64, 128])).map(list)
 
 
 def address(expert: int) -> int:
@@ -87,7 +91,7 @@ def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
         hidden=8, inner=8, max_rows=ROWS, top_k=TOP_K, num_experts=EXPERTS, dtype=torch.float32, device=DEVICE
     )
     num_rows = torch.tensor([case.real], dtype=torch.int32, device=DEVICE)
-    left = None if case.left is None else torch.tensor(case.left, dtype=torch.int32, device=DEVICE)
+    left = None if case.left is None else torch.tensor([case.left], dtype=torch.int32, device=DEVICE)
     resolve(table, 0, torch.tensor(case.routes, device=DEVICE), num_rows, scratch, left=left)
 
     pairs = sorted(
@@ -96,8 +100,8 @@ def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
         for choice, expert in enumerate(chosen)
     )
     counts = Counter(expert for expert, _, _ in pairs)
-    free, on_cpu = list(case.free), left_to_processor(case, counts)
-    expected, where, lands, waits = [], [], [], []
+    free, (on_cpu, shared) = list(case.free), left_to_processor(case, counts)
+    expected, where, lands, waits, cuts = [], [], [], [], []
     for expert in sorted(counts):
         source, slot, at, wait = RESIDENT, -1, address(expert), -1
         if expert in case.moving:
@@ -106,6 +110,8 @@ def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
                 source, wait = WAITED, case.moving[expert]
         elif expert in on_cpu:
             source, at = LEFT, 0
+        elif expert in shared:
+            source = SHARED
         elif expert in case.far:
             source = READ
             if free:
@@ -114,12 +120,14 @@ def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
         where.append(at)
         lands.append(slot_address(slot) if slot >= 0 else 0)
         waits.append(wait)
+        cuts.append(shared.get(expert, 0))
     distinct = len(counts)
     assert table.seen[0, : int(table.seen_count[0])].tolist() == expected
-    assert scratch.totals.tolist() == [distinct, case.real, len(on_cpu)]
+    assert scratch.totals.tolist() == [distinct, case.real, len(on_cpu) + len(shared)]
     assert scratch.address[:distinct].tolist() == where
     assert scratch.land[:distinct].tolist() == lands
     assert scratch.wait[:distinct].tolist() == waits
+    assert scratch.cut[:distinct].tolist() == cuts
     assert scratch.pairs[: len(pairs)].tolist() == [row * TOP_K + choice for _, row, choice in pairs]
     begins = [sum(counts[other] for other in counts if other < expert) for expert in sorted(counts)]
     assert scratch.begin[: distinct + 1].tolist() == [*begins, len(pairs)]
@@ -129,10 +137,11 @@ def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
     assert int(table.progress) == 1
 
 
-def left_to_processor(case: Case, met: Mapping[int, int]) -> set[int]:
+def left_to_processor(case: Case, met: Mapping[int, int]) -> tuple[set[int], dict[int, int]]:
     """In turns: who is asked for first moves on with every slot that is taken."""
     missing = [expert for expert in sorted(met) if expert in case.far and expert not in case.moving]
     if case.left is None or not missing:
-        return set()
-    turn = case.taken % 8  # the experts' number as a power of two
-    return {e for nth, e in enumerate(missing) if (nth + turn) % len(missing) < case.left[len(missing)]}
+        return set(), {}
+    whole, cut = case.left[len(missing)]
+    turns = {(nth + case.taken % 8) % len(missing): e for nth, e in enumerate(missing)}  # 8: a power of two
+    return {e for turn, e in turns.items() if turn < whole}, {turns[whole]: cut} if cut and whole in turns else {}

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from expertd_engine.convert import main
-from expertd_engine.errors import ModelError
 from expertd_engine.prepare import prepare
 from expertd_engine.refactor.command import SHIPPED
-from expertd_engine.refactor.corpus import load_corpus, read_corpus
+from expertd_engine.refactor.corpus import read_corpus
 from refactor.tiny import corpus, write_texts
 from support.tiny_mixtral import make_llama
 
@@ -142,8 +141,6 @@ def test_held_out_texts_are_other_files_and_the_same_every_time(model: Path, tmp
             assert sum(text.startswith(path.read_text()[:40]) for path in (texts / domain).iterdir()) == 1
         assert not np.array_equal(made[0].train[domain][:50], made[0].held_out[domain][:50])
     assert all(item.domain in made[0].domains and 0 < item.begin < len(item.tokens) for item in made[0].cloze)
-    with pytest.raises(ModelError, match="no tokenised corpus"):
-        load_corpus(tmp_path)
 
 
 def test_batches_hold_equal_shares_unless_weighted() -> None:

@@ -17,7 +17,8 @@ from expertd_engine.experts.events import ExpertId, Hint
 from expertd_engine.experts.held import HeldExperts
 from expertd_engine.experts.lookahead import EveryExpert, Exactness, LayerScan, Lookahead, NoLookahead
 from expertd_engine.experts.policy import make_policy
-from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
+from expertd_engine.experts.swaps import SwapLimits
+from expertd_engine.experts.virtual import VirtualExperts
 from expertd_engine.experts.virtual_room import VirtualRoom
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import Sampling, Submit, TextInput

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from expertd_engine.experts.device_cache import DeviceCache
-from expertd_engine.experts.device_events import COMPUTED, HIT, WAITED
+from expertd_engine.experts.device_events import COMPUTED, HIT, SHARED, WAITED
 from expertd_engine.experts.device_held import DeviceHeld
 from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_host_compute import HostCompute
@@ -31,11 +31,13 @@ from expertd_engine.experts.events import ExpertId, Hint
 from expertd_engine.experts.lookahead import Exactness
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.residency import State
-from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
+from expertd_engine.experts.swaps import SwapLimits
+from expertd_engine.experts.virtual import VirtualExperts
 from expertd_engine.experts.virtual_room import VirtualRoom
 from support.fake_device import RECORD, FakeDevice, FakeStep, Records, content, index_of
 
 LAYERS, EXPERTS = 2, 6
+SHARED_BYTES = RECORD // 3
 ALL = [ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
 LIMITS = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -73,6 +75,9 @@ class Idle:
 
     computed = computed_bytes = 0
 
+    def shared_bytes(self, layer: int, missing: int) -> int:
+        return SHARED_BYTES
+
     def __init__(self, lands: bool) -> None:
         self.lands = lands
 
@@ -89,8 +94,9 @@ class Idle:
 class DeviceMachine(RuleBasedStateMachine):
     """Steps of two layers of six experts over a few slots in chunks of three."""
 
-    left: Callable[[int], int] | None = None
-    """Of n missing experts, how many the processor computes; None: there is none that computes."""
+    left: Callable[[int], tuple[int, bool]] | None = None
+    """Of n missing experts, how many the processor computes, and whether a part of one more; None: there is none that
+    computes."""
     lands = True
     """Whether steps bring in anything themselves."""
 
@@ -113,7 +119,6 @@ class DeviceMachine(RuleBasedStateMachine):
         self.cache = DeviceCache(index, self.device, host, ledger, self.told, EXPERTS)
         if self.left is not None:
             self.cache.computing = cast(HostCompute, Idle(self.lands))
-            self.cache.ledger.brings_in = not self.lands
         if knows:
             self.cache.routes = lambda layer: ()
         self.lookups = 0
@@ -155,7 +160,8 @@ class DeviceMachine(RuleBasedStateMachine):
         sources = [source for _, source in self.running.met]
         expected = (sources.count(HIT), sources.count(WAITED))
         assert (counts.hits, counts.late) == expected and counts.misses == len(sources) - sum(expected)
-        assert counts.loaded_bytes == RECORD * (counts.misses - sources.count(COMPUTED))
+        over_link = counts.misses - sources.count(COMPUTED) - sources.count(SHARED)
+        assert counts.loaded_bytes == RECORD * over_link + SHARED_BYTES * sources.count(SHARED)
         self.running = None
 
     @rule(routes=ROUTES, computed=st.integers(0, 2), copied=st.integers(0, 9))
@@ -184,7 +190,7 @@ class DeviceMachine(RuleBasedStateMachine):
         self.cache.before_launch()
         table = self.cache.table
         assert self.lands or int(table.tail) == int(table.head), "slots are handed to steps that land nothing"
-        return FakeStep(table, routes, self.left or (lambda missing: 0))
+        return FakeStep(table, routes, self.left or (lambda missing: (0, False)))
 
     def _read(self, layer: int, chunk: Chunk) -> None:
         for expert, address in zip(chunk.experts.tolist(), chunk.addresses.tolist(), strict=True):
@@ -263,14 +269,14 @@ class DeviceMachine(RuleBasedStateMachine):
 class OnHostMachine(DeviceMachine):
     """Likewise, with nothing missing read over the link: residents change by copies alone."""
 
-    left = staticmethod(lambda missing: missing)
+    left = staticmethod(lambda missing: (missing, False))
     lands = False
 
 
 class BothMachine(DeviceMachine):
-    """Likewise, with every other missing expert left to the processor."""
+    """Likewise, with every other missing expert left to the processor, or half of a lone one."""
 
-    left = staticmethod(lambda missing: missing // 2)
+    left = staticmethod(lambda missing: (missing // 2, missing == 1))
 
 
 class HeldMachine(DeviceMachine):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +12,11 @@ from torch import Tensor
 from expertd_engine.experts.store_format import RecordLayout
 from expertd_engine.kernels.cuda.experts import ExpertLayout, experts_decode
 from expertd_engine.kernels.cuda.resolve import FAR, ExpertScratch, TablePointers, publish, resolve
-from expertd_engine.kernels.row_order import ROW_FORMATS, dequantise_rows, quantise_rows
+from expertd_engine.kernels.row_order import ROW_FORMATS, quantise_rows
 from expertd_engine.model.expert_native import _activated as activated
 from expertd_engine.weights_plan import lay_out
 from support.interpreter import DEVICE
+from support.row_values import dequantise_rows
 
 FORMATS = ("float32", "bfloat16", *ROW_FORMATS)
 PAGE = 4096
@@ -133,25 +134,31 @@ class ExpertWorld:
             dtype=dtype, device=DEVICE,
         )  # fmt: skip
 
-    def resolve(self, index: Tensor, scratch: ExpertScratch, *, real: int | None = None, layer: int = 0) -> None:
+    def resolve(
+        self, index: Tensor, scratch: ExpertScratch, *, real: int | None = None, layer: int = 0, cut: int = 0
+    ) -> None:
         num_rows = torch.tensor([len(index) if real is None else real], dtype=torch.int32, device=DEVICE)
-        resolve(self.table, layer, index, num_rows, scratch)
+        left = torch.tensor([[(0, cut)] * (self.kind.experts + 1)], dtype=torch.int32, device=DEVICE) if cut else None
+        resolve(self.table, layer, index, num_rows, scratch, left=left)
 
-    def decode(self, x: Tensor, index: Tensor, weights: Tensor, *, real: int | None = None) -> Tensor:
-        """Layer 0 of one step, from zeros."""
+    def decode(self, x: Tensor, index: Tensor, weights: Tensor, *, real: int | None = None, cut: int = 0) -> Tensor:
+        """Layer 0 of one step, from zeros. `cut`: of one missing expert neurons from there on are somebody else's."""
         scratch = self.scratch(len(x), x.dtype)
         out = torch.zeros(x.shape, device=DEVICE)
-        self.resolve(index, scratch, real=real)
-        experts_decode(self.layout, self.table, x, weights, scratch, out)
+        self.resolve(index, scratch, real=real, cut=cut)
+        experts_decode(self.layout, self.table, x, weights, scratch, out, shares=cut > 0)
         publish(self.table, 0, scratch)
         return out.cpu()
 
-    def expected(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """The same in float64."""
+    def expected(self, x: Tensor, index: Tensor, weights: Tensor, cuts: Mapping[int, int] | None = None) -> Tensor:
+        """The same in float64. `cuts`: of these experts neurons from there on add nothing."""
         out = torch.zeros(x.shape, dtype=torch.float64)
         for row, chosen in enumerate(index.tolist()):
             for choice, expert in enumerate(chosen):
-                out[row] += float(weights[row, choice]) * self._ffn(self.values[expert], x[row].double().cpu())
+                values = dict(self.values[expert])
+                values["down_proj"] = values["down_proj"].clone()
+                values["down_proj"][:, (cuts or {}).get(expert, self.kind.inner) :] = 0.0
+                out[row] += float(weights[row, choice]) * self._ffn(values, x[row].double().cpu())
         return out
 
     def _ffn(self, values: dict[str, Tensor], x: Tensor) -> Tensor:

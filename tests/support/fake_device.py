@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from expertd_engine.errors import ResourceError
-from expertd_engine.experts.device_events import COMPUTED, HIT, LANDED, READ, WAITED
+from expertd_engine.experts.device_events import COMPUTED, HIT, LANDED, READ, SHARED, WAITED
 from expertd_engine.experts.device_layout import HOME
 from expertd_engine.experts.device_range import HostRange, Range
 from expertd_engine.experts.device_streams import AddressMove, Lane, Mark
@@ -181,13 +181,13 @@ class Records:
 class FakeStep:
     """One launch: layer after layer finds out where its experts lie, reads them, lands what it may, and reports.
 
-    `left`: of n missing experts of a layer, how many are left to the processor. `fails_after`: layers after which it
-    stops, half way through the next one's landings.
+    `left`: of n missing experts of a layer, how many are left to the processor, and whether it computes a part of one
+    more. `fails_after`: layers after which it stops, half way through the next one's landings.
     """
 
     table: DeviceTable
     routes: Sequence[dict[int, int]]
-    left: Callable[[int], int] = lambda missing: 0
+    left: Callable[[int], tuple[int, bool]] = lambda missing: (0, False)
     fails_after: int | None = None
     met: list[tuple[int, int]] = field(default_factory=list)
     _found: list[tuple[ExpertId, int, int]] = field(default_factory=list)
@@ -219,7 +219,8 @@ class FakeStep:
         self._publish()
         entries = table.entries[layer].tolist()
         missing = [expert for expert in sorted(chosen) if entries[expert][0] & HOME and not entries[expert][1]]
-        computed = missing[: self.left(len(missing))]
+        whole, shares = self.left(len(missing))
+        computed, shared = missing[:whole], missing[whole : whole + shares]
         for row, (expert, pairs) in enumerate(sorted(chosen.items())):
             address, flag = table.entries[layer, expert].tolist()
             source, slot = HIT, -1
@@ -229,6 +230,8 @@ class FakeStep:
                 address = int(table.slot_address[slot])
             elif expert in computed:
                 source = COMPUTED
+            elif expert in shared:
+                source = SHARED
             elif address & HOME:
                 source = READ
                 if (free := int(table.tail) - int(table.head)) > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,14 @@ def pool_on(instruction_set: str, threads: int = 2) -> Iterator[Pool]:
             yield pool
     finally:
         kernels.use("")
+
+
+def scratch_bytes(pool: Pool) -> int:
+    """What the pool keeps for its calls; 0 once it is closed."""
+    query = pool.library.handle.expertd_pool_scratch_bytes
+    query.argtypes, query.restype = [ctypes.c_void_p], ctypes.c_int64
+    size: int = query(pool.address)
+    return size
 
 
 def aligned(values: NDArray[Any]) -> NDArray[np.uint8]:
@@ -176,13 +185,11 @@ def _record(parts: dict[str, NDArray[np.uint8]], offsets: dict[str, int]) -> NDA
 
 @dataclass(frozen=True)
 class Routes:
-    """Which rows each expert serves, and how each token finds its pairs again."""
+    """Which rows each expert serves, and with what weight."""
 
     begin: NDArray[np.int32]
     row: NDArray[np.int32]
     weight: Floats
-    token_begin: NDArray[np.int32]
-    token_pair: NDArray[np.int32]
 
 
 def make_routes(rng: np.random.Generator, experts: int, tokens: int, top_k: int) -> Routes:
@@ -191,11 +198,7 @@ def make_routes(rng: np.random.Generator, experts: int, tokens: int, top_k: int)
     rows = [np.flatnonzero((chosen == expert).any(axis=1)) for expert in range(experts)]
     begin = np.cumsum([0, *map(len, rows)])
     row = np.concatenate(rows)
-    pairs = np.argsort(row, kind="stable")  # pairs are in ascending expert id already
-    token_begin = np.searchsorted(row[pairs], np.arange(tokens + 1))
-    weight = rng.random(len(row)).astype(np.float32)
-    integers = (values.astype(np.int32) for values in (begin, row, token_begin, pairs))
-    return Routes(next(integers), next(integers), weight, next(integers), next(integers))
+    return Routes(begin.astype(np.int32), row.astype(np.int32), rng.random(len(row)).astype(np.float32))
 
 
 def run_moe(pool: Pool, experts: Experts, x: Floats, routes: Routes) -> Floats:

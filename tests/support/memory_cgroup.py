@@ -6,7 +6,8 @@ import os
 import subprocess
 from collections.abc import Sequence
 
-from expertd_engine.bench.cgroup import can_be_made, inside, limited_memory, num_kills
+from expertd_engine.bench.cgroup import inside, limited_memory, num_kills, parent_folder
+from expertd_engine.errors import ResourceError
 from expertd_engine.memory import MemoryCgroup
 
 __all__ = ["MemoryCgroup", "can_limit_memory", "limited_memory", "num_kills", "run_inside"]
@@ -14,7 +15,11 @@ __all__ = ["MemoryCgroup", "can_limit_memory", "limited_memory", "num_kills", "r
 
 def can_limit_memory() -> bool:
     """Whether this process may make memory cgroups."""
-    return os.geteuid() == 0 and can_be_made()
+    try:
+        parent, _ = parent_folder()
+    except ResourceError:
+        return False
+    return os.geteuid() == 0 and os.access(parent, os.W_OK)
 
 
 def run_inside(group: MemoryCgroup, command: Sequence[str], *, timeout_s: float) -> subprocess.CompletedProcess[str]:

@@ -17,9 +17,10 @@ from expertd_engine.errors import StoreError, UsageError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.families import build_servable_model, find_experts
 from expertd_engine.kernels.formats import QUANTISED, dequantise
-from expertd_engine.kernels.row_order import ROW_FORMATS, dequantise_rows, matrix_bytes
+from expertd_engine.kernels.row_order import ROW_FORMATS, matrix_bytes
 
 import torch  # isort: skip
+from support.row_values import dequantise_rows
 
 TINY = Cut(layers=2, vocabulary=300, narrow=8)
 GPT_OSS = Cut(layers=2, vocabulary=300, narrow=5)

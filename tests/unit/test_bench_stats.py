@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import random
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from expertd_engine.bench.http_load import tokens_in
 from expertd_engine.bench.report import FIELDS, finish, table
 from expertd_engine.bench.stats import (
+    Interval,
     bound_tok_s,
     median_interval,
     order_of,
+    pairwise_interval,
     percentile,
     ratio_interval,
     serial_tok_s,
@@ -40,28 +42,48 @@ def test_the_interval_of_equal_runs_is_a_point_and_a_seed_repeats_it() -> None:
 
 
 def test_what_a_run_met_by_chance_is_taken_out_of_a_ratio_and_what_its_contender_did_is_not() -> None:
+    """Groups of one contender take 3 % longer; half of a run's time is chance, and the box drifts from group to group."""
     rng = random.Random(3)
-    chance = [rng.gauss(0, 4) for _ in range(31)]
-    ratios = [0.95 * math.exp(-0.02 * met + rng.gauss(0, 0.01)) for met in chance]
-    ratios[5] *= 0.5  # a hiccup of the box
-    as_met, found = median_interval(ratios), median_interval(without_chance(ratios, chance))
-    assert found.high - found.low < (as_met.high - as_met.low) / 3
-    assert found.median == pytest.approx(0.95, abs=0.01)
+    chance = [[rng.gauss(20, 8) for _ in range(8)] for _ in range(30)]
+    slower = [1 + 0.03 * (group % 2) for group in range(30)]
+    moment = [1 + 0.1 * rng.random() for _ in range(15) for _ in range(2)]
+    times = [
+        [(5 + 0.2 * met) * rng.gauss(1, 0.01) * slow * now for met in group]
+        for group, slow, now in zip(chance, slower, moment, strict=True)
+    ]
+    times[6][5] *= 3  # a hiccup of the box
+    as_met, found = (
+        pairwise_interval([sum(one) / sum(other) for one, other in zip(groups[::2], groups[1::2], strict=True)])
+        for groups in (times, without_chance(times, chance))
+    )
+    assert found.high - found.low < (as_met.high - as_met.low) / 4
+    assert found.low < 1 / 1.03 < found.high < 0.99
 
 
 def test_where_chance_says_nothing_ratios_stay() -> None:
-    ratios = [1.0, 1.1, 0.9, 1.05, 0.95, 1.02, 0.97, 1.0]
-    assert without_chance(ratios, [0.0] * 8) == pytest.approx(ratios)
-    assert without_chance(ratios[:7], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]) == pytest.approx(ratios[:7]), "too few pairs"
+    times = [[1.0, 1.1, 0.9, 1.05], [0.95, 1.02, 0.97, 1.0]]
+    assert without_chance(times, [[7.0] * 4] * 2) == times
+    assert without_chance(times, [[1.0, 2.0, 3.0, 4.0]] * 2) == times, "too few"
     with pytest.raises(ValueError, match="argument"):
-        without_chance(ratios, [1.0])
+        without_chance(times, [[1.0]] * 2)
 
 
-def test_the_intervals_cover_the_true_median_about_as_often_as_they_say() -> None:
+@pytest.mark.parametrize("interval", [median_interval, pairwise_interval])
+def test_the_intervals_cover_the_true_middle_about_as_often_as_they_say(
+    interval: Callable[[Sequence[float]], Interval],
+) -> None:
     rng = random.Random(7)
-    intervals = [median_interval([rng.gauss(0, 1) for _ in range(15)], seed=i) for i in range(40)]
+    intervals = [interval([rng.gauss(0, 1) for _ in range(15)]) for _ in range(40)]
     covered = sum(interval.low <= 0 <= interval.high for interval in intervals)
     assert 33 <= covered <= 40
+
+
+def test_what_lies_between_two_values_each_is_told_from_few_values_as_from_many() -> None:
+    assert pairwise_interval([2.0]).as_json() == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert pairwise_interval([1.0, 3.0]) == Interval(2.0, 1.0, 3.0)
+    values = [float(value) for value in range(15)]
+    assert pairwise_interval(values) == Interval(7.0, 4.5, 9.5), "Wilcoxon's 26th of 120 means from either end"
+    assert pairwise_interval([*values[:-1], 1e9]).high < 12, "one odd value moves little"
 
 
 def test_ratios_are_taken_within_pairs() -> None:
@@ -75,6 +97,8 @@ def test_ratios_are_taken_within_pairs() -> None:
 def test_no_values_have_no_median() -> None:
     with pytest.raises(ValueError, match="no values"):
         median_interval([])
+    with pytest.raises(ValueError, match="no values"):
+        pairwise_interval([])
     with pytest.raises(ValueError, match="no percentile"):
         percentile([], 0.5)
 

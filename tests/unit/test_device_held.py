@@ -18,7 +18,8 @@ from expertd_engine.experts.leases import ExpertUnavailableError
 from expertd_engine.experts.lookahead import NoLookahead
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.residency import State
-from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
+from expertd_engine.experts.swaps import SwapLimits
+from expertd_engine.experts.virtual import VirtualExperts
 from expertd_engine.experts.virtual_room import VirtualRoom
 from support.fake_device import RECORD, Records, index_of
 

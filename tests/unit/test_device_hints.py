@@ -38,11 +38,8 @@ def test_what_comes_or_goes_is_seen_at_the_next_layer() -> None:
     assert [hint.expert for hint in hints.routed(1, 0, (0,))] == [ExpertId(1, 0), ExpertId(1, 2)]
 
 
-def test_what_is_exact_is_asked_only_while_that_pays() -> None:
+def test_what_is_exact_is_tried_as_well() -> None:
     hints = Tried(Foresight())
-    payoff = payoff_of(hints)
-    assert payoff is hints.payoff and payoff_of(NoLookahead()) is None
+    assert payoff_of(hints) is hints.payoff and payoff_of(NoLookahead()) is None
     assert len(list(hints.begin_step(1, ()))) == 3 and len(list(hints.routed(1, 0, (0,)))) == 3
-    hints.payoff.is_on = False
-    assert not list(hints.begin_step(1, ())) and not list(hints.routed(1, 0, (0,)))
-    assert (hints.exactness, hints.next_use(ExpertId(1, 0), 0)) == ("exact", None)
+    assert (hints.exactness, hints.next_use(ExpertId(1, 0), 0)) == ("exact", 42)

@@ -160,16 +160,6 @@ def test_a_layer_and_lead_that_stops_paying_is_switched_off_and_comes_back() -> 
     assert not track.is_off and world.token(1) == [1], "it is judged all the same"
 
 
-def test_while_nothing_pays_nothing_is_asked() -> None:
-    world = SureWorld()
-    for _ in range(30):
-        world.token(1)
-    world.governor.payoff.is_on = False
-    assert world.token(1) == [] and world.governor.next_use(ExpertId(1, 1), 0) is None
-    world.governor.payoff.is_on = True
-    assert world.token(1) == [1] and world.governor.next_use(ExpertId(1, 1), 0) == 1
-
-
 def test_where_reads_come_to_nothing_even_good_hints_are_not_followed() -> None:
     world = World()
     for _ in range(40):

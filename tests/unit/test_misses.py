@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from expertd_engine.config import DeviceMisses
 from expertd_engine.errors import ConfigError
-from expertd_engine.planning.misses import Misses, decide, left_to_processor, may_compute
+from expertd_engine.planning.misses import (
+    CUT_NEURONS,
+    LEAST_GAIN,
+    Misses,
+    Split,
+    decide,
+    left_to_processor,
+    may_compute,
+    seconds,
+)
 
 LINK = 50e9
 
@@ -31,18 +40,44 @@ def test_who_cannot_compute_is_not_measured() -> None:
     assert not may_compute("auto", "no kernels") and not may_compute("link", "no kernels")
 
 
-@given(most=st.integers(1, 64), cpu=st.floats(1e9, 1e12), link=st.floats(1e9, 1e12))
-def test_both_sides_together_are_done_the_soonest(most: int, cpu: float, link: float) -> None:
-    split = left_to_processor(most, Misses("both", link, cpu))
-    assert len(split) == most + 1 and split[:2] == [0, 0]
-    for missing in range(2, most + 1):
-        times = [max(left / cpu, (missing - left) / link) for left in range(missing)]
-        assert times[split[missing]] == min(times), "one is read at least: it may stay"
+RECORD = 5_000_000
+SPEEDS = st.floats(1e9, 1e12)
+
+
+@given(
+    most=st.integers(1, 12), cpu=SPEEDS, link=SPEEDS, start=st.floats(0, 1e-3),
+    inner=st.sampled_from([33, 64, 100, 768, 1408]),
+)  # fmt: skip
+def test_both_sides_together_are_done_the_soonest(most: int, cpu: float, link: float, start: float, inner: int) -> None:
+    decided = Misses("both", link, cpu, start)
+    splits = left_to_processor(most, decided, RECORD, inner)
+    assert splits[0] == (0, 0) and len(splits) == most + 1
+    before = 0.0
+    for missing, split in enumerate(splits[1:], 1):
+        cuts = range(CUT_NEURONS, inner, CUT_NEURONS)
+        allowed = [Split(whole, cut) for whole in range(missing) for cut in (0, *cuts)]
+        assert split in allowed, "at least a part is read: a whole one may stay"
+        times = {one: seconds(missing, one, decided, RECORD, inner) for one in allowed}
+        soonest, undivided = min(times.values()), min(took for one, took in times.items() if not one.cut)
+        assert times[split] == pytest.approx(soonest if split.cut else undivided)
+        gain = (undivided - soonest) / (LEAST_GAIN * RECORD / link)
+        assert gain >= 1 - 1e-6 if split.cut else gain <= 1 + 1e-6
+        left = split.whole + (1 - split.cut / inner if split.cut else 0)
+        assert left >= before, "the more are missing, the more the processor takes"
+        before = left
+
+
+def test_one_that_is_missing_is_divided() -> None:
+    equal = left_to_processor(2, Misses("both", LINK, LINK), RECORD, 768)
+    assert equal == [(0, 0), (0, 384), (1, 0)]
+    late = left_to_processor(1, Misses("both", LINK, LINK, cpu_start_s=20e-6), RECORD, 768)
+    assert late[1] == (0, 448)
+    assert left_to_processor(1, Misses("both", LINK, LINK, cpu_start_s=90e-6), RECORD, 768)[1] == (0, 0)
 
 
 def test_one_side_alone_has_all() -> None:
-    assert left_to_processor(3, Misses("cpu", 1.0, 1.0)) == [0, 1, 2, 3]
-    assert left_to_processor(3, Misses("link", 1.0, 1.0)) == [0, 0, 0, 0]
+    assert left_to_processor(3, Misses("cpu", 1.0, 1.0), 1, 768) == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert left_to_processor(3, Misses("link", 1.0, 1.0), 1, 768) == [(0, 0)] * 4
 
 
 def test_what_stands_in_the_way_is_said() -> None:

@@ -14,7 +14,7 @@ from expertd_engine.bench.genetic import genetic_split
 from expertd_engine.config import parse_size
 from expertd_engine.errors import BudgetError, StoreError, UsageError
 from expertd_engine.experts.policy import make_policy
-from expertd_engine.experts.virtual import SwapLimits
+from expertd_engine.experts.swaps import SwapLimits
 from expertd_engine.planning.costs import Step, fit_costs
 from expertd_engine.planning.planner import Request, make_plan, missing_s
 from expertd_engine.planning.profile import (

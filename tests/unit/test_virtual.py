@@ -9,7 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from expertd_engine.errors import EngineError, ResourceError
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.experts.virtual import Action, Hold, Release, SwapLimits, VirtualExperts
+from expertd_engine.experts.swaps import Action, Hold, Release, SwapLimits
+from expertd_engine.experts.virtual import VirtualExperts
 
 LAYERS, EXPERTS, TOP_K = 2, 6, 2
 PRIORS = [[float((7 * e + 3 * layer) % EXPERTS) for e in range(EXPERTS)] for layer in range(LAYERS)]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from expertd_engine.errors import ResourceError
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.experts.virtual import Action, Hold, SwapLimits
+from expertd_engine.experts.swaps import Action, Hold, SwapLimits
 from expertd_engine.experts.virtual_paths import VirtualPaths, serve
 
 LAYERS, PATHS = 3, 4

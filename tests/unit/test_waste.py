@@ -8,7 +8,7 @@ def spend(limit: WasteLimit, steps: int, reads: int, wasted: int, start: tuple[i
     total, lost = start
     for _ in range(steps):
         total, lost = total + reads, lost + wasted
-        limit.tell(total, lost)
+        limit.tell(1, total, lost)
     return total, lost
 
 
@@ -28,7 +28,7 @@ def test_a_fifth_wasted_leaves_only_the_surest_and_a_good_fifth_none() -> None:
 
 def test_the_first_reads_settle_nothing() -> None:
     limit = WasteLimit()
-    limit.tell(1, 1)
+    limit.tell(1, 1, 1)
     assert limit.least_precision == MIN_PRECISION
 
 
@@ -36,7 +36,7 @@ def test_what_was_stopped_is_tried_again() -> None:
     limit = WasteLimit()
     told = spend(limit, 50, 4, 2)
     assert limit.least_precision > 1
-    spend(limit, 2048, 0, 0, told)
+    limit.tell(2048, *told)
     assert limit.least_precision < 0.9
 
 

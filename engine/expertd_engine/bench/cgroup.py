@@ -24,7 +24,7 @@ _numbers = count()
 @contextmanager
 def limited_memory(limit_bytes: int) -> Iterator[MemoryCgroup]:
     """A new cgroup of `limit_bytes`, without swap, for the block. Raises ResourceError where none can be made."""
-    parent, version = _parent()
+    parent, version = parent_folder()
     folder = parent / f"expertd-bench-{os.getpid()}-{next(_numbers)}"
     try:
         folder.mkdir()
@@ -49,16 +49,8 @@ def num_kills(group: MemoryCgroup) -> int:
     return next((int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill ")), 0)
 
 
-def can_be_made() -> bool:
-    """Whether this box has memory cgroups, and their folder can be written."""
-    try:
-        parent, _ = _parent()
-    except ResourceError:
-        return False
-    return os.access(parent, os.W_OK)
-
-
-def _parent() -> tuple[Path, int]:
+def parent_folder() -> tuple[Path, int]:
+    """Where memory cgroups of this box are made, and their version. Raises ResourceError where there are none."""
     if (_V1 / "memory.limit_in_bytes").exists():
         return _V1, 1
     controllers = _ROOT / "cgroup.subtree_control"

@@ -67,7 +67,7 @@ def _perplexity(options: argparse.Namespace) -> str:
 
 
 def _foresight(options: argparse.Namespace) -> str:
-    from expertd_engine.bench.foresight import foresight, turns_of
+    from expertd_engine.bench.foresight import asked_of, foresight
     from expertd_engine.bench.protocol import EngineSpec
 
     spec = EngineSpec(
@@ -80,7 +80,7 @@ def _foresight(options: argparse.Namespace) -> str:
         disk_mib_s=options.disk_mib_s,
         hints=options.hints,
     )
-    request = turns_of(options.pairs, options.tokens, options.warm)
+    request = asked_of(options.pairs, options.tokens)
     routings = options.routing.split(",")
     with progress_bar() as progress:
         return foresight(spec, request, options.timeout, routings, options.trace, progress)

@@ -5,9 +5,9 @@ store has a predictor of its own, the model's own routes are measured too, as it
 without, so that nothing else differs; rounds count once the governor has tried for the first time whether foresight
 pays, as it does again now and then. On a device one engine also serves all cells.
 
-A window meets routes of its own: which are hard, chance decides, and by more than what is looked for. So a cache that
-nobody can influence replays them all, and what it missed more in one of a pair's windows than in the other is taken out
-of the pair's ratio (`stats.without_chance`). The ratio as it was met is told too.
+A step meets routes of its own: which are hard, chance decides, and by more than what is looked for. So a cache that
+nobody can influence replays them all, and what was hard for it is taken out of the time of each step
+(`stats.without_chance`). The ratio as it was met is told too, and that of processor time.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from expertd_engine.bench.channel import make_channel
 from expertd_engine.bench.contender import Contender, Lost
 from expertd_engine.bench.protocol import Decoded, EngineSpec, Turns, TurnsRequest
 from expertd_engine.bench.report import finish, number, percent, spread
-from expertd_engine.bench.stats import Interval, median_interval, without_chance
-from expertd_engine.bench.turns import take_turns
+from expertd_engine.bench.stats import Interval, median_interval, pairwise_interval, without_chance
+from expertd_engine.bench.turns import joined, take_turns
 from expertd_engine.console import Progress, silent
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.payoff import SETTLED
@@ -38,10 +38,8 @@ FLOOR = 0.97
 """Of its speed without foresight, below which an engine must not fall with it."""
 WASTE = 0.2
 """Of prefetched bytes, at most."""
-PARTS = 4
-"""Of each window."""
 HEADER = (
-    "routes", "budget", "foresees", "tok/s off", "tok/s on", "on ÷ off", "95 %", "as met", "hits off", "hits on",
+    "routes", "budget", "foresees", "tok/s off", "tok/s on", "on ÷ off", "95 %", "as met", "cpu", "hits off", "hits on",
     "predicting", "ahead", "wasted", "read ÷ LRU",
 )  # fmt: skip
 
@@ -66,12 +64,14 @@ class Found:
     """Rid of chance."""
     met: Interval
     """The ratio as it was met."""
+    cpu: Interval
+    """Steps a second of the engine's thread's time, on ÷ off, rid of chance as well."""
     hits_off: float
     hits_on: float
     predicting: float
     """Share of the time with foresight in which it had not been switched off as not paying."""
     ahead: float
-    """Bytes of prefetches that have ended, of all that was read while timed."""
+    """Bytes of prefetches that have ended, of all that was read with foresight while timed."""
     wasted: float | None
     """Of prefetched bytes, those before the timed rounds too; None where nothing was prefetched."""
     of_lru: float | None
@@ -94,9 +94,9 @@ def cells(spec: EngineSpec, routings: Sequence[str], trace: Path | None) -> list
     return found
 
 
-def turns_of(pairs: int, tokens: int, warm: int) -> TurnsRequest:
+def asked_of(pairs: int, tokens: int) -> TurnsRequest:
     """What each cell is asked: so many pairs, once the governor has tried whether foresight pays."""
-    return TurnsRequest(pairs, SETTLED, tokens, warm, prompt=1, parts=PARTS)
+    return TurnsRequest(pairs, SETTLED, tokens, prompt=1)
 
 
 def foresight(
@@ -145,7 +145,7 @@ def _part(trace: Path | None) -> Path | None:
 
 def _longest(request: TurnsRequest) -> int:
     """Tokens of a sequence, in whole blocks and with some to spare."""
-    tokens = request.prompt + request.settle + 2 * request.pairs * (request.parts * request.warm + request.tokens)
+    tokens = request.prompt + request.settle + 2 * request.pairs * request.tokens
     return -(-(tokens + 64) // 64) * 64
 
 
@@ -164,17 +164,16 @@ def _asked(spec: EngineSpec, cell: Cell, request: TurnsRequest, timeout_s: float
 
 def found_in(cell: Cell, turns: Turns) -> Found:
     """The turns' figures."""
-    without, with_ = turns.off, turns.on
-    ahead, lru = sum(one.prefetched_bytes for one in with_), sum(one.lru_transferred_bytes for one in with_)
+    without, with_ = [joined(steps) for steps in turns.off], [joined(steps) for steps in turns.on]
+    ahead, lru = sum(one.prefetched_bytes for one in without + with_), sum(one.lru_transferred_bytes for one in with_)
     transferred = sum(one.transferred_bytes for one in with_)
-    pairs = list(zip(with_, without, strict=True))
-    ratios = [on.tok_s / off.tok_s for on, off in pairs]
     return Found(
         cell,
         median_interval([one.tok_s for one in without]),
         median_interval([one.tok_s for one in with_]),
-        median_interval(without_chance(ratios, [_harder(*pair) for pair in pairs])),
-        median_interval(ratios),
+        _ratio(turns, lambda one: one.elapsed_s),
+        pairwise_interval([on.tok_s / off.tok_s for on, off in zip(with_, without, strict=True)]),
+        _ratio(turns, lambda one: one.cpu_s),
         _hits(without),
         _hits(with_),
         turns.predicting,
@@ -184,9 +183,14 @@ def found_in(cell: Cell, turns: Turns) -> Found:
     )
 
 
-def _harder(on: Decoded, off: Decoded) -> float:
-    """How many more misses a token were to be expected of the routes with foresight."""
-    return on.expected_misses / on.tokens - off.expected_misses / off.tokens
+def _ratio(turns: Turns, seconds: Callable[[Decoded], float]) -> Interval:
+    """How much quicker a pair's steps with foresight were, rid of chance."""
+    groups = [*turns.off, *turns.on]
+    times = without_chance(
+        [list(map(seconds, steps)) for steps in groups], [[float(one.hardness) for one in steps] for steps in groups]
+    )
+    pairs = len(turns.off)
+    return pairwise_interval([sum(off) / sum(on) for off, on in zip(times[:pairs], times[pairs:], strict=True)])
 
 
 def _hits(samples: Sequence[Decoded]) -> float:
@@ -199,6 +203,7 @@ def _report(spec: EngineSpec, pairs: int, found: Sequence[Found]) -> str:
             one.cell.routing.partition(os.sep)[0], one.cell.budget, one.cell.hints, number(one.off.median),
             number(one.on.median), number(one.ratio.median, 3), spread(one.ratio.low, one.ratio.high, 3),
             f"{number(one.met.median, 3)} ({spread(one.met.low, one.met.high, 3)})",
+            f"{number(one.cpu.median, 3)} ({spread(one.cpu.low, one.cpu.high, 3)})",
             percent(one.hits_off), percent(one.hits_on), percent(one.predicting), percent(one.ahead),
             percent(one.wasted), number(one.of_lru, 2),
         )
@@ -220,7 +225,7 @@ def _notes(found: Sequence[Found]) -> Iterator[str]:
 def _values(one: Found) -> dict[str, Any]:
     return {
         "routing": one.cell.routing, "budget": one.cell.budget, "hints": one.cell.hints, "off": one.off.as_json(),
-        "on": one.on.as_json(), "ratio": one.ratio.as_json(), "met": one.met.as_json(), "hits_off": one.hits_off,
-        "hits_on": one.hits_on, "predicting": one.predicting, "ahead": one.ahead, "wasted": one.wasted,
-        "of_lru": one.of_lru,
+        "on": one.on.as_json(), "ratio": one.ratio.as_json(), "met": one.met.as_json(), "cpu": one.cpu.as_json(),
+        "hits_off": one.hits_off, "hits_on": one.hits_on, "predicting": one.predicting, "ahead": one.ahead,
+        "wasted": one.wasted, "of_lru": one.of_lru,
     }  # fmt: skip

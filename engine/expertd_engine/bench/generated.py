@@ -191,6 +191,31 @@ class Recorder:
         return [self._asked.get(layer, every) for layer in range(self._shape.layers)]
 
 
+class Seen:
+    """An onlooker that keeps which experts each layer of the running step asked for, of an engine that foresees for
+    itself.
+    """
+
+    sees_hidden = False
+
+    def __init__(self) -> None:
+        self._chosen: list[Ids] = []
+
+    def begin_step(self, streams: Sequence[int], decode: Sequence[bool]) -> bool:
+        self._chosen = []
+        return True
+
+    def routed(self, layer: int, chosen: Ids, hidden: object) -> None:
+        self._chosen.append(chosen.copy())
+
+    def end_step(self, *, well: bool) -> None:
+        return None
+
+    def take_step(self) -> list[Sequence[int]]:
+        """As `Recorder.take_step`."""
+        return [np.unique(chosen).tolist() for chosen in self._chosen]
+
+
 def _between(blocks: Sequence[Ids], start: int, stop: int) -> Ids:
     first, last = start // _BLOCK_TOKENS, (stop - 1) // _BLOCK_TOKENS
     joined = blocks[first] if first == last else np.concatenate(blocks[first : last + 1])

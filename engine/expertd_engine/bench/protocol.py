@@ -55,17 +55,14 @@ class DecodeRequest(msgspec.Struct, frozen=True, tag="decode", forbid_unknown_fi
 
 class TurnsRequest(msgspec.Struct, frozen=True, tag="turns", forbid_unknown_fields=True):
     """Start every stream on a prompt, take tokens with foresight until it is known whether it pays, `settle` at most;
-    then `pairs` times, with and without it in turn, time `tokens` each, in `parts` of which each comes after `warm`
-    others. Answered by `Turns`.
+    then `pairs` times, with and without it in turn, time `tokens` each. Answered by `Turns`.
     """
 
     pairs: int
     settle: int
     tokens: int
-    warm: int
+    """A multiple of four."""
     prompt: int
-    parts: int
-    """Divides `tokens`."""
 
 
 class PrefillRequest(msgspec.Struct, frozen=True, tag="prefill", forbid_unknown_fields=True):
@@ -133,9 +130,11 @@ class Decoded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stall_s: float = 0.0
     lru_transferred_bytes: int = 0
     """What an LRU cache of as many slots would have read on the same routes."""
-    expected_misses: int = 0
-    """What a cache of as many slots that goes by aged frequency and foresees nothing would have missed on them. Told of
-    sessions that take turns."""
+    hardness: int = 0
+    """Of the routes, to a cache of as many slots that goes by aged frequency and foresees nothing (`AgedReplay`). Told
+    of sessions that take turns."""
+    cpu_s: float = 0.0
+    """Of `elapsed_s`, in which the engine's thread ran."""
     union: float = 0.0
     """Distinct experts a layer and step, mean."""
     peak_bytes: int = 0
@@ -152,15 +151,15 @@ class Decoded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Turns(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Windows without and with foresight, by pairs."""
+    """Steps without and with foresight, by pairs."""
 
-    off: list[Decoded]
-    on: list[Decoded]
+    off: list[list[Decoded]]
+    on: list[list[Decoded]]
     prefetched_bytes: int
     """From the first of the settling steps on."""
     wasted_bytes: int
     predicting: float
-    """Share of the windows' parts with foresight in which it had not been switched off as not paying."""
+    """Share of the steps with foresight for which it had not been switched off as not paying."""
 
 
 class Prefilled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -28,7 +28,7 @@ from expertd_engine.config import Config
 from expertd_engine.console import Progress, silent
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.store import ExpertStore
-from expertd_engine.experts.virtual import SwapLimits
+from expertd_engine.experts.swaps import SwapLimits
 from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.planning.profile import Profile
 from expertd_engine.planning.replay import Choice

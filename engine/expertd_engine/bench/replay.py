@@ -95,14 +95,17 @@ class AgedReplay:
         self._number = 0
 
     def feed(self, steps: Iterable[Sequence[Iterable[int]]]) -> int:
-        """Step after step, each with the distinct experts of all layers: how many were missing."""
-        missing = 0
+        """Step after step, each with the distinct experts of all layers: how hard they were. A layer's misses count one
+        each, and one more for having any: it cannot run on.
+        """
+        hardness = 0
         for layers in steps:
             for layer, experts in enumerate(layers):
                 flat = np.fromiter(experts, np.int64) + layer * self._width
-                missing += self._cache.event(self._number, flat, None)
+                missing = self._cache.event(self._number, flat, None)
+                hardness += missing + (missing > 0)
                 self._number += 1
-        return missing
+        return hardness
 
 
 def lru_lookups(steps: Iterable[tuple[bool, Sequence[Iterable[int]]]], slots: int) -> Lookups:

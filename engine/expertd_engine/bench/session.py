@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import torch
 
 from expertd_engine.bench.channel import PREDICTORS
 from expertd_engine.bench.disk import read_bandwidth
 from expertd_engine.bench.engine_spec import config_of, generated, opened
-from expertd_engine.bench.generated import ChannelLookahead, Recorder
+from expertd_engine.bench.generated import ChannelLookahead, Recorder, Seen
 from expertd_engine.bench.protocol import (
     Decoded,
     DecodeRequest,
@@ -30,7 +31,7 @@ from expertd_engine.bench.protocol import (
 )
 from expertd_engine.bench.routing import shape_of
 from expertd_engine.bench.turns import Switch
-from expertd_engine.bench.yardstick import Yardstick
+from expertd_engine.bench.yardstick import Replayed, Yardstick
 from expertd_engine.console import silent
 from expertd_engine.core import Forward, StepResult
 from expertd_engine.errors import EngineError
@@ -57,6 +58,8 @@ class EngineSession:
         self._routes, channel = generated(spec, self._shape)
         foresight = ChannelLookahead(self._routes, channel) if self._routes and channel else NoLookahead()
         self._recorder = Recorder(foresight, self._shape)
+        self._seen = Seen() if spec.hints in PREDICTORS else None
+        """In the recorder's place where the engine foresees for itself."""
         self._rng = np.random.default_rng(spec.seed)
         self._stream_of: dict[int, int] = {}
         self._next_id = 1
@@ -69,6 +72,8 @@ class EngineSession:
         self._own_s = 0.0
         """What the bench itself took of the step that runs."""
         self._engine = self._started()
+        if self._seen is not None:
+            self._engine.runner.onlookers = [*self._engine.runner.onlookers, self._seen]
         self._yardstick = Yardstick(self._store, self._shape, self._engine.cache.ledger.budget_bytes)
 
     def close(self) -> None:
@@ -78,7 +83,7 @@ class EngineSession:
         """The engine: its parts are what this class and its kin know of them."""
         return start_engine(
             self._store, config_of(self._spec), os.getpid(), silent, self._watch,
-            lookahead=None if self._spec.hints in PREDICTORS else self._recorder, routes=self._routes,
+            lookahead=None if self._seen else self._recorder, routes=self._routes,
         )  # fmt: skip
 
     # ------------------------------------------------------------ what can be asked
@@ -135,13 +140,32 @@ class EngineSession:
         self._yardstick.replay()
         before = self._counts
         elapsed_s = sum(self._step() for _ in range(tokens))
-        met = self._counts - before
-        replayed = self._yardstick.replay()
+        found = self._found(self._counts - before, self._yardstick.replay(), tokens)
+        return msgspec.structs.replace(found, elapsed_s=elapsed_s, tokens=tokens * streams)
+
+    def steps(self, arms: Iterable[bool], streams: int) -> list[Decoded]:
+        """Time one step of all streams after the other, each with foresight or without it, as `arms` says when its turn
+        comes. What other caches make of them is found out afterwards: no step runs in memory that has just done that.
+        """
+        self._yardstick.replay()
+        ran = []
+        for on in arms:
+            self.foresee(on)
+            before, cpu_s = self._counts, time.thread_time()
+            elapsed_s = self._step()
+            ran.append((elapsed_s, time.thread_time() - cpu_s, self._counts - before))
+        return [
+            msgspec.structs.replace(self._found(met, replayed, 1), elapsed_s=elapsed_s, cpu_s=cpu_s, tokens=streams)
+            for (elapsed_s, cpu_s, met), replayed in zip(ran, self._yardstick.replay_each(), strict=True)
+        ]
+
+    def _found(self, met: ExpertCounts, replayed: Replayed, steps: int) -> Decoded:
+        """What so many steps came to, but for their time."""
         record = self._store.index.record_bytes(0)
         prefetched, wasted = self._prefetched()
         return Decoded(
-            elapsed_s=elapsed_s,
-            tokens=tokens * streams,
+            elapsed_s=0.0,
+            tokens=0,
             hits=met.hits,
             late=met.late,
             misses=met.misses,
@@ -149,8 +173,8 @@ class EngineSession:
             transferred_bytes=met.loaded_bytes,
             stall_s=met.stall_s,
             lru_transferred_bytes=replayed.lru_misses * record,
-            expected_misses=replayed.expected_misses,
-            union=replayed.lookups / (tokens * self._shape.layers),
+            hardness=replayed.hardness,
+            union=replayed.lookups / (steps * self._shape.layers),
             peak_bytes=self._engine.cache.ledger.peak_bytes,
             process_peak_bytes=peak_rss_bytes(),
             prefetched_bytes=prefetched,
@@ -215,10 +239,10 @@ class EngineSession:
         return result.experts
 
     def _step_experts(self) -> Sequence[Sequence[int]]:
-        """The distinct experts that the step just run asked for, by layer. A governor need not ask the recorder."""
+        """The distinct experts that the step just run asked for, by layer."""
         if self._routes:
             return [np.unique(chosen).tolist() for chosen in self._routes.current.swapaxes(0, 1)]
-        return self._recorder.take_step()
+        return (self._seen or self._recorder).take_step()
 
     def _step(self) -> float:
         """One step; the seconds that the engine took for it, without what drawing and keeping routes took. Raises

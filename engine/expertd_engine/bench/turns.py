@@ -1,6 +1,8 @@
 """One engine with its foresight and without it, in turn: the same weights, pages and experts at hand, moments apart.
 
-Windows are taken in parts, with and without in turn: routes change from moment to moment, as the box does.
+A box is quicker and slower by a tenth within some ten steps, whoever runs: so while foresight has switched itself off,
+and nothing of it can reach the next step, steps with and without it take turns one by one; while it is on, in blocks,
+so that little of what a block reads ahead is met by the next, which is of the other kind.
 
 Two processes differ by a few per cent for as long as they live, by where their memory happens to lie; that is more than
 what foresight may cost.
@@ -8,7 +10,7 @@ what foresight may cost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import Protocol
 
@@ -21,6 +23,9 @@ from expertd_engine.experts.lookahead import Lookahead
 from expertd_engine.experts.payoff import BLOCK, FIRST, PayOff
 from expertd_engine.model.predictor import PredictorWatch
 from expertd_engine.model.runner import Runner
+
+STEPS = 4
+"""Of a block while foresight is on."""
 
 
 class Turner(Protocol):
@@ -43,6 +48,10 @@ class Turner(Protocol):
         """Time `tokens` steps of all streams, after `warm` others."""
         ...
 
+    def steps(self, arms: Iterator[bool], streams: int) -> list[Decoded]:
+        """Time one step of all streams after the other, with foresight or without it as `arms` says in its turn."""
+        ...
+
     def end(self, sequence_ids: Sequence[int]) -> None:
         """The streams are done with."""
         ...
@@ -50,28 +59,41 @@ class Turner(Protocol):
 
 def take_turns(session: Turner, request: TurnsRequest) -> Turns:
     """Raises EngineError if a sequence ends in an error."""
-    each = request.parts * request.warm + request.tokens
-    streams = session.start(request.prompt, request.settle + 2 * request.pairs * each)
+    streams = session.start(request.prompt, request.settle + 2 * request.pairs * request.tokens)
     session.foresee(True)
     whole = _settled(session, request.settle, len(streams))
-    samples: tuple[list[Decoded], list[Decoded]] = [], []
-    predicting = 0
+    arms: tuple[list[list[Decoded]], list[list[Decoded]]] = [], []
+    predicting: list[bool] = []
     for pair in range(request.pairs):
-        parts: tuple[list[Decoded], list[Decoded]] = [], []
-        for part in range(request.parts):
-            for on in order_of(2, pair * request.parts + part):
-                session.foresee(bool(on))
-                parts[on].append(session.window(request.warm, request.tokens // request.parts, len(streams)))
-                predicting += on and _predicts(session)
-        for arm, found in zip(samples, parts, strict=True):
-            arm.append(joined(found))
+        session.foresee(True)
+        order = turns_of(pair, request.tokens, STEPS if _may_predict(session) else 1)
+        timed = session.steps(_with_notes(session, order, predicting), len(streams))
+        for arm in (False, True):
+            arms[arm].append([one for on, one in zip(order, timed, strict=True) if on is arm])
+        whole += timed
     session.end(streams)
-    whole += samples[0] + samples[1]
     prefetched, wasted = sum(one.prefetched_bytes for one in whole), sum(one.wasted_bytes for one in whole)
     return Turns(
-        off=samples[0], on=samples[1], prefetched_bytes=prefetched, wasted_bytes=wasted,
-        predicting=predicting / (request.pairs * request.parts),
-    )  # fmt: skip
+        off=arms[False], on=arms[True], prefetched_bytes=prefetched, wasted_bytes=wasted, predicting=fmean(predicting)
+    )
+
+
+def turns_of(pair: int, tokens: int, steps: int) -> list[bool]:
+    """Which steps of a pair go with foresight: as many as do without, in blocks of `steps`, off on, on off, off on …"""
+    blocks = tokens // steps
+    return [bool(on) for block in range(blocks) for on in order_of(2, pair * blocks + block) for _ in range(steps)]
+
+
+def _with_notes(session: Turner, order: Sequence[bool], predicting: list[bool]) -> Iterator[bool]:
+    """The order; of each step with foresight, once it has run, whether there was any."""
+    for on in order:
+        yield on
+        if on:
+            predicting.append(session.payoff is None or session.payoff.is_on)
+
+
+def _may_predict(session: Turner) -> bool:
+    return session.payoff is None or session.payoff.is_near
 
 
 def _settled(session: Turner, most: int, streams: int) -> list[Decoded]:
@@ -83,10 +105,6 @@ def _settled(session: Turner, most: int, streams: int) -> list[Decoded]:
     return windows
 
 
-def _predicts(session: Turner) -> bool:
-    return session.payoff is None or session.payoff.is_on
-
-
 def joined(parts: Sequence[Decoded]) -> Decoded:
     """Windows of equally many tokens as one."""
     sums = {name: sum(getattr(one, name) for one in parts) for name in _ADDED}
@@ -94,8 +112,8 @@ def joined(parts: Sequence[Decoded]) -> Decoded:
 
 
 _ADDED = (
-    "elapsed_s", "tokens", "hits", "late", "misses", "missed_bytes", "transferred_bytes", "stall_s",
-    "lru_transferred_bytes", "expected_misses", "prefetched_bytes", "wasted_bytes",
+    "elapsed_s", "cpu_s", "tokens", "hits", "late", "misses", "missed_bytes", "transferred_bytes", "stall_s",
+    "lru_transferred_bytes", "hardness", "prefetched_bytes", "wasted_bytes",
 )  # fmt: skip
 
 

@@ -18,8 +18,8 @@ class Replayed(NamedTuple):
 
     lookups: int
     lru_misses: int
-    expected_misses: int
-    """Of a cache that ages; 0 unless that was asked for."""
+    hardness: int
+    """For a cache that ages; 0 unless that was asked for."""
 
 
 class Yardstick:
@@ -37,7 +37,7 @@ class Yardstick:
             self.expect()
 
     def expect(self) -> None:
-        """From the next step on also say what a cache that ages, empty until now, would have missed."""
+        """From the next step on also say how hard steps were for a cache that ages, empty until now."""
         self._aged = AgedReplay(self._shape, self._slots)
 
     def add(self, step: Sequence[Sequence[int]]) -> None:
@@ -51,6 +51,14 @@ class Yardstick:
     def replay(self) -> Replayed:
         """Follow the steps since the last call."""
         steps, self._steps = self._steps, []
+        return self._follow(steps)
+
+    def replay_each(self) -> list[Replayed]:
+        """As `replay`, of one step after the other."""
+        steps, self._steps = self._steps, []
+        return [self._follow([step]) for step in steps]
+
+    def _follow(self, steps: Sequence[Sequence[Sequence[int]]]) -> Replayed:
         return Replayed(
             sum(len(experts) for step in steps for experts in step),
             self._lru.feed(steps).misses,

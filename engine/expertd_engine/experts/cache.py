@@ -72,7 +72,7 @@ class ExpertCache:
         self.payoff = governor.payoff if (governor := governor_in(lookahead)) is not None else None
         """Whether predictions are made now; None where nobody predicts."""
         self._unforeseen: Lookahead = lookahead.alone() if isinstance(lookahead, LayerScan) else NoLookahead()
-        """In the lookahead's place while predictions do not pay: then a step goes as if there were nobody to make any."""
+        """In the lookahead's place while predictions do not pay: a step goes as if there were nobody to make any."""
         self._asked = lookahead
         """By the running step."""
         self._slab = slab

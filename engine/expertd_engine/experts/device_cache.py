@@ -84,8 +84,9 @@ class DeviceCache:
         """Called again and again while a launch runs, for what may wait until there is time."""
         self.routes: Callable[[int], Sequence[int]] = _unknown
         """What a layer of the running step routes to, where that is known to the host before it has ended."""
-        self._asked, self._heard = lookahead, self.routes
-        """Of these two, by the running step: neither while hints do not pay, as if there were nobody to give any."""
+        self._asked: Lookahead = lookahead
+        self._heard: Callable[[int], Sequence[int]] = _unknown
+        """Of lookahead and routes, by the running step: of neither while hints do not pay, as if nobody gave any."""
         self.record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
         experts = max(ledger.experts_per_layer)
         landing = 1 << min(ledger.num_slots, _LANDING_MOST).bit_length()
@@ -176,8 +177,9 @@ class DeviceCache:
 
     def _ask(self) -> None:
         """Settle whom the step that begins asks for hints, and whether it hears of its routes."""
-        foresees = self.lookahead.exactness != "none" and ((payoff := self.payoff) is None or payoff.is_on)
-        self._asked, self._heard = (self.lookahead, self.routes) if foresees else (_UNFORESEEN, _unknown)
+        pays = (payoff := self.payoff) is None or payoff.is_on
+        self._asked = self.lookahead if pays else _UNFORESEEN
+        self._heard = self.routes if self._foresees else _unknown
 
     @property
     def _foresees(self) -> bool:
@@ -195,7 +197,7 @@ class DeviceCache:
         self._last.ended.wait()
         computed_s = 0.0 if self.computing is None else self.computing.end_step()
         report = self.table.report(self._last.turn)
-        counts = count_report(report, self.record_bytes, self.link_bytes_per_s, computed_s)
+        counts = count_report(report, self.record_bytes, self.link_bytes_per_s, self._shared_bytes, computed_s)
         self.stalls.add("link_estimated", counts.stall_s - computed_s)
         self.stalls.add("host_compute", computed_s)
         self.stalls.end_step()
@@ -392,7 +394,7 @@ class DeviceCache:
         if launch is not None:
             launch.ended.wait()
             misses = 0
-            for seen, landed in read_report(self.table.report(launch.turn), launch):
+            for seen, landed in read_report(self.table.report(launch.turn), launch, self._shared_bytes):
                 self._executor.count_met(seen)
                 self._executor.handle([seen, *landed, *self._foreseen_late(seen, launch)], landed)
                 misses += num_misses(seen)
@@ -445,12 +447,16 @@ class DeviceCache:
         unused = max(0, pool.limit - pool.number(Use.OWNED, Use.LENT))
         absent = sum(self.ledger.experts_per_layer) - pool.number(Use.OWNED)
         copies_alone = self.computing is not None and not self.computing.lands
+        brings_in = self.computing is not None and self.ledger.brings_in
         room = 0 if self.by_layer or copies_alone else self.table.layout.landing
-        foresees = self._foresees or copies_alone
+        foresees = self._foresees or brings_in
         return self._aside.wanted(
             slots=self._movable, unused=unused, absent=absent, room=room, foresees=foresees,
             wanted=len(self.ledger.wanted), streamed=streamed,
         )  # fmt: skip
+
+    def _shared_bytes(self, layer: int, missing: int) -> int:
+        return 0 if self.computing is None else self.computing.shared_bytes(layer, missing)
 
     @property
     def _movable(self) -> int:

@@ -12,9 +12,10 @@ import msgspec
 
 from expertd_engine.experts.events import ExpertId
 
-HIT, READ, WAITED, LANDED, COMPUTED = 0, 1, 2, 3, 4
+HIT, READ, WAITED, LANDED, COMPUTED, SHARED = 0, 1, 2, 3, 4, 5
 """Where a use found its record: in a slot; at home, over the link; in a slot whose copy it waited for; at home, and
-wrote it into a slot on the way; at home, where the processor computed it."""
+wrote it into a slot on the way; at home, where the processor computed it; at home, where the processor computed a part
+while the other was read over the link."""
 
 # ---------------------------------------------------------------- events
 
@@ -22,7 +23,8 @@ wrote it into a slot on the way; at home, where the processor computed it."""
 class Seen(msgspec.Struct, frozen=True, gc=False):
     """What a step that has ended met in one layer: `pairs[i]` pairs chose `experts[i]`, found at `sources[i]`.
 
-    The use of expert e is at `position + e`. `scan`: by prompt tokens alone (law 5).
+    The use of expert e is at `position + e`. `scan`: by prompt tokens alone (law 5). `shared_bytes` crossed the link of
+    the one that the processor computed a part of.
     """
 
     layer: int
@@ -31,6 +33,7 @@ class Seen(msgspec.Struct, frozen=True, gc=False):
     pairs: Sequence[int]
     position: int
     scan: bool = False
+    shared_bytes: int = 0
 
 
 class Landed(msgspec.Struct, frozen=True, gc=False):

@@ -160,4 +160,5 @@ class Executor:
         nbytes, misses, read = self._record_bytes[seen.layer], num_misses(seen), seen.sources.count(READ)
         self.link.read += read * nbytes
         self.link.landed += (misses - read) * nbytes
-        self.copies.read_bytes += misses * nbytes
+        self.link.shared += seen.shared_bytes
+        self.copies.read_bytes += misses * nbytes + seen.shared_bytes

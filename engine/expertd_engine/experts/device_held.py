@@ -17,7 +17,8 @@ from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.held import HeldSets
 from expertd_engine.experts.leases import ExpertUnavailableError
 from expertd_engine.experts.residency import State
-from expertd_engine.experts.virtual import Action, Hold, VirtualExperts
+from expertd_engine.experts.swaps import Action, Hold
+from expertd_engine.experts.virtual import VirtualExperts
 from expertd_engine.experts.virtual_room import VirtualRoom
 
 _LAYERS_AT_ONCE = 4

@@ -70,16 +70,30 @@ class HostCompute:
         self._thread = HostThread(library, threads, layers, mailbox)
         self._first = Counts()
         """What was computed before the first step."""
+        self._left: Sequence[Sequence[tuple[int, int]]] = ()
+        """Of a layer that misses n experts, how many are asked for, and where another is cut."""
 
-    def mailbox(self, where: torch.device, left: Sequence[int]) -> DeviceMailbox:
-        """For the kernels of a device, which ask for `left[n]` of n missing experts. Ask for it after `measure`."""
+    def mailbox(self, where: torch.device, left: Sequence[Sequence[tuple[int, int]]]) -> DeviceMailbox:
+        """For the kernels of a device: of n missing experts of layer l they ask for `left[l][n][0]`, and for one more's
+        neurons from `left[l][n][1]` on unless that is 0. Ask for it after `measure`."""
+        self._left = left
         from expertd_engine.kernels.cuda.host_experts import Mailbox as DeviceMailbox  # needs triton
 
         shared = (self.posted, self.done, self.head, self.experts, self.pairs, self.x, self.weights, self.sums)
         return DeviceMailbox(
             *shared, sent=self.posted.to(where, copy=True), arrived=torch.zeros(1, dtype=torch.int32, device=where),
-            left=torch.tensor(left, dtype=torch.int32, device=where),
+            left=torch.tensor(left, dtype=torch.int32, device=where), shares=self.shares,
         )  # fmt: skip
+
+    @property
+    def shares(self) -> bool:
+        """Whether a device and the processor ever divide an expert."""
+        return any(cut for layer in self._left for _, cut in layer)
+
+    def shared_bytes(self, layer: int, missing: int) -> int:
+        """Of the expert that is divided where a layer misses so many: what its device reads."""
+        struct = self.layers[layer].struct
+        return int(struct.record_bytes * self._left[layer][missing][1] // struct.layout.inner)
 
     def begin_step(self) -> None:
         """A step is about to be launched: look for its requests."""
@@ -112,21 +126,27 @@ class HostCompute:
             if time.monotonic() > until:
                 raise EngineError(f"the processor computed no expert of layer {layer} in {_PATIENCE_S:.0f} s")
 
-    def measure(self) -> float:
-        """Bytes of records a second, a few experts of one row at a time, as a step's layers ask for them. No step has
-        run: counts begin anew."""
+    def measure(self) -> tuple[float, float]:
+        """Bytes of records a second, a few experts of one row at a time, as a step's layers ask for them; and the
+        seconds that a request for one alone takes beyond that. No step has run: counts begin anew."""
         self.x.fill_(1.0)
         self.weights.fill_(1.0)
         asked = self._few_of_each_layer()
         self.begin_step()
         self.ask(*asked[0])  # threads wake up
-        began, nbytes = time.perf_counter(), 0
+        alone = [(layer, experts[:1]) for layer, experts in asked]
+        alone_s, alone_bytes = self._ask_all(alone)
+        elapsed, nbytes = self._ask_all(asked)
+        self._first = self._thread.end()
+        return nbytes / elapsed, max(0.0, alone_s - alone_bytes * elapsed / nbytes) / len(alone)
+
+    def _ask_all(self, asked: Sequence[tuple[int, range]]) -> tuple[float, int]:
+        """The seconds that it took, and the bytes of records."""
+        began = time.perf_counter()
         for layer, experts in asked:
             self.ask(layer, experts)
-            nbytes += len(experts) * self.layers[layer].struct.record_bytes
         elapsed = time.perf_counter() - began
-        self._first = self._thread.end()
-        return nbytes / elapsed
+        return elapsed, sum(len(experts) * self.layers[layer].struct.record_bytes for layer, experts in asked)
 
     def close(self) -> None:
         """End the threads. No step runs."""

@@ -26,6 +26,7 @@ from expertd_engine.experts.device_events import (
     HIT,
     LANDED,
     READ,
+    SHARED,
     WAITED,
     Adopt,
     Confine,
@@ -67,7 +68,7 @@ __all__ = ["DeviceLedger"]
 DeviceEvent = Event | Seen | Landed | Cooled | Provide | Confine | Lend | Adopt | Fill | Keep | LetGo
 DeviceInstruction = Instruction | Retire | Hand | Recall | Lent | Move | Kept
 
-_RESULTS: tuple[LookupResult, ...] = ("hit", "miss", "late", "miss", "miss")
+_RESULTS: tuple[LookupResult, ...] = ("hit", "miss", "late", "miss", "miss", "miss")
 """By source."""
 _OVER_LINK = (READ, LANDED)
 _HINTED_TICKS = 2
@@ -111,8 +112,8 @@ class DeviceLedger(LedgerBase):
         """The budget changes: nothing is copied until what was retired has cooled."""
         self.duplicates = 0
         self.brings_in = True
-        """Whether what the processor had to compute is copied in behind, where that is worth a slot: steps bring in
-        nothing themselves."""
+        """Whether what the processor had to compute, or a part of, is copied in behind, where that is worth a slot: it
+        does not land."""
         self.brought_in = 0
         """Copies begun of what the processor had to compute."""
         self._hinted = 0
@@ -207,7 +208,7 @@ class DeviceLedger(LedgerBase):
             if was_foreseen and facts.ticket:
                 self._residency.victims.offer(facts)  # what was known of it may be past
         foresight.lookups = lookups
-        if self.brings_in and COMPUTED in event.sources and not scan:
+        if self.brings_in and not scan and (COMPUTED in event.sources or SHARED in event.sources):
             self._note_computed(event)
         self.foreseen_until(event.position)
         self._count_seen(event, covered)
@@ -221,6 +222,7 @@ class DeviceLedger(LedgerBase):
     def _count_seen(self, event: Seen, covered: int) -> None:
         counters, layer = self._residency.counters, event.layer
         counters.covered[layer] += covered
+        counters.demand_bytes += event.shared_bytes
         by_result = {"hit": counters.hits, "late": counters.late, "miss": counters.misses}
         for source in set(event.sources):
             count, result = event.sources.count(source), _RESULTS[source]
@@ -235,7 +237,7 @@ class DeviceLedger(LedgerBase):
 
     def _note_computed(self, event: Seen) -> None:
         for index, source in zip(event.experts, event.sources, strict=True):
-            if source == COMPUTED:
+            if source in (COMPUTED, SHARED):
                 record = self._by_layer[event.layer][index]
                 self._computed.pop(record.expert, None)
                 self._computed[record.expert] = record
@@ -308,8 +310,8 @@ class DeviceLedger(LedgerBase):
             self._foresight.prefetched(foreseen[1])
 
     def _bring_in(self) -> None:
-        """The link is free of misses where the processor computes them: copy in what it had to compute, the latest
-        first, if that is worth more than who would give way next. Where hints name absent experts, these come first.
+        """Copy in what the processor had to compute, the latest first, if that is worth more than who would give way
+        next. Where hints name absent experts, these come first.
         """
         if self._hinted:
             return

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from expertd_engine.experts.device_events import COMPUTED, HIT, LANDED, READ, WAITED, Landed, Seen
+from expertd_engine.experts.device_events import COMPUTED, HIT, LANDED, READ, SHARED, WAITED, Landed, Seen
 from expertd_engine.experts.device_streams import Mark
 from expertd_engine.experts.device_table import Report
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.sequence_stats import ExpertCounts
+
+SharedBytes = Callable[[int, int], int]
+"""Of the expert that the processor computed a part of, the bytes that crossed the link; by layer and how many of its
+experts were missing."""
+_MISSING = (READ, LANDED, COMPUTED, SHARED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,7 @@ class Launch:
     ended: Mark
 
 
-def read_report(report: Report, launch: Launch) -> Iterator[tuple[Seen, list[Landed]]]:
+def read_report(report: Report, launch: Launch, shared_bytes: SharedBytes) -> Iterator[tuple[Seen, list[Landed]]]:
     """Layer by layer: which experts were met, and those that landed."""
     for layer, (experts, sources, slots, pairs) in report.layers():
         position = launch.position + layer * launch.experts
@@ -42,24 +47,28 @@ def read_report(report: Report, launch: Launch) -> Iterator[tuple[Seen, list[Lan
             if LANDED in sources
             else []
         )
-        yield Seen(layer, experts, sources, pairs, position, launch.scan), landed
+        shared = shared_bytes(layer, sum(map(_MISSING.__contains__, sources))) if SHARED in sources else 0
+        yield Seen(layer, experts, sources, pairs, position, launch.scan, shared), landed
 
 
 def count_report(
-    report: Report, record_bytes: Sequence[int], link_bytes_per_s: float, computed_s: float = 0.0
-) -> ExpertCounts:
+    report: Report, record_bytes: Sequence[int], link_bytes_per_s: float, shared_bytes: SharedBytes,
+    computed_s: float = 0.0,
+) -> ExpertCounts:  # fmt: skip
     """Lookups by result; the time that the link took is estimated, since nobody can look at the clock in a kernel.
     `computed_s`: what the processor took for those left to it, whose bytes stay where they are."""
     rows = int(report.counts.max())
     sources = np.where(np.arange(rows) < report.counts[:, None], report.seen[:, :rows, 1], -1)
     over_link = ((sources == READ) | (sources == LANDED)).sum(axis=1)
-    computed, late = int((sources == COMPUTED).sum()), int((sources == WAITED).sum())
-    nbytes = int(over_link @ np.array(record_bytes))
+    late = int((sources == WAITED).sum())
+    shared = (sources == SHARED).any(axis=1).nonzero()[0].tolist()
+    missing = np.isin(sources, _MISSING).sum(axis=1)
+    nbytes = int(over_link @ np.array(record_bytes)) + sum(shared_bytes(at, int(missing[at])) for at in shared)
     # Of a copy that was waited for, half was under way already: nobody knows better.
     stall_s = (nbytes + late * max(record_bytes) / 2) / link_bytes_per_s + computed_s
-    return ExpertCounts(int((sources == HIT).sum()), late, int(over_link.sum()) + computed, nbytes, stall_s)
+    return ExpertCounts(int((sources == HIT).sum()), late, int(missing.sum()), nbytes, stall_s)
 
 
 def num_misses(seen: Seen) -> int:
-    """Experts that were read over the link."""
+    """Experts that were read over the link, whole."""
     return seen.sources.count(READ) + seen.sources.count(LANDED)

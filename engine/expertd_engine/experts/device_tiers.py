@@ -13,6 +13,8 @@ class LinkBytes:
     """Read by kernels, and kept."""
     read: int = 0
     """Read by kernels alone."""
+    shared: int = 0
+    """Read by kernels, of experts whose other part the processor computed."""
     prefetched: int = 0
     filled: int = 0
     """To fill empty slots."""

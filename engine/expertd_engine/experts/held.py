@@ -15,7 +15,8 @@ from expertd_engine.experts.events import Demand, Event, ExpertId, Release
 from expertd_engine.experts.held_table import HeldTable
 from expertd_engine.experts.leases import ExpertUnavailableError, Lease
 from expertd_engine.experts.ledger import State
-from expertd_engine.experts.virtual import Action, Hold, VirtualExperts
+from expertd_engine.experts.swaps import Action, Hold
+from expertd_engine.experts.virtual import VirtualExperts
 from expertd_engine.experts.virtual_room import VirtualRoom
 
 IDLE_STEPS = 256

@@ -11,171 +11,15 @@ once, which bounds the share of the disk that virtual mode may take.
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from expertd_engine.errors import EngineError, ResourceError
 from expertd_engine.experts.events import ExpertId
+from expertd_engine.experts.held_layer import GONE, HeldLayer, Spare
+from expertd_engine.experts.swaps import Action, Hold, Release, SwapLimits
 
-_LEAST = 1e-300
 _RESCALE = 2.0**200
 """Where the growing unit of scores is divided out again, long before floats end."""
-
-
-@dataclass(frozen=True, slots=True)
-class SwapLimits:
-    """How fast held sets may follow the text."""
-
-    half_life: float = 16.0
-    """Tokens of one sequence after which an observation counts half. On routes of converted models 16 to 24 substitute
-    least; 4 and 64 substitute 5 to 10 % more."""
-    hysteresis: float = 0.25
-    """A newcomer's score must be above the victim's by this share. Against none it saves half the swaps and substitutes
-    2 % more."""
-    per_step: int = 1
-    """Swaps that one layer may begin after a step; 0: none."""
-    ahead: int = 2
-    """Swaps that one layer may begin in a step, before the step comes to it, where that is foreseen."""
-    in_flight: int = 1
-    """Loads under way at once in all layers, but for those without which no token could be computed."""
-    foreseen: int = 0
-    """Swaps that all layers together may begin as a step begins, where its tokens tell what they will ask for."""
-
-    def __post_init__(self) -> None:
-        counts_are_sound = min(self.per_step, self.ahead, self.foreseen) >= 0 and self.in_flight >= 1
-        if not (self.half_life > 0 and self.hysteresis >= 0 and counts_are_sound):
-            raise ValueError(
-                f"{self} is not allowed: half_life > 0, hysteresis, per_step, ahead, foreseen ≥ 0, in_flight ≥ 1"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """Bring the expert into memory and keep it there until `Release`; answered by `arrived` or `failed`."""
-
-    expert: ExpertId
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """The expert may go; it is not among the held any more."""
-
-    expert: ExpertId
-
-
-Action = Hold | Release
-
-_GONE = -1
-"""In a victim's place: it has left already."""
-
-
-@dataclass(slots=True)
-class _Layer:
-    """One layer's sets: an expert is held, coming or outside. Best and worst are kept, not sought, at each token."""
-
-    prior: Sequence[float]
-    slots: int = 0
-    held: set[int] = field(default_factory=set)
-    coming: dict[int, int | None] = field(default_factory=dict)
-    """Newcomer → the held expert it replaces, or `_GONE`; None: it fills a free slot."""
-    scores: array[float] = field(init=False)
-    """By expert. Side by side in memory: each token meets them all after a step has gone over the caches."""
-    unit: float = 1.0
-    """What an observation made now counts for: scores are never aged, the unit grows instead."""
-    observed: bool = False
-    """Since swaps were last chosen."""
-    barred: set[int] = field(default_factory=set)
-    """Could not be loaded, and have not been observed since: asking again at once would ask for ever."""
-    _best: int | None = None
-    _worst: int | None = None
-    _known: bool = False
-    """Whether `_best` and `_worst` are right."""
-
-    def __post_init__(self) -> None:
-        self.scores = array("d", bytes(8 * len(self.prior)))
-
-    @property
-    def free(self) -> int:
-        vacant = self.slots - len(self.held)
-        return vacant - sum(victim in (None, _GONE) for victim in self.coming.values()) if self.coming else vacant
-
-    def rank(self, expert: int) -> tuple[float, float]:
-        return self.scores[expert], self.prior[expert]
-
-    def outside(self) -> list[int]:
-        inside = self.held.union(self.coming, self.barred)
-        return [expert for expert in range(len(self.prior)) if expert not in inside]
-
-    def victims(self) -> set[int]:
-        """Held, and not being replaced already."""
-        return self.held.difference(self.coming.values())
-
-    @property
-    def keeps_best_and_worst(self) -> bool:
-        """Whether observations may change who they are."""
-        return self._known or bool(self.barred)
-
-    def add(self, expert: int, value: float) -> None:
-        """Observe one expert."""
-        score = self.scores[expert] = self.scores[expert] + value * self.unit
-        if expert in self.barred:
-            self.barred.remove(expert)
-            self._known = False
-        if not self._known:
-            return
-        if expert == self._worst:
-            self._known = False
-            return
-        is_outside = expert not in self.held and expert not in self.coming
-        if is_outside and self._best is not None and (score, self.prior[expert]) > self.rank(self._best):
-            self._best = expert
-
-    def changed(self) -> None:
-        """A set has changed."""
-        self._known = False
-
-    def best(self) -> int | None:
-        """Of the experts outside."""
-        self._seek()
-        return self._best
-
-    def worst(self) -> int | None:
-        """Of the victims."""
-        self._seek()
-        return self._worst
-
-    def gain(self) -> float:
-        """What a swap would win, in observations made now."""
-        best, worst = self.best(), self.worst()
-        if best is None or worst is None:
-            return 0.0
-        return (self.scores[best] - self.scores[worst]) / self.unit
-
-    def _seek(self) -> None:
-        if not self._known:
-            self._best = max(self.outside(), key=self.rank, default=None)
-            self._worst = min(self.victims(), key=self.rank, default=None)
-            self._known = True
-
-
-class _Spare:
-    """Who of a layer may go as a step begins. An expert is worth the share of the layer's weight that it will have, and
-    that it had of late."""
-
-    def __init__(self, layer: _Layer, expected: Sequence[float]) -> None:
-        scores = self._scores = layer.scores
-        total = self._total = max(sum(scores), _LEAST)
-        self._expected = expected
-        worth = [(expected[expert] + scores[expert] / total, expert) for expert in layer.victims()]
-        self._victims = sorted(worth, reverse=True)
-
-    def give_way_to(self, newcomer: int, factor: float) -> int | None:
-        """Whoever is worth least, if the newcomer is worth more than so many times that."""
-        worth = self._expected[newcomer] + self._scores[newcomer] / self._total
-        if not self._victims or worth <= self._victims[-1][0] * factor:
-            return None
-        return self._victims.pop()[1]
 
 
 class VirtualExperts:
@@ -191,7 +35,11 @@ class VirtualExperts:
         self.limits = limits
         self.swaps = [0] * len(priors)
         """Ended well, by layer, since start."""
-        self._layers = [_Layer(prior) for prior in priors]
+        self._layers = [HeldLayer(prior) for prior in priors]
+        self._unit = 1.0
+        """What an observation made now counts for: scores are never aged, the unit grows instead."""
+        self._observed: set[int] = set()
+        """Layers, since swaps were last chosen."""
         self._loading = 0
         self._has_room = False
         """A layer may have a free slot: looking at all of them after every load is what this saves."""
@@ -234,8 +82,7 @@ class VirtualExperts:
 
     def score(self, layer: int, expert: int) -> float:
         """Its windowed score, an observation made now counting in full."""
-        at = self._layers[layer]
-        return at.scores[expert] / at.unit
+        return self._layers[layer].scores[expert] / self._unit
 
     # ------------------------------------------------------------ size
 
@@ -270,19 +117,14 @@ class VirtualExperts:
 
     def observe(self, layer: int, sums: Mapping[int, float]) -> None:
         """What the unmasked router sent to experts of `layer` in this step: sums over tokens of ‖x‖·g·‖E‖."""
-        self.observe_each(layer, sums.keys(), sums.values())
+        self.observe_each([layer], [(sums.keys(), sums.values())])
 
-    def observe_each(self, layer: int, experts: Iterable[int], sums: Iterable[float]) -> None:
-        """As `observe`, with the sum of each expert in its place."""
-        at = self._layers[layer]
-        at.observed = True
-        if at.keeps_best_and_worst:
-            for expert, value in zip(experts, sums, strict=True):
-                at.add(expert, value)
-        else:
-            scores, unit = at.scores, at.unit
-            for expert, value in zip(experts, sums, strict=True):
-                scores[expert] += value * unit
+    def observe_each(self, layers: Sequence[int], sums: Iterable[tuple[Iterable[int], Iterable[float]]]) -> None:
+        """As `observe`, of several layers: in each the experts, and the sum of each in its place."""
+        known, unit = self._layers, self._unit
+        self._observed.update(layers)
+        for layer, (experts, values) in zip(layers, sums, strict=True):
+            known[layer].observe(experts, values, unit)
 
     def foresee(self, layer: int, expected: Mapping[int, float]) -> list[Action]:
         """The step under way will probably ask `layer` for these experts, for so much each: bring in those that are not
@@ -309,7 +151,7 @@ class VirtualExperts:
         That one leaves at once: its room is the newcomer's, and it is what the step misses least.
         """
         actions: list[Action] = []
-        spare: dict[int, _Spare] = {}
+        spare: dict[int, Spare] = {}
         for number, newcomer in wanted:
             if self._loading >= self.limits.in_flight or len(actions) >= 2 * self.limits.foreseen:
                 break
@@ -317,10 +159,10 @@ class VirtualExperts:
             inside = newcomer in layer.held or newcomer in layer.coming or newcomer in layer.barred
             if inside or layer.free > 0 or len(layer.held) <= self.top_k:
                 continue
-            victims = spare.get(number) or spare.setdefault(number, _Spare(layer, expected(number)))
+            victims = spare.get(number) or spare.setdefault(number, Spare(layer, expected(number)))
             victim = victims.give_way_to(newcomer, 1 + self.limits.hysteresis)
             if victim is not None:
-                actions += [self._release(number, victim), self._hold(number, newcomer, _GONE)]
+                actions += [self._release(number, victim), self._hold(number, newcomer, GONE)]
         return actions
 
     def end_step(self, tokens: float) -> list[Action]:
@@ -328,13 +170,12 @@ class VirtualExperts:
         actions: list[Action] = []
         for number in self._by_gain() if self.limits.per_step else ():
             actions += self._swap(number)
-        growth = 2.0 ** min(tokens / self.limits.half_life, math.log2(_RESCALE))
-        for layer in self._layers:
-            layer.observed = False
-            layer.unit *= growth
-            if layer.unit > _RESCALE:
-                layer.scores = array("d", [score / layer.unit for score in layer.scores])
-                layer.unit = 1.0
+        self._observed.clear()
+        self._unit *= 2.0 ** min(tokens / self.limits.half_life, math.log2(_RESCALE))
+        if self._unit > _RESCALE:
+            for layer in self._layers:
+                layer.divide(self._unit)
+            self._unit = 1.0
         return actions + self._fill()
 
     def arrived(self, expert: ExpertId) -> list[Action]:
@@ -345,7 +186,7 @@ class VirtualExperts:
         layer.held.add(newcomer)
         self._layers[number].changed()
         actions: list[Action] = []
-        self.swaps[number] += victim == _GONE or victim in layer.held
+        self.swaps[number] += victim == GONE or victim in layer.held
         if victim in layer.held:
             actions.append(self._release(number, victim))
         if len(layer.held) > layer.slots:
@@ -384,7 +225,7 @@ class VirtualExperts:
 
     def _by_gain(self) -> list[int]:
         """Observed layers, largest gain first: loads under way are few and must go where they win most."""
-        gains = [(-layer.gain(), number) for number, layer in enumerate(self._layers) if layer.observed]
+        gains = [(-self._layers[number].gain(), number) for number in self._observed]
         return [number for gain, number in sorted(gains) if gain < 0]
 
     def _swap(self, number: int) -> list[Action]:

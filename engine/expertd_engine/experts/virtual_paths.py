@@ -13,7 +13,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.experts.virtual import Action, SwapLimits, VirtualExperts
+from expertd_engine.experts.swaps import Action, SwapLimits
+from expertd_engine.experts.virtual import VirtualExperts
 
 _ROUNDING = 1e-6
 """Of a sum of probabilities."""

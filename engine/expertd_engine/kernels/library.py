@@ -92,7 +92,6 @@ _CALLS: dict[str, list[Any]] = {
         *(_POINTER, POINTER(ExpertLayout), _POINTER, c_int64, c_int32, _POINTER),
         *(_POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
     ],
-    "expertd_moe_sum": [_POINTER, _POINTER, c_int64, c_int32, _POINTER, _POINTER, _POINTER],
 }
 """Functions that return a code, with their arguments."""
 _QUERIES: dict[str, tuple[list[Any], Any]] = {
@@ -100,7 +99,6 @@ _QUERIES: dict[str, tuple[list[Any], Any]] = {
     "expertd_abi_version": ([], c_int32),
     "expertd_isa": ([], c_char_p),
     "expertd_isa_available": ([], c_char_p),
-    "expertd_pool_scratch_bytes": ([_POINTER], c_int64),
     "expertd_matrix_bytes": ([c_int32, c_int64, c_int64], c_int64),
 }
 
@@ -173,11 +171,6 @@ class Pool:
         """For functions bound elsewhere; None once closed."""
         return self._pool.value
 
-    @property
-    def scratch_bytes(self) -> int:
-        size: int = self.library.handle.expertd_pool_scratch_bytes(self._pool)
-        return size
-
     def matmul(self, matrix: Matrix, x: int, rows: int, y: int, *, ldx: int = 0, ldy: int = 0) -> None:
         """float32 y `[rows, matrix.rows]` = x `[rows, matrix.cols]` · Wᵀ + bias. Row strides in values; 0: no gaps."""
         self.library.handle.expertd_matmul(
@@ -202,10 +195,6 @@ class Pool:
             *(self._pool, byref(layout), x, tokens, len(records), records),
             *(pair_begin, pair_row, pair_weight, out, partials),
         )
-
-    def moe_sum(self, partials: int, tokens: int, hidden: int, begin: int, pair: int, out: int) -> None:
-        """`expertd_moe_sum`: adds each token's partials to its row of `out`, in the order given."""
-        self.library.handle.expertd_moe_sum(self._pool, partials, tokens, hidden, begin, pair, out)
 
     def close(self) -> None:
         """Ends the threads and frees the scratch; again is nothing."""

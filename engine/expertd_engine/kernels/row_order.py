@@ -16,10 +16,8 @@ Values are those of `formats`: the numbers of a quantised matrix do not depend o
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from expertd_engine.kernels.formats import (
     GROUP_COLUMNS,
@@ -89,27 +87,6 @@ def from_strips(packed: Bytes, format: str, rows: int, cols: int) -> Bytes:
     return _joined(format, cols, _paired(q) if _is_paired(format) else q ^ np.uint8(128), *halves)
 
 
-def dequantise_rows(stored: Bytes, format: str, rows: int, cols: int) -> Floats:
-    """The float32 `[rows, cols]` that `stored` stands for. ValueError for its length."""
-    expected = matrix_bytes(format, rows, cols)
-    if stored.size != expected:
-        raise ValueError(f"{format} [{rows}, {cols}] has {expected} bytes, not {stored.size}")
-    data, scale_row = row_bytes(format, cols)
-    starts = part_offsets(format, rows, cols)
-    padded = _padded(rows)
-    raw = _rows_of(stored[: padded * data].reshape(-1, data // SEGMENT_BYTES, BLOCK_ROWS, SEGMENT_BYTES))
-    if _is_paired(format):
-        q = np.stack([raw & 15, raw >> 4], axis=2).astype(np.float32) - np.float32(8 if format == "int4s" else 0)
-    else:
-        q = raw.view(np.int8).astype(np.float32) if format == "int8" else _fp8_values()[raw]
-    q = q.reshape(padded, -1, GROUP_COLUMNS)
-    for start, combine in zip(starts[1:], (np.multiply, np.add), strict=True):
-        if start >= 0:
-            halves = np.ascontiguousarray(stored[start : start + padded * scale_row]).view("<f2")
-            q = combine(q, _rows_of(halves.reshape(-1, scale_row // 2, BLOCK_ROWS, 1)).astype(np.float32))
-    return np.ascontiguousarray(q.reshape(padded, -1)[:rows, :cols])
-
-
 def _joined(format: str, cols: int, data: Bytes, scales: Bytes, minima: Bytes) -> Bytes:
     """The matrix of `[N, …]` parts, N a multiple of a block: bytes, of as many groups as the strips had."""
     rows = len(data)
@@ -122,11 +99,6 @@ def _joined(format: str, cols: int, data: Bytes, scales: Bytes, minima: Bytes) -
             place = whole[start : start + rows * width].reshape(len(blocks), width // piece, BLOCK_ROWS, piece)
             place[:, : blocks.shape[1]] = blocks
     return whole
-
-
-def _rows_of(blocks: NDArray[Any]) -> NDArray[Any]:
-    """`[block, piece, row of the block, …]` as `[row, piece, …]`."""
-    return blocks.transpose(0, 2, 1, 3).reshape(-1, blocks.shape[1], blocks.shape[3])
 
 
 def _paired(q: Bytes) -> Bytes:

@@ -12,7 +12,8 @@ from expertd_engine.errors import ConfigError
 from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.held import HeldExperts
 from expertd_engine.experts.store_format import StoreIndex
-from expertd_engine.experts.virtual import SwapLimits, VirtualExperts
+from expertd_engine.experts.swaps import SwapLimits
+from expertd_engine.experts.virtual import VirtualExperts
 from expertd_engine.experts.virtual_paths import VirtualPaths
 from expertd_engine.experts.virtual_room import VirtualRoom
 from expertd_engine.model.gates import NotLinear

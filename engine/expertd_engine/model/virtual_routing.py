@@ -157,11 +157,12 @@ class VirtualRouting:
 
     def _bring(self, foresight: TokenForesight, token_ids: Sequence[int]) -> None:
         """Let what the step's tokens will ask for come in: those that are not held, as far as there may be swaps."""
-        self._take_in()
+        if self.settles:
+            self.held.settle()
         most = _CANDIDATES * self.held.sets.limits.foreseen
         expected, wanted = foresight.wanted(token_ids, self.held.table.held, most)
         experts = expected.shape[1]
-        self.held.bring([ExpertId(*divmod(at, experts)) for at in wanted], lambda layer: expected[layer].tolist())
+        self.held.bring((ExpertId(*divmod(at, experts)) for at in wanted), lambda layer: expected[layer].tolist())
 
     def end_step(self, sequences: int) -> None:
         """The step of so many sequences has ended, well or not."""
@@ -208,8 +209,9 @@ class VirtualRouting:
         return self.routes_natively and not self._foresees
 
     def refresh(self) -> None:
-        """Native code is about to run: take in what has arrived."""
-        self._take_in()
+        """Native code is about to run. It sees who has arrived by itself; the sets hear of it as the next step begins."""
+        if self.settles:
+            self.held.settle()
 
     def seen(self, logits: Tensor, substitute: Substitute | None) -> None:
         """As `Reroute.seen`."""
@@ -230,9 +232,7 @@ class VirtualRouting:
             counts.activations[layer] += rows * top_k
             counts.substituted[layer] += replaced[place]
             counts.mass[layer] += mass[place]
-        observe = self.held.sets.observe_each
-        for layer, (experts, sums) in zip(met.layers, _sums_of_layers(met.chosen, values), strict=True):
-            observe(layer, experts, sums)
+        self.held.sets.observe_each(met.layers, _sums_of_layers(met.chosen, values))
         self.held.cache.served(_served(met, max(map(len, self.masks))))
 
     def _foresee(self, layer: int, hidden: Tensor) -> None:
@@ -267,7 +267,7 @@ class VirtualRouting:
         self._choices += chosen.shape[1]
         rows = hidden.float().numpy()
         lengths: Floats = np.sqrt(np.einsum("th,th->t", rows, rows))
-        self.held.sets.observe_each(layer, *_sums(chosen, self.score(layer, lengths, chosen, weights)))
+        self.held.sets.observe_each([layer], [_sums(chosen, self.score(layer, lengths, chosen, weights))])
 
     def count(self, layer: int, replaced: Ids | Int32s, mass: Floats) -> None:
         """How many of each row's choices others answer for `[T]`, and the mass `[T]` of those."""

@@ -14,7 +14,8 @@ from expertd_engine.experts.events import Demand, Event, ExpertId, Granted, Load
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import Lookahead, NoLookahead
 from expertd_engine.experts.policy import Policy, Victims
-from expertd_engine.experts.virtual import Action, Hold, SwapLimits, VirtualExperts
+from expertd_engine.experts.swaps import Action, Hold, SwapLimits
+from expertd_engine.experts.virtual import VirtualExperts
 
 Routes = Sequence[Sequence[Sequence[int]]]
 """By token, MoE layer and choice: expert ids."""

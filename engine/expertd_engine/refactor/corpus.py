@@ -141,14 +141,6 @@ def read_corpus(
     return corpus
 
 
-def load_corpus(folder: Path) -> Corpus:
-    """A corpus that `read_corpus` wrote. Raises ModelError when there is none."""
-    if not (folder / _STAMP).is_file():
-        raise ModelError(f"no tokenised corpus in {folder}")
-    stamp = json.loads((folder / _STAMP).read_text())
-    return _load(folder, stamp["domains"], stamp["made_of"])
-
-
 def _load(folder: Path, domains: Sequence[str], made_of: Origin) -> Corpus:
     train, held = (
         {domain: np.load(folder / f"{domain}.{part}.npy", mmap_mode="r") for domain in domains}

@@ -98,11 +98,11 @@ def test_what_a_card_holds_and_what_crossed_its_link_are_shown_and_zeros_without
     counters.observe(snapshot(3))
     shown = samples(counters)
     assert all(shown[f'expertd_link_bytes_total{{cause="{cause}"}}'] == 0 for cause in LINK_CAUSES)
-    crossed = dict(zip(LINK_CAUSES, range(1, 7), strict=True))
+    crossed = dict(zip(LINK_CAUSES, range(1, 8), strict=True))
     found = Tiers(4096, 8, 5, 2, 65536, True, crossed, 5e10, 1, 6, 7)
     counters.observe(msgspec.structs.replace(snapshot(3), tiers=found))
     shown = samples(counters)
-    assert [shown[f'expertd_link_bytes_total{{cause="{cause}"}}'] for cause in LINK_CAUSES] == [1, 2, 3, 4, 5, 6]
+    assert [shown[f'expertd_link_bytes_total{{cause="{cause}"}}'] for cause in LINK_CAUSES] == [1, 2, 3, 4, 5, 6, 7]
     slots = {use: shown[f'expertd_device_slots{{use="{use}"}}'] for use in ("resident", "set_aside", "empty")}
     assert slots == {"resident": 5, "set_aside": 2, "empty": 1}
     assert shown['expertd_tier_bytes{tier="device"}'] == 4096 and shown['expertd_tier_bytes{tier="host"}'] == 65536

@@ -84,8 +84,8 @@ def collect(mailbox: Mailbox, scratch: ExpertScratch, out: Tensor) -> None:
 @triton.jit(do_not_specialize=["layer"])
 def _ask_kernel(
     totals: tl.tensor, distinct: tl.tensor, address: tl.tensor, cuts: tl.tensor, begin: tl.tensor, pairs: tl.tensor,
-    x: tl.tensor, weights: tl.tensor, sent: tl.tensor, arrived: tl.tensor, posted: tl.tensor, head: tl.tensor, asked: tl.tensor,
-    asked_pairs: tl.tensor, asked_x: tl.tensor, asked_weights: tl.tensor,
+    x: tl.tensor, weights: tl.tensor, sent: tl.tensor, arrived: tl.tensor, posted: tl.tensor, head: tl.tensor,
+    asked: tl.tensor, asked_pairs: tl.tensor, asked_x: tl.tensor, asked_weights: tl.tensor,
     layer: tl.tensor, width: tl.tensor, num_pairs: tl.tensor,
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
     CHOICES: tl.constexpr, COLUMNS: tl.constexpr,

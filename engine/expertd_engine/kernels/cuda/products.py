@@ -23,8 +23,8 @@ def multiply(
 ) -> tl.tensor:  # fmt: skip
     """`acc` `[MT, BN]` plus x W^T for a plain matrix, whose rows begin at `rows` (bytes) of `record` (an address).
 
-    `x` `[MT]` points at rows, of which those not `live` count as zeros. Columns from `until` on are left out, or some of
-    them read all the same: they must be zeros in `x`. LAND: what is read is written to `target` too.
+    `x` `[MT]` points at rows, of which those not `live` count as zeros. Columns from `until` on are left out; some are
+    read all the same, and must be zeros in `x`. LAND: what is read is written to `target` too.
     """
     source = record.to(tl.pointer_type(WEIGHT))
     tl.multiple_of(source, 16)

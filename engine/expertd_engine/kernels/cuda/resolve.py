@@ -133,9 +133,9 @@ def resolve(
     """Group the pairs of `top_k_index` int `[R, K]` by expert and say where each expert is read from.
 
     Rows from `num_rows` (int32 `[1]`, on the device) on are padding. Publishes what landed in the layer before, takes
-    slots for what is read over the link, writes `seen` and `progress`. `left` int32 `[L, U + 1, 2]`: of n missing experts
-    of a layer so many are left to the processor, and of one more its neurons from there on, unless that is 0; others
-    each time, so that all have their turn to land, which one that is shared cannot. None: none ever.
+    slots for what is read over the link, writes `seen` and `progress`. `left` int32 `[L, U + 1, 2]`: of n experts that
+    a layer misses so many are left to the processor, and of one more its neurons from there on, unless that is 0;
+    others each time, so that all have their turn to land, which one that is shared cannot. None: none ever.
     """
     rows, top_k = top_k_index.shape
     if top_k != scratch.top_k or rows > scratch.max_rows:
@@ -226,13 +226,7 @@ def _resolve_kernel(
     left = far & (expert < 0)  # to the processor: nobody
     shared = left
     if LEAVES:
-        missing = tl.sum(far.to(tl.int32), 0)
-        nth_missing = tl.cumsum(far.to(tl.int32), 0) - 1 + ((taken + layer) & (EXPERTS - 1))
-        turn = nth_missing % tl.maximum(missing, 1)
-        split = left_of + (layer * left_width + missing) * 2
-        cut = tl.load(split + 1)
-        left = far & (turn < tl.load(split))
-        shared = far & (turn == tl.load(split)) & (cut > 0)
+        left, shared, cut = _split(far, taken + layer, left_of + layer * left_width * 2, EXPERTS)
         tl.store(cuts + nth, tl.where(shared, cut, 0), mask=chosen)
     tl.store(totals + 2, tl.sum((left | shared).to(tl.int32), 0))
     read = far & ((left | shared) == 0)
@@ -257,6 +251,15 @@ def _resolve_kernel(
     tl.store(record + 3, count, mask=chosen)
     tl.store(seen_count + layer, distinct)
     tl.store(progress, layer + 1)
+
+
+@triton.jit
+def _split(far: tl.tensor, nth_turn: tl.tensor, left_of: tl.tensor, EXPERTS: tl.constexpr) -> tl.tensor:
+    """Who of those `far` is left to the processor, who is shared with it, and from which neuron on."""
+    missing = tl.sum(far.to(tl.int32), 0)
+    turn = (tl.cumsum(far.to(tl.int32), 0) - 1 + (nth_turn & (EXPERTS - 1))) % tl.maximum(missing, 1)
+    whole, cut = tl.load(left_of + missing * 2), tl.load(left_of + missing * 2 + 1)
+    return far & (turn < whole), far & (turn == whole) & (cut > 0), cut
 
 
 @triton.jit

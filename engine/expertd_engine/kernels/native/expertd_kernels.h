@@ -107,11 +107,11 @@ EXPERTD_API int expertd_matmul(expertd_pool *pool, const expertd_matrix *matrix,
 /* out[i, :] = row ids[i] of the matrix, as float32 [n, cols] (bias not added). */
 EXPERTD_API int expertd_rows(const expertd_matrix *matrix, const int64_t *ids, int64_t n, float *out);
 
-/* All routed experts of an MoE layer, or those of them that are at hand. x, out: [tokens, hidden]. Expert e of `num_experts`, in ascending id, has its
- * record at records[e] and serves pairs pair_begin[e] .. pair_begin[e + 1]: pair p is row pair_row[p] with weight
- * pair_weight[p]. A row appears at most once within one expert.
+/* All routed experts of an MoE layer, or those of them that are at hand. x, out: [tokens, hidden]. Expert e of
+ * `num_experts`, in ascending id, has its record at records[e] and serves pairs pair_begin[e] .. pair_begin[e + 1]:
+ * pair p is row pair_row[p] with weight pair_weight[p]. A row appears at most once within one expert.
  * partials null: out[row] += weight * y, expert after expert. Else partials[p] = weight * y ([pairs, hidden]) and out
- * is not touched: adding them with expertd_moe_sum gives the same bits. */
+ * is not touched: adding them in ascending order gives the same bits. */
 EXPERTD_API int expertd_moe(expertd_pool *pool, const expertd_expert_layout *layout, const float *x, int64_t tokens,
                             int32_t num_experts, const void *const *records, const int32_t *pair_begin,
                             const int32_t *pair_row, const float *pair_weight, float *out, float *partials);
@@ -129,10 +129,6 @@ typedef struct expertd_moe_call {
   float *out;
   float *partials;
 } expertd_moe_call;
-
-/* out[t] += partials[pair[i]] for i in begin[t] .. begin[t + 1], in that order: give pairs by ascending expert id. */
-EXPERTD_API int expertd_moe_sum(expertd_pool *pool, const float *partials, int64_t tokens, int32_t hidden,
-                                const int32_t *begin, const int32_t *pair, float *out);
 
 #ifdef __cplusplus
 }

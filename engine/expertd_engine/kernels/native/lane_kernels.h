@@ -38,7 +38,11 @@ void quantise(const float* x, int64_t cols, int32_t factor, Group* out) {
 
 // ---- float formats --------------------------------------------------------------------------------------------------
 
-template <int R, int T, class Element>
+constexpr int64_t kFloatsAhead = 2048;  // bytes
+
+// `Fetches`: the weights come from memory, and most of them are not read again before all others have been: fetched
+// so, they leave the caches to whatever runs between two steps. On two cores of a Zen 5 a token takes a tenth less.
+template <int R, int T, bool Fetches, class Element>
 inline void dot_tile(const Element* w, int64_t cols, const void* const* inputs, float* out) {
   Lanes acc[R][T];
   const float* x[T];
@@ -52,6 +56,7 @@ inline void dot_tile(const Element* w, int64_t cols, const void* const* inputs, 
     for (int t = 0; t < T; ++t) xs[t] = load(x[t] + k);
     for (int r = 0; r < R; ++r) {
       const Lanes ws = load(w + r * cols + k);
+      if (Fetches) prefetch_once(reinterpret_cast<const char*>(w + r * cols + k) + kFloatsAhead);
       for (int t = 0; t < T; ++t) acc[r][t] = fma(ws, xs[t], acc[r][t]);
     }
   }
@@ -67,22 +72,28 @@ inline void dot_tile(const Element* w, int64_t cols, const void* const* inputs, 
   }
 }
 
-template <int T, class Element>
+template <int T, bool Fetches, class Element>
 inline void dot_rows(const Element* w, int64_t cols, int rows, const void* const* inputs, float* out) {
   int r = 0;
-  for (; r + kDotRows <= rows; r += kDotRows) dot_tile<kDotRows, T>(w + r * cols, cols, inputs, out + r);
-  for (; r < rows; ++r) dot_tile<1, T>(w + r * cols, cols, inputs, out + r);
+  for (; r + kDotRows <= rows; r += kDotRows) dot_tile<kDotRows, T, Fetches>(w + r * cols, cols, inputs, out + r);
+  for (; r < rows; ++r) dot_tile<1, T, Fetches>(w + r * cols, cols, inputs, out + r);
 }
 
 template <class Element>
 void float_unit(const void* strips, const void* /*then*/, int64_t cols, int rows, const void* const* inputs, int tokens,
                 float* out) {
   const auto* w = static_cast<const Element*>(strips);
-  int t = 0;
-  for (; t + kDotTokens <= tokens; t += kDotTokens) {
-    dot_rows<kDotTokens>(w, cols, rows, inputs + t, out + t * kUnitRows);
+  int t = 1;
+  if (tokens < kDotTokens) {
+    dot_rows<1, true>(w, cols, rows, inputs, out);
+  } else {
+    dot_rows<kDotTokens, true>(w, cols, rows, inputs, out);
+    t = kDotTokens;
   }
-  for (; t < tokens; ++t) dot_rows<1>(w, cols, rows, inputs + t, out + t * kUnitRows);
+  for (; t + kDotTokens <= tokens; t += kDotTokens) {
+    dot_rows<kDotTokens, false>(w, cols, rows, inputs + t, out + t * kUnitRows);
+  }
+  for (; t < tokens; ++t) dot_rows<1, false>(w, cols, rows, inputs + t, out + t * kUnitRows);
 }
 
 // ---- integer formats ------------------------------------------------------------------------------------------------

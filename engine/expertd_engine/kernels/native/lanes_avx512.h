@@ -143,5 +143,9 @@ __attribute__((always_inline)) inline void prefetch(const void* address) {
   _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
 }
 
+__attribute__((always_inline)) inline void prefetch_once(const void* address) {
+  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_NTA);
+}
+
 }  // namespace
 }  // namespace expertd

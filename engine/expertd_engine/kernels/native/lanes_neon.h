@@ -194,5 +194,9 @@ inline void turn(const uint8_t* segment, uint32_t* words) {
 
 __attribute__((always_inline)) inline void prefetch(const void* address) { __builtin_prefetch(address); }
 
+__attribute__((always_inline)) inline void prefetch_once(const void* address) {
+  __builtin_prefetch(address, 0, 0);
+}
+
 }  // namespace
 }  // namespace expertd

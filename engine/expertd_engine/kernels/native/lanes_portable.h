@@ -174,6 +174,7 @@ inline void turn(const uint8_t* segment, uint32_t* words) {
 }
 
 inline void prefetch(const void* /*address*/) {}
+inline void prefetch_once(const void* /*address*/) {}
 
 }  // namespace
 }  // namespace expertd

@@ -1,0 +1,127 @@
+"""One layer's sets in virtual mode: who is held, who is coming for whom, what everybody was wanted for of late. Pure.
+
+Owner: `VirtualExperts`, which says when somebody comes or goes; here is known who is best outside and worst inside.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+_LEAST = 1e-300
+
+GONE = -1
+"""In a victim's place: it has left already."""
+
+
+@dataclass(slots=True)
+class HeldLayer:
+    """One layer's sets: an expert is held, coming or outside. Best and worst are kept, not sought, at each token."""
+
+    prior: Sequence[float]
+    slots: int = 0
+    held: set[int] = field(default_factory=set)
+    coming: dict[int, int | None] = field(default_factory=dict)
+    """Newcomer → the held expert it replaces, or `GONE`; None: it fills a free slot."""
+    scores: array[float] = field(init=False)
+    """By expert. Side by side in memory: each token meets them all after a step has gone over the caches."""
+    barred: set[int] = field(default_factory=set)
+    """Could not be loaded, and have not been observed since: asking again at once would ask for ever."""
+    _best: int | None = None
+    _worst: int | None = None
+    _known: bool = False
+    """Whether `_best` and `_worst` are right."""
+
+    def __post_init__(self) -> None:
+        self.scores = array("d", bytes(8 * len(self.prior)))
+
+    @property
+    def free(self) -> int:
+        vacant = self.slots - len(self.held)
+        return vacant - sum(victim in (None, GONE) for victim in self.coming.values()) if self.coming else vacant
+
+    def rank(self, expert: int) -> tuple[float, float]:
+        return self.scores[expert], self.prior[expert]
+
+    def outside(self) -> list[int]:
+        inside = self.held.union(self.coming, self.barred)
+        return [expert for expert in range(len(self.prior)) if expert not in inside]
+
+    def victims(self) -> set[int]:
+        """Held, and not being replaced already."""
+        return self.held.difference(self.coming.values())
+
+    def observe(self, experts: Iterable[int], values: Iterable[float], unit: float) -> None:
+        """Add to scores the values, of which one counts for so much."""
+        if self._known or self.barred:
+            for expert, value in zip(experts, values, strict=True):
+                self._add(expert, value * unit)
+        else:  # nobody's place depends on it
+            scores = self.scores
+            for expert, value in zip(experts, values, strict=True):
+                scores[expert] += value * unit
+
+    def divide(self, by: float) -> None:
+        """Count all scores in a larger unit."""
+        self.scores = array("d", [score / by for score in self.scores])
+
+    def _add(self, expert: int, value: float) -> None:
+        score = self.scores[expert] = self.scores[expert] + value
+        if expert in self.barred:
+            self.barred.remove(expert)
+            self._known = False
+        if not self._known:
+            return
+        if expert == self._worst:
+            self._known = False
+            return
+        is_outside = expert not in self.held and expert not in self.coming
+        if is_outside and self._best is not None and (score, self.prior[expert]) > self.rank(self._best):
+            self._best = expert
+
+    def changed(self) -> None:
+        """A set has changed."""
+        self._known = False
+
+    def best(self) -> int | None:
+        """Of the experts outside."""
+        self._seek()
+        return self._best
+
+    def worst(self) -> int | None:
+        """Of the victims."""
+        self._seek()
+        return self._worst
+
+    def gain(self) -> float:
+        """What a swap would win."""
+        best, worst = self.best(), self.worst()
+        if best is None or worst is None:
+            return 0.0
+        return self.scores[best] - self.scores[worst]
+
+    def _seek(self) -> None:
+        if not self._known:
+            self._best = max(self.outside(), key=self.rank, default=None)
+            self._worst = min(self.victims(), key=self.rank, default=None)
+            self._known = True
+
+
+class Spare:
+    """Who of a layer may go as a step begins. An expert is worth the share of the layer's weight that it will have, and
+    that it had of late."""
+
+    def __init__(self, layer: HeldLayer, expected: Sequence[float]) -> None:
+        scores = self._scores = layer.scores
+        total = self._total = max(sum(scores), _LEAST)
+        self._expected = expected
+        worth = [(expected[expert] + scores[expert] / total, expert) for expert in layer.victims()]
+        self._victims = sorted(worth, reverse=True)
+
+    def give_way_to(self, newcomer: int, factor: float) -> int | None:
+        """Whoever is worth least, if the newcomer is worth more than so many times that."""
+        worth = self._expected[newcomer] + self._scores[newcomer] / self._total
+        if not self._victims or worth <= self._victims[-1][0] * factor:
+            return None
+        return self._victims.pop()[1]
