@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 _MADV_DONTNEED = 4
+_MAPPING = re.compile(r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<rights>\S+) \S+ \S+ (?P<inode>\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +85,21 @@ def release_free_memory() -> None:
     gc.collect()
     libc = ctypes.CDLL(None)
     libc.malloc_trim(0)
-    for start, end in code_mappings((_PROC / "self" / "maps").read_text()):
+    for start, end in unchanged_code((_PROC / "self" / "smaps").read_text()):
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
-def code_mappings(maps: str) -> list[tuple[int, int]]:
-    """Address ranges of the files' code in /proc/PID/maps: mapped to be run and not to be written, hence unchanged."""
-    lines = (line.split(maxsplit=5) for line in maps.splitlines())
-    found = [parts[0].split("-") for parts in lines if parts[1] == "r-xp" and parts[4] != "0"]
-    return [(int(start, 16), int(end, 16)) for start, end in found]
+def unchanged_code(smaps: str) -> list[tuple[int, int]]:
+    """Address ranges of files' code in /proc/PID/smaps: mapped to be run, private, and as the file has it."""
+    found: list[tuple[int, int]] = []
+    start, end, is_code = 0, 0, False
+    for line in smaps.splitlines():
+        if header := _MAPPING.match(line):
+            start, end = int(header["start"], 16), int(header["end"], 16)
+            is_code = header["rights"] == "r-xp" and header["inode"] != "0"
+        elif is_code and line.split() == ["Anonymous:", "0", "kB"]:
+            found.append((start, end))
+    return found
 
 
 def reset_peak_rss() -> bool:

@@ -14,6 +14,7 @@ from expertd_engine.config import Config, parse_size
 from expertd_engine.console import Progress, progress_bar, run_command
 from expertd_engine.errors import BudgetError, UsageError
 from expertd_engine.experts.store import ExpertStore
+from expertd_engine.pictures import new_figure, save
 from expertd_engine.planning.planner import Plan, Request, make_plan
 from expertd_engine.planning.profile import PathCurve, Profile
 from expertd_engine.profile_file import read_profile
@@ -131,11 +132,7 @@ def _explain_paths(plan: Plan, profile: Profile, curve: PathCurve) -> list[str]:
 
 def draw(profile: Profile, request: Request, path: Path) -> None:
     """Budget against predicted speed, hit rate and divergence. Raises UsageError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("--png needs matplotlib: install expertd[bench]") from None
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8, 4.5)
     speed, quality = figure.subplots(1, 2)
     for mode in ("exact", "virtual") if profile.model.has_virtual else ("exact",):
         plans = _sweep(profile, replace(request, mode=mode, memory_budget=None))
@@ -148,7 +145,7 @@ def draw(profile: Profile, request: Request, path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def _sweep(profile: Profile, request: Request) -> list[Plan]:

@@ -53,7 +53,7 @@ def watch(page: Page) -> None:
     )
 
 
-def use(page: Page, url: str, restart_engine: Callable[[], None]) -> None:
+def use(page: Page, restart_engine: Callable[[], None]) -> None:
     """Everything that a person would do, in order. `restart_engine` kills it and waits for the next one."""
     page.until(f"{STATE} === 'ready'")
     page.until(f"({MAP} || '').length > 0")
@@ -71,9 +71,11 @@ def use(page: Page, url: str, restart_engine: Callable[[], None]) -> None:
     say(page, "And of Italy?")
     page.until(f"{TALK}.length > 0")
     page.until("document.getElementById('send').textContent === 'Send'")
-    assert not page.complaints
-    outside = [asked for asked in page.requested if urlsplit(asked).scheme != "data" and not asked.startswith(url)]
-    assert not outside
+
+
+def asked_elsewhere(page: Page, url: str) -> list[str]:
+    """What the page fetched that is not the server's own."""
+    return [asked for asked in page.requested if urlsplit(asked).scheme != "data" and not asked.startswith(url)]
 
 
 @pytest.fixture
@@ -102,7 +104,8 @@ def test_the_page_lives(server: Server, tmp_path: Path) -> None:
         server.until_ready()
 
     with open_page(tmp_path / "browser", server.url + "/ui") as page:
-        use(page, server.url, restart)
+        use(page, restart)
+        assert not page.complaints and not asked_elsewhere(page, server.url)
 
 
 def test_the_page_fits_a_phone(server: Server, tmp_path: Path) -> None:
@@ -127,7 +130,8 @@ def test_the_page_lives_with_a_real_model(tmp_path: Path) -> None:
         page.size(1200, 900)
         if picture := os.environ.get("UI_SCREENSHOT"):
             _pose(page, Path(picture))
-        use(page, running_daemon.url, lambda: _restart(running_daemon))
+        use(page, lambda: _restart(running_daemon))
+        assert not page.complaints and not asked_elsewhere(page, running_daemon.url)
 
 
 def _restart(running_daemon: RunningDaemon) -> None:

@@ -86,4 +86,5 @@ def test_failures_without_end_end_the_requests_that_meet_them_and_no_others(plan
 def test_a_run_of_failures_ends_at_most_those_in_its_steps(length: int) -> None:
     seed = seed_of(0)
     for number in range(0, count_of(seed, fail_reads), 5):
-        run_with(seed, fail_reads, range(number, number + length))
+        ended = list(ends(run_with(seed, fail_reads, range(number, number + length))).values())
+        assert ended.count("error") <= 1 < len(ended), f"{length} failures from {number} on, seed {seed}"

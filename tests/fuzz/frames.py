@@ -30,7 +30,8 @@ class FrameTarget:
         with running(store) as start:
             yield cls(start())
 
-    def try_frame(self, seed: int) -> None:
+    def try_frame(self, seed: int) -> int:
+        """The status of the answer that was under way."""
         rng = Random(seed)
         server = self._server
         before = len(server.launcher.engines)
@@ -42,3 +43,4 @@ class FrameTarget:
         server.until(lambda: server.complete(max_tokens=1).status_code == 200)
         assert len(server.launcher.engines) <= before + 1 and server.error is None
         assert server.daemon.service.admission.used == 0
+        return answer.status_code

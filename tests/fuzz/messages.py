@@ -63,14 +63,14 @@ def frame_of(message: ToEngine | ToServer, rng: Random) -> bytes:
             continue
 
 
-def try_engine(seed: int) -> None:
-    """One nearly right frame to an engine that has something to do."""
+def try_engine(seed: int) -> bool:
+    """One nearly right frame to an engine that has something to do: whether it was taken for a message."""
     rng = Random(seed)
     frame = frame_of(rng.choice(TO_ENGINE), rng)
     try:
         message: ToEngine = msgspec.msgpack.decode(frame, type=ToEngine)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return
+        return False
     core, told = make_core(make_scheduler(max_model_len=64, num_blocks=20)), Told()
     core.submit(Submit(1, [TextInput([5, 6])], Sampling(max_tokens=3)), 0.0)
     told.take(core.step(0.0))
@@ -80,3 +80,4 @@ def try_engine(seed: int) -> None:
         core.abort(message.sequence_ids, 0.0)
     run_to_end(core, told, max_steps=500)
     assert told.finished.keys() >= {1}
+    return True

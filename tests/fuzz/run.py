@@ -21,7 +21,7 @@ from fuzz.stores import try_store
 from support.fake_store import write_store
 from support.tiny_mixtral import make_mixtral
 
-Try = Callable[[int], None]
+Try = Callable[[int], object]
 
 
 def targets(folder: Path, server: FrameTarget) -> dict[str, Try]:

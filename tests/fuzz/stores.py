@@ -33,8 +33,9 @@ def index_of(store: Path, rng: Random) -> bytes:
     return json.dumps(index).encode()
 
 
-def try_store(seed: int, store: Path) -> None:
-    """Open, verify and describe a store with a mutated index. Anything but a StoreError is a finding."""
+def try_store(seed: int, store: Path) -> bool:
+    """Open, verify and describe a store with a mutated index: whether it passed. Anything but a StoreError, or a store
+    that passes and is not sound, is a finding."""
     rng = Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         for path in store.iterdir():
@@ -45,8 +46,9 @@ def try_store(seed: int, store: Path) -> None:
             opened = ExpertStore.open(Path(folder))
             opened.verify()
         except StoreError:
-            return
+            return False
         sound(opened)
+        return True
 
 
 def sound(store: ExpertStore) -> None:

@@ -93,9 +93,9 @@ def test_one_engine_goes_with_its_foresight_and_without(store: Path) -> None:
     turns = take_turns(session, TurnsRequest(pairs=2, settle=6, tokens=8, prompt=4))
     session.close()
     assert [len(steps) for steps in turns.off + turns.on] == [8] * 4
-    off, on = joined(sum(turns.off, [])), joined(sum(turns.on, []))
+    off, on = (joined([*first, *second]) for first, second in (turns.off, turns.on))
     assert (off.tokens, on.tokens) == (16, 16) and on.misses < off.misses / 2
-    assert off.hardness > 0 and on.hits + on.late + on.misses == on.tokens * 6 * 8 and 0 < turns.prefetched_bytes
+    assert off.hardness > 0 and on.hits + on.late + on.misses == on.tokens * 6 * 8 and turns.prefetched_bytes > 0
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -41,17 +41,23 @@ TRICKY = """{{ bos_token }}
 )
 @pytest.mark.parametrize("generate", [False, True])
 def test_templates_come_out_as_under_transformers(source: str, messages: list[dict[str, Any]], generate: bool) -> None:
-    check(source, messages, TOOLS, generate, enable_thinking=False)
+    ours, theirs = rendered(source, messages, TOOLS, generate, enable_thinking=False)
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS, ids=range(3))
 def test_the_demos_template_comes_out_as_under_transformers(messages: list[dict[str, Any]]) -> None:
-    check((demo_store("bf16") / "chat_template.jinja").read_text(encoding="utf-8"), messages, None, True)
+    source = (demo_store("bf16") / "chat_template.jinja").read_text(encoding="utf-8")
+    ours, theirs = rendered(source, messages, None, True)
+    assert ours == theirs
 
 
-def check(source: str, messages: list[dict[str, Any]], tools: list[Any] | None, generate: bool, **more: Any) -> None:
-    rendered, _ = render_jinja_template(
+def rendered(
+    source: str, messages: list[dict[str, Any]], tools: list[Any] | None, generate: bool, **more: Any
+) -> tuple[str, str]:
+    """By us and by transformers."""
+    (theirs,), _ = render_jinja_template(
         [messages], tools=tools, chat_template=source, add_generation_prompt=generate, bos_token="<s>", **more
     )
     ours = ChatTemplate(source, {"bos_token": "<s>"})
-    assert [ours.render(messages, tools=tools, add_generation_prompt=generate, variables=more)] == rendered
+    return ours.render(messages, tools=tools, add_generation_prompt=generate, variables=more), theirs

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from expertd_engine.bench.cut_store import cut_store
 from expertd_engine.bench.quality_paths import MOVING, PathQuality
 from expertd_engine.bench.virtual_speed import virtual_speed
 from expertd_engine.calibration import TextEngine
@@ -164,7 +165,7 @@ def test_a_model_whose_layers_choose_apart_ahead_is_refused_by_name(tmp_path: Pa
         assert refused.finished is not None and refused.finished.refused
         assert "chooses 2 experts in each of 3 heads" in str(refused.finished.error)
     with pytest.raises(UsageError, match="no virtual mode: its router chooses in each of 3 heads"):
-        virtual_speed(tmp_path / "store", 4)
+        cut_store(ExpertStore.open(tmp_path / "store"), 4, tmp_path / "cut")
 
 
 def test_quality_is_told_for_every_method(folder: Path) -> None:
@@ -215,7 +216,10 @@ def test_plans_foretell_what_fewer_paths_cost(
     assert "1 in each layer: so many of 3 whole paths" in told and "the last path saved" in told
 
 
-def test_a_virtual_token_is_timed_beside_one_of_a_model_of_fewer_paths(folder: Path) -> None:
+def test_a_virtual_token_is_timed_beside_one_of_a_model_of_fewer_paths(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertd_engine.bench.virtual_speed.held_out", lambda tokenizer, count: PROMPTS[:count])
     values = json.loads(virtual_speed(folder / "store", 1, pairs=2, tokens=4, threads=1).splitlines()[-1])
     runs = values["runs"]
     assert runs["virtual"]["stall_s"] == 0 < runs["virtual"]["substituted"] < 1

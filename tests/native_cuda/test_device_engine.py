@@ -93,8 +93,9 @@ FEW_RESIDENT: dict[str, Any] = {
 
 
 def test_link_and_processor_share_what_steps_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    halves = "expertd_engine.device_misses.left_to_processor"
-    monkeypatch.setattr(halves, lambda most, *_: [Split(missing // 2) for missing in range(most + 1)])
+    monkeypatch.setattr("support.tiny_families._EXPERT_FFN", 96)
+    halves = [Split(missing // 2, missing % 2 * 64) for missing in range(9)]
+    monkeypatch.setattr("expertd_engine.device_misses.left_to_processor", lambda most, *_: halves[: most + 1])
     store, prompt = make_store(FAMILY, tmp_path), PROMPT[:2]
     with device_engine(store, "cpu", **FEW_RESIDENT, device_misses="both") as engine:
         assert engine.info.numerics == "per-residency"
@@ -103,7 +104,10 @@ def test_link_and_processor_share_what_steps_miss(tmp_path: Path, monkeypatch: p
         engine.cache.ledger.check()
         tiers, counters = engine.cache.tiers(), engine.cache.ledger.counters
         assert tiers.misses == "both" and 0 < tiers.computed < sum(counters.misses)
-        assert tiers.link_bytes["landed"] > 0 == engine.cache.ledger.brought_in
+        assert tiers.link_bytes["landed"] > 0 < engine.cache.ledger.brought_in
+        whole, record = sum(tiers.link_bytes[way] for way in ("landed", "read")), engine.info.expert_record_bytes
+        shared = sum(counters.misses) - tiers.computed - whole // record  # in two thirds of the computed bytes
+        assert tiers.link_bytes["shared"] % (record * 64 // 96) == 0 < tiers.link_bytes["shared"]
     assert largest_error(result, prompt=prompt) <= DEVICE_FLOAT32_LOGITS.allowed
 
 

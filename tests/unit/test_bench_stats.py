@@ -42,11 +42,11 @@ def test_the_interval_of_equal_runs_is_a_point_and_a_seed_repeats_it() -> None:
 
 
 def test_what_a_run_met_by_chance_is_taken_out_of_a_ratio_and_what_its_contender_did_is_not() -> None:
-    """Groups of one contender take 3 % longer; half of a run's time is chance, and the box drifts from group to group."""
+    """One contender takes 3 % longer; half of a run's time is chance, and the box drifts from pair to pair."""
     rng = random.Random(3)
     chance = [[rng.gauss(20, 8) for _ in range(8)] for _ in range(30)]
     slower = [1 + 0.03 * (group % 2) for group in range(30)]
-    moment = [1 + 0.1 * rng.random() for _ in range(15) for _ in range(2)]
+    moment = [now for now in (1 + 0.1 * rng.random() for _ in range(15)) for _ in range(2)]
     times = [
         [(5 + 0.2 * met) * rng.gauss(1, 0.01) * slow * now for met in group]
         for group, slow, now in zip(chance, slower, moment, strict=True)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertd_engine.bench.genetic import genetic_split
-from expertd_engine.config import parse_size
+from expertd_engine.config import Size, parse_size
 from expertd_engine.errors import BudgetError, StoreError, UsageError
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.swaps import SwapLimits
@@ -24,6 +24,7 @@ from expertd_engine.planning.profile import (
     MemoryProfile,
     MissCurve,
     ModelProfile,
+    PathCurve,
     Profile,
     at_share,
     decode_profile,
@@ -158,6 +159,21 @@ def test_virtual_mode_is_not_planned_without_curves_of_it() -> None:
     bare = msgspec.structs.replace(found, model=msgspec.structs.replace(found.model, layers=[]))
     with pytest.raises(UsageError, match="--expert-mode virtual is not allowed for this model"):
         make_plan(bare, Request(mode="virtual"))
+
+
+def test_whole_paths_are_planned_by_what_so_many_of_them_cost() -> None:
+    found = profile()
+    paths = PathCurve([1, 2, 4, EXPERTS], [0.4, 0.2, 0.1, 0.0], [0.3, 0.2, 0.1, 0.0])
+    whole = msgspec.structs.replace(found, top_k=1, model=msgspec.structs.replace(found.model, layers=[], paths=paths))
+    for slots, divergence, saved in ((4.4, 0.1, 0.05), (3.4, 0.15, 0.05), (1.4, 0.3, None)):
+        plan = make_plan(whole, Request("virtual", expert_budget=Size(int(slots * LAYERS * RECORD)), share=1.0))
+        held = int(slots - 2 / LAYERS)  # two records to load through
+        assert plan.slots == [held] * LAYERS and plan.hit_rate == 1
+        assert plan.divergence == pytest.approx(divergence)
+        assert [gain.saved for gain in plan.gains] == ([] if saved is None else [pytest.approx(saved)])
+    with pytest.raises(BudgetError) as refused:
+        make_plan(whole, Request("virtual", expert_budget=Size(RECORD)))
+    assert refused.value.minimum_bytes == (LAYERS + 2) * RECORD and "1 slots in each of 6" in str(refused.value)
 
 
 @pytest.mark.parametrize(("leave_s", "overlap"), [(0.0003, 0.8), (0.0, 1.2), (0.001, 0.0)])

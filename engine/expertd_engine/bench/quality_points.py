@@ -17,11 +17,16 @@ from expertd_engine.console import Progress, silent
 from expertd_engine.errors import UsageError
 from expertd_engine.model.path_routing import PathRouting
 from expertd_engine.model.virtual_routing import VirtualRouting
+from expertd_engine.pictures import new_figure, save
 
 CACHE_PRIOR = 0.5
 """Share of a router's range of logits by which cache-prior routing (arXiv 2412.00099) lifts what is held."""
 FACTORS = (6.0, 4.0, 3.0, 2.0, 1.25)
 """Slots a layer, of top-k."""
+
+
+RATIOS = (1, 1.1, 1.2, 1.5, 2, 3)
+"""Of perplexities, at the picture's edge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +133,20 @@ def describe(perplexity: float, tokens: int, points: Sequence[Point]) -> str:
 
 
 def draw(points: Sequence[Point], top_k: int, path: Path) -> None:
-    """Slots against perplexity. Raises UsageError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("--png needs matplotlib: install expertd[bench]") from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    """Slots against perplexity and divergence. Raises UsageError without matplotlib."""
+    figure = new_figure(10, 4.5)
+    perplexity, divergence = figure.subplots(1, 2)
     for method in dict.fromkeys(point.method for point in points):
-        mine = sorted((p.slots / top_k, p.perplexity_ratio) for p in points if p.method == method)
-        axes.plot(*zip(*mine, strict=True), marker="o", label=method)
-    axes.set(xlabel="slots a layer, of top-k", ylabel="perplexity, of exact mode's", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+        mine = sorted((p for p in points if p.method == method), key=lambda p: p.slots)
+        slots = [p.slots / top_k for p in mine]
+        perplexity.plot(slots, [p.perplexity_ratio for p in mine], marker="o", label=method)
+        divergence.plot(slots, [p.divergence for p in mine], marker="o", label=method)
+    perplexity.set(ylabel="perplexity, of exact mode's", yscale="log")
+    perplexity.set_yticks(RATIOS, map(str, RATIOS))
+    perplexity.minorticks_off()
+    divergence.set(ylabel="KL from exact mode, nats a token", ylim=0)
+    for axes in (perplexity, divergence):
+        axes.set(xlabel="slots a layer, of top-k")
+        axes.grid(alpha=0.3)
+    divergence.legend()
+    save(figure, path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-from expertd_engine.bench.readme_plots import draw, need_matplotlib
+from expertd_engine.bench.readme_plots import draw
 from expertd_engine.bench.readme_real import run_real
 from expertd_engine.bench.readme_record import record, recording_config
 from expertd_engine.bench.readme_sim import Arm, Costs, Outcome, Room, Simulation, clairvoyant_hits
@@ -23,6 +23,7 @@ from expertd_engine.bench.slow_disk import open_store
 from expertd_engine.bench.stats import percentile, ratio_interval
 from expertd_engine.console import Progress
 from expertd_engine.errors import UsageError
+from expertd_engine.pictures import need_matplotlib
 
 EXCHANGES = 24
 """Of each domain, recorded once."""

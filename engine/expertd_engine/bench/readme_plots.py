@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from expertd_engine.errors import UsageError
-
-
-def need_matplotlib() -> None:
-    """Raises UsageError without it."""
-    if find_spec("matplotlib") is None:
-        raise UsageError("the plots need matplotlib: install expertd[bench]")
+from expertd_engine.pictures import new_figure, save
 
 
 def draw(values: Mapping[str, Any], folder: Path) -> None:
-    """`hits.png` and `latency.png` in `folder`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    """`hits.png` and `latency.png` in `folder`. Raises UsageError without matplotlib."""
+    figure = new_figure(5, 3.5)
     axes = figure.subplots()
     cached = [int(one) for one in values["hit_ratios"]]
     for policy in ("lru", "next-use", "clairvoyant"):
         axes.plot(cached, [100 * of[policy] for of in values["hit_ratios"].values()], marker="o", label=policy)
     axes.set(xlabel="experts cached in a layer", ylabel="hits, %", xticks=cached)
     axes.legend()
-    figure.savefig(folder / "hits.png", dpi=120)
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    save(figure, folder / "hits.png")
+    figure = new_figure(7, 4)
     axes = figure.subplots()
     names = list(values["simulated"])[::-1]
     places = range(len(names))
@@ -37,4 +28,4 @@ def draw(values: Mapping[str, Any], folder: Path) -> None:
         axes.barh([place + offset for place in places], widths, 0.38, label=label)
     axes.set(yticks=list(places), yticklabels=names, xlabel="latency, ms a token (simulated)")
     axes.legend()
-    figure.savefig(folder / "latency.png", dpi=120)
+    save(figure, folder / "latency.png")

@@ -385,7 +385,7 @@ class DeviceCache:
 
     def _finish_digest(self) -> None:
         for _ in self._digesting:
-            pass
+            self.copies.begin()  # the link need not wait for it
 
     def _digest(self, launch: Launch | None) -> Iterator[None]:
         """Tell of a launch, and set aside what the next ones will need: piece by piece, since
@@ -439,8 +439,8 @@ class DeviceCache:
 
     def _tell_aside(self, misses: int) -> None:
         issued = self.ledger.counters.prefetch_issued + self.ledger.brought_in
-        self._aside.step(misses, issued - self._prefetches_before)
-        self._prefetches_before = issued
+        self._aside.step(misses, issued - self._prefetches_before, fell_short=self.ledger.fell_short)
+        self._prefetches_before, self.ledger.fell_short = issued, False
 
     def _wanted(self, streamed: int | None = None) -> Provide:
         pool = self.ledger.pool

@@ -113,7 +113,7 @@ class DeviceCopies:
         copy.began = time.perf_counter()
         slot = copy.load.slot
         record = (copy.target, copy.source, copy.nbytes)
-        self._lane.move([*self._table.announce(copy.load.expert, slot), record, self._table.complete(slot)])
+        self._lane.move([self._table.announce(copy.load.expert, slot), record, self._table.complete(slot)])
         self._begun.append((copy, self._lane.mark()))
 
     def _count(self, copy: _Copy) -> None:

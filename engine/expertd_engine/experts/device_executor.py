@@ -130,7 +130,7 @@ class Executor:
         """Have all that was collected applied before whatever is given to the compute lane from now on, then tell of
         these events.
         """
-        boundary = self.publication.boundary()
+        boundary = self.publication.boundary(awaited=True)
         self._table.stage(boundary.words)
         self._device.compute.run(self._table.apply)
         self.copies.after(self._device.compute.mark())

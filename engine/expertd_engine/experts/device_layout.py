@@ -76,6 +76,11 @@ class TableLayout:
         first = 4 * (expert.layer * self.experts + expert.expert) + 2
         return {first: flag, first + 1: 0}
 
+    def copied_words(self, expert: ExpertId, slot: int, address: int) -> Words:
+        """To have the record, which was copied into the slot, read there for good. The slot's `ready` is put back: the
+        next copy into it begins after a boundary later than this one."""
+        return {**self.address_words(expert, address), **self.flag_words(expert, 0), self.ready + slot: 0}
+
     def held_words(self, expert: ExpertId, is_held: bool) -> Words:
         """Whether virtual mode may route to the expert."""
         return {self.held + expert.layer * self.experts + expert.expert: int(is_held)}

@@ -114,6 +114,8 @@ class DeviceLedger(LedgerBase):
         self.brings_in = True
         """Whether what the processor had to compute, or a part of, is copied in behind, where that is worth a slot: it
         does not land."""
+        self.fell_short = False
+        """Whether a prefetch was not begun for want of a slot, since somebody last took note."""
         self.brought_in = 0
         """Copies begun of what the processor had to compute."""
         self._hinted = 0
@@ -304,7 +306,10 @@ class DeviceLedger(LedgerBase):
         """Prefetch along the hints, soonest first, into slots that may be written now."""
         while len(self._residency.prefetching) < self._prefetch_depth:
             foreseen = self._foresight.soonest()
-            if foreseen is None or self.pool.first(Use.COLD, Use.FREE) is None:
+            if foreseen is None:
+                return
+            if self.pool.first(Use.COLD, Use.FREE) is None:
+                self.fell_short = True
                 return
             self._residency.load(foreseen[1], Priority.PREFETCH, self.budget_bytes)
             self._foresight.prefetched(foreseen[1])

@@ -32,6 +32,8 @@ class Publication:
         self._home = home
         self._words: Words = {}
         self._retired: dict[int, None] = {}
+        self._copied: set[int] = set()
+        """Slots whose `ready` the next boundary puts back."""
         self._head = self._tail = 0
 
     @property
@@ -85,8 +87,8 @@ class Publication:
 
     def copied(self, expert: ExpertId, slot: int) -> None:
         """A copy of the expert's record into the slot is complete."""
-        self._words |= self._layout.address_words(expert, self.slot_address[slot])
-        self._words |= self._layout.flag_words(expert, 0)
+        self._words |= self._layout.copied_words(expert, slot, self.slot_address[slot])
+        self._copied.add(slot)
 
     def moved(self, expert: ExpertId, slot: int) -> None:
         """The expert's record is in another slot by the time these words are applied."""
@@ -97,8 +99,13 @@ class Publication:
         """Virtual mode may route to the expert from the next launch on, or may not any more."""
         self._words |= self._layout.held_words(expert, is_held)
 
-    def boundary(self) -> Boundary:
-        """What was collected, for the next launch."""
-        taken = Boundary(self._words, tuple(self._retired))
-        self._words, self._retired = {}, {}
+    def boundary(self, *, awaited: bool = False) -> Boundary:
+        """What was collected, for the next launch. `awaited`: what is copied next waits until the words are applied.
+
+        Otherwise it waits for what was launched before alone, and might raise a slot's `ready` before the words put it
+        back: a slot of which they do so is retired by the boundary after this one.
+        """
+        early = () if awaited else self._copied & self._retired.keys()
+        taken = Boundary(self._words, tuple(slot for slot in self._retired if slot not in early))
+        self._words, self._retired, self._copied = {}, dict.fromkeys(early), set()
         return taken

@@ -34,6 +34,7 @@ class DeviceSlab:
         """Number of slots, memory."""
         self.slots = 0
         self._places: list[tuple[Tensor, int]] = []
+        self._addresses: list[int] = []
 
     @property
     def bytes(self) -> int:
@@ -62,8 +63,7 @@ class DeviceSlab:
             raise
 
     def address(self, slot: int) -> int:
-        memory, start = self._places[slot]
-        return memory.data_ptr() + start
+        return self._addresses[slot]
 
     def view(self, slot: int, num_bytes: int) -> Tensor:
         """The first `num_bytes` bytes of a slot."""
@@ -73,11 +73,13 @@ class DeviceSlab:
     def _free_from(self, slots: int) -> None:
         while self.slots > slots:
             self.slots -= self._chunks.pop()[0]
-            del self._places[self.slots :]
+            del self._places[self.slots :], self._addresses[self.slots :]
         self._device.give_back()
 
     def _grow(self, count: int) -> None:
         memory = self._device.allot(self._plan.bytes_of(count))
         self._chunks.append((count, memory))
-        self._places += [(memory, index * self._plan.slot_bytes) for index in range(count)]
+        starts = [index * self._plan.slot_bytes for index in range(count)]
+        self._places += [(memory, start) for start in starts]
+        self._addresses += [memory.data_ptr() + start for start in starts]
         self.slots += count

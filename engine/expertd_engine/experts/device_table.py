@@ -80,9 +80,8 @@ class DeviceTable:
         self._turn = 0
         self._numbers = device.pinned(layout.slots + 1, torch.int64)
         self._numbers.copy_(torch.arange(layout.slots + 1))
-        self._bits = device.pinned(2, torch.int32)
-        self._bits[1] = 1
-        self._no, self._yes = self._bits.data_ptr(), self._bits[1:].data_ptr()
+        self._one = device.pinned(1, torch.int32).fill_(1)
+        self._yes = self._one.data_ptr()
         self._first_entry, self._first_ready = self.entries.data_ptr(), self.ready.data_ptr()
         self._first_number = self._numbers.data_ptr()
 
@@ -156,10 +155,10 @@ class DeviceTable:
 
     # ------------------------------------------------------------ what the copies lane does
 
-    def announce(self, expert: ExpertId, slot: int) -> list[AddressMove]:
-        """What says that a record is on its way into the slot."""
+    def announce(self, expert: ExpertId, slot: int) -> AddressMove:
+        """What says that a record is on its way into the slot, whose `ready` is 0."""
         flag = self._first_entry + 16 * (expert.layer * self.layout.experts + expert.expert) + 8
-        return [(self._first_ready + 4 * slot, self._no, 4), (flag, self._first_number + 8 * (slot + 1), 8)]
+        return flag, self._first_number + 8 * (slot + 1), 8
 
     def complete(self, slot: int) -> AddressMove:
         """What says that the record is all there."""

@@ -5,7 +5,6 @@ Owner: `VirtualExperts`, which says when somebody comes or goes; here is known w
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,21 +19,18 @@ class HeldLayer:
     """One layer's sets: an expert is held, coming or outside. Best and worst are kept, not sought, at each token."""
 
     prior: Sequence[float]
+    scores: memoryview[float]
+    """By expert. Side by side in memory: each token meets them all after a step has gone over the caches."""
     slots: int = 0
     held: set[int] = field(default_factory=set)
     coming: dict[int, int | None] = field(default_factory=dict)
     """Newcomer → the held expert it replaces, or `GONE`; None: it fills a free slot."""
-    scores: array[float] = field(init=False)
-    """By expert. Side by side in memory: each token meets them all after a step has gone over the caches."""
     barred: set[int] = field(default_factory=set)
     """Could not be loaded, and have not been observed since: asking again at once would ask for ever."""
     _best: int | None = None
     _worst: int | None = None
     _known: bool = False
     """Whether `_best` and `_worst` are right."""
-
-    def __post_init__(self) -> None:
-        self.scores = array("d", bytes(8 * len(self.prior)))
 
     @property
     def free(self) -> int:
@@ -62,9 +58,16 @@ class HeldLayer:
             for expert, value in zip(experts, values, strict=True):
                 scores[expert] += value * unit
 
+    def observed(self) -> None:
+        """Others have added to scores."""
+        self._known = False
+        if self.barred:
+            self.barred = {expert for expert in self.barred if not self.scores[expert]}
+
     def divide(self, by: float) -> None:
         """Count all scores in a larger unit."""
-        self.scores = array("d", [score / by for score in self.scores])
+        for expert, score in enumerate(self.scores):
+            self.scores[expert] = score / by
 
     def _add(self, expert: int, value: float) -> None:
         score = self.scores[expert] = self.scores[expert] + value

@@ -201,9 +201,10 @@ class Ledger(LedgerBase):
                 (victims.rose if next_use is None else victims.offer)(record.facts)
 
     def _served(self, event: Served) -> None:
+        hits, activations = self.counters.hits, self.counters.activations["hit"]
         for layer, lookups, pairs in event.layers:
-            self.counters.hits[layer] += lookups
-            self.counters.activations["hit"][layer] += pairs
+            hits[layer] += lookups
+            activations[layer] += pairs
             self._foresight.lookups += lookups
 
     def _predict(self, event: Predict) -> None:

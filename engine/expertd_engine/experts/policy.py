@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
 from expertd_engine.errors import ConfigError
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.experts.half_life import CANDIDATES, HalfLives
+from expertd_engine.experts.half_life import CANDIDATES, HalfLives, with_use
 
 
 @dataclass(slots=True, eq=False)
@@ -21,7 +21,7 @@ class Facts:
     """What is known of one expert's uses, past and future, whether it is resident or not.
 
     `last_use` counts lookups; `next_use` is the position of the soonest known use. `weight` belongs to the policy: an
-    aged count of uses, or an importance; `uses` are those that it does not count yet, as `last_use`. `probation` puts the expert before all others when room is needed: prompt
+    aged count of uses, or an importance. `probation` puts the expert before all others when room is needed: prompt
     tokens alone brought it in (law 5), or the use it was loaded for did not come. `ticket` belongs to `Victims`.
     """
 
@@ -31,7 +31,6 @@ class Facts:
     weight: float = -math.inf
     probation: bool = False
     ticket: int = 0
-    uses: list[int] = field(default_factory=list)
 
 
 class Policy(Protocol):
@@ -74,8 +73,7 @@ class LFU:
     """Least frequently used first; a use counts half as much after every `half_life` lookups.
 
     The weight is log2 of the sum over uses of 2^(lookup / half_life): all weights age by the same factor, so their
-    order stands without ever being touched, and the logarithm keeps the sum finite. Uses are noted as they come, and
-    counted when a weight is asked for: most are of experts that nobody ever thinks of evicting.
+    order stands without ever being touched, and the logarithm keeps the sum finite.
     """
 
     name = "lfu"
@@ -84,21 +82,9 @@ class LFU:
         self.half_life = half_life
 
     def used(self, facts: Facts) -> None:
-        facts.uses.append(facts.last_use)
-        if len(facts.uses) == _UNCOUNTED_MOST:
-            self.weigh(facts)
+        facts.weight = with_use(facts.weight, facts.last_use / self.half_life)
 
     def rank(self, facts: Facts) -> float:
-        return self.weigh(facts) if facts.uses else facts.weight
-
-    def weigh(self, facts: Facts) -> float:
-        """The expert's weight, all uses counted."""
-        if facts.uses:
-            latest, half_life = facts.uses[-1], self.half_life
-            now = latest / half_life
-            recent = sum([2.0 ** ((use - latest) / half_life) for use in facts.uses])
-            facts.weight = now + math.log2(recent + 2.0 ** (facts.weight - now))
-            facts.uses.clear()
         return facts.weight
 
     def adapt(self, lookups: int, slots: int, known: Iterable[Facts]) -> bool:
@@ -125,9 +111,7 @@ class AdaptiveNextUse(NextUse):
         self._half_lives, self._sampled = half_lives, half_lives.sampled
 
     def used(self, facts: Facts) -> None:
-        facts.uses.append(facts.last_use)
-        if len(facts.uses) == _UNCOUNTED_MOST:
-            self.weigh(facts)
+        facts.weight = with_use(facts.weight, facts.last_use / self.half_life)
         if facts.expert in self._sampled:
             self._half_lives.use(facts.expert, facts.last_use)
 
@@ -135,20 +119,17 @@ class AdaptiveNextUse(NextUse):
         self._half_lives.slots = slots
         if not self._half_lives.judge(lookups):
             return False
-        before, after = self.half_life, self._half_lives.current
+        before, self.half_life = self.half_life, self._half_lives.current
         for facts in known:  # counts stay what they are at this lookup: only from now on they age otherwise
-            facts.weight = self.weigh(facts) + lookups / after - lookups / before
-        self.half_life = after
+            facts.weight += lookups / self.half_life - lookups / before
         return True
 
 
 def weight_from_now(policy: Policy, facts: Facts, lookups: int) -> float:
     """The expert's weight, were lookups counted anew after so many."""
-    return policy.weigh(facts) - lookups / policy.half_life if isinstance(policy, LFU) else facts.weight
+    return facts.weight - lookups / policy.half_life if isinstance(policy, LFU) else facts.weight
 
 
-_UNCOUNTED_MOST = 64
-"""Uses of an expert that are noted before they are counted."""
 _KNOWN = 2.0**52
 """Above any weight; integers up to there are exact."""
 HALF_LIFE_TOKENS = CANDIDATES[0]

@@ -11,6 +11,7 @@ once, which bounds the share of the disk that virtual mode may take.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from expertd_engine.errors import EngineError, ResourceError
@@ -35,9 +36,13 @@ class VirtualExperts:
         self.limits = limits
         self.swaps = [0] * len(priors)
         """Ended well, by layer, since start."""
-        self._layers = [HeldLayer(prior) for prior in priors]
-        self._unit = 1.0
+        self.width = max(map(len, priors))
+        self.scores = array("d", bytes(8 * len(priors) * self.width))
+        """`[L, width]`: who adds to them says so by `observed`."""
+        self.unit = 1.0
         """What an observation made now counts for: scores are never aged, the unit grows instead."""
+        rows = memoryview(self.scores)
+        self._layers = [HeldLayer(p, rows[n * self.width : n * self.width + len(p)]) for n, p in enumerate(priors)]
         self._observed: set[int] = set()
         """Layers, since swaps were last chosen."""
         self._loading = 0
@@ -82,7 +87,7 @@ class VirtualExperts:
 
     def score(self, layer: int, expert: int) -> float:
         """Its windowed score, an observation made now counting in full."""
-        return self._layers[layer].scores[expert] / self._unit
+        return self._layers[layer].scores[expert] / self.unit
 
     # ------------------------------------------------------------ size
 
@@ -121,10 +126,16 @@ class VirtualExperts:
 
     def observe_each(self, layers: Sequence[int], sums: Iterable[tuple[Iterable[int], Iterable[float]]]) -> None:
         """As `observe`, of several layers: in each the experts, and the sum of each in its place."""
-        known, unit = self._layers, self._unit
+        known, unit = self._layers, self.unit
         self._observed.update(layers)
         for layer, (experts, values) in zip(layers, sums, strict=True):
             known[layer].observe(experts, values, unit)
+
+    def observed(self, layers: Iterable[int]) -> None:
+        """Observations of these layers have been added to `scores`, each times `unit`."""
+        self._observed.update(layers)
+        for layer in layers:
+            self._layers[layer].observed()
 
     def foresee(self, layer: int, expected: Mapping[int, float]) -> list[Action]:
         """The step under way will probably ask `layer` for these experts, for so much each: bring in those that are not
@@ -171,11 +182,11 @@ class VirtualExperts:
         for number in self._by_gain() if self.limits.per_step else ():
             actions += self._swap(number)
         self._observed.clear()
-        self._unit *= 2.0 ** min(tokens / self.limits.half_life, math.log2(_RESCALE))
-        if self._unit > _RESCALE:
+        self.unit *= 2.0 ** min(tokens / self.limits.half_life, math.log2(_RESCALE))
+        if self.unit > _RESCALE:
             for layer in self._layers:
-                layer.divide(self._unit)
-            self._unit = 1.0
+                layer.divide(self.unit)
+            self.unit = 1.0
         return actions + self._fill()
 
     def arrived(self, expert: ExpertId) -> list[Action]:

@@ -19,6 +19,7 @@ from expertd_engine.lab.predictor_file import Predictor, has_predictor, read_pre
 from expertd_engine.lab.recommendation import write_recommendation
 from expertd_engine.lab.trace import Trace, TraceHeader, read_part, read_traces
 from expertd_engine.lab.train_command import gates_of
+from expertd_engine.pictures import new_figure, save
 from expertd_engine.sources import resolve
 
 
@@ -64,11 +65,7 @@ def values_of(comparison: Comparison, names: dict[int, str], best: str) -> dict[
 
 def draw(comparison: Comparison, path: Path, total: int) -> None:
     """Budget against misses. Raises UsageError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("--png needs matplotlib: install expertd[bench]") from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     shares = sorted(comparison.met)
     for policy in comparison.met[shares[0]]:
@@ -77,7 +74,7 @@ def draw(comparison: Comparison, path: Path, total: int) -> None:
     axes.set(xlabel="of all experts resident", ylabel="lookups that miss", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

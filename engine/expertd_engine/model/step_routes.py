@@ -118,7 +118,7 @@ class Reroute(Protocol):
     shared_by: int
 
     def refresh(self) -> None:
-        """Native code is about to run: take in what has arrived."""
+        """Native code is about to run."""
         ...
 
     def ran(self, met: Met) -> None:

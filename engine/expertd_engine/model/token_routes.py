@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_int32, c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from expertd_engine.arrays_file import ArraysFile
@@ -58,11 +59,14 @@ class TokenRoutes:
     """Asks a map. `top_k` as the routers'."""
 
     def __init__(self, numbers: TokenMap, top_k: int, pool: Pool | None = None) -> None:
-        """`pool` computes; without, numpy does."""
+        """`pool` computes; without, numpy does. Either multiplies by `up` in bf16: every step reads all of it from
+        memory while it waits for the answer."""
+        up = torch.from_numpy(numbers.up).to(torch.bfloat16)
+        numbers = replace(numbers, up=up.float().numpy())
         self._tokens = numbers.tokens
         self._nobody = np.zeros(numbers.shares.shape, bool)
         named = min(math.ceil(_NAMED * top_k), numbers.shares.shape[1])
-        self._ask: Ask = partial(_by_numpy, numbers, named) if pool is None else NativeRoutes(numbers, named, pool)
+        self._ask: Ask = partial(_by_numpy, numbers, named) if pool is None else NativeRoutes(numbers, up, named, pool)
 
     def expected(self, token_ids: Sequence[int]) -> Floats:
         """`[L, E]`: the share of each layer's gate weight that these tokens will probably give each expert."""
@@ -90,14 +94,15 @@ def _by_numpy(numbers: TokenMap, named: int, rows: Floats, held: Bools, most: in
 class NativeRoutes:
     """An `Ask` in one native call: numpy's dozen small steps find every cache cold between two steps of a model."""
 
-    def __init__(self, numbers: TokenMap, named: int, pool: Pool) -> None:
+    def __init__(self, numbers: TokenMap, up: torch.Tensor, named: int, pool: Pool) -> None:
+        """`up`: the map's, in bf16."""
         self._call = pool.library.bind(
             "expertd_foresee",
             [c_void_p, POINTER(Matrix), c_void_p, c_int64, *[c_int32] * 3, c_void_p, c_int32, *[c_void_p] * 4],
         )
         self._pool, self._named = pool, named
-        self._up, self._bias = np.ascontiguousarray(numbers.up.T), numbers.bias
-        self._map = Matrix(self._up.ctypes.data, self._bias.ctypes.data, FORMATS["float32"], *self._up.shape)
+        self._up, self._bias = up.T.contiguous(), numbers.bias
+        self._map = Matrix(self._up.data_ptr(), self._bias.ctypes.data, FORMATS["bfloat16"], *self._up.shape)
         self._logits = np.empty((_ROWS, len(self._up)), np.float32)
         self._shares = np.empty(numbers.shares.shape, np.float32)
         self._wanted = np.empty(self._shares.size, np.int64)

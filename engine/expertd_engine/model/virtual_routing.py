@@ -209,7 +209,7 @@ class VirtualRouting:
         return self.routes_natively and not self._foresees
 
     def refresh(self) -> None:
-        """Native code is about to run. It sees who has arrived by itself; the sets hear of it as the next step begins."""
+        """Native code is about to run: it sees by itself who arrives, and the sets hear of that as a step begins."""
         if self.settles:
             self.held.settle()
 
@@ -232,8 +232,19 @@ class VirtualRouting:
             counts.activations[layer] += rows * top_k
             counts.substituted[layer] += replaced[place]
             counts.mass[layer] += mass[place]
-        self.held.sets.observe_each(met.layers, _sums_of_layers(met.chosen, values))
+        self._observe(met.layers, at, met.chosen, values)
         self.held.cache.served(_served(met, max(map(len, self.masks))))
+
+    def _observe(self, layers: list[int], at: Ids, chosen: Ids, values: Floats) -> None:
+        """What choices `[n, T, K]` of layers, `at` `[n, 1, 1]`, count for."""
+        sets = self.held.sets
+        if sets.limits.per_step:  # after each step it is asked who is best and worst: kept up as they are observed
+            sets.observe_each(layers, _sums_of_layers(chosen, values))
+            return
+        sums = np.bincount((at * sets.width + chosen).ravel(), values.ravel(), len(sets.scores))
+        scores = np.frombuffer(sets.scores)
+        scores += sums * sets.unit
+        sets.observed(layers)
 
     def _foresee(self, layer: int, hidden: Tensor) -> None:
         """Let the next layer's set begin to follow what the step will ask of it."""

@@ -113,9 +113,13 @@ def virtual_slots(profile: Profile, expert_bytes: int, share: float) -> list[int
     room = VirtualRoom(record_bytes, experts, profile.top_k, share, experts, divide)
     slots = room.slots(expert_bytes)
     if slots is None:
-        detail = f"{profile.top_k} slots in each of {len(experts)} MoE layers and two to load through"
-        raise BudgetError("expert budget for virtual mode", expert_bytes, room.minimum_bytes, detail)
+        raise BudgetError("expert budget for virtual mode", expert_bytes, room.minimum_bytes, _held(profile))
     return [min(slots)] * len(slots) if model.paths else slots
+
+
+def _held(profile: Profile) -> str:
+    """What virtual mode cannot do without."""
+    return f"{profile.top_k} slots in each of {len(profile.record_bytes)} MoE layers and two to load through"
 
 
 def _gains(model: ModelProfile, slots: Sequence[int]) -> list[Gain]:
@@ -128,8 +132,10 @@ def _gains(model: ModelProfile, slots: Sequence[int]) -> list[Gain]:
 def _measured(profile: Profile, request: Request) -> Measured:
     memory = profile.memory
     minimum = min(2 * max(profile.record_bytes), profile.expert_bytes)
+    needed = {}
     if request.mode == "virtual":
         minimum = min(profile.expert_bytes, profile.top_k * sum(profile.record_bytes) + minimum)
+        needed = {"experts_needed": _held(profile)}
     return Measured(
         base=memory.base,
         step=memory.step,
@@ -138,6 +144,7 @@ def _measured(profile: Profile, request: Request) -> Measured:
         kv_block=memory.kv_block,
         block_tokens=memory.block_tokens,
         available=memory.available,
+        **needed,
     )
 
 

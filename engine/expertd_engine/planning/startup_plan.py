@@ -15,19 +15,21 @@ KV_BYTES_UNASKED = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Bytes, but for `block_tokens`."""
+    """Bytes, but for `block_tokens` and `experts_needed`."""
 
     base: int
     """Server and engine with the dense weights loaded, before slots and KV."""
     step: int
     """What the largest step adds at its peak, slots and KV excluded."""
     experts_minimum: int
-    """Smallest expert budget: two slots of the largest record."""
+    """Smallest expert budget: two slots of the largest record, and what held sets need."""
     experts_total: int
     kv_block: int
     block_tokens: int
     available: int
     """What the box or cgroup could still give, at the same moment as `base`."""
+    experts_needed: str = "one expert computing, one loading"
+    """What `experts_minimum` is for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def _asked_experts(measured: Measured, asked: Asked) -> int | None:
         return None
     budget = asked.expert_budget.resolve(measured.experts_total)
     if budget < measured.experts_minimum:
-        raise BudgetError("--expert-budget", budget, measured.experts_minimum, "one expert computing, one loading")
+        raise BudgetError("--expert-budget", budget, measured.experts_minimum, measured.experts_needed)
     return min(budget, measured.experts_total)
 
 

@@ -119,7 +119,7 @@ def test_an_idle_time_is_no_slow_time() -> None:
             permit.started(0)
             clock.now_s += 500.0
     with admission.permit(8), admission.permit(1):
-        pass
+        assert admission.waiting == 9
 
 
 def test_a_pace_that_falls_is_noticed_and_forgotten_again() -> None:

@@ -89,6 +89,10 @@ def test_the_watchdog_hears_a_beat_unless_an_engine_that_serves_is_silent(tmp_pa
         assert [systemd.hears(), systemd.hears()] == ["STATUS=engine_dead", "WATCHDOG=1"], "it is being started again"
 
 
-def test_without_systemd_nothing_is_said_and_a_socket_that_is_gone_ends_nothing(tmp_path: Path) -> None:
+def test_without_systemd_nothing_is_said_and_a_socket_that_is_gone_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     asyncio.run(Notifier(cast(Service, service("ready")), {}).run())
+    assert not caplog.records
     asyncio.run(Notifier(cast(Service, service("ready")), {"NOTIFY_SOCKET": str(tmp_path / "gone")}).run())
+    assert caplog.messages == ["systemd hears nothing"]
