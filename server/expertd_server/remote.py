@@ -102,7 +102,8 @@ def shown(body: Mapping[str, Any], now: float, before: tuple[float, Any] | None)
         f"{model['name']}, {model['layers']} × {model['experts']} experts in {model['dtype']}" if model else "no model"
     )
     state = body["status"] if "stage" not in body else f"{body['status']}: {body['stage']}, {body['progress']:.0%}"
-    lines = [f"{state}  {name}, up {body['uptime_s']:.0f} s", *_memory(body.get("memory"))]
+    has_engine = body["status"] in ("ready", "draining")  # without one there is nothing to measure
+    lines = [f"{state}  {name}, up {body['uptime_s']:.0f} s", *_memory(body.get("memory") if has_engine else None)]
     work, experts = body["requests"], body["experts"]
     lines.append(
         f"requests  {work['running']} running, {work['waiting']} waiting, room for {work['capacity']} sequences; "
@@ -112,9 +113,16 @@ def shown(body: Mapping[str, Any], now: float, before: tuple[float, Any] | None)
         f"experts   {experts['hit_ratio']:.1%} hits of {experts['lookups']:.0f} lookups, "
         f"{experts.get('stall_s', 0):.1f} s stalled, {size(experts.get('read_bytes', 0))} read"
     )
+    if body["engine"]["last_failure"]:
+        lines.append(_engine(body["engine"]))
     if before is not None:
         lines.append(_now(body, now - before[0], before[1]))
     return [*lines, *(f"fallback  {text}" for text in (model or {}).get("fallbacks", ()))]
+
+
+def _engine(engine: Mapping[str, Any]) -> str:
+    last = engine["last_failure"]
+    return f"engine    restarts: {engine['restarts']}; {last['ago_s']:.0f} s ago the last one {last['how']}"
 
 
 def _memory(memory: Mapping[str, Any] | None) -> Sequence[str]:

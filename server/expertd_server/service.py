@@ -59,6 +59,10 @@ class Service:
     unknown_fields: set[str] = field(default_factory=set)
     """Unknown request fields already logged."""
     began_s: float = field(default_factory=time.monotonic)
+    failures: int = 0
+    """Engines that ended after one had served, and were started again."""
+    last_failure: tuple[float, str, str] | None = None
+    """Of the last of them: when on the monotonic clock, `reason` as in the metric, and how it ended."""
 
     def set_state(self, state: State) -> None:
         """Change the state; a server that drains never comes back."""
@@ -68,6 +72,23 @@ class Service:
 
     def progressed(self, stage: str, fraction: float) -> None:
         self.stage, self.progress = stage, fraction
+
+    def engine_failed(self, reason: str, how: str) -> None:
+        """An engine ended that nobody had asked to; another is started."""
+        self.failures += 1
+        self.last_failure = (time.monotonic(), reason, how)
+        self.progressed("starting", 0.0)
+
+    def summary(self) -> dict[str, object]:
+        """What is served and inside what, for the log: bytes."""
+        assert self.model is not None
+        info = self.model.info
+        return {
+            "model": self.model.name, "model_type": info.model_type, "dtype": info.dtype, "device": info.device,
+            "numerics": info.numerics, "expert_budget_bytes": info.expert_budget_bytes,
+            "expert_bytes_total": info.expert_bytes_total, "kv_bytes": info.kv_bytes,
+            "memory_budget_bytes": info.memory_budget_bytes, "max_model_len": info.max_model_len,
+        }  # fmt: skip
 
     def serving(self) -> ServedModel:
         """The model, if requests can be taken now. Raises Unavailable saying why not."""

@@ -28,8 +28,9 @@ def status(service: Service) -> dict[str, Any]:
             "generated": _total(service, "expertd_generation_tokens_total"),
         },
         "experts": experts(service.metrics.engine),
+        "engine": _engine(service),
     }
-    if service.state == "loading":
+    if service.state in ("loading", "engine_dead"):
         body |= {"stage": service.stage, "progress": round(service.progress, 4)}
     if service.model is not None:
         body["model"] = {**_model(service.model.name, service.model.info), "chat": service.model.chat.available}
@@ -60,6 +61,15 @@ def _requests(service: Service) -> dict[str, Any]:
         "queued_prompt_tokens": service.admission.queued_tokens,
         "preemptions": snapshot.preemptions,
     }
+
+
+def _engine(service: Service) -> dict[str, Any]:
+    """How often an engine had to be started again, and how the last one ended."""
+    if service.last_failure is None:
+        return {"restarts": service.failures, "last_failure": None}
+    when_s, reason, how = service.last_failure
+    ago_s = round(time.monotonic() - when_s, 1)
+    return {"restarts": service.failures, "last_failure": {"reason": reason, "how": how, "ago_s": ago_s}}
 
 
 def _model(name: str, info: EngineInfo) -> dict[str, Any]:

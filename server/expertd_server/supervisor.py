@@ -38,6 +38,9 @@ HEARTBEAT_S = 30.0
 """A busy engine that says nothing for this long is taken for wedged; it reports every 250 ms, and in a long
 step about every second, between two layers."""
 
+LOOK_S = 1.0
+"""How often the engine is looked at."""
+
 STOP_TIMEOUT_S = 5.0
 """Seconds an engine gets to exit after `Shutdown`, or to write its stacks after SIGABRT."""
 
@@ -56,6 +59,37 @@ class RestartPolicy:
 
 
 DEFAULT_RESTARTS = RestartPolicy()
+
+
+class Silence:
+    """How long a busy engine has said nothing, in time that this process has seen pass.
+
+    Where server and engine are frozen together (a paused container or virtual machine, SIGSTOP) the clock goes on, and
+    that time is not the engine's fault: between two looks, two intervals count at most.
+    """
+
+    def __init__(self, now_s: float) -> None:
+        self.seconds = 0.0
+        self._looked_s = now_s
+        self._heard_s = float("-inf")
+
+    def look(self, now_s: float, heard_s: float, *, busy: bool) -> float:
+        """Seconds of silence by now; `heard_s` is when the engine last spoke, `busy` whether it has to."""
+        is_silent = busy and heard_s == self._heard_s
+        self.seconds = self.seconds + min(now_s - self._looked_s, 2 * LOOK_S) if is_silent else 0.0
+        self._looked_s, self._heard_s = now_s, heard_s
+        return self.seconds
+
+
+def how_it_ended(status: int | None) -> str:
+    """A child's exit status in words; it holds nothing that a client may not see."""
+    if status is None:
+        return "never started"
+    if status >= 0:
+        return f"ended with status {status}"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+    hint = ": by hand, or by the kernel for want of memory" if -status == signal.SIGKILL else ""
+    return f"was ended by {name}{hint}"
 
 
 class Supervisor:
@@ -91,8 +125,11 @@ class Supervisor:
             if attempt > self._policy.tries:
                 raise EngineError(f"the engine failed {attempt} times in a row; the last time: {self._last_words()}")
             self._service.metrics.restarts.labels(reason).inc()
-            logger.warning("engine ended, starting it again", extra={"fields": {"reason": reason, "attempt": attempt}})
-            await asyncio.sleep(self._policy.delay_s(attempt))
+            self._service.engine_failed(reason, how_it_ended(self._status()))
+            delay_s = self._policy.delay_s(attempt)
+            fields = {"reason": reason, "why": self._last_words(), "attempt": attempt, "delay_s": delay_s}
+            logger.warning("engine ended, starting it again", extra={"fields": fields})
+            await asyncio.sleep(delay_s)
 
     async def stop(self) -> None:
         """End the engine: ask, wait, then kill."""
@@ -129,7 +166,7 @@ class Supervisor:
         assert self._chat is not None
         self._served_since_s = time.monotonic()
         self._service.became_ready(self._codec, self._chat, info)
-        logger.info("ready", extra={"fields": {"model": info.model_type, "numerics": info.numerics}})
+        logger.info("ready", extra={"fields": self._service.summary()})
         for fallback in info.fallbacks:
             logger.warning("fallback", extra={"fields": {"fallback": fallback}})
 
@@ -169,12 +206,14 @@ class Supervisor:
     async def _watch(self, process: Process, reading: asyncio.Task[None]) -> str:
         """Wait for the end of the process, or bring it about when it is wedged or speaks gibberish."""
         exited = asyncio.create_task(process.wait())
+        silence = Silence(time.monotonic())
         try:
             while not exited.done():
-                await asyncio.wait((exited, reading), timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((exited, reading), timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                 if exited.done():
                     break
-                if reading.done() or self._is_wedged():
+                if reading.done() or self._is_wedged(silence):
+                    self._fatal = _wedged(silence.seconds, gibberish=reading.done())
                     self._fail_requests()
                     await self._end(process, signal.SIGABRT)
                     return "wedged"
@@ -186,9 +225,10 @@ class Supervisor:
         """The last words of a process that has ended may still be in the socket: `Fatal`, the last tokens."""
         await asyncio.wait((reading,), timeout=0.2)
 
-    def _is_wedged(self) -> bool:
+    def _is_wedged(self, silence: Silence) -> bool:
         engine = self._service.engine
-        return engine.live_sequences > 0 and time.monotonic() - engine.heard_s > self._heartbeat_s
+        silent_s = silence.look(time.monotonic(), engine.heard_s, busy=engine.live_sequences > 0)
+        return silent_s > self._heartbeat_s
 
     def _ended(self) -> None:
         self._fail_requests()
@@ -224,8 +264,15 @@ class Supervisor:
     def _last_words(self) -> str:
         if self._fatal is not None:
             return self._fatal.error
-        code = self._process.returncode if self._process is not None else None
-        return f"the engine process ended with status {code} and said nothing; its own output is above"
+        return f"the engine process {how_it_ended(self._status())}; its own output, if any, is above"
+
+    def _status(self) -> int | None:
+        return self._process.returncode if self._process is not None else None
+
+
+def _wedged(silent_s: float, *, gibberish: bool) -> Fatal:
+    said = "what is no message" if gibberish else f"nothing for {silent_s:.0f} s with requests under way"
+    return Fatal(EngineError.exit_code, f"the engine said {said}, and was ended; its stacks are above")
 
 
 def _load_text_side(store: Path, tool_parser: str) -> tuple[TextCodec, ChatFormat]:

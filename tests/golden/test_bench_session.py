@@ -100,12 +100,12 @@ def test_one_engine_goes_with_its_foresight_and_without(store: Path) -> None:
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_steps_with_foresight_and_without_are_as_many_and_neither_comes_first(steps: int) -> None:
-    pairs = [turns_of(pair, 12, steps) for pair in range(2)]
-    assert all(order.count(True) == order.count(False) == 12 for order in pairs)
-    whole = pairs[0] + pairs[1]
-    places = [sum(at for at, on in enumerate(whole) if on is arm) for arm in (False, True)]
-    assert places[0] == places[1], "what drifts falls on both alike"
-    assert whole[: 4 * steps] == [on for on in (False, True, True, False) for _ in range(steps)]
+    pairs = [turns_of(pair, 40, steps) for pair in range(4)]
+    for order in pairs:
+        places = [[at for at, on in enumerate(order) if on is arm] for arm in (False, True)]
+        assert [len(each) for each in places] == [40, 40]
+        assert sum(places[0]) == sum(places[1]), "what drifts falls on both alike"
+    assert len({tuple(order) for order in pairs}) > 1, "nor does what comes back"
 
 
 def test_a_prompt_beside_a_decode(budgeted: EngineSession) -> None:

@@ -27,7 +27,8 @@ from expertd_engine.model.loader import read_dense
 from expertd_engine.prepare import prepare
 from golden.tolerances import DENSE_MATRICES, QUANTISED_DENSE_LOGITS, QUANTISED_DENSE_WORST
 from support.engine import generate, running_engine
-from support.tiny_families import VOCAB_SIZE, make_checkpoint
+from support.tiny_checkpoints import make_checkpoint
+from support.tiny_families import VOCAB_SIZE
 
 FORMATS = ("float32", "bfloat16", *QUANTISED)
 

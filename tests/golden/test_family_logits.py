@@ -30,7 +30,8 @@ from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine
 from golden.tolerances import BF16_LOGITS, BF16_OVER_TRANSFORMERS, FLOAT32_LOGITS, REQUIRED_FLOAT32
 from support.engine import Generated, generate, running_engine
-from support.tiny_families import TINY_FAMILIES, VOCAB_SIZE, make_checkpoint
+from support.tiny_checkpoints import make_checkpoint
+from support.tiny_families import TINY_FAMILIES, VOCAB_SIZE
 
 PROMPT_LENGTHS = (141, 3, 9, 17, 26, 12, 7, 5)
 STEP_TOKENS = 24

@@ -18,7 +18,8 @@ from expertd_engine.prepare import prepare
 from expertd_engine.request import ConstraintFailed
 from expertd_engine.startup import Engine
 from support.engine import Generated, generate, running_engine
-from support.tiny_families import VOCAB_SIZE, make_checkpoint
+from support.tiny_checkpoints import make_checkpoint
+from support.tiny_families import VOCAB_SIZE
 
 ODD_CHOICES = ['say "no"', "back\\slash", "new\nline", "日本語", "a/b", "<tag> & more"]
 PROMPTS = [[*range(40 + i, 60 + 3 * i)] for i in range(4)]

@@ -21,7 +21,7 @@ from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine
 from support.demo import demo_store
 from support.engine import generate, running_engine
-from support.tiny_families import make_checkpoint
+from support.tiny_checkpoints import make_checkpoint
 
 MAX_TOKENS = 512
 BATCH = 25

@@ -16,7 +16,7 @@ from expertd_engine.prepare import prepare
 from expertd_engine.pressure import PressureReader, PressureSource
 from expertd_engine.startup import Engine
 from support.engine import Generated, running_engine, step, submit_of, without_trials
-from support.tiny_families import make_checkpoint
+from support.tiny_checkpoints import make_checkpoint
 
 STREAMS = 16
 HOW = Sampling(max_tokens=20, temperature=0, ignore_eos=True, logprobs=1)

@@ -17,7 +17,7 @@ from expertd_engine.model.expert_native import NativeExperts, expert_layout
 from expertd_engine.model.expert_torch import SlotViews, TorchExperts
 from expertd_engine.model.moe import ExpertKernel, MoELayer
 from expertd_engine.model.step_routes import StepRoutes
-from support.tiny_families import make_model
+from support.tiny_checkpoints import make_model
 
 FAMILIES = {
     "mixtral": "gate and up in one",

@@ -17,7 +17,7 @@ from expertd_engine.bench.perplexity import compare, held_out, perplexity
 from expertd_engine.errors import UsageError
 from expertd_engine.kernels.formats import Floats
 from expertd_engine.prepare import prepare
-from support.tiny_families import make_checkpoint, make_tokenizer
+from support.tiny_checkpoints import make_checkpoint, make_tokenizer
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "ernie4_5_moe"])

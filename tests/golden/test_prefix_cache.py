@@ -10,7 +10,7 @@ from expertd_engine.messages import Sampling, TokenLogprob
 from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine
 from support.engine import Generated, generate, running_engine
-from support.tiny_families import make_checkpoint
+from support.tiny_checkpoints import make_checkpoint
 
 SYSTEM = [(7 * i) % 256 for i in range(70)]
 """Four full blocks of 16 and a bit, longer than the sliding window."""

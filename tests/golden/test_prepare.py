@@ -23,7 +23,8 @@ from expertd_engine.prepare import main, prepare
 from expertd_engine.weights_plan import plan_quantised
 from support.engine import running_engine
 from support.row_values import dequantise_rows
-from support.tiny_families import FAMILIES, TINY_FAMILIES, make_checkpoint, make_config, make_model
+from support.tiny_checkpoints import make_checkpoint, make_model
+from support.tiny_families import FAMILIES, TINY_FAMILIES, make_config
 from support.tiny_mixtral import EXPERT_11, EXPERTS, make_mixtral, rewritten
 
 Record = dict[str, torch.Tensor]

@@ -11,7 +11,7 @@ import pytest
 from transformers import MixtralConfig
 
 from support.memory_cgroup import can_limit_memory, limited_memory, num_kills, run_inside
-from support.tiny_families import make_tokenizer
+from support.tiny_checkpoints import make_tokenizer
 
 HIDDEN, FFN, EXPERTS, VOCABULARY = 1024, 3584, 8, 260
 LAYER_BYTES = 2 * 3 * HIDDEN * FFN * EXPERTS

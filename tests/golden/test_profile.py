@@ -25,7 +25,7 @@ from expertd_engine.prepare import prepare
 from expertd_engine.profile_file import read_profile, write_profile
 from expertd_engine.profiling import profile
 from support.engine import running_engine, without_trials
-from support.tiny_families import make_checkpoint
+from support.tiny_checkpoints import make_checkpoint
 
 ALL = Request()
 SERVED = 10**11

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expertd_engine.families import find_experts
-from support.tiny_families import FAMILIES, VOCAB_SIZE, make_checkpoint, make_model, make_tokenizer
+from support.tiny_checkpoints import make_checkpoint, make_model, make_tokenizer
+from support.tiny_families import FAMILIES, VOCAB_SIZE
 
 PROMPT = torch.arange(40, 68)[None]
 STACKED_ON_DISK = {"gpt_oss", "granitemoe"}

@@ -12,7 +12,7 @@ from expertd_engine.model.loader import load_model
 from expertd_engine.model.router_kinds import RouterAdapter, adapt_router
 from expertd_engine.model.virtual_foresight import next_layers
 from expertd_engine.prepare import prepare
-from support.tiny_families import make_checkpoint
+from support.tiny_checkpoints import make_checkpoint
 
 ROWS = 5
 

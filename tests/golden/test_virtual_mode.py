@@ -21,7 +21,8 @@ from expertd_engine.startup import Engine
 from support.engine import Ask, Generated, ask, generate, running_engine, step, submit_of, without_trials
 from support.engine import stats_of as stats
 from support.kernels import needs_kernels
-from support.tiny_families import FAMILIES, make_checkpoint
+from support.tiny_checkpoints import make_checkpoint
+from support.tiny_families import FAMILIES
 
 GREEDY = Sampling(max_tokens=12, temperature=0, ignore_eos=True)
 MINE = [(7 * i + 3) % 250 for i in range(20)]

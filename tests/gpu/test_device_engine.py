@@ -12,10 +12,12 @@ from expertd_engine.experts.device_slab import plan_chunks
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import ALIGNMENT
 from expertd_engine.messages import Sampling
+from expertd_engine.planning.misses import CUT_NEURONS, Misses, Split, left_to_processor
 from golden.tolerances import DEVICE_EXPERTS_BF16, DEVICE_FLOAT32_LOGITS
 from support.device_engine import SEED, device_engine, make_store
 from support.engine import Generated, generate
-from support.tiny_families import TINY_FAMILIES, make_model
+from support.tiny_checkpoints import make_model
+from support.tiny_families import TINY_FAMILIES
 
 FAMILIES = sorted(TINY_FAMILIES)
 PROMPTS = [[(7919 * i + 13 * j) % 256 for i in range(5 + 20 * j)] for j in range(3)]
@@ -72,10 +74,21 @@ def fine_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def half_of_them(most: int, decided: Misses, record_bytes: int, inner: int) -> list[Split]:
+    if decided.where == "both":
+        return [Split(missing // 2, missing % 2 * CUT_NEURONS) for missing in range(most + 1)]
+    return left_to_processor(most, decided, record_bytes, inner)
+
+
 @pytest.mark.usefixtures("fine_chunks")
-@pytest.mark.parametrize("experts_format", ["float32", "bf16", "int8"])
-def test_the_processor_computes_what_steps_miss(experts_format: str, tmp_path: Path) -> None:
-    """Steps of one to four rows, half of the experts resident: as over the link, but for rounding."""
+@pytest.mark.parametrize("experts_format", ["float32", "bf16", "int8", "int4"])
+def test_the_processor_computes_what_steps_miss(
+    experts_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of one to four rows, half of the experts resident: as over the link, but for rounding. An odd one is divided,
+    which no such small experts are by their speeds."""
+    monkeypatch.setattr("support.tiny_families._EXPERT_FFN", 96)
+    monkeypatch.setattr("expertd_engine.device_misses.left_to_processor", half_of_them)
     store = make_store("qwen3_moe", tmp_path, experts_format)
     results = {}
     for misses in ("link", "cpu", "both"):
@@ -85,6 +98,7 @@ def test_the_processor_computes_what_steps_miss(experts_format: str, tmp_path: P
             engine.cache.ledger.check()
             tiers = engine.cache.tiers()
             assert (tiers.misses, tiers.computed > 0) == (misses, misses != "link")
+            assert (tiers.link_bytes["shared"] > 0) == (misses == "both")
             assert misses != "cpu" or tiers.link_bytes["read"] == tiers.link_bytes["landed"] == 0
     allowed = DEVICE_FLOAT32_LOGITS if experts_format == "float32" else DEVICE_EXPERTS_BF16
     pairs = [pair for by in ("cpu", "both") for pair in zip(results["link"], results[by], strict=True)]

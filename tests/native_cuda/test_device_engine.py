@@ -30,7 +30,7 @@ from expertd_engine.planning.startup_plan import GROWTH_BYTES
 from golden.tolerances import DEVICE_FLOAT32_LOGITS
 from support.device_engine import SEED, device_engine, make_store
 from support.engine import Generated, generate
-from support.tiny_families import make_model
+from support.tiny_checkpoints import make_model
 
 FAMILY = "mixtral"
 PROMPT = [11, 7, 200, 33, 5]
@@ -105,9 +105,10 @@ def test_link_and_processor_share_what_steps_miss(tmp_path: Path, monkeypatch: p
         tiers, counters = engine.cache.tiers(), engine.cache.ledger.counters
         assert tiers.misses == "both" and 0 < tiers.computed < sum(counters.misses)
         assert tiers.link_bytes["landed"] > 0 < engine.cache.ledger.brought_in
-        whole, record = sum(tiers.link_bytes[way] for way in ("landed", "read")), engine.info.expert_record_bytes
-        shared = sum(counters.misses) - tiers.computed - whole // record  # in two thirds of the computed bytes
-        assert tiers.link_bytes["shared"] % (record * 64 // 96) == 0 < tiers.link_bytes["shared"]
+        record, crossed = engine.info.expert_record_bytes, tiers.link_bytes
+        assert crossed["shared"] > 0 and crossed["shared"] + tiers.computed_bytes == tiers.computed * record
+        assert crossed["landed"] + crossed["read"] == (sum(counters.misses) - tiers.computed) * record
+        assert counters.demand_bytes == sum(crossed.values())
     assert largest_error(result, prompt=prompt) <= DEVICE_FLOAT32_LOGITS.allowed
 
 

@@ -20,7 +20,7 @@ from golden.tolerances import DEVICE_FLOAT32_LOGITS
 from support.device_engine import SEED, device_engine, make_store
 from support.engine import Generated, ask, running_engine, without_trials
 from support.engine import stats_of as stats
-from support.tiny_families import make_model
+from support.tiny_checkpoints import make_model
 
 FAMILY = "mixtral"
 PROMPT = [11, 200]

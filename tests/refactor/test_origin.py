@@ -18,7 +18,7 @@ from expertd_engine.refactor.corpus import Corpus, read_corpus
 from expertd_engine.refactor.dense import Dense
 from expertd_engine.refactor.pipeline import Workshop
 from refactor.tiny import corpus, dense, write_texts
-from support.tiny_families import make_tokenizer
+from support.tiny_checkpoints import make_tokenizer
 
 TOKENIZER: Tokenizer = make_tokenizer().backend_tokenizer
 END = 257

@@ -13,7 +13,7 @@ import torch
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.prepare import prepare
 from support.engine import make_config
-from support.tiny_families import make_checkpoint
+from support.tiny_checkpoints import make_checkpoint
 
 SEED = 4
 

@@ -18,7 +18,7 @@ from expertd_engine.model.moe import EXPERTS_NAME, MoELayer, experts_function
 from expertd_engine.model.native_witness import stood_in
 from expertd_engine.model.numerics import make_invariant
 from expertd_engine.model.step_routes import StepRoutes
-from support.tiny_families import make_model
+from support.tiny_checkpoints import make_model
 
 CONTEXT = 256
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel
 
-from support.tiny_families import make_tokenizer, randomise
+from support.tiny_checkpoints import make_tokenizer, randomise
 
 EXPERTS = 12
 """More than ten, so that plain sorting of names puts experts in the wrong order."""

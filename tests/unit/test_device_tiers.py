@@ -1,8 +1,9 @@
-"""The parts of a device's expert cache by themselves: slots, chunks, the table's words, tiers, what is set aside."""
+"""The parts of a device's expert cache by themselves: slots, chunks, the table's words, what is set aside."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -26,37 +27,20 @@ from expertd_engine.experts.device_events import (
     Seen,
 )
 from expertd_engine.experts.device_hints import Tried
-from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_layout import HOME, TableLayout, signed
 from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.device_pool import ChunkPlan, Use
 from expertd_engine.experts.device_publication import Publication
 from expertd_engine.experts.device_slab import DeviceSlab
-from expertd_engine.experts.device_spill import SpilledHost
 from expertd_engine.experts.device_streams import HostDevice
 from expertd_engine.experts.device_table import DeviceTable
 from expertd_engine.experts.events import ExpertId, Hint, Load, Loaded, Predict, Priority, Tick
 from expertd_engine.experts.lookahead import Exactness, NoLookahead
 from expertd_engine.experts.policy import LRU, Facts, make_policy
 from expertd_engine.experts.residency import State
-from support.fake_device import RECORD, FakeDevice, FakeStep, Records, content, index_of
-
-LAYERS, EXPERTS = 2, 6
-PLAN = ChunkPlan(RECORD, 3, RECORD)
-
-
-def make_ledger(slots: int, depth: int = 4) -> DeviceLedger:
-    sizes, counts = [RECORD] * LAYERS, [EXPERTS] * LAYERS
-    most = LAYERS * EXPERTS * RECORD
-    return DeviceLedger(sizes, counts, PLAN, slots * RECORD, make_policy("lru"), most, prefetch_depth=depth)
-
-
-def make_cache(slots: int, device: FakeDevice | HostDevice) -> DeviceCache:
-    index = index_of(LAYERS, EXPERTS, 2)
-    host = HostTier(index, device, available=2**20)
-    host.fill(Records(), threads=1, report=lambda fraction: None)
-    return DeviceCache(index, device, host, make_ledger(slots), NoLookahead(), EXPERTS)
-
+from support.calls import calls_of
+from support.device_caches import EXPERTS, LAYERS, PLAN, make_cache, make_ledger
+from support.fake_device import RECORD, FakeDevice, FakeStep
 
 # ------------------------------------------------------------ chunks and slots
 
@@ -223,7 +207,7 @@ def test_what_is_set_aside_follows_what_steps_miss() -> None:
     for _ in range(40):
         aside.step(misses=30, prefetches=20)
     settled = aside.wanted(slots=1000, unused=60, absent=500, room=4096, foresees=True)
-    assert (settled.landing, settled.reserve) == (60, 34)
+    assert (settled.landing, settled.reserve) == (60, 44)
     assert aside.wanted(slots=1000, unused=0, absent=0, room=4096, foresees=True) == Provide(0, 0)
     few = aside.wanted(slots=10, unused=0, absent=500, room=4096, foresees=True)
     assert few.landing + few.reserve <= 4
@@ -245,96 +229,6 @@ def test_prompts_evict_nothing_where_everything_fits_and_no_more_than_a_ring_els
             cache.scanned([[1] * EXPERTS] * LAYERS)
             cache.end_step()
             assert sum(cache.ledger.residents_by_layer()) >= least
-
-
-# ------------------------------------------------------------ the host's tiers
-
-
-def test_a_host_without_room_is_refused_with_the_shortfall() -> None:
-    with pytest.raises(ResourceError, match=f"{LAYERS * EXPERTS * RECORD} bytes, and 100 are available"):
-        HostTier(index_of(LAYERS, EXPERTS, 2), FakeDevice(), available=100)
-
-
-def test_a_record_that_layers_share_is_read_once() -> None:
-    index, records = index_of(LAYERS, EXPERTS, 2), Records()
-    index.layers[1:] = [index.layers[0]]
-    host = HostTier(index, FakeDevice(), available=2**20)
-    host.fill(records, threads=1, report=lambda fraction: None)
-    assert records.reads == EXPERTS and bytes(host.record(ExpertId(1, 3)).numpy()) == content(ExpertId(0, 3))
-
-
-def test_where_nothing_can_be_pinned_experts_are_brought_in_layer_by_layer(caplog: pytest.LogCaptureFixture) -> None:
-    device = FakeDevice()
-    device.unpinnable = "no permission"
-    cache = make_cache(6, device)
-    assert "no permission" in caplog.text and cache.by_layer
-    expect_served_by_layer(cache, device)
-
-
-def test_a_host_that_holds_some_reads_the_others() -> None:
-    device, index, records = FakeDevice(), index_of(LAYERS, EXPERTS, 2), Records()
-    with pytest.raises(BudgetError, match="host budget"):
-        SpilledHost(index, device, records, RECORD, make_policy("lru"), threads=1)
-    host = SpilledHost(index, device, records, 4 * RECORD, make_policy("lru"), threads=1)
-    cache = DeviceCache(index, device, host, make_ledger(6), NoLookahead(), EXPERTS)
-    assert cache.by_layer and cache.tiers().host_bytes == 4 * RECORD
-    expect_served_by_layer(cache, device)
-    assert 0 < records.reads <= 2 * LAYERS * 3
-    cache.close()
-    assert not device.registered
-
-
-class AllForetold(NoLookahead):
-    """Names every expert, for the step after the first."""
-
-    def begin_step(self, step: int, token_ids: Sequence[int]) -> list[Hint]:
-        everyone = [ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
-        return [Hint(expert, 2 * len(everyone) + place) for place, expert in enumerate(everyone)]
-
-
-def test_a_prompt_waits_for_experts_that_are_being_copied_where_all_have_slots() -> None:
-    cache = make_cache(LAYERS * EXPERTS, FakeDevice())
-    cache.lookahead = AllForetold()
-    cache.begin_step((), scan=True)
-    assert cache.ledger.pool.number(Use.OWNED) == LAYERS * EXPERTS > sum(cache.ledger.residents_by_layer())
-    with cache.stage() as staging:
-        assert [staging.resident(layer).count for layer in range(LAYERS)] == [EXPERTS] * LAYERS
-
-
-def expect_served_by_layer(cache: DeviceCache, device: FakeDevice) -> None:
-    """Twice the same step: what was chosen is there while it is read, and of what came in, most is there again."""
-    chosen, met = torch.tensor([1, 0, 2, 0, 0, 1]), []
-    for _ in range(2):
-        cache.begin_step(())
-        with cache.stage() as staging:
-            for layer in range(LAYERS):
-                known = list(staging.resident(layer).indices)
-                for chunk in staging.chunks(layer, chosen):
-                    device.compute.mark().wait()
-                    known += chunk.indices
-                    for expert, address in zip(chunk.indices, chunk.addresses.tolist(), strict=True):
-                        slot = next(s for s in range(6) if cache.slab.address(s) == address)
-                        assert bytes(cache.slab.view(slot, RECORD).numpy()) == content(ExpertId(layer, expert))
-                assert {0, 2, 5} <= set(known)
-        cache.scanned([chosen.tolist()] * LAYERS)
-        met.append(cache.end_step())
-        cache.ledger.check()
-    assert (met[0].hits, met[0].misses) == (0, 6) and met[1].hits > 0
-    assert cache.ledger.counters.lookups() == 12
-
-
-def test_a_device_that_shares_memory_reads_everything_at_home() -> None:
-    device = FakeDevice()
-    device.shares_memory = True
-    cache = make_cache(4, device)
-    cache.begin_step(())
-    cache.before_launch()
-    FakeStep(cache.table, [{0: 1, 3: 2}, {5: 1}]).give(device.lanes[0])
-    cache.after_launch()
-    counts = cache.end_step()
-    assert (counts.hits, counts.misses, device.bytes_allotted(), cache.tiers().slots) == (3, 0, 0, 0)
-    with pytest.raises(ResourceError, match="shares the host's memory"):
-        cache.set_budget(4 * RECORD)
 
 
 # ------------------------------------------------------------ foresight
@@ -359,14 +253,36 @@ def test_a_host_hears_of_routes_only_while_hints_pay() -> None:
         return [0]
 
     cache.routes = routes
-    for on in (False, True):
-        tried.payoff.is_on = on
+
+    def step() -> None:
         cache.begin_step([0])
         cache.before_launch()
         cache.after_launch()
         cache.table.progress[0] = 1
         cache.poll()
+
+    for on in (False, True):
+        tried.payoff.is_on = on
+        step()
         assert asked == ([0] if on else [])
+
+
+def test_while_hints_do_not_pay_a_devices_step_makes_the_calls_of_no_foresight() -> None:
+    def steps(cache: DeviceCache, device: FakeDevice) -> None:
+        for _ in range(3):
+            cache.begin_step([0])
+            cache.before_launch()
+            FakeStep(cache.table, [{0: 1, 3: 2}, {5: 1}]).give(device.lanes[0])
+            cache.after_launch()
+            cache.poll()
+            cache.end_step()
+
+    devices = FakeDevice(), FakeDevice()
+    bare, foreseeing = (make_cache(4, device) for device in devices)
+    foreseeing.lookahead, foreseeing.routes = (tried := Tried(Names())), lambda layer: [0]
+    tried.payoff.is_on = False
+    without, off = (calls_of(partial(steps, *both)) for both in zip((bare, foreseeing), devices, strict=True))
+    assert without == off and off["expertd_engine.experts.device_cache", "DeviceCache.poll"] == 3
 
 
 class Adapting(LRU):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -18,6 +20,7 @@ from expertd_engine.experts.lookahead import EveryExpert, Exactness, Lookahead, 
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.slab import PAGE, Slab
 from expertd_engine.experts.transfer import Transfers
+from support.calls import calls_of
 
 LAYERS, EXPERTS = 3, 8
 
@@ -217,6 +220,10 @@ def test_what_was_predicted_of_a_layer_and_did_not_come_is_given_up_with_that_la
     assert world.ledger.state(ExpertId(1, 3)) == "resident"
 
 
+ASKED = ("lookahead", "governor", "payoff", "waste")
+"""Modules of who is asked what comes."""
+
+
 @dataclass
 class Noted:
     """The ledger's `handle_all`, and all that it is told but when reads end."""
@@ -233,17 +240,25 @@ class Noted:
 def test_while_predictions_do_not_pay_a_step_goes_as_if_nobody_made_any(
     worlds: list[World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the engine's calls those that wait for loads depend on chance: those to whom it asks are compared, and all
+    that the ledger is told."""
     governor = Governor(Wrong(), lambda expert: None, LAYERS, EXPERTS, LAYERS)
     governor.payoff.is_on = False
     told: list[list[Event]] = []
-    for lookahead in (NoLookahead(), governor):
-        world = World(12, lookahead=lookahead)
-        worlds.append(world)
-        told.append([])
-        monkeypatch.setattr(world.ledger, "handle_all", Noted(world.ledger.handle_all, told[-1]))
+    asked: list[Counter[tuple[str, str]]] = []
+
+    def step(world: World) -> None:
         world.cache.begin_step([0])
         for layer in range(LAYERS):
             world.use(layer, [0, 3])
         world.cache.end_step()
+
+    for lookahead in (NoLookahead(), governor):
+        worlds.append(world := World(12, lookahead=lookahead))
+        told.append([])
+        monkeypatch.setattr(world.ledger, "handle_all", Noted(world.ledger.handle_all, told[-1]))
+        calls = calls_of(partial(step, world), "expertd_engine.experts")
+        asked.append(Counter({call: n for call, n in calls.items() if call[0].endswith(ASKED)}))
         assert not world.cache.foresees
     assert told[0] == told[1] and told[0]
+    assert asked[0] == asked[1] and asked[0]

@@ -151,7 +151,7 @@ def _summary(
 def _misses(tiers: Tiers) -> dict[str, Any]:
     return {
         "misses": tiers.misses, "cpu_bytes_per_s": tiers.cpu_bytes_per_s, "computed_experts": tiers.computed,
-        "computed_bytes": tiers.computed_bytes,
+        "computed_bytes": tiers.computed_bytes, "shared_bytes": tiers.link_bytes["shared"],
     }  # fmt: skip
 
 
@@ -184,7 +184,8 @@ def _notes(facts: EngineFacts, values: dict[str, Any]) -> list[str]:
         who = "the processor" if values["misses"] == "cpu" else "link and processor at once"
         notes.append(
             f"misses are computed by {who}; the processor: {values['cpu_bytes_per_s'] / 1e9:.1f} GB/s as measured at "
-            f"start, {values['computed_bytes'] / 1e9:.1f} GB so far"
+            f"start, {values['computed_bytes'] / 1e9:.1f} GB so far; of those that both computed a part of, "
+            f"{values['shared_bytes'] / 1e9:.1f} GB were read"
         )
     if values["peer"] is not None:
         peer = values["peer"]

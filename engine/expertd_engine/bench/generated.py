@@ -58,8 +58,9 @@ class GeneratedRoutes:
         self._rows: list[tuple[int, int, int]] = []
         """Stream, first and last + 1 token, in the order of rows."""
         self._routes = np.empty((0, self.shape.layers, self.shape.top_k), np.int64)
-        self._predictions: dict[bool, list[Ids]] = {}
-        """Of the rows' own tokens (False), and of each stream's next (True), where they were asked for."""
+        self._predictions: dict[tuple[bool, int], list[list[list[int]]]] = {}
+        """By token and layer: of the rows' own tokens (False) and of each stream's next (True), and by lead, where they
+        were asked for."""
 
     def become(self, other: GeneratedRoutes) -> None:
         """Go on as `other`, which is done with."""
@@ -101,15 +102,16 @@ class GeneratedRoutes:
         """What the channel gives, `lead` layers ahead, for `layer` of this step's tokens; or of the next token of each
         of its streams. Distinct, ascending.
         """
-        if next_step not in self._predictions:
-            self._predictions[next_step] = self._predict(next_step)
-        parts = [part[:, layer, lead - 1].ravel().tolist() for part in self._predictions[next_step]]
-        return sorted(set().union(*parts))
+        tokens = self._predictions.get((next_step, lead))
+        if tokens is None:
+            tokens = self._predictions[next_step, lead] = self._predict(lead, next_step)
+        return sorted({expert for token in tokens for expert in token[layer]})
 
-    def _predict(self, next_step: bool) -> list[Ids]:
-        """`[tokens, layers, leads, top_k]` of each stream, for all that `predicted` may be asked in this step."""
+    def _predict(self, lead: int, next_step: bool) -> list[list[list[int]]]:
+        """`[tokens][layers][top_k]`, for all that `predicted` may be asked in this step with this lead."""
         spans = [(number, stop, stop + 1) if next_step else (number, start, stop) for number, start, stop in self._rows]
-        return [self._streams[number].predicted(start, stop) for number, start, stop in spans]
+        parts = (self._streams[number].predicted(start, stop) for number, start, stop in spans)
+        return [token for part in parts for token in part[:, :, lead - 1].tolist()]
 
 
 class ChannelLookahead:

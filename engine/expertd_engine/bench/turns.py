@@ -11,13 +11,13 @@ what foresight may cost.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from random import Random
 from statistics import fmean
 from typing import Protocol
 
 import msgspec
 
 from expertd_engine.bench.protocol import Decoded, Turns, TurnsRequest
-from expertd_engine.bench.stats import order_of
 from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.lookahead import Lookahead
 from expertd_engine.experts.payoff import BLOCK, FIRST, PayOff
@@ -79,9 +79,13 @@ def take_turns(session: Turner, request: TurnsRequest) -> Turns:
 
 
 def turns_of(pair: int, tokens: int, steps: int) -> list[bool]:
-    """Which steps of a pair go with foresight: as many as do without, in blocks of `steps`, off on, on off, off on …"""
-    blocks = tokens // steps
-    return [bool(on) for block in range(blocks) for on in order_of(2, pair * blocks + block) for _ in range(steps)]
+    """Which steps of a pair go with foresight: as many as do without, in blocks of `steps`, off on on off or on off off
+    on as chance has it, for some of what steps take comes back every so many tokens.
+    """
+    first = [(pair + four) % 2 for four in range(-(-tokens // (2 * steps)))]
+    Random(pair).shuffle(first)
+    twos = [(on, 1 - on) for one in first for on in (one, 1 - one)][: tokens // steps]
+    return [bool(on) for two in twos for on in two for _ in range(steps)]
 
 
 def _with_notes(session: Turner, order: Sequence[bool], predicting: list[bool]) -> Iterator[bool]:

@@ -157,6 +157,8 @@ class Executor:
 
     def count_met(self, seen: Seen) -> None:
         """Bytes that a launch read over the link itself."""
+        if not any(seen.sources):
+            return  # hits alone
         nbytes, misses, read = self._record_bytes[seen.layer], num_misses(seen), seen.sources.count(READ)
         self.link.read += read * nbytes
         self.link.landed += (misses - read) * nbytes

@@ -225,6 +225,10 @@ class DeviceLedger(LedgerBase):
         counters, layer = self._residency.counters, event.layer
         counters.covered[layer] += covered
         counters.demand_bytes += event.shared_bytes
+        if not any(event.sources):  # most layers of a step that is worth its hints: all hits
+            counters.hits[layer] += len(event.experts)
+            counters.activations["hit"][layer] += sum(event.pairs)
+            return
         by_result = {"hit": counters.hits, "late": counters.late, "miss": counters.misses}
         for source in set(event.sources):
             count, result = event.sources.count(source), _RESULTS[source]

@@ -17,6 +17,7 @@ SharedBytes = Callable[[int, int], int]
 """Of the expert that the processor computed a part of, the bytes that crossed the link; by layer and how many of its
 experts were missing."""
 _MISSING = (READ, LANDED, COMPUTED, SHARED)
+_SOURCES = SHARED + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +58,16 @@ def count_report(
 ) -> ExpertCounts:  # fmt: skip
     """Lookups by result; the time that the link took is estimated, since nobody can look at the clock in a kernel.
     `computed_s`: what the processor took for those left to it, whose bytes stay where they are."""
-    rows = int(report.counts.max())
-    sources = np.where(np.arange(rows) < report.counts[:, None], report.seen[:, :rows, 1], -1)
-    over_link = ((sources == READ) | (sources == LANDED)).sum(axis=1)
-    late = int((sources == WAITED).sum())
-    shared = (sources == SHARED).any(axis=1).nonzero()[0].tolist()
-    missing = np.isin(sources, _MISSING).sum(axis=1)
+    rows, layers = int(report.counts.max()), len(report.counts)
+    kinds = report.seen[:, :rows, 1] + _SOURCES * np.arange(layers)[:, None]
+    counted = np.bincount(kinds[np.arange(rows) < report.counts[:, None]], minlength=_SOURCES * layers)
+    by_source = counted.reshape(layers, _SOURCES)
+    totals, missing = by_source.sum(axis=0).tolist(), by_source[:, _MISSING].sum(axis=1)
+    over_link, shared = by_source[:, READ] + by_source[:, LANDED], by_source[:, SHARED].nonzero()[0].tolist()
     nbytes = int(over_link @ np.array(record_bytes)) + sum(shared_bytes(at, int(missing[at])) for at in shared)
     # Of a copy that was waited for, half was under way already: nobody knows better.
-    stall_s = (nbytes + late * max(record_bytes) / 2) / link_bytes_per_s + computed_s
-    return ExpertCounts(int((sources == HIT).sum()), late, int(missing.sum()), nbytes, stall_s)
+    stall_s = (nbytes + totals[WAITED] * max(record_bytes) / 2) / link_bytes_per_s + computed_s
+    return ExpertCounts(totals[HIT], totals[WAITED], int(missing.sum()), nbytes, stall_s)
 
 
 def num_misses(seen: Seen) -> int:

@@ -203,7 +203,7 @@ class Transfers:
             self.loaded(job.load)
         except Exception as error:  # whatever it is: a thread that dies of it leaves the engine waiting for ever
             completion = Failed(job.load.load_id, f"{type(error).__name__}: {error}")
-        return self._ended(job, completion, began, last)
+        return self._ended([(job, completion)], began, last)
 
     def _read_together(self, ring: AsyncReads, jobs: Sequence[_Job], began: float) -> None:
         """What the kernel does not take, or does not read whole, is read again by itself, which says what is wrong."""
@@ -213,25 +213,26 @@ class Transfers:
             begun = 0
         least, last = max(1, begun // _GROUPS), began
         while ring.under_way:
-            for number, nbytes in ring.wait(least):
-                job = jobs[number]
-                if nbytes == len(job.buffer):
-                    self.loaded(job.load)
-                    last = self._ended(job, Loaded(job.load.load_id), began, last)
-                else:
-                    last = self._read(job, began, last)
+            ended = [(jobs[number], nbytes) for number, nbytes in ring.wait(least)]
+            whole = [job for job, nbytes in ended if nbytes == len(job.buffer)]
+            for job in whole:
+                self.loaded(job.load)
+            last = self._ended([(job, Loaded(job.load.load_id)) for job in whole], began, last)
+            for job in (job for job, nbytes in ended if nbytes != len(job.buffer)):
+                last = self._read(job, began, last)
         for job in jobs[begun:]:
             last = self._read(job, began, last)
 
-    def _ended(self, job: _Job, completion: Completion, began: float, last: float) -> float:
-        """Taken at `began` by a thread whose `last` ended then. Returns when this one did."""
+    def _ended(self, done: Sequence[tuple[_Job, Completion]], began: float, last: float) -> float:
+        """Taken at `began` by a thread whose `last` ended then. Returns when these did."""
         with self._condition:
             now = time.perf_counter()
-            self._reading -= 1
+            self._reading -= len(done)
             self.stats.busy_s += now - last
-            self.stats.latency_s += now - began
-            self.stats.latency_counts[bisect_left(LATENCY_BOUNDS_S, now - began)] += 1
-        self.completions.put(completion, len(job.buffer) if isinstance(completion, Loaded) else 0)
+            self.stats.latency_s += len(done) * (now - began)
+            self.stats.latency_counts[bisect_left(LATENCY_BOUNDS_S, now - began)] += len(done)
+        for job, completion in done:
+            self.completions.put(completion, len(job.buffer) if isinstance(completion, Loaded) else 0)
         return now
 
 

@@ -41,7 +41,7 @@ class VirtualExperts:
         """`[L, width]`: who adds to them says so by `observed`."""
         self.unit = 1.0
         """What an observation made now counts for: scores are never aged, the unit grows instead."""
-        rows = memoryview(self.scores)
+        rows = memoryview(self.scores).cast("B").cast("d")
         self._layers = [HeldLayer(p, rows[n * self.width : n * self.width + len(p)]) for n, p in enumerate(priors)]
         self._observed: set[int] = set()
         """Layers, since swaps were last chosen."""
@@ -236,8 +236,8 @@ class VirtualExperts:
 
     def _by_gain(self) -> list[int]:
         """Observed layers, largest gain first: loads under way are few and must go where they win most."""
-        gains = [(-self._layers[number].gain(), number) for number in self._observed]
-        return [number for gain, number in sorted(gains) if gain < 0]
+        gains = sorted((-self._layers[number].gain(), number) for number in self._observed)
+        return [number for gain, number in gains if gain < 0]
 
     def _swap(self, number: int) -> list[Action]:
         layer = self._layers[number]
