@@ -38,13 +38,19 @@ class Size:
         return self.bytes if self.bytes is not None else int((self.share or 0.0) * total_bytes)
 
     def __str__(self) -> str:
-        return f"{self.bytes}" if self.bytes is not None else f"{(self.share or 0.0) * 100:g}%"
+        """As it may be written: in the largest unit that says it exactly."""
+        if self.bytes is None:
+            return f"{(self.share or 0.0) * 100:g}%"
+        for unit in ("TiB", "GiB", "MiB", "KiB"):
+            if self.bytes and self.bytes % _UNITS[unit.lower()] == 0:
+                return f"{self.bytes // _UNITS[unit.lower()]}{unit}"
+        return f"{self.bytes}"
 
 
 def parse_size(text: str, *, share_allowed: bool = False) -> Size:
     """`4096`, `512MiB`, `2GB`, or (where a share is allowed) `25%`. Raises ConfigError naming the value."""
     allowed = "bytes, or a number with a unit such as 512MiB or 2GB"
-    allowed += ", or a share such as 25%" if share_allowed else ""
+    allowed += ", or a share such as 25%, of at most 100%" if share_allowed else ""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*|%)\s*", text)
     if match:
         number, unit = float(match[1]), match[2].lower()

@@ -5,7 +5,8 @@ Unknown keys and unknown `EXPERTD_*` variables are errors. Reads the file that i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -43,12 +44,19 @@ def load_config(
     ):
         for name, raw in given.items():
             if name not in sources:
-                raise ConfigError(f"unknown option {name!r} in {source}: known are {', '.join(sorted(sources))}")
+                raise ConfigError(_unknown(name, source, sources))
             values[name] = _convert(name, raw)
             sources[name] = source
     config = Config(**values)
     _cross_check(config)
     return LoadedConfig(config, sources)
+
+
+def _unknown(name: str, source: str, known: Iterable[str]) -> str:
+    written = f"{ENV_PREFIX}{name.upper()}" if source == "environment" else name
+    near = difflib.get_close_matches(name, known, 1)
+    meant = f" (meant: {near[0]}?)" if near else ""
+    return f"unknown option {written!r} in {source}{meant}: known are {', '.join(sorted(known))}"
 
 
 def _cross_check(config: Config) -> None:

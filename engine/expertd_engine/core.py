@@ -18,6 +18,8 @@ from expertd_engine.step_plan import Chunk, StepPlan
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
+    """What one sequence's next token is."""
+
     token_id: int
     logprob: TokenLogprob | None = None
     """Where `sampling.logprobs` asked for it."""
@@ -148,7 +150,7 @@ class EngineCore:
 
     def end_all(self, now_s: float) -> Steps:
         """The engine stops: abort whatever lives, and tell all that has not been told."""
-        self.abort(self.scheduler.live_ids, now_s)
+        self.abort(list(self.scheduler.live), now_s)
         return self._take_told()
 
     def step(self, now_s: float) -> Steps:

@@ -51,8 +51,14 @@ class BudgetError(ResourceError):
         self.minimum_bytes = minimum_bytes
         super().__init__(
             f"{what} of {budget_bytes} bytes is {minimum_bytes - budget_bytes} bytes too small: "
-            f"the smallest that works is {minimum_bytes} bytes" + (f" ({detail})" if detail else "")
+            f"the smallest that works is {minimum_bytes} bytes{_rounded(minimum_bytes)}"
+            + (f" ({detail})" if detail else "")
         )
+
+
+def _rounded(count: int) -> str:
+    """Also as a size that suffices and is easily written."""
+    return f", {-(-count // 2**20)}MiB" if count >= 2**20 else ""
 
 
 class EngineError(ExpertdError):

@@ -76,6 +76,7 @@ class KVPool:
         return MappingProxyType(self._references)
 
     def blocks_for(self, num_tokens: int) -> int:
+        """How many hold so many tokens."""
         return -(-num_tokens // self.block_tokens)
 
     def can_allocate(self, count: int, *, besides: Collection[int] = ()) -> bool:
@@ -128,7 +129,7 @@ class KVPool:
             self._require_used(block, "free")
             self._references[block] -= 1
             if self._references[block] == 0:
-                self._retire(block)
+                self._unused(block)
 
     def check(self) -> None:
         """Raise EngineError unless the conservation law holds. Linear in the number of blocks."""
@@ -159,7 +160,8 @@ class KVPool:
             del self._cached[block]
             self.num_evictions += 1
 
-    def _retire(self, block: int) -> None:
+    def _unused(self, block: int) -> None:
+        """Nobody holds it any more: it is cached, blank or, if it was retired, gone."""
         del self._references[block]
         if block in self._keys:
             self._cached[block] = None

@@ -24,14 +24,15 @@ class PrefixCache:
 
     def __init__(self, pool: KVPool, store_id: str) -> None:
         self.num_queried = 0
-        """Tokens of sequences that were admitted after a lookup, and `num_hit`, those found computed; since start."""
+        """Tokens of sequences that were admitted after a lookup, since start."""
         self.num_hit = 0
+        """Of these, those found computed."""
         self._pool = pool
         self._store_id = store_id
 
     def lookup(self, sequence: Sequence) -> list[int]:
         """Blocks that hold the KV of the sequence's first tokens, to be shared; its last token is never among them,
-        because its logits are wanted. None for a sequence with prompt logprobs to come: it wants all logits."""
+        because its logits are wanted. Empty for a sequence with prompt logprobs to come: it wants all logits."""
         blocks: list[int] = []
         if not self._may_find(sequence):
             return blocks

@@ -40,20 +40,26 @@ def publish(destination: Path, *, replace: bool = False, needed_bytes: int = 0) 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock named after `path` (whether that exists or not), waiting for other processes to let go of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Hold the lock named after `path` (whether that exists or not), waiting for other processes to let go of it.
+    Raises ResourceError where its folder cannot be made or written."""
     lock = path.with_name(f".{path.name}.lock")
-    while True:
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        # The last holder removes the file: a waiter may now hold the lock of a name that is gone or made anew.
-        if _is_still(lock, fd):
-            break
-        os.close(fd)
+    with _as_user_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = _lock(lock)
     try:
         yield
     finally:
         lock.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def _lock(path: Path) -> int:
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        # The last holder removes the file: a waiter may now hold the lock of a name that is gone or made anew.
+        if _is_still(path, fd):
+            return fd
         os.close(fd)
 
 

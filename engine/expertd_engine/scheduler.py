@@ -67,10 +67,12 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
+        """Sequences that hold a row and blocks."""
         return len(self._queues.running)
 
     @property
     def num_waiting(self) -> int:
+        """Preempted ones included."""
         return len(self._queues.waiting)
 
     @property
@@ -86,10 +88,6 @@ class Scheduler:
     def live(self) -> Mapping[int, Sequence]:
         """All live sequences by id: a view."""
         return MappingProxyType(self._sequences)
-
-    @property
-    def live_ids(self) -> list[int]:
-        return list(self._sequences)
 
     def add(self, sequence: Sequence) -> None:
         """Take `sequence` into the waiting queue. Raises SequenceRefused if it could never finish."""
@@ -119,7 +117,7 @@ class Scheduler:
     @property
     def needed_blocks(self) -> int:
         """The most that any live sequence may come to need, and at least one."""
-        return max((self._blocks_needed(sequence) for sequence in self._sequences.values()), default=1)
+        return max((self._most_blocks(sequence) for sequence in self._sequences.values()), default=1)
 
     def resize_pool(self, num_blocks: int) -> None:
         """Change the pool's limit. Raises ValueError below what a live sequence may still need: none is lost to it."""
@@ -230,14 +228,15 @@ class Scheduler:
             raise EngineError(f"step {plan.step} is not in flight")
         self._in_flight = None
 
-    def _blocks_needed(self, sequence: Sequence) -> int:
+    def _most_blocks(self, sequence: Sequence) -> int:
+        """That it may ever come to need."""
         return self.pool.blocks_for(sequence.max_computed_tokens)
 
     def _refuse_impossible(self, sequence: Sequence) -> None:
         prompt, limit = sequence.num_prompt_tokens, self.limits.max_model_len
         if not 1 <= prompt <= limit:
             raise SequenceRefused(f"a prompt of {prompt} tokens: allowed are 1 to {limit}")
-        needed, capacity = self._blocks_needed(sequence), self.pool.capacity
+        needed, capacity = self._most_blocks(sequence), self.pool.capacity
         if needed > capacity:
             raise SequenceRefused(
                 f"a sequence of up to {sequence.max_length} tokens needs {needed} KV blocks of "

@@ -13,9 +13,12 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
+    """Bounds of steps and sequences. Raises ValueError for one below 1."""
+
     max_sequences: int
     """Rows in one step."""
     max_step_tokens: int
+    """Tokens in one step, of all rows together."""
     max_model_len: int
     """Tokens of prompt and output together."""
     ageing_steps: int = 256

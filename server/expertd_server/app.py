@@ -62,7 +62,7 @@ def _wrap(app: FastAPI, service: Service, keys: KeyRing) -> None:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    mapped = as_api_error(error)
+    mapped = as_api_error(error, f"{request.method} {request.url.path}")
     if mapped.status == 499:
         raise mapped  # nobody is left to answer: the envelope counts it
     return error_response(mapped)

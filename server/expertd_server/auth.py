@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -45,6 +45,14 @@ def owner(scope: Mapping[str, Any]) -> str:
     return str(scope[_OWNER])
 
 
+class Owner(NamedTuple):
+    """Who has shown a key."""
+
+    name: str
+    """A digest's beginning."""
+    is_admin: bool
+
+
 @dataclass(frozen=True, slots=True)
 class KeyRing:
     """Digests of the keys in force. No API keys: everybody may ask; no admin key: nobody may administer."""
@@ -69,12 +77,12 @@ class KeyRing:
             raise ConfigError("max_per_key: there is no API key to count for; give keys, or leave the option out")
         return cls.of(api, admin)
 
-    def find(self, presented: Iterable[str]) -> tuple[str, bool] | None:
-        """The owner of the first of the `presented` keys that is in force, and whether it is an admin's."""
+    def find(self, presented: Iterable[str]) -> Owner | None:
+        """Of the first of the `presented` keys that is in force."""
         for digest in map(_digest, presented):
             is_admin, is_api = _among(digest, self.admin), _among(digest, self.api)
             if is_admin or is_api:
-                return digest.hex()[:16], is_admin
+                return Owner(digest.hex()[:16], is_admin)
         return None
 
 
@@ -122,21 +130,25 @@ class Authentication:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             found = self._keys.find(_presented(Headers(scope=scope)))
-            scope[_OWNER] = found[0] if found else ""
+            scope[_OWNER] = found.name if found else ""
             refusal = self._refusal(scope, found)
             if refusal is not None:
                 await error_response(refusal)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _refusal(self, scope: Scope, found: tuple[str, bool] | None) -> InvalidApiKey | KeyLacksScope | None:
+    def _refusal(self, scope: Scope, found: Owner | None) -> InvalidApiKey | KeyLacksScope | None:
         path = scope["path"]
         if path in self._public and scope["method"] in ("GET", "HEAD"):
             return None
         if path == ADMIN_PREFIX or path.startswith(ADMIN_PREFIX + "/"):
+            if not self._keys.admin:
+                return InvalidApiKey(
+                    "this route needs an admin key, and this server has none: start it with --admin-key-file"
+                )
             if found is None:
-                return InvalidApiKey("this route needs the admin key")
-            return None if found[1] else KeyLacksScope("this route needs the admin key; the key given is not it")
+                return InvalidApiKey("this route needs the admin key, as `Authorization: Bearer KEY`")
+            return None if found.is_admin else KeyLacksScope("this route needs the admin key; the key given is not it")
         if self._keys.api and found is None:
             error = InvalidApiKey("this server needs an API key, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`")
             if path == PAGE_PATH:

@@ -78,11 +78,12 @@ def _check_some_token_is_left(request: GenerationRequest, info: EngineInfo, bad_
 
 
 def _answer_tokens(request: GenerationRequest, prompt: EncodedPrompt, info: EngineInfo) -> int:
+    """The most that the answer may have; none only where the request asks for none."""
     left = info.max_model_len - len(prompt.token_ids)
-    wanted = left if request.answer_limit is None else request.answer_limit
-    if left < min(1, wanted) or (left < 1 and request.answer_limit is None):
+    fewest = 0 if request.answer_limit == 0 else 1
+    if left < fewest:
         raise ContextLengthExceeded(len(prompt.token_ids), info.max_model_len)
-    return min(wanted, left)
+    return left if request.answer_limit is None else min(request.answer_limit, left)
 
 
 def _sampling(

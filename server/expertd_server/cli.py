@@ -10,11 +10,12 @@ import argparse
 import asyncio
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from expertd_engine.config import ENV_PREFIX, Config
 from expertd_engine.config_sources import LoadedConfig, load_config
@@ -36,6 +37,9 @@ _TOOLS = {
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)  # what is short for one option today is not tomorrow
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see `{self.prog} --help`)")
 
@@ -44,17 +48,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments and arguments[0] in _TOOLS:
-            return int(importlib.import_module(_TOOLS[arguments[0]][0]).main(arguments[1:]))
-        return _run(arguments)
+        code = _run(arguments)
+        sys.stdout.flush()  # here, where we can still say what comes of it
+        return code
     except ExpertdError as error:
         if str(error):
             print(f"expertd: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read our output has seen enough: `expertd status --watch | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it while it ends
+        return 128 + signal.SIGPIPE
 
 
 def _run(arguments: Sequence[str]) -> int:
-    options = _parser().parse_args(arguments)
+    if arguments and arguments[0] in _TOOLS:
+        return int(importlib.import_module(_TOOLS[arguments[0]][0]).main(arguments[1:]))
+    parser, commands = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command in ("health", "status"):
         return remote.run(options, os.environ)
     loaded = _load(options, os.environ)
@@ -64,7 +78,8 @@ def _run(arguments: Sequence[str]) -> int:
     return _serve(loaded.config, lambda: _load(options, os.environ).config)
 
 
-def _parser() -> _Parser:
+def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
+    """Of the whole command line, and of each command."""
     parser = _Parser(prog="expertd", description="Serve Mixture-of-Experts models inside a byte budget.")
     parser.add_argument("--version", action="version", version=f"expertd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -78,7 +93,7 @@ def _parser() -> _Parser:
     remote.add_commands(commands)
     for name, (_, text) in _TOOLS.items():
         commands.add_parser(name, help=text, add_help=False)
-    return parser
+    return parser, commands.choices
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +118,7 @@ def _field(name: str) -> Field[object]:
 
 def _help(option: Field[object]) -> str:
     text = str(option.metadata["help"]).replace("%", "%%")
-    return text if option.default is None else f"{text} (default: {str(option.default).replace('%', '%%')})"
+    return text if option.default is None else f"{text} (default: {str(_as_text(option.default)).replace('%', '%%')})"
 
 
 def _metavar(kind: object) -> str:

@@ -71,14 +71,7 @@ class Console:
                                                 "error": answer.error}})  # fmt: skip
         change = self._changes.popleft() if self._changes else None
         if answer.error is None and change is not None:
-            self._in_force = SetBudget(
-                self._in_force.expert_budget_bytes
-                if change.expert_budget_bytes is None
-                else change.expert_budget_bytes,
-                self._in_force.memory_budget_bytes
-                if change.memory_budget_bytes is None
-                else change.memory_budget_bytes,
-            )
+            self._in_force = _changed(self._in_force, change)
         asked = self._asked.popleft() if self._asked else None
         if asked is not None and not asked.done():
             asked.set_result(answer)
@@ -98,3 +91,11 @@ class Console:
             asked = self._asked.popleft()
             if asked is not None and not asked.done():
                 asked.set_exception(EngineDead())
+
+
+def _changed(old: SetBudget, change: SetBudget) -> SetBudget:
+    """`old` with what `change` sets."""
+    experts, memory = change.expert_budget_bytes, change.memory_budget_bytes
+    return SetBudget(
+        old.expert_budget_bytes if experts is None else experts, old.memory_budget_bytes if memory is None else memory
+    )

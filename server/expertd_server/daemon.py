@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import logging
 import os
@@ -45,8 +46,10 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         listening = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ResourceError(f"cannot listen on {host}:{port}: {reason}") from error
+        taken = error.errno == errno.EADDRINUSE
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
+        hint = "; end who listens there, or give another --port" if taken else ""
+        raise ResourceError(f"cannot listen on {host}:{port}: {reason}{hint}") from error
     # Inherited by every connection. asyncio sets it only where a socket names its protocol, which these do not, and
     # without it each small answer waits 40 ms for the client's delayed acknowledgement.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -146,6 +149,7 @@ class Daemon:
             logger.error("budgets not changed", extra={"fields": {"error": answer.error}})
 
     async def run(self) -> int:
+        """Serve until a signal comes. Returns the exit code; raises the ExpertdError that ends the server."""
         http = asyncio.create_task(self._http.serve([self._listening]))
         life = asyncio.create_task(self.supervisor.run())
         stopped = asyncio.create_task(self._stop.wait())

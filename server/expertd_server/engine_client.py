@@ -69,6 +69,7 @@ class Reply:
     """The updates of one request's sequences, in order, for the one task that owns the request."""
 
     def __init__(self, max_buffered_tokens: int, waiting: dict[int, int], patience: Patience | None) -> None:
+        """`waiting` has the prompt tokens of each sequence, by its id."""
         self._waiting = waiting
         self._patience = patience
         self._begun = False

@@ -96,8 +96,10 @@ class NotFound(InvalidRequest):
 class ModelNotFound(NotFound):
     code = "model_not_found"
 
-    def __init__(self, model: str, served: str) -> None:
-        super().__init__(f"the model {clip(model)!r} does not exist: this server serves {served!r}", param="model")
+    def __init__(self, model: str, *served: str) -> None:
+        """`served`: all names of what there is."""
+        names = ", also called ".join(map(repr, dict.fromkeys(served)))
+        super().__init__(f"the model {clip(model)!r} does not exist: this server serves {names}", param="model")
 
 
 class MethodNotAllowed(InvalidRequest):
@@ -204,22 +206,23 @@ def clip(value: object) -> str:
     return text if len(text) <= MAX_ECHO else text[:MAX_ECHO] + "…"
 
 
-def as_api_error(error: BaseException) -> ApiError:
-    """Any exception as the answer it stands for. What is not ours is a bug: logged here, opaque to the client."""
+def as_api_error(error: BaseException, asked_for: str = "") -> ApiError:
+    """Any exception as the answer it stands for. What is not ours is a bug: logged here, opaque to the client.
+    `asked_for` is the method and path, where they are known."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):
-        return _from_router(error)
+        return _from_router(error, asked_for)
     logger.error("unexpected error while handling a request", exc_info=error)
     return ApiError("the server met an unexpected error; its log has the details")
 
 
-def _from_router(error: HTTPException) -> ApiError:
+def _from_router(error: HTTPException, asked_for: str) -> ApiError:
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         mapped: ApiError = MethodNotAllowed(f"this route does not take that method: allowed is {allowed or 'none'}")
     elif error.status_code == 404:
-        mapped = NotFound("there is no such route")
+        mapped = NotFound(f"there is no route {clip(asked_for)!r}: /openapi.json lists all that there are")
     else:
         mapped = InvalidRequest(clip(error.detail))
         mapped.status = error.status_code

@@ -82,18 +82,20 @@ class Job:
         )  # fmt: skip
 
     def _cached_tokens(self) -> int:
-        n = len(self.choices) // len(self.prompts)
+        """Prompt tokens that no choice had to compute, each prompt once."""
+        n = self.request.n
         by_prompt = (self.choices[i : i + n] for i in range(0, len(self.choices), n))
         return sum(min(choice.cached_tokens for choice in choices) for choices in by_prompt)
 
     def _expert_usage(self) -> ExpertUsage:
+        substituted = sum(s.substituted for s in self.stats)
         return ExpertUsage(
             hits=sum(s.expert_hits for s in self.stats),
             late=sum(s.expert_late for s in self.stats),
             misses=sum(s.expert_misses for s in self.stats),
             loaded_bytes=sum(s.loaded_bytes for s in self.stats),
             stall_ms=round(sum(s.stall_s for s in self.stats) * 1000, 3),
-            substitutions=(substituted := sum(s.substituted for s in self.stats)),
+            substitutions=substituted,
             substituted_share=_ratio(substituted, sum(s.choices for s in self.stats)),
             substituted_mass=_ratio(
                 sum(s.substituted_mass for s in self.stats), sum(s.virtual_tokens for s in self.stats)

@@ -129,7 +129,6 @@ class RequestRecord:
             return sum(getattr(stats, name) for stats in self._stats)
 
         now = time.monotonic()
-        status = 499 if reason == "abort" else error.status if isinstance(error, ApiError) else 500 if error else 200
         logger.info(
             "request",
             extra={
@@ -138,7 +137,7 @@ class RequestRecord:
                     "route": self._endpoint,
                     "model": self.model,
                     "stream": self.stream,
-                    "status": status,
+                    "status": _status(reason, error),
                     "finish_reason": reason,
                     "error": error.code if isinstance(error, ApiError) else None,
                     "prompt_tokens": self._prompt_tokens,
@@ -157,6 +156,15 @@ class RequestRecord:
                 }
             },
         )
+
+
+def _status(reason: str, error: BaseException | None) -> int:
+    """As HTTP would say it, of streams too, whose own was sent before their end was known."""
+    if reason == "abort":
+        return ClientDisconnected.status
+    if error is None:
+        return 200
+    return error.status if isinstance(error, ApiError) else 500
 
 
 def _rejection(error: ApiError) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 import urllib.error
@@ -34,11 +33,12 @@ def add_commands(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Carry one of them out; returns the exit code."""
+    """Carry one of them out: the server's address and the key are those of `environment`, unless the options say
+    otherwise. Returns the exit code. Raises UsageError for what is no address."""
     url = options.url or default_url(environment)
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"--url: {url!r} is not an address: write http://HOST:PORT")
-    key = os.environ.get(API_KEY_VARIABLE, "").split(",")[0].strip()
+    key = environment.get(API_KEY_VARIABLE, "").split(",")[0].strip()
     if options.command == "health":
         return _health(url + ("/live" if options.live else "/ready"), options.timeout)
     return _status(url + "/status", key, options)

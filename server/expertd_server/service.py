@@ -71,6 +71,7 @@ class Service:
         self.metrics.ready.set(self.state == "ready")
 
     def progressed(self, stage: str, fraction: float) -> None:
+        """Loading has come so far: what is being done, and what share of it is, 0 to 1."""
         self.stage, self.progress = stage, fraction
 
     def engine_failed(self, reason: str, how: str) -> None:
@@ -107,9 +108,10 @@ class Service:
         operator asked for (`demo`)."""
         asked_for = () if self.config.served_model_name else (self.config.model,)
         if name not in ("", model.name, *asked_for):
-            raise ModelNotFound(name, model.name)
+            raise ModelNotFound(name, model.name, *(other for other in asked_for if "/" not in other))  # no paths
 
     def became_ready(self, codec: TextCodec, chat: ChatFormat, info: EngineInfo) -> None:
+        """An engine serves: requests are taken from now on."""
         name = self.config.served_model_name or codec.model_name
         loaded = self.model.loaded_unix_s if self.model else int(time.time())
         self.model = ServedModel(name, codec, chat, info, loaded)

@@ -11,6 +11,7 @@ import msgspec
 from expertd_engine.messages import EngineInfo
 from expertd_engine.snapshot import Snapshot, Tiers
 from expertd_server import __version__
+from expertd_server.engine_families import Labels
 from expertd_server.engine_metrics import EngineCounters, memory_budget_of
 from expertd_server.service import Service
 
@@ -145,12 +146,22 @@ def experts(counters: EngineCounters) -> dict[str, float]:
     expert resident, of all; 0 before the first."""
     sums: dict[str, float] = {}
     for (name, labels), value in counters.totals().items():
-        key = {
-            "expert_lookups": labels[-1:], "expert_lookahead_experts": labels[-1:],
-            "expert_prefetch": ("prefetch_" + labels[-1],) if labels else (),
-            "stall_seconds": ("stall_s",), "store_read_bytes": ("read_bytes",),
-        }.get(name, ())  # fmt: skip
-        for each in key:
-            sums[each] = sums.get(each, 0) + value
+        key = _experts_key(name, labels)
+        if key is not None:
+            sums[key] = sums.get(key, 0) + value
     lookups = sum(sums.get(result, 0) for result in ("hit", "late", "miss"))
     return {"hit_ratio": sums.get("hit", 0) / lookups if lookups else 0.0, "lookups": lookups, **sums}
+
+
+def _experts_key(counter: str, labels: Labels) -> str | None:
+    """Under what name a counter's series is told, the last of its labels being the outcome; None: not at all."""
+    match counter:
+        case "expert_lookups" | "expert_lookahead_experts":
+            return labels[-1]
+        case "expert_prefetch":
+            return f"prefetch_{labels[-1]}"
+        case "stall_seconds":
+            return "stall_s"
+        case "store_read_bytes":
+            return "read_bytes"
+    return None

@@ -55,6 +55,7 @@ class RestartPolicy:
     healthy_s: float = 60.0
 
     def delay_s(self, attempt: int) -> float:
+        """Seconds to wait before the next try, after so many that failed in a row."""
         return min(self.first_delay_s * 2.0 ** min(attempt, 64), self.max_delay_s)
 
 
@@ -114,6 +115,8 @@ class Supervisor:
         self._served_since_s: float | None = None
 
     async def run(self) -> None:
+        """Prepare the model, then keep an engine serving it, until `stop`. Raises the ExpertdError that the server has
+        to exit with."""
         store = await self._launcher.resolve_store(self._service)
         self._codec, self._chat = await asyncio.to_thread(_load_text_side, store, self._service.config.tool_parser)
         attempt = 0
@@ -149,6 +152,7 @@ class Supervisor:
     # ------------------------------------------------------------ messages, called by the client
 
     def ready(self, message: Ready) -> None:
+        """The engine says that it serves."""
         spoken = message.info.protocol
         if spoken != PROTOCOL_VERSION:
             self._give_up(f"the engine speaks protocol {spoken}, the server {PROTOCOL_VERSION}")
@@ -171,6 +175,7 @@ class Supervisor:
             logger.warning("fallback", extra={"fields": {"fallback": fallback}})
 
     def fatal(self, message: Fatal) -> None:
+        """The engine's last words."""
         self._fatal = message
 
     # ------------------------------------------------------------ one engine process
@@ -178,7 +183,7 @@ class Supervisor:
     async def _run_engine(self, store: Path) -> str:
         """Serve with one engine process until it ends; says why. Raises ChildFailed if it never got ready the first
         time."""
-        self._fatal, self._served_since_s = None, None
+        self._fatal, self._served_since_s, self._process = None, None, None
         try:
             reason = await self._serve_with_one(store)
         except (OSError, zmq.ZMQError) as error:  # no room for a socket, no process to be had: perhaps later

@@ -14,6 +14,7 @@ import pytest
 from expertd_engine.errors import EngineError, ExpertdError
 from expertd_engine.messages import Fatal
 from expertd_server.launcher import ChildFailed
+from expertd_server.remote import shown
 from support.fake_engine import WAIT_S, FakeEngine, Script
 from support.fake_numbers import engine_info
 from support.running_server import Server, Start
@@ -163,6 +164,12 @@ def test_a_wedged_engine_is_killed_and_replaced(start: Start) -> None:
     server.launcher.wait_for_engine(2)
     server.until_ready()
     assert server.metrics()['expertd_engine_restarts_total{reason="wedged"}'] == 1
+    told = server.http.get("/status").json()["engine"]
+    assert (told["restarts"], told["last_failure"]["reason"]) == (1, "wedged")
+    assert told["last_failure"]["ago_s"] >= 0
+    assert f"engine    restarts: 1; {told['last_failure']['ago_s']:.0f} s ago the last one" in "\n".join(
+        shown(server.http.get("/status").json() | {"engine": told}, 0.0, None)
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -245,10 +245,11 @@ def test_while_predictions_do_not_pay_layers_run_on_and_bits_stay(store: Path) -
     with running_engine(store, predictor="none", prefetch=False) as engine:
         expected = [one.token_ids for one in answer(engine)]
     with running_engine(store, predictor="learned") as engine:
-        payoff, turns = governor_of(engine).payoff, itertools.count()
+        payoff, turns, listens = governor_of(engine).payoff, itertools.count(), itertools.count()
 
         def begin_step(rows: int | None) -> bool:
-            payoff.is_on = next(turns) // 7 % 2 == 0
+            payoff.is_on = payoff._kept = next(turns) // 7 % 2 == 0
+            payoff._left = 999 * (next(listens) // 21 % 2)  # the predictor listens all along, or not while it is off
             return payoff.is_on
 
         payoff.begin_step = begin_step  # type: ignore[method-assign]  # a clock of the test's own

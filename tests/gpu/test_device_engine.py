@@ -85,8 +85,8 @@ def half_of_them(most: int, decided: Misses, record_bytes: int, inner: int) -> l
 def test_the_processor_computes_what_steps_miss(
     experts_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps of one to four rows, half of the experts resident: as over the link, but for rounding. An odd one is divided,
-    which no such small experts are by their speeds."""
+    """Steps of one to four rows, half of the experts resident: as over the link, but for rounding. An odd one is
+    divided, which no such small experts are by their speeds."""
     monkeypatch.setattr("support.tiny_families._EXPERT_FFN", 96)
     monkeypatch.setattr("expertd_engine.device_misses.left_to_processor", half_of_them)
     store = make_store("qwen3_moe", tmp_path, experts_format)

@@ -38,13 +38,19 @@ def test_a_share_counts_against_the_total_and_only_where_allowed() -> None:
     assert parse_size("25%", share_allowed=True).resolve(1000) == 250
     assert parse_size("100%", share_allowed=True).resolve(12345) == 12345
     for text in ("0%", "100.1%"):
-        with pytest.raises(ConfigError, match="a share such as 25%"):
+        with pytest.raises(ConfigError, match="a share such as 25%, of at most 100%"):
             parse_size(text, share_allowed=True)
 
 
-@pytest.mark.parametrize("size", [Size(bytes=123), Size(share=0.25), Size(share=0.005)])
+@pytest.mark.parametrize("size", [Size(bytes=123), Size(bytes=3 * 2**29), Size(share=0.25), Size(share=0.005)])
 def test_a_size_reads_back_what_it_prints(size: Size) -> None:
     assert parse_size(str(size), share_allowed=True) == size
+
+
+def test_a_size_is_shown_in_the_largest_unit_that_is_exact() -> None:
+    assert [str(Size(bytes=n)) for n in (0, 1000, 2**20, 3 * 2**29, 2**30 + 1)] == [
+        "0", "1000", "1MiB", "1536MiB", "1073741825",
+    ]  # fmt: skip
 
 
 def test_flags_win_over_environment_over_file_over_default(tmp_path: Path) -> None:
@@ -78,7 +84,7 @@ def test_yaml_types_are_taken_as_they_are(tmp_path: Path) -> None:
 
 def test_all_bodies_together_need_room_for_one() -> None:
     assert load_config({"max_body": "1KiB", "max_bodies": "1KiB"}, {}).config.max_bodies == Size(bytes=1024)
-    with pytest.raises(ConfigError, match=r"^max_bodies: 1023 is not allowed: give at least max_body, 1024$"):
+    with pytest.raises(ConfigError, match=r"^max_bodies: 1023 is not allowed: give at least max_body, 1KiB$"):
         load_config({"max_body": "1KiB", "max_bodies": "1023"}, {})
 
 
@@ -125,11 +131,11 @@ def test_a_yaml_value_of_another_type_is_refused(tmp_path: Path, line: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("flags", "environment", "source"),
-    [({"prot": "1"}, {}, "flag"), ({}, {"EXPERTD_PROT": "1"}, "environment")],
+    ("flags", "environment", "named"),
+    [({"prot": "1"}, {}, "'prot' in flag"), ({}, {"EXPERTD_PROT": "1"}, "'EXPERTD_PROT' in environment")],
 )
-def test_an_unknown_option_is_refused(flags: dict[str, str], environment: dict[str, str], source: str) -> None:
-    with pytest.raises(ConfigError, match=rf"unknown option 'prot' in {source}: known are .*port"):
+def test_an_unknown_option_is_refused(flags: dict[str, str], environment: dict[str, str], named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"unknown option {named} \(meant: port\?\): known are .*port"):
         load_config(flags, environment)
 
 

@@ -20,6 +20,7 @@ from expertd_engine.memory import (
     proportional_bytes,
     reset_peak_rss,
     rss_bytes,
+    unchanged_code,
 )
 
 MIB = 2**20
@@ -53,6 +54,33 @@ def test_a_child_that_has_ended_counts_nothing_reaped_or_not(child: subprocess.P
     assert MemoryMeter(os.getpid()).measure().used_bytes > 0
     child.wait()
     assert (proportional_bytes(child.pid), peak_rss_bytes(child.pid)) == (0, 0)
+
+
+def test_only_code_as_its_file_has_it_may_be_dropped() -> None:
+    mappings = {
+        "1000-3000 r-xp 00000000 fe:00 26 /usr/lib/some.so": 0,
+        "3000-4000 r--p 00002000 fe:00 26 /usr/lib/some.so": 0,
+        "4000-5000 r-xp 00000000 fe:00 27 /usr/lib/patched.so": 4,
+        "5000-6000 r-xp 00000000 00:00 0 [vdso]": 0,
+        "6000-7000 rwxp 00000000 fe:00 28 /tmp/made": 0,
+        "8000-9000 r-xp 00001000 fe:00 29 /usr/lib/with space.so (deleted)": 0,
+    }
+    smaps = "".join(f"{line}\nSize: 4 kB\nAnonymous:   {kib} kB\nVmFlags: rd\n" for line, kib in mappings.items())
+    assert unchanged_code(smaps) == [(0x1000, 0x3000), (0x8000, 0x9000)]
+
+
+def test_what_starting_up_has_touched_is_given_back() -> None:
+    program = """
+from expertd_engine.memory import fields_kib, release_free_memory
+import hashlib, ssl, sqlite3
+from pathlib import Path
+mapped = lambda: fields_kib(Path("/proc/self/status"))["RssFile"]
+before = mapped()
+release_free_memory()
+assert mapped() < before, (before, mapped())
+assert hashlib.sha256(b"abc").hexdigest().startswith("ba7816bf")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_peak_is_kept_until_it_is_reset() -> None:

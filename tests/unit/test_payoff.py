@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from expertd_engine.experts.payoff import BLOCK, COST, FIRST, GRACE, HOLD, LONGEST, SETTLED, TRIAL, PayOff
+from expertd_engine.experts.payoff import BLOCK, COST, FIRST, GRACE, HOLD, LONGEST, NOTICE, SETTLED, TRIAL, PayOff
 
 
 def run(payoff: PayOff, steps: int, *, on_s: float, off_s: float, rows: int | None = 1, noise: float = 0.0) -> int:
@@ -97,3 +97,14 @@ def test_a_difference_within_the_margin_changes_nothing() -> None:
     payoff = PayOff()
     run(payoff, FIRST, on_s=1.005, off_s=1.0)
     assert payoff.trials == 1 and payoff.switches == 0 and payoff.is_on
+
+
+def test_who_predicts_hears_of_a_trial_before_it_begins() -> None:
+    payoff = PayOff()
+    assert payoff.is_near
+    run(payoff, FIRST, on_s=1.1, off_s=1.0)
+    assert not payoff.is_on and not payoff.is_near
+    run(payoff, HOLD - NOTICE - 1, on_s=1.1, off_s=1.0)
+    assert not payoff.is_near
+    run(payoff, 1, on_s=1.1, off_s=1.0)
+    assert payoff.is_near and not payoff.is_on

@@ -103,7 +103,7 @@ def _add_foresight(command: argparse.ArgumentParser) -> None:
     command.add_argument("--disk-mib-s", type=_positive, metavar="N", help="as on a disk that reads N MiB a second")
     command.add_argument("--policy", choices=get_args(Policy), default="auto", help="which expert gives way")
     command.add_argument("--pairs", type=_positive, default=15, metavar="N", help="interleaved rounds (default: 15)")
-    command.add_argument("--tokens", type=_fours, default=40, metavar="N", help="timed tokens (default: 40)")
+    command.add_argument("--tokens", type=_fours, default=48, metavar="N", help="timed tokens (default: 48)")
     command.add_argument("--timeout", type=float, default=600.0, metavar="S", help="wait so long for one answer")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of routes and prompts")
 

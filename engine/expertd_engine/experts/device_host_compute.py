@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -114,14 +115,20 @@ class HostCompute:
     def ask(self, layer: int, experts: Sequence[int], cuts: Sequence[int] = ()) -> None:
         """What a device would ask for one row, of which row 0 of `x` and `weights` are to be there; and wait for it.
         `cuts`: of each expert the first neuron asked for, all where there are none."""
+        self._post(layer, experts, cuts)
+        self._wait(layer)
+
+    def _post(self, layer: int, experts: Sequence[int], cuts: Sequence[int] = ()) -> None:
         count = len(experts)
         assert count <= self._room.top_k
         choices = np.arange(count)
         self.experts.numpy()[:, :count] = experts, choices, choices + 1, cuts or [0] * count
         self.pairs.numpy()[:count] = choices
         self.head.numpy()[:] = layer, 1, count
+        self.posted.numpy()[0] += 1
+
+    def _wait(self, layer: int) -> None:
         posted, done, until = self.posted.numpy(), self.done.numpy(), time.monotonic() + _PATIENCE_S
-        posted[0] += 1
         while done[0] != posted[0]:
             if time.monotonic() > until:
                 raise EngineError(f"the processor computed no expert of layer {layer} in {_PATIENCE_S:.0f} s")
@@ -134,19 +141,18 @@ class HostCompute:
         asked = self._few_of_each_layer()
         self.begin_step()
         self.ask(*asked[0])  # threads wake up
-        alone = [(layer, experts[:1]) for layer, experts in asked]
-        alone_s, alone_bytes = self._ask_all(alone)
-        elapsed, nbytes = self._ask_all(asked)
+        alone = [self._timed(layer, experts[:1]) for layer, experts in asked]
+        few = [self._timed(layer, experts) for layer, experts in asked]
         self._first = self._thread.end()
-        return nbytes / elapsed, max(0.0, alone_s - alone_bytes * elapsed / nbytes) / len(alone)
+        bytes_per_s = sum(nbytes for _, nbytes in few) / sum(seconds for seconds, _ in few)
+        return bytes_per_s, max(0.0, median(seconds - nbytes / bytes_per_s for seconds, nbytes in alone))
 
-    def _ask_all(self, asked: Sequence[tuple[int, range]]) -> tuple[float, int]:
-        """The seconds that it took, and the bytes of records."""
+    def _timed(self, layer: int, experts: range) -> tuple[float, int]:
+        """The seconds from a request to its answer, and the bytes of its records."""
+        self._post(layer, experts)
         began = time.perf_counter()
-        for layer, experts in asked:
-            self.ask(layer, experts)
-        elapsed = time.perf_counter() - began
-        return elapsed, sum(len(experts) * self.layers[layer].struct.record_bytes for layer, experts in asked)
+        self._wait(layer)
+        return time.perf_counter() - began, len(experts) * self.layers[layer].struct.record_bytes
 
     def close(self) -> None:
         """End the threads. No step runs."""

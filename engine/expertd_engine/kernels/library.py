@@ -1,6 +1,6 @@
 """Finds, checks and binds the native kernels. Addresses go in as integers; the C header says what lies behind them.
 
-Calls release the interpreter lock. `EXPERTD_KERNELS` forces an instruction set, or `off`.
+Calls release the interpreter lock, but for the shortest. `EXPERTD_KERNELS` forces an instruction set, or `off`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "neon")
 VARIABLE = "EXPERTD_KERNELS"
 
 _INVALID = 1
+_FEW_ROWS = 32
+"""Up to so many are copied with the interpreter lock held: that takes microseconds, and who lets go of the lock waits
+for whoever takes it. A thread with reads to begin keeps it for a quarter of a millisecond."""
 
 Address: TypeAlias = int | None
 
@@ -114,11 +117,14 @@ class Library:
             function.argtypes, function.restype = arguments, result
         for name, arguments in _CALLS.items():
             self.bind(name, arguments)
+        self._few_rows = self.bind(
+            "expertd_rows", _CALLS["expertd_rows"], ctypes.PyDLL(None, handle=self.handle._handle)
+        )
 
-    def bind(self, name: str, arguments: list[Any]) -> Callable[..., None]:
+    def bind(self, name: str, arguments: list[Any], handle: ctypes.CDLL | None = None) -> Callable[..., None]:
         """The function of that name that returns a code: calling it raises ValueError for refused arguments and
-        KernelError for what else went wrong."""
-        function = getattr(self.handle, name)
+        KernelError for what else went wrong. `handle`: another one on this library."""
+        function = getattr(handle or self.handle, name)
         function.argtypes, function.restype, function.errcheck = arguments, c_int, self._check
         return function  # type: ignore[no-any-return]  # ctypes makes functions out of names
 
@@ -145,7 +151,8 @@ class Library:
 
     def rows(self, matrix: Matrix, ids: int, count: int, out: int) -> None:
         """float32 `[count, cols]` at `out`: the rows whose int64 ids lie at `ids`."""
-        self.handle.expertd_rows(byref(matrix), ids, count, out)
+        call = self._few_rows if count <= _FEW_ROWS else self.handle.expertd_rows
+        call(byref(matrix), ids, count, out)
 
     def error(self) -> str:
         """What was wrong with this thread's last call that failed."""

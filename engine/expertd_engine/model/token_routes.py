@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from expertd_engine.arrays_file import ArraysFile
-from expertd_engine.kernels.library import FORMATS, Matrix, Pool
+from expertd_engine.kernels.library import FORMATS, Library, Matrix
 from expertd_engine.model.substitution import Bools, Floats
 
 TOKEN_ROUTES_NAME = "token_routes.safetensors"
@@ -58,15 +58,17 @@ Ask = Callable[[Floats, Bools, int], tuple[Floats, list[int]]]
 class TokenRoutes:
     """Asks a map. `top_k` as the routers'."""
 
-    def __init__(self, numbers: TokenMap, top_k: int, pool: Pool | None = None) -> None:
-        """`pool` computes; without, numpy does. Either multiplies by `up` in bf16: every step reads all of it from
+    def __init__(self, numbers: TokenMap, top_k: int, library: Library | None = None) -> None:
+        """`library` computes; without, numpy does. Either multiplies by `up` in bf16: every step reads all of it from
         memory while it waits for the answer."""
         up = torch.from_numpy(numbers.up).to(torch.bfloat16)
         numbers = replace(numbers, up=up.float().numpy())
         self._tokens = numbers.tokens
         self._nobody = np.zeros(numbers.shares.shape, bool)
         named = min(math.ceil(_NAMED * top_k), numbers.shares.shape[1])
-        self._ask: Ask = partial(_by_numpy, numbers, named) if pool is None else NativeRoutes(numbers, up, named, pool)
+        self._ask: Ask = (
+            partial(_by_numpy, numbers, named) if library is None else NativeRoutes(numbers, up, named, library)
+        )
 
     def expected(self, token_ids: Sequence[int]) -> Floats:
         """`[L, E]`: the share of each layer's gate weight that these tokens will probably give each expert."""
@@ -94,27 +96,24 @@ def _by_numpy(numbers: TokenMap, named: int, rows: Floats, held: Bools, most: in
 class NativeRoutes:
     """An `Ask` in one native call: numpy's dozen small steps find every cache cold between two steps of a model."""
 
-    def __init__(self, numbers: TokenMap, up: torch.Tensor, named: int, pool: Pool) -> None:
+    def __init__(self, numbers: TokenMap, up: torch.Tensor, named: int, library: Library) -> None:
         """`up`: the map's, in bf16."""
-        self._call = pool.library.bind(
-            "expertd_foresee",
-            [c_void_p, POINTER(Matrix), c_void_p, c_int64, *[c_int32] * 3, c_void_p, c_int32, *[c_void_p] * 4],
+        self._call = library.bind(
+            "expertd_foresee", [POINTER(Matrix), c_void_p, c_int64, *[c_int32] * 3, c_void_p, c_int32, *[c_void_p] * 4]
         )
-        self._pool, self._named = pool, named
         self._up, self._bias = up.T.contiguous(), numbers.bias
         self._map = Matrix(self._up.data_ptr(), self._bias.ctypes.data, FORMATS["bfloat16"], *self._up.shape)
         self._logits = np.empty((_ROWS, len(self._up)), np.float32)
         self._shares = np.empty(numbers.shares.shape, np.float32)
         self._wanted = np.empty(self._shares.size, np.int64)
+        self._found = c_int32()
+        self._sizes = (*self._shares.shape, named)
+        self._results = *(one.ctypes.data for one in (self._logits, self._shares, self._wanted)), byref(self._found)
 
     def __call__(self, rows: Floats, held: Bools, most: int) -> tuple[Floats, list[int]]:
-        found = c_int32()
-        self._call(
-            *(self._pool.address, byref(self._map), rows.ctypes.data, len(rows), *self._shares.shape, self._named),
-            *(held.ctypes.data, min(most, self._wanted.size), self._logits.ctypes.data, self._shares.ctypes.data),
-            *(self._wanted.ctypes.data, byref(found)),
-        )
-        return self._shares, self._wanted[: found.value].tolist()
+        given = rows.ctypes.data, len(rows), *self._sizes, held.ctypes.data, min(most, self._wanted.size)
+        self._call(byref(self._map), *given, *self._results)
+        return self._shares, self._wanted[: self._found.value].tolist()
 
 
 _FILE = ArraysFile.of(TOKEN_ROUTES_NAME, 1, TokenMap, "expertd profile")

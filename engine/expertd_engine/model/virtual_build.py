@@ -108,7 +108,7 @@ def build_virtual(
             "virtual mode swaps experts after steps alone: nothing tells where tokens go; run expertd profile"
         )
     foresight = _foresight(loaded, index, made.routers, fallbacks if foresees else [])
-    told = None if tokens is None else TokenRoutes(tokens, index.top_k, loaded.pool)
+    told = None if tokens is None else TokenRoutes(tokens, index.top_k, loaded.pool.library if loaded.pool else None)
     held = HeldExperts(cache, made.sets, made.room)
     return VirtualRouting(made.routers, held, importance(made.norms), foresight, tokens=told)
 

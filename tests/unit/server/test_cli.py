@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,7 +93,25 @@ def test_a_taken_port_is_a_resource_error(capsys: pytest.CaptureFixture[str]) ->
     with bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         assert main(["serve", "demo", "--port", str(port)]) == 4
-    assert f"127.0.0.1:{port}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error == (
+        f"expertd: error: cannot listen on 127.0.0.1:{port}: Address already in use; end who listens there, "
+        "or give another --port\n"
+    )
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    program = "import sys; from expertd_server.cli import main; sys.exit(main(['check-config']))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_an_unknown_option_points_to_its_own_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--expert-budge", "25%"]) == 2  # nor is it taken for what it begins like
+    assert capsys.readouterr().err.endswith("--expert-budge 25% (see `expertd serve --help`)\n")
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "errors.h"
+#include "pool.h"
 
 namespace expertd {
 namespace {
@@ -44,9 +45,9 @@ int32_t best_lacking(const float* expected, const uint8_t* held, int64_t count, 
 
 using namespace expertd;
 
-extern "C" int expertd_foresee(expertd_pool* pool, const expertd_matrix* map, const float* x, int64_t tokens,
-                               int32_t layers, int32_t experts, int32_t named, const uint8_t* held, int32_t most,
-                               float* logits, float* expected, int64_t* wanted, int32_t* found) {
+extern "C" int expertd_foresee(const expertd_matrix* map, const float* x, int64_t tokens, int32_t layers,
+                               int32_t experts, int32_t named, const uint8_t* held, int32_t most, float* logits,
+                               float* expected, int64_t* wanted, int32_t* found) {
   return guarded([&] {
     require(map && x && held && logits && expected && wanted && found, "something that foreseeing needs is null");
     const int64_t width = int64_t(layers) * experts;
@@ -56,7 +57,8 @@ extern "C" int expertd_foresee(expertd_pool* pool, const expertd_matrix* map, co
     require(named >= 1 && named <= experts && tokens >= 1 && most >= 0,
             "named is " + std::to_string(named) + ", tokens " + std::to_string(tokens) + " and most " +
                 std::to_string(most) + "; allowed are 1 to " + std::to_string(experts) + ", 1 and more, 0 and more");
-    const int code = expertd_matmul(pool, map, x, tokens, map->cols, logits, width);
+    expertd_pool alone{Pool(1)};
+    const int code = expertd_matmul(&alone, map, x, tokens, map->cols, logits, width);
     require(code == EXPERTD_OK, expertd_error());
     std::fill_n(expected, width, 0.0f);
     std::vector<float> work;
