@@ -49,10 +49,11 @@ test-oldest:  ## unit and golden tests on the oldest supported torch and transfo
 	.venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal tests/unit tests/golden -m "not acceptance" $(ARGS)
 
 $(READY): pyproject.toml
+	@echo "expertd: installing into $(VENV): some gigabytes and minutes, once"
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
-	$(VENV)/bin/python -m pip install --quiet --no-deps "$(DEMO)"
+	$(VENV)/bin/python -m pip install -qq --upgrade pip
+	$(VENV)/bin/python -m pip install -qq --editable ".[dev]"
+	$(VENV)/bin/python -m pip install -qq --no-deps "$(DEMO)"
 	touch $@
 
 # The CPU paths need none of the CUDA libraries that an old torch asks for; transformers 5.17 needs huggingface-hub < 2.

@@ -197,12 +197,12 @@ def with_paths(
     model: PathRouting,
     paths: int,
     limits: SwapLimits | None = None,
-    prior: Floats | None = None,
+    prior: Sequence[float] | None = None,
     kind: type[PathRouting] = PathRouting,
 ) -> PathRouting:
     """As `with_slots`, of so many whole paths."""
     layers = len(model.held.room.experts)
-    sets = VirtualPaths((model.sizes if prior is None else prior).tolist(), layers, limits or model.sets.limits)
+    sets = VirtualPaths(prior or model.sizes, layers, limits or model.sets.limits)
     room = replace(model.held.room, wanted=[paths] * layers, share=1.0)
     return kind(sets, HeldExperts(model.held.cache, sets, room), model.sizes)
 

@@ -15,10 +15,10 @@ from expertd_engine.kernels.cuda.norms import DeviceNorm
 from expertd_engine.kernels.cuda.router import RouterLayout, route
 from expertd_engine.kernels.cuda.substitute import MET, Among
 from expertd_engine.kernels.library import FORMATS, Matrix
+from expertd_engine.model.among_held import Select, among_held
 from expertd_engine.model.native_abi import Block, BlockCalls, Norm, NormKind, Router, Scores, Step
 from expertd_engine.model.router_rules import Groups, ScoreTopK, TopKSoftmax, share, sigmoid_scores, softmax_scores
 from expertd_engine.model.substitution import widest
-from expertd_engine.model.virtual_routing import Select, among_held
 from support.interpreter import DEVICE
 from support.kernels import needs_kernels, pool_on
 

@@ -119,6 +119,7 @@ class DeviceMachine(RuleBasedStateMachine):
         self.cache = DeviceCache(index, self.device, host, ledger, self.told, EXPERTS)
         if self.left is not None:
             self.cache.computing = cast(HostCompute, Idle(self.lands))
+            self.cache.ledger.brings_in = True
         if knows:
             self.cache.routes = lambda layer: ()
         self.lookups = 0

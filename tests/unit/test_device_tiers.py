@@ -18,6 +18,7 @@ from expertd_engine.experts.device_events import (
     HIT,
     LANDED,
     READ,
+    SHARED,
     Cooled,
     Fill,
     Hand,
@@ -305,6 +306,7 @@ def test_a_devices_policy_may_adapt_with_every_step() -> None:
 
 def test_what_the_processor_computed_is_copied_in_where_it_ranks_above_who_gives_way() -> None:
     ledger = DeviceLedger([RECORD], [EXPERTS], PLAN, 3 * RECORD, make_policy("lfu"), EXPERTS * RECORD)
+    ledger.brings_in = True
     brought = ledger.handle_all([Fill([ExpertId(0, expert) for expert in range(3)])])
     ledger.handle_all([Loaded(one.load_id) for one in brought if isinstance(one, Load)])
     met = Seen(0, [0, 1, 2], [HIT] * 3, [1] * 3, 0)
@@ -313,7 +315,8 @@ def test_what_the_processor_computed_is_copied_in_where_it_ranks_above_who_gives
     ledger.handle_all([Cooled([retired])])
     computed = [Seen(0, [5], [COMPUTED], [1], 0)]
     assert ledger.handle_all(computed) == [], "others are used more often"
-    hinted = ledger.handle_all([Predict((Hint(ExpertId(0, 4), 9),)), *computed, *computed])
+    divided = Seen(0, [5], [SHARED], [1], 0, shared_bytes=7)
+    hinted = ledger.handle_all([Predict((Hint(ExpertId(0, 4), 9),)), *computed, divided])
     [hinted_load] = [one for one in hinted if isinstance(one, Load)]
     assert hinted_load.expert == ExpertId(0, 4), "hints come first"
     ledger.handle_all([Loaded(hinted_load.load_id)])
@@ -324,4 +327,5 @@ def test_what_the_processor_computed_is_copied_in_where_it_ranks_above_who_gives
     assert ledger.handle_all([Tick(2)]) != []
     assert ledger.state(ExpertId(0, 5)) is State.LOADING
     assert ledger.brought_in == 1 and ledger.counters.misses == [3]
+    assert ledger.counters.demand_bytes % RECORD == 7
     ledger.check()

@@ -100,11 +100,8 @@ def test_a_difference_within_the_margin_changes_nothing() -> None:
 
 
 def test_who_predicts_hears_of_a_trial_before_it_begins() -> None:
-    payoff = PayOff()
-    assert payoff.is_near
-    run(payoff, FIRST, on_s=1.1, off_s=1.0)
-    assert not payoff.is_on and not payoff.is_near
-    run(payoff, HOLD - NOTICE - 1, on_s=1.1, off_s=1.0)
-    assert not payoff.is_near
-    run(payoff, 1, on_s=1.1, off_s=1.0)
-    assert payoff.is_near and not payoff.is_on
+    payoff, near = PayOff(), []
+    for steps in (0, FIRST, HOLD - NOTICE - 1, 1):
+        run(payoff, steps, on_s=1.1, off_s=1.0)
+        near.append(payoff.is_near)
+    assert near == [True, False, False, True] and not payoff.is_on

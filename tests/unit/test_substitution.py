@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expertd_engine.model.among_held import among_held
 from expertd_engine.model.held_run import NativeSubstitution
 from expertd_engine.model.native_abi import BlockCalls, Router, Scores
 from expertd_engine.model.router_rules import (
@@ -34,7 +35,6 @@ from expertd_engine.model.substitution import (
     widest,
     with_substitutes,
 )
-from expertd_engine.model.virtual_routing import among_held
 from support.kernels import native_pool, needs_kernels
 
 EXPERTS, K = 8, 3

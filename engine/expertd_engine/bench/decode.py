@@ -103,7 +103,7 @@ def _values(options: Options, run: _Run) -> dict[str, Any]:
 
 def _ours(samples: list[Decoded]) -> dict[str, Any]:
     tokens = sum(sample.tokens for sample in samples)
-    lookups = sum(sample.hits + sample.late + sample.misses for sample in samples)
+    lookups = sum(sample.lookups for sample in samples)
     return {
         "tok_s": median(sample.tok_s for sample in samples),
         "tok_s_interval": median_interval([sample.tok_s for sample in samples]).as_json(),

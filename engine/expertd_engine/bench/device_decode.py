@@ -104,7 +104,7 @@ def _limits(facts: EngineFacts, link: LinkSpeed, resident: list[Decoded], stream
 
 def _values(cell: Cell, samples: list[Decoded], limits: Limits, steps: int) -> dict[str, Any]:
     tokens = sum(sample.tokens for sample in samples)
-    lookups = max(1, sum(sample.hits + sample.late + sample.misses for sample in samples))
+    lookups = max(1, sum(sample.lookups for sample in samples))
     speed = median_interval([sample.tok_s for sample in samples])
     moved = sum(sample.transferred_bytes for sample in samples) / tokens
     missed = sum(sample.missed_bytes for sample in samples) / tokens

@@ -194,7 +194,7 @@ def _ratio(turns: Turns, seconds: Callable[[Decoded], float]) -> Interval:
 
 
 def _hits(samples: Sequence[Decoded]) -> float:
-    return sum(one.hits for one in samples) / max(1, sum(one.hits + one.late + one.misses for one in samples))
+    return sum(one.hits for one in samples) / max(1, sum(one.lookups for one in samples))
 
 
 def _report(spec: EngineSpec, pairs: int, found: Sequence[Found]) -> str:

@@ -149,6 +149,11 @@ class Decoded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def tok_s(self) -> float:
         return self.tokens / self.elapsed_s
 
+    @property
+    def lookups(self) -> int:
+        """Distinct (step, layer, expert)."""
+        return self.hits + self.late + self.misses
+
 
 class Turns(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Steps without and with foresight, by pairs."""

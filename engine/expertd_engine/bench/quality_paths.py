@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from random import Random
@@ -13,7 +14,6 @@ from expertd_engine.calibration import TextEngine, Window, with_paths
 from expertd_engine.experts.virtual_paths import Served
 from expertd_engine.model.path_routing import PathRouting
 from expertd_engine.model.step_routes import KnownRoutes
-from expertd_engine.model.substitution import Floats
 
 METHODS = ("paths", "counts", "chances", "norms", "random", "cache-prior")
 """`paths` is what is served. In `counts` a path is worth its tokens; `chances` is static, by the router's probability
@@ -26,8 +26,8 @@ _LEAST_CHANCE = 1e-30
 class CountedPaths(PathRouting):
     """Paths are worth their tokens, however sure the router was of them."""
 
-    def importance(self, own: Sequence[int], chances: Floats) -> Floats:
-        return np.bincount(own, minlength=chances.shape[1]).astype(np.float32)
+    def importance(self, own: Sequence[int], chances: Sequence[Sequence[float]]) -> dict[int, float]:
+        return dict(Counter(own))
 
 
 class CachePriorPaths(PathRouting):
@@ -57,10 +57,11 @@ class Listener(PathRouting):
 
     def __init__(self, model: PathRouting) -> None:
         super().__init__(model.sets, model.held, model.sizes)
-        self.total = np.zeros_like(model.sizes)
+        self.total = [0.0] * len(model.sizes)
+        """By path."""
 
     def begin_step(self, limits: Sequence[float], known: KnownRoutes) -> None:
-        self.total += self.chances(known).sum(axis=0)
+        self.total = [sum(column) for column in zip(self.total, *self.chances(known), strict=True)]
 
 
 class PathQuality(QualityBench):
@@ -81,12 +82,12 @@ class PathQuality(QualityBench):
             return with_paths(self._model, paths, served, self._model.sizes, MOVING[method])
         return with_paths(self._model, paths, replace(served, per_step=0), self._prior(method))
 
-    def _prior(self, method: str) -> Floats:
+    def _prior(self, method: str) -> Sequence[float]:
         if method == "norms":
             return self._model.sizes
         if method == "random":
             chance = Random(0)
-            return np.array([chance.random() for _ in self._model.sizes], np.float32)
+            return [chance.random() for _ in self._model.sizes]
         listener = Listener(self._model)
         self._text.tell(self._calibration, listener, settle=False)
         return listener.total

@@ -111,7 +111,7 @@ class DeviceLedger(LedgerBase):
         self._still = False
         """The budget changes: nothing is copied until what was retired has cooled."""
         self.duplicates = 0
-        self.brings_in = True
+        self.brings_in = False
         """Whether what the processor had to compute, or a part of, is copied in behind, where that is worth a slot: it
         does not land."""
         self.fell_short = False

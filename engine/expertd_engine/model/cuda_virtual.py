@@ -20,7 +20,7 @@ from expertd_engine.kernels.cuda.resolve import LARGEST_PAIRS
 from expertd_engine.kernels.cuda.substitute import MET, Among
 from expertd_engine.model.cuda_inputs import StepInputs
 from expertd_engine.model.substitution import SHARED_BY, Floats, widest
-from expertd_engine.model.virtual_routing import VirtualCounts
+from expertd_engine.model.virtual_counts import VirtualCounts
 from expertd_engine.sequence_stats import Substitutions
 
 

@@ -7,26 +7,24 @@ one of other routes, and its layers know nothing of it.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from expertd_engine.experts.held import HeldExperts
 from expertd_engine.experts.virtual_paths import Served, VirtualPaths, serve
 from expertd_engine.model.step_routes import KnownRoutes
-from expertd_engine.model.substitution import Floats
-from expertd_engine.model.virtual_routing import VirtualCounts
+from expertd_engine.model.virtual_counts import VirtualCounts
 from expertd_engine.paths import PathShape, Routes
 from expertd_engine.sequence_stats import Substitutions
 
 
 class PathRouting:
     """Routes virtual steps of a model of one index. `sizes` `[E]` are the paths' norms, which importance is weighed by;
-    `sets` is what `held` carries out."""
+    `sets` is what `held` carries out. In plain numbers: for the few paths of a token or two an array costs more."""
 
-    def __init__(self, sets: VirtualPaths, held: HeldExperts, sizes: Floats) -> None:
+    def __init__(self, sets: VirtualPaths, held: HeldExperts, sizes: Sequence[float]) -> None:
         self.sets = sets
         self.held = held
         self.sizes = sizes
@@ -42,8 +40,7 @@ class PathRouting:
         is too small, and it is computed exactly. As `HeldExperts.begin_step`; what is held stays until `end_step`,
         unless a token waits for its own path."""
         own, chances = known.routes.experts, self.chances(known)
-        sums = self.importance(own, chances)
-        self.sets.observe_paths({path: float(sums[path]) for path in set(own)})
+        self.sets.observe_paths(self.importance(own, chances))
         self._substituted, self._mass = [0] * len(own), [0.0] * len(own)
         if not self.held.begin_step():
             return None
@@ -51,18 +48,18 @@ class PathRouting:
             self.held.settle()
         return self._along_held(own, chances, limits, known)
 
-    def chances(self, known: KnownRoutes) -> Floats:
+    def chances(self, known: KnownRoutes) -> list[list[float]]:
         """What the router gave each path, `[T, E]`."""
-        logits = np.frombuffer(known.routes.logits, np.float32).reshape(-1, len(self.sizes))
-        lifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-        shares: Floats = lifted / lifted.sum(axis=1, keepdims=True)
-        return shares
+        logits, width = known.routes.logits, len(self.sizes)
+        return [_softmax(logits[start : start + width]) for start in range(0, len(logits), width)]
 
-    def importance(self, own: Sequence[int], chances: Floats) -> Floats:
-        """SwapMoE's score of each path `[E]`, of the tokens that go it: their router's probability times ‖E‖. (There is
-        no ‖x‖ before the step.)"""
-        weights = chances[np.arange(len(own)), own] * self.sizes[own]
-        return np.bincount(own, weights, minlength=len(self.sizes)).astype(np.float32)
+    def importance(self, own: Sequence[int], chances: Sequence[Sequence[float]]) -> dict[int, float]:
+        """SwapMoE's score of the paths that tokens go: of these, their router's probability times ‖E‖. (There is no ‖x‖
+        before the step.)"""
+        sums = dict.fromkeys(own, 0.0)
+        for path, row in zip(own, chances, strict=True):
+            sums[path] += row[path] * self.sizes[path]
+        return sums
 
     def end_step(self, sequences: int) -> None:
         """The step of so many sequences has ended, well or not."""
@@ -91,7 +88,7 @@ class PathRouting:
         return serve(chances, own, whole, held, limit)
 
     def _along_held(
-        self, own: Sequence[int], chances: Floats, limits: Sequence[float], known: KnownRoutes
+        self, own: Sequence[int], chances: Sequence[Sequence[float]], limits: Sequence[float], known: KnownRoutes
     ) -> KnownRoutes:
         whole = self.sets.whole()
         if whole.issuperset(own):
@@ -101,7 +98,7 @@ class PathRouting:
         held = [self.sets.held(layer) for layer in range(self._layers)]
         served = [
             None if path in whole else self.answer(row, path, whole, held, limit)
-            for path, row, limit in zip(own, chances.tolist(), limits, strict=True)
+            for path, row, limit in zip(own, chances, limits, strict=True)
         ]
         lacking = [
             sum(path not in layer for layer in held) if other is None and path not in whole else 0
@@ -123,6 +120,13 @@ class PathRouting:
                 self._substituted[row] += replaced
                 counts.substituted[layer] += replaced
                 counts.mass[layer] += other.masses[layer % len(other.masses)]
+
+
+def _softmax(logits: Sequence[float]) -> list[float]:
+    top = max(logits)
+    lifted = [math.exp(logit - top) for logit in logits]
+    total = sum(lifted)
+    return [one / total for one in lifted]
 
 
 def _routes(own: Sequence[int], served: Sequence[Served | None], layers: int, known: KnownRoutes) -> KnownRoutes:

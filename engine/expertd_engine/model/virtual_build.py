@@ -125,10 +125,11 @@ def _along_paths(
         )
     if config.virtual_swaps == "foreseen":
         fallbacks.append("virtual mode swaps whole paths, between steps: this model's layers have nothing to foresee")
-    sizes = np.linalg.norm(np.array([layer.norms or [1.0] * layer.num_experts for layer in index.layers]), axis=0)
+    norms = [layer.norms or [1.0] * layer.num_experts for layer in index.layers]
+    sizes = np.linalg.norm(np.array(norms), axis=0).tolist()
     limits = SwapLimits(in_flight=LOADS_A_THREAD * config.io_threads)
-    sets = VirtualPaths(sizes.tolist(), len(index.layers), limits)
-    return PathRouting(sets, HeldExperts(cache, sets, _room(index, config, None)), sizes.astype(np.float32))
+    sets = VirtualPaths(sizes, len(index.layers), limits)
+    return PathRouting(sets, HeldExperts(cache, sets, _room(index, config, None)), sizes)
 
 
 def following_tokens(limits: SwapLimits) -> SwapLimits:

@@ -9,7 +9,6 @@ the router's own rule likes next share what the others weighed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -19,21 +18,11 @@ from torch import Tensor
 
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.held import HeldExperts
+from expertd_engine.model.among_held import among_held
 from expertd_engine.model.moe import FEW_ROWS
 from expertd_engine.model.step_routes import Substitute
-from expertd_engine.model.substitution import (
-    SHARED_BY,
-    Bools,
-    Floats,
-    Ids,
-    Int32s,
-    Met,
-    Substituted,
-    num_substitutes,
-    replaced_choices,
-    widened,
-    with_substitutes,
-)
+from expertd_engine.model.substitution import SHARED_BY, Bools, Floats, Ids, Int32s, Met
+from expertd_engine.model.virtual_counts import VirtualCounts
 from expertd_engine.sequence_stats import Substitutions
 
 
@@ -62,9 +51,6 @@ class TokenForesight(Protocol):
 _CANDIDATES = 3
 """Experts considered for each swap that a step may begin."""
 
-Select = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""`RouterAdapter.select` under a mask, and how many to choose."""
-
 Layers = int | Ids
 """One, or `[n, 1, 1]`."""
 
@@ -85,25 +71,6 @@ def importance(norms: Sequence[Floats]) -> Score:
         return product
 
     return score
-
-
-@dataclass(slots=True)
-class VirtualCounts:
-    """Since start, by MoE layer."""
-
-    activations: list[int]
-    """(token, choice) pairs of virtual steps."""
-    substituted: list[int]
-    """Of these: answered by another expert than the router's own."""
-    mass: list[float]
-    """Substituted mass, summed over tokens."""
-    tokens: int = 0
-    fetched: int = 0
-    """Choices whose expert was not held and was waited for, all layers together."""
-
-    @classmethod
-    def of(cls, layers: int) -> VirtualCounts:
-        return cls([0] * layers, [0] * layers, [0.0] * layers)
 
 
 class VirtualRouting:
@@ -221,19 +188,14 @@ class VirtualRouting:
         """Layers have run on: what `route` would have noted of them."""
         if not met.layers:
             return
-        num_layers, rows, top_k = met.chosen.shape
-        self._choices += num_layers * top_k
+        self._choices += len(met.layers) * met.chosen.shape[2]
         at = np.array(met.layers)[:, None, None]
         values = self.score(at, met.lengths, met.chosen, met.weights)
         self._substituted += met.replaced.sum(axis=0)
         self._mass += met.mass.sum(axis=0)
-        counts, replaced, mass = self.counts, met.replaced.sum(axis=1).tolist(), met.mass.sum(axis=1).tolist()
-        for place, layer in enumerate(met.layers):
-            counts.activations[layer] += rows * top_k
-            counts.substituted[layer] += replaced[place]
-            counts.mass[layer] += mass[place]
+        self.counts.add(met)
         self._observe(met.layers, at, met.chosen, values)
-        self.held.cache.served(_served(met, max(map(len, self.masks))))
+        self.held.cache.served(_served(met, self.held.sets.width))
 
     def _observe(self, layers: list[int], at: Ids, chosen: Ids, values: Floats) -> None:
         """What choices `[n, T, K]` of layers, `at` `[n, 1, 1]`, count for."""
@@ -286,34 +248,6 @@ class VirtualRouting:
         self._mass += mass
         self.counts.substituted[layer] += int(replaced.sum())
         self.counts.mass[layer] += float(mass.sum())
-
-
-def among_held(
-    select: Select, logits: Tensor, chosen: Ids, weights: Floats, held: Bools, limits: Floats, shared_by: int
-) -> Substituted:
-    """As `Substitute`, by a router's own `select`.
-
-    What stays is ranked last by it, so that it fills up where the held are few and hides nobody.
-    """
-    replaced, mass = replaced_choices(weights, ~held[chosen], limits)
-    rows = np.flatnonzero(replaced.any(axis=1))
-    if not len(rows):
-        return Substituted(chosen, weights, replaced.sum(axis=1), mass)
-    asked = logits[torch.from_numpy(rows)]
-    stays = np.zeros(asked.shape, bool)
-    np.put_along_axis(stays, chosen[rows], ~replaced[rows], axis=1)
-    lowered = torch.where(torch.from_numpy(stays), asked.amin(dim=1, keepdim=True) - 1, asked)
-    allowed = held | stays
-    lost = replaced[rows].sum(axis=1)
-    more = int((num_substitutes(lost, chosen.shape[1], shared_by) - lost).max())
-    top_k = min(chosen.shape[1] + more, int(allowed.sum(axis=1).min()))
-    found, scores = select(lowered, torch.from_numpy(allowed), top_k)
-    others = found.numpy()
-    useful = np.where(np.take_along_axis(stays, others, axis=1), 0, scores.float().numpy())
-    some, parts = with_substitutes(chosen[rows], weights[rows], replaced[rows], others, useful, shared_by)
-    index, shares = widened(chosen, weights, some.shape[1])
-    index[rows], shares[rows] = some, parts
-    return Substituted(index, shares, replaced.sum(axis=1), mass)
 
 
 def _sums(chosen: Ids, values: Floats) -> tuple[list[int], list[float]]:

@@ -111,7 +111,7 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
 
 def test_an_unknown_option_points_to_its_own_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--expert-budge", "25%"]) == 2  # nor is it taken for what it begins like
-    assert capsys.readouterr().err.endswith("--expert-budge 25% (see `expertd serve --help`)\n")
+    assert capsys.readouterr().err.endswith("--expert-budge (see `expertd serve --help`)\n")
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ namespace expertd {
 namespace {
 
 constexpr int64_t kBatchBytes = 8 << 20;   // inner activations held at a time; more pairs go in several rounds
-constexpr int kBlockRows = kGroupColumns;  // inner rows of a task: they make exactly one group of down's input
+constexpr int kBlockRows = kGroupColumns;  // most inner rows of a task: they make exactly one group of down's input
 static_assert(kBlockRows == kUnitRows, "a task calls one kernel for each matrix");
 constexpr int64_t kMostUnits = 2;          // units of down per task: their inputs are read once for all of them
 
@@ -42,8 +42,9 @@ class Moe {
         layout_(*arguments.layout),
         inputs_(inputs),
         inner_stride_(input_bytes(layout_.format, layout_.inner)),
-        blocks_(ceil_div(layout_.inner, kBlockRows)),
-        block_bytes_(kUnitStrips * strip_bytes(layout_.format, layout_.hidden)),
+        block_rows_(is_float_format(layout_.format) && !cuts ? kStripRows : kBlockRows),
+        blocks_(ceil_div(layout_.inner, block_rows_)),
+        block_bytes_(block_rows_ / kStripRows * strip_bytes(layout_.format, layout_.hidden)),
         down_unit_bytes_(kUnitStrips * strip_bytes(layout_.format, layout_.inner)),
         rows_per_block_(rows_per_block(inputs.stride)),
         round_pairs_(std::max<int64_t>(kTile, kBatchBytes / inner_stride_)),
@@ -90,7 +91,7 @@ class Moe {
   const std::byte* unit(const Segment& segment, int64_t matrix, int64_t then, int64_t rows, int64_t cols, int64_t first,
                         int64_t first_col, int thread) const {
     const std::byte* const begin = segment.record + matrix;
-    if (!by_rows_ && first_col == 0) return begin + first / kUnitRows * kUnitStrips * strip_bytes(layout_.format, cols);
+    if (!by_rows_ && first_col == 0) return begin + first / kStripRows * strip_bytes(layout_.format, cols);
     std::byte* const strips = turned_ + thread * turned_bytes_;
     if (by_rows_) {
       const std::byte* const following = then < 0 ? nullptr : segment.record + then;
@@ -131,8 +132,8 @@ class Moe {
 
   void inner_tile(const Round& round, const Segment& segment, int64_t block, int64_t pair, int64_t end,
                   int thread) const {
-    const int64_t first = block * kBlockRows;
-    const int valid = static_cast<int>(std::min<int64_t>(kBlockRows, layout_.inner - first));
+    const int64_t first = block * block_rows_;
+    const int valid = static_cast<int>(std::min<int64_t>(block_rows_, layout_.inner - first));
     const bool gated = layout_.gate >= 0;
     const void* inputs[kTile];
     const int count = gather(pair, end, inputs);
@@ -157,7 +158,7 @@ class Moe {
                const void* const* inputs, int count, float (*out)[kBlockRows], int thread) const {
     const int64_t same_rows = matrix == layout_.up ? -1 : layout_.up;
     const std::byte* const weights = unit(segment, matrix, same_rows, layout_.inner, layout_.hidden, first, 0, thread);
-    const std::byte* const next = by_rows_ ? weights : segment.record + first / kBlockRows * block_bytes_ + then;
+    const std::byte* const next = by_rows_ ? weights : segment.record + first / block_rows_ * block_bytes_ + then;
     isa().unit[layout_.format](weights, next, layout_.hidden, valid, inputs, count, out[0]);
     const float* biases = floats_at(segment, bias);
     if (!biases) return;
@@ -220,7 +221,9 @@ class Moe {
   const int32_t* const cuts_;
   const expertd_expert_layout& layout_;
   const Inputs inputs_;
-  const int64_t inner_stride_, blocks_, block_bytes_, down_unit_bytes_, rows_per_block_, round_pairs_;
+  const int64_t inner_stride_;
+  const int64_t block_rows_;  // inner rows of a task: floats have no groups, and small experts make few tasks
+  const int64_t blocks_, block_bytes_, down_unit_bytes_, rows_per_block_, round_pairs_;
   const bool by_rows_, gathers_;
   const int64_t turned_bytes_;
   std::byte* turned_ = nullptr;  // a unit for each thread, where records lie as GPUs read them

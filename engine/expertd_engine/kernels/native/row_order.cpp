@@ -52,6 +52,8 @@ void ends_of_rows(int format, const std::byte* matrix, int64_t rows, int64_t col
   const int64_t item = format == EXPERTD_F32 ? 4 : 2, bytes = (cols - first_col) * item;
   const int64_t end = std::min<int64_t>(rows, first + kUnitRows);
   for (int64_t row = first; row < end; ++row, out += bytes) {
+    const int64_t follows = std::min<int64_t>(row + kUnitRows, rows - 1);
+    fetch(matrix + (follows * cols + first_col) * item, bytes);
     std::memcpy(out, matrix + (row * cols + first_col) * item, static_cast<size_t>(bytes));
   }
 }
