@@ -218,10 +218,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`expertd fetch`. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="expertd fetch", description="Fetch and prepare a model as `serve` would.")
     parser.add_argument("model", help="store, checkpoint folder, GGUF file, hub id, or a demo")
-    parser.add_argument("--cache-dir", type=Path, default=Config().cache_dir)
-    parser.add_argument("--dtype", choices=get_args(Dtype), default="auto")
-    parser.add_argument("--dense-dtype", choices=get_args(Dtype), default="auto")
-    parser.add_argument("--for", dest="target", choices=TARGETS, default="cpu")
+    config = Config()
+    parser.add_argument(
+        "--cache-dir", type=Path, default=config.cache_dir, metavar="DIR", help=f"prepared models ({config.cache_dir})"
+    )
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="auto", help="format of experts (auto: bf16)")
+    parser.add_argument(
+        "--dense-dtype", choices=get_args(Dtype), default="auto", help="of all other matrices (auto: as experts)"
+    )
+    parser.add_argument("--for", dest="target", choices=TARGETS, default="cpu", help="what will compute (cpu)")
     options = parser.parse_args(argv)
     return run_command(lambda: _run(options))
 

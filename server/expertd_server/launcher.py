@@ -43,7 +43,8 @@ class Launcher(Protocol):
 
 
 class SubprocessLauncher:
-    """Children as Python modules of this installation."""
+    """Children as Python modules of this installation, each a process group of its own: Ctrl-C is for the server, which
+    ends them as they should be ended."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -53,7 +54,7 @@ class SubprocessLauncher:
         process = await asyncio.create_subprocess_exec(
             *_module("expertd_engine.sources"), config.model, "--cache-dir", str(config.cache_dir.expanduser()),
             "--dtype", config.dtype, "--dense-dtype", config.dense_dtype,
-            "--for", "gpu" if config.device == "cuda" else "cpu", stdout=asyncio.subprocess.PIPE,
+            "--for", "gpu" if config.device == "cuda" else "cpu", stdout=asyncio.subprocess.PIPE, process_group=0,
         )  # fmt: skip
         try:
             return await self._read_store(process, service)
@@ -80,7 +81,7 @@ class SubprocessLauncher:
     async def start_engine(self, store: Path, endpoint: str) -> Process:
         return await asyncio.create_subprocess_exec(
             *_module("expertd_engine"), "--connect", endpoint, "--store", str(store),
-            "--config", config_to_json(self._config), "--server-pid", str(os.getpid()),
+            "--config", config_to_json(self._config), "--server-pid", str(os.getpid()), process_group=0,
         )  # fmt: skip
 
 

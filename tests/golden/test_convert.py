@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from transformers import (
 
 from expertd_engine import convert
 from expertd_engine.convert import allowed_blocks, choose_blocks, convert_blocks, main
+from expertd_engine.dense_source import open_weights
 from expertd_engine.errors import ModelError, UsageError
+from expertd_engine.refactor.dense import open_dense
 from support.tiny_mixtral import FFN, make_llama
 
 PROMPT = torch.arange(40, 90)[None]
@@ -159,6 +162,20 @@ def test_unreadable_gguf_is_named(tmp_path: Path) -> None:
     for name in ("broken.gguf", "absent.gguf"):
         with pytest.raises(ModelError, match=name):
             convert_blocks(tmp_path / name, tmp_path / "blocks", 2)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: open_weights(path, AutoConfig.for_model("llama"), torch.float32),
+        lambda path: open_dense(path, torch.device("cpu")),
+    ],
+    ids=["blocks", "texts"],
+)
+def test_frequency_factors_of_a_gguf_file_are_not_passed_over(read: Callable[[Path], object], tmp_path: Path) -> None:
+    (tmp_path / "llama3.gguf").write_bytes(b"GGUF" + b"\0" * 60 + b"rope_freqs.weight" + b"\0" * 60)
+    with pytest.raises(ModelError, match=r"llama3\.gguf: its rope_freqs cannot be read"):
+        read(tmp_path / "llama3.gguf")
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,6 +181,17 @@ def test_a_slot_handed_out_while_it_is_retired_does_not_cool() -> None:
     assert publication.boundary().words == {}
 
 
+def test_a_slot_whose_ready_a_launch_puts_back_is_not_copied_into_beside_that_launch() -> None:
+    layout = TableLayout(LAYERS, EXPERTS, slots=4, landing=4)
+    publication = Publication(layout, home=lambda expert: 8192 | HOME)
+    for awaited, cooled in ((False, [(), (2,)]), (True, [(2,), ()])):
+        publication.copied(ExpertId(0, 1), 2)
+        publication.retire(2, ExpertId(0, 1), lies_in=-1)
+        boundaries = [publication.boundary(awaited=awaited), publication.boundary()]
+        assert boundaries[0].words[layout.ready + 2] == 0 and boundaries[0].words[4] == 8192 | HOME
+        assert [boundary.retired for boundary in boundaries] == cooled
+
+
 # ------------------------------------------------------------ copies
 
 

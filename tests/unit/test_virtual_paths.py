@@ -31,6 +31,7 @@ class Box:
                 self.held.remove(action.expert)
         assert self.held == {ExpertId(layer, e) for layer in range(LAYERS) for e in self.sets.held(layer)}
         assert self.sets.is_settled == (not self.loading)
+        assert self.sets.whole() == frozenset.intersection(*(self.sets.held(layer) for layer in range(LAYERS)))
 
     def end(self, number: int = 0, *, well: bool = True) -> None:
         expert = self.loading.pop(number)

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 
 from expertd_engine.errors import EngineError, ResourceError
 from expertd_engine.experts.accounting import Stalls
-from expertd_engine.experts.device_aside import Aside
 from expertd_engine.experts.device_copies import DeviceCopies, measure_link
+from expertd_engine.experts.device_digest import Digest
 from expertd_engine.experts.device_events import (
     HIT,
     READ,
     Adopt,
     Confine,
     Cooled,
+    DeviceEvent,
     Fill,
     Keep,
     Lend,
@@ -33,10 +34,10 @@ from expertd_engine.experts.device_hints import payoff_of
 from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_host_compute import HostCompute
 from expertd_engine.experts.device_layout import TableLayout
-from expertd_engine.experts.device_ledger import DeviceEvent, DeviceLedger
+from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.device_pool import Use
 from expertd_engine.experts.device_publication import Boundary
-from expertd_engine.experts.device_report import Launch, count_report, num_misses, read_report
+from expertd_engine.experts.device_report import Launch, count_report, num_misses
 from expertd_engine.experts.device_spill import SpilledHost
 from expertd_engine.experts.device_staging import Fetching, Residents, Ring, Staging, plan_ring
 from expertd_engine.experts.device_streams import Device, Mark
@@ -53,8 +54,6 @@ logger = logging.getLogger(__name__)
 _LANDING_MOST = 4096
 _MARGIN = 2
 """Layers that are too near for a copy."""
-_EVICTIONS = 8
-"""Between two looks at the running launch."""
 
 
 class DeviceCache:
@@ -97,8 +96,8 @@ class DeviceCache:
             self._executor.slab, self._executor.publication, self._executor.copies
         )  # fmt: skip
         self.link = self._executor.link
-        self._period, self._experts = layout.layers * experts, experts
-        self._step = self._layers_known = self._prefetches_before = 0
+        self.period, self._experts = layout.layers * experts, experts
+        self._step = self._layers_known = 0
         self._scan = self._staged_words = False
         self._scanned = ExpertCounts()
         self.fetched: set[tuple[int, int]] = set()
@@ -107,11 +106,9 @@ class DeviceCache:
         """Times that a step waited at a layer to be told what it lacks."""
         self.pulse: Callable[[], None] = _nobody
         """Called at the end of each step."""
-        self._aside = Aside()
         self._boundary = Boundary({}, ())
         self._before: Mark = device.compute.mark()
-        self._digesting: Iterator[None] = iter(())
-        self._unread: Launch | None = None
+        self._digest = Digest(self, self._executor)
         self._last: Launch | None = None
         self._executor.begin()
         self.link_bytes_per_s = math.inf if device.shares_memory else self._measure_link()
@@ -132,8 +129,8 @@ class DeviceCache:
     def before_launch(self) -> None:
         """Send what the launch applies first. The launch before the last has ended."""
         if self._step == 1:
-            self._executor.handle([self._wanted()])
-        self._finish_digest()
+            self._executor.handle([self._digest.wanted()])
+        self._digest.finish()
         self._boundary = self.publication.boundary()
         self.table.stage(self._boundary.words)
         self._before = self.device.compute.mark()
@@ -145,13 +142,12 @@ class DeviceCache:
         """The launch is under way: have its report sent, and take in what the one before met."""
         self.table.copy_out()
         self._staged_words = False
-        position, ended = self._step * self._period, self.device.compute.mark()
+        position, ended = self._step * self.period, self.device.compute.mark()
         launch = Launch(self._step, position, self._experts, self.table.turn, self._scan, whole, ended)
         self.copies.after(self._before)
         self._executor.pump([Cooled(self._boundary.retired)])
-        self._finish_digest()
-        self._digesting = self._digest(self._unread)
-        self._unread = self._last = launch
+        self._digest.begin(launch)
+        self._last = launch
 
     def poll(self) -> None:
         """Again and again while a launch runs: take in complete copies, what is foreseen as layers route, and some of
@@ -160,13 +156,13 @@ class DeviceCache:
         events: list[DeviceEvent] = []
         known = self.table.layers_known
         if self._heard is not _unknown and known > self._layers_known:
-            self.ledger.foreseen_until(self._step * self._period + self._worth_copying(known) * self._experts)
+            self.ledger.foreseen_until(self._step * self.period + self._worth_copying(known) * self._experts)
             # The newest layer says what the others would have said, for layers that have not run yet.
             hints = tuple(self._asked.routed(self._step, known - 1, self._heard(known - 1)))
             events += [Predict(hints)] if hints else []
             self._layers_known = known
         self._executor.pump(events)
-        next(self._digesting, None)
+        self._digest.go_on()
         self.copies.begin()  # what the digest has just asked for need not wait for the next poll
         self.meanwhile()
 
@@ -179,11 +175,7 @@ class DeviceCache:
         """Settle whom the step that begins asks for hints, and whether it hears of its routes."""
         pays = (payoff := self.payoff) is None or payoff.is_on
         self._asked = self.lookahead if pays else _UNFORESEEN
-        self._heard = self.routes if self._foresees else _unknown
-
-    @property
-    def _foresees(self) -> bool:
-        return self._asked.exactness != "none"
+        self._heard = self.routes if self.foresees else _unknown
 
     def _worth_copying(self, known: int) -> int:
         """The first layer for which a copy begun now is announced early enough; those before read what they lack."""
@@ -197,7 +189,7 @@ class DeviceCache:
         self._last.ended.wait()
         computed_s = 0.0 if self.computing is None else self.computing.end_step()
         report = self.table.report(self._last.turn)
-        counts = count_report(report, self.record_bytes, self.link_bytes_per_s, self._shared_bytes, computed_s)
+        counts = count_report(report, self.record_bytes, self.link_bytes_per_s, self.shared_bytes, computed_s)
         self.stalls.add("link_estimated", counts.stall_s - computed_s)
         self.stalls.add("host_compute", computed_s)
         self.stalls.end_step()
@@ -213,7 +205,7 @@ class DeviceCache:
         if self.computing is not None:
             self.device.compute.mark().wait()  # what runs still may wait for an answer
             self.computing.end_step()
-        self._executor.handle([Tick((self._step + 1) * self._period)])
+        self._executor.handle([Tick((self._step + 1) * self.period)])
 
     @property
     def transfers(self) -> DeviceCopies:
@@ -227,15 +219,15 @@ class DeviceCache:
 
     def pump(self) -> None:
         """No step is running: take in all there is to know, without waiting."""
-        if self._unread is None or self._unread.ended.done():
-            self._catch_up()
+        if self._digest.is_ready:
+            self._digest.catch_up()
         self._executor.pump([])
 
     # ------------------------------------------------------------ between steps
 
     def settle(self) -> None:
         """No step is running: take in all there is to know, and have all that was collected applied, now."""
-        self._catch_up()
+        self._digest.catch_up()
         self._executor.flush()
         self.device.compute.mark().wait()
 
@@ -246,11 +238,11 @@ class DeviceCache:
 
         Raises EngineError when there is no slot to stream through.
         """
-        self._catch_up()
+        self._digest.catch_up()
         if held_alone:
             self._executor.flush()
             return Residents(self, (), Ring(0, 1))
-        ring = plan_ring(self._movable, max(self.record_bytes))
+        ring = plan_ring(self._digest.movable, max(self.record_bytes))
         while not self.device.shares_memory and not self._borrow(ring.slots):
             kept = len(self.ledger.kept)
             self.meanwhile()  # of those kept, some may have been replaced
@@ -275,8 +267,8 @@ class DeviceCache:
         """A staged step's launches have ended; `pairs[l][e]` pairs chose expert e of layer l."""
         seen = [self._staged(layer, chosen) for layer, chosen in enumerate(pairs)]
         misses = [num_misses(one) for one in seen]
-        self._executor.pump([*seen, Tick((self._step + 1) * self._period)])
-        self._executor.handle([self._wanted()])
+        self._executor.pump([*seen, Tick((self._step + 1) * self.period)])
+        self._executor.handle([self._digest.wanted()])
         nbytes = sum(count * size for count, size in zip(misses, self.record_bytes, strict=True))
         lookups = sum(len(one.experts) for one in seen)
         self.fetched.clear()
@@ -289,7 +281,7 @@ class DeviceCache:
         """
         if self.by_layer:
             return  # they come as steps ask for them
-        self._catch_up()
+        self._digest.catch_up()
         self._executor.handle([Provide(0, 0, still=True)])
         self._executor.flush()
         counts = self.ledger.experts_per_layer
@@ -367,7 +359,7 @@ class DeviceCache:
 
     def bring(self) -> None:
         """No step is running: have slots for the wanted, whoever else they were set aside for, and bring them in."""
-        self._catch_up()
+        self._digest.catch_up()
         self._executor.handle([Provide(0, len(self.ledger.wanted), still=True)])
         self._executor.flush()
         self._executor.drain()
@@ -375,93 +367,37 @@ class DeviceCache:
 
     # ------------------------------------------------------------ what the ledger is told
 
-    def _catch_up(self) -> None:
-        """Take in the launch whose report is due, waiting for its end."""
-        self._finish_digest()
-        if self._unread is not None:
-            launch, self._unread = self._unread, None
-            self._digesting = self._digest(launch)
-            self._finish_digest()
-
-    def _finish_digest(self) -> None:
-        for _ in self._digesting:
-            self.copies.begin()  # the link need not wait for it
-
-    def _digest(self, launch: Launch | None) -> Iterator[None]:
-        """Tell of a launch, and set aside what the next ones will need: piece by piece, since
-        copies for the running launch must not wait for all of it.
-        """
-        if launch is not None:
-            launch.ended.wait()
-            misses = 0
-            for seen, landed in read_report(self.table.report(launch.turn), launch, self._shared_bytes):
-                self._executor.count_met(seen)
-                self._executor.handle([seen, *landed, *self._foreseen_late(seen, launch)], landed)
-                misses += num_misses(seen)
-                yield
-            self._executor.handle([Tick((launch.step + 1) * self._period)])
-            self._tell_aside(misses)
-            yield
-        yield from self._set_aside()
-
-    def _set_aside(self) -> Iterator[None]:
-        wanted, pool = self._wanted(), self.ledger.pool
-        for reserve in range(pool.number(Use.COLD, Use.COOLING, Use.FREE), wanted.reserve, _EVICTIONS):
-            self._executor.handle([Provide(0, min(reserve + _EVICTIONS, wanted.reserve))])
-            yield
-        for landing in range(pool.number(Use.HANDED), wanted.landing, _EVICTIONS):
-            self._executor.handle([Provide(min(landing + _EVICTIONS, wanted.landing), wanted.reserve)])
-            yield
-        self._executor.handle([wanted])
-
     def _borrow(self, slots: int) -> bool:
         """Whether there are any to stream through, `slots` at most, or none are needed; no step is running."""
-        wanted = self._wanted(slots)
+        wanted = self._digest.wanted(slots)
         self._executor.handle([wanted])
         self._executor.flush(Lend(min(slots, wanted.reserve)))
         all_there = sum(self.ledger.residents_by_layer()) == sum(self.ledger.experts_per_layer)
         return bool(self._executor.lent) or all_there
-
-    def _foreseen_late(self, seen: Seen, launch: Launch) -> list[DeviceEvent]:
-        """Where nobody knows routes while a step runs, a lookahead hears of them when it has ended."""
-        if self._heard is not _unknown:
-            return []
-        hints = tuple(self._asked.routed(launch.step, seen.layer, seen.experts))
-        return [Predict(hints)] if hints else []
 
     def _staged(self, layer: int, chosen: Sequence[int]) -> Seen:
         experts = [expert for expert, pairs in enumerate(chosen) if pairs]
         slots, homes_are_good = self.ledger.resident_slots(layer), self.device.shares_memory
         met = [homes_are_good or (slots[expert] >= 0 and (layer, expert) not in self.fetched) for expert in experts]
         sources = [HIT if hit else READ for hit in met]
-        position = self._step * self._period + layer * self._experts
+        position = self._step * self.period + layer * self._experts
         return Seen(layer, experts, sources, [chosen[expert] for expert in experts], position, self._scan)
 
-    def _tell_aside(self, misses: int) -> None:
-        issued = self.ledger.counters.prefetch_issued + self.ledger.brought_in
-        self._aside.step(misses, issued - self._prefetches_before, fell_short=self.ledger.fell_short)
-        self._prefetches_before, self.ledger.fell_short = issued, False
-
-    def _wanted(self, streamed: int | None = None) -> Provide:
-        pool = self.ledger.pool
-        unused = max(0, pool.limit - pool.number(Use.OWNED, Use.LENT))
-        absent = sum(self.ledger.experts_per_layer) - pool.number(Use.OWNED)
-        copies_alone = self.computing is not None and not self.computing.lands
-        brings_in = self.computing is not None and self.ledger.brings_in
-        room = 0 if self.by_layer or copies_alone else self.table.layout.landing
-        foresees = self._foresees or brings_in
-        return self._aside.wanted(
-            slots=self._movable, unused=unused, absent=absent, room=room, foresees=foresees,
-            wanted=len(self.ledger.wanted), streamed=streamed,
-        )  # fmt: skip
-
-    def _shared_bytes(self, layer: int, missing: int) -> int:
-        return 0 if self.computing is None else self.computing.shared_bytes(layer, missing)
-
     @property
-    def _movable(self) -> int:
-        """Slots that are not kept for anybody."""
-        return self.ledger.pool.limit - len(self.ledger.kept)
+    def foresees(self) -> bool:
+        """Whether somebody is asked for hints in this step."""
+        return self._asked.exactness != "none"
+
+    def foreseen_late(self, seen: Seen, step: int) -> list[DeviceEvent]:
+        """Where nobody knows routes while a step runs, a lookahead hears of them when it has ended."""
+        if self._heard is not _unknown:
+            return []
+        hints = tuple(self._asked.routed(step, seen.layer, seen.experts))
+        return [Predict(hints)] if hints else []
+
+    def shared_bytes(self, layer: int, missing: int) -> int:
+        """That cross the link of an expert of which the processor computes a part, if so many are missing."""
+        return 0 if self.computing is None else self.computing.shared_bytes(layer, missing)
 
     def _measure_link(self) -> float:
         return measure_link(self.device, self.slab.address(0), self.host.address, self.record_bytes[0])

@@ -78,16 +78,18 @@ class DeviceCopies:
     def complete(self) -> list[tuple[Load, Loaded]]:
         """What is complete and was not told of yet, in the order in which it was begun."""
         done = []
-        while self._begun and self._begun[0][1].done():
-            copy, _ = self._begun.popleft()
+        begun = self._begun
+        while begun and begun[0][1].done():
+            copy, _ = begun.popleft()
             self._count(copy)
             done.append((copy.load, Loaded(copy.load.load_id)))
         return done
 
     def begin(self) -> None:
         """Begin what comes next, as far ahead as is good."""
-        while len(self._begun) < self.ahead and (following := self._next()) is not None:
-            self._begin(following)
+        for queue in self._waiting.values():
+            while queue and len(self._begun) < self.ahead:
+                self._begin(queue.popleft())
 
     def wait(self) -> None:
         """Until the first that has begun is complete; there may be none."""
@@ -102,12 +104,6 @@ class DeviceCopies:
     def depth(self) -> int:
         """Copies that wait or are under way."""
         return len(self._begun) + sum(map(len, self._waiting.values()))
-
-    def _next(self) -> _Copy | None:
-        for queue in self._waiting.values():
-            if queue:
-                return queue.popleft()
-        return None
 
     def _begin(self, copy: _Copy) -> None:
         copy.began = time.perf_counter()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from expertd_engine.experts.events import ExpertId
+from expertd_engine.experts.events import Event, ExpertId, Instruction
 
 HIT, READ, WAITED, LANDED, COMPUTED, SHARED = 0, 1, 2, 3, 4, 5
 """Where a use found its record: in a slot; at home, over the link; in a slot whose copy it waited for; at home, and
@@ -145,3 +145,9 @@ class Move(msgspec.Struct, frozen=True, gc=False):
     expert: ExpertId
     origin: int
     slot: int
+
+
+DeviceEvent = Event | Seen | Landed | Cooled | Provide | Confine | Lend | Adopt | Fill | Keep | LetGo
+"""All that a device's ledger takes."""
+DeviceInstruction = Instruction | Retire | Hand | Recall | Lent | Move | Kept
+"""All that it gives."""

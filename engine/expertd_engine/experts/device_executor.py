@@ -13,6 +13,8 @@ from expertd_engine.experts.device_events import (
     READ,
     Confine,
     Cooled,
+    DeviceEvent,
+    DeviceInstruction,
     Hand,
     Kept,
     Landed,
@@ -25,7 +27,7 @@ from expertd_engine.experts.device_events import (
 )
 from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_layout import HOME
-from expertd_engine.experts.device_ledger import DeviceEvent, DeviceInstruction, DeviceLedger
+from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.device_publication import Publication
 from expertd_engine.experts.device_report import num_misses
 from expertd_engine.experts.device_slab import DeviceSlab

@@ -68,18 +68,28 @@ class TableLayout:
 
     def address_words(self, expert: ExpertId, address: int) -> Words:
         """To have the record read at `address`."""
-        first = 4 * (expert.layer * self.experts + expert.expert)
-        return {first: signed(address), first + 1: signed(address >> 32)}
+        words: Words = {}
+        self.note_address(words, expert, address)
+        return words
+
+    def note_address(self, words: Words, expert: ExpertId, address: int) -> None:
+        """`address_words`, into `words`."""
+        layer, index = expert
+        first = 4 * (layer * self.experts + index)
+        words[first], words[first + 1] = signed(address), signed(address >> 32)
 
     def flag_words(self, expert: ExpertId, flag: int) -> Words:
         """Slot + 1 while a copy into a slot is under way, else 0."""
         first = 4 * (expert.layer * self.experts + expert.expert) + 2
         return {first: flag, first + 1: 0}
 
-    def copied_words(self, expert: ExpertId, slot: int, address: int) -> Words:
-        """To have the record, which was copied into the slot, read there for good. The slot's `ready` is put back: the
-        next copy into it begins after a boundary later than this one."""
-        return {**self.address_words(expert, address), **self.flag_words(expert, 0), self.ready + slot: 0}
+    def note_copied(self, words: Words, expert: ExpertId, slot: int, address: int) -> None:
+        """Into `words`: to have the record, which was copied into the slot, read there for good. The slot's `ready` is
+        put back: the next copy into it begins after a boundary later than this one."""
+        self.note_address(words, expert, address)
+        layer, index = expert
+        flag = 4 * (layer * self.experts + index) + 2
+        words[flag] = words[flag + 1] = words[self.ready + slot] = 0
 
     def held_words(self, expert: ExpertId, is_held: bool) -> Words:
         """Whether virtual mode may route to the expert."""

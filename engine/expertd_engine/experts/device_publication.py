@@ -58,7 +58,7 @@ class Publication:
     def retire(self, slot: int, expert: ExpertId, lies_in: int) -> None:
         """The expert is not to be read in the slot: it lies in slot `lies_in`, or at home if that is negative."""
         address = self.slot_address[lies_in] if lies_in >= 0 else self._home(expert)
-        self._words |= self._layout.address_words(expert, address)
+        self._layout.note_address(self._words, expert, address)
         self._retired[slot] = None
 
     def recall(self, slots: Sequence[int]) -> None:
@@ -87,7 +87,7 @@ class Publication:
 
     def copied(self, expert: ExpertId, slot: int) -> None:
         """A copy of the expert's record into the slot is complete."""
-        self._words |= self._layout.copied_words(expert, slot, self.slot_address[slot])
+        self._layout.note_copied(self._words, expert, slot, self.slot_address[slot])
         self._copied.add(slot)
 
     def moved(self, expert: ExpertId, slot: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.experts.swaps import Action, SwapLimits
+from expertd_engine.experts.swaps import Action, Release, SwapLimits
 from expertd_engine.experts.virtual import VirtualExperts
 
 _ROUNDING = 1e-6
@@ -29,11 +29,17 @@ class VirtualPaths(VirtualExperts):
         super().__init__([prior] * layers, 1, limits)
         self.stay = False
         """A step computes along the held paths, and none may go meanwhile."""
+        self._whole: frozenset[int] | None = None
+        """As `whole`, while no layer changes what it holds."""
+        self._even: frozenset[int] | None = None
+        """The chosen paths, while every layer holds these and no others."""
         self._paths = VirtualExperts([prior], 1, replace(limits, in_flight=1))
 
     def whole(self) -> frozenset[int]:
         """Paths that every layer holds."""
-        return frozenset(set.intersection(*(layer.held for layer in self._layers)))
+        if self._whole is None:
+            self._whole = frozenset(set.intersection(*(layer.held for layer in self._layers)))
+        return self._whole
 
     def score(self, layer: int, expert: int) -> float:
         """The path's, in all layers."""
@@ -74,6 +80,7 @@ class VirtualPaths(VirtualExperts):
         layer = self._layers[number]
         layer.held.add(path)
         layer.changed()
+        self._moved()
         self.swaps[number] += len(layer.held) > layer.slots > 0
         return self._follow()
 
@@ -93,6 +100,8 @@ class VirtualPaths(VirtualExperts):
         if self.stay:
             return []
         chosen = self._chosen()
+        if chosen == self._even:
+            return []
         actions: list[Action] = []
         for number, layer in enumerate(self._layers):
             if layer.held == chosen:
@@ -102,7 +111,16 @@ class VirtualPaths(VirtualExperts):
             for path in sorted(chosen - layer.held - layer.coming.keys()):
                 if self._loading < self.limits.in_flight:
                     actions.append(self._hold(number, path))
+        if all(layer.held == chosen for layer in self._layers):
+            self._even = chosen
         return actions
+
+    def _release(self, number: int, expert: int) -> Release:
+        self._moved()
+        return super()._release(number, expert)
+
+    def _moved(self) -> None:
+        self._whole = self._even = None
 
     def _chosen(self) -> frozenset[int]:
         """The paths to hold, those that have become whole being counted among the held."""
