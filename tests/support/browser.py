@@ -96,7 +96,8 @@ def open_page(folder: Path, url: str) -> Iterator[Page]:
         line = next((line for line in process.stderr if "DevTools listening" in line), "")
         port = re.search(r"ws://[^:]+:(\d+)/", line)
         assert port is not None, "Chromium did not start"
-        with connect(_first_tab(int(port[1])), max_size=None) as socket:
+        # Without keepalive: a browser on a busy box may be silent for longer than its 20 seconds.
+        with connect(_first_tab(int(port[1])), max_size=None, ping_interval=None) as socket:
             page = Page(socket)
             page.call("Page.navigate", url=url)
             page.until("location.href !== 'about:blank' && document.readyState === 'complete'")

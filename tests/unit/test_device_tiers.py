@@ -294,7 +294,7 @@ def test_while_hints_do_not_pay_a_devices_step_makes_the_calls_of_no_foresight()
     foreseeing.lookahead, foreseeing.routes = (tried := Tried(Names())), lambda layer: [0]
     tried.payoff.is_on = False
     without, off = (calls_of(partial(steps, *both)) for both in zip((bare, foreseeing), devices, strict=True))
-    assert without == off and off["expertd_engine.experts.device_cache", "DeviceCache.poll"] == 3
+    assert without == off and off["expertd_engine.experts.device_steps", "DeviceSteps.poll"] == 3
 
 
 class Adapting(LRU):

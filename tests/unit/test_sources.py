@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from expertd_engine import sources
-from expertd_engine.errors import ModelError
+from expertd_engine.errors import ModelError, ResourceError
 from expertd_engine.sources import DEMO_FILE, DEMO_REPOSITORY, find_source, main, resolve
 
 
@@ -36,6 +36,11 @@ def test_unknown_models_are_told_what_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no GGUF file at .*absent.gguf"):
         resolve(str(tmp_path / "absent.gguf"), tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"^cannot write /proc/nowhere/stores/.*No such file or directory"):
+        resolve(str(tmp_path), Path("/proc/nowhere"))
 
 
 def test_hub_without_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

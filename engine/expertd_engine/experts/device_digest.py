@@ -18,7 +18,7 @@ from expertd_engine.experts.device_report import Launch, num_misses, read_report
 from expertd_engine.experts.events import Tick
 
 if TYPE_CHECKING:
-    from expertd_engine.experts.device_cache import DeviceCache
+    from expertd_engine.experts.device_steps import DeviceSteps
 
 _EVICTIONS = 8
 """Between two looks at the running launch."""
@@ -29,7 +29,7 @@ _TOLD_AT_ONCE = 2
 class Digest:
     """Of the launches of one cache, each told of while the next one runs."""
 
-    def __init__(self, cache: DeviceCache, executor: Executor) -> None:
+    def __init__(self, cache: DeviceSteps, executor: Executor) -> None:
         self._cache, self._executor = cache, executor
         self._aside = Aside()
         self._prefetches_before = 0

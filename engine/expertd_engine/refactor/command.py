@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--permanent", type=float, default=0.125, help="share of them always on (default: 0.125)")
     group.add_argument("--rank", type=int, help="train low-rank deltas of this rank, not all weights")
     group.add_argument("--steps", type=int, default=500, help="of the experts (default: 500)")
-    group.add_argument("--router-steps", type=int, default=200, help="of the router, before them (default: 200)")
+    group.add_argument("--router-steps", type=int, default=200, help="of the router (default: 200)")
     group.add_argument("--pruned-steps", type=int, default=0, metavar="N",
                        help="train a pruned model of equal active bytes for N steps first, and let experts begin as "
                        "copies of its FFNs (with --routing index, without --rank)")  # fmt: skip
@@ -50,10 +50,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--distillation", type=float, default=0.5, help="share of the loss that is the dense model's word"
     )
-    group.add_argument("--seeds", type=int, default=1, help="runs of the final shape, each with a seed of its own (default: 1)")
+    group.add_argument("--seeds", type=int, default=1, help="runs of the final shape, a seed each (default: 1)")
     group.add_argument("--baselines", action="store_true",
                        help="also prune to equal active bytes, and try three learning rates on both sides")  # fmt: skip
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="PyTorch's (default: cuda, else cpu)"
+    )
     group.add_argument(
         "--work", type=Path, help="folder of everything in between; run again to go on (default: DST.work)"
     )

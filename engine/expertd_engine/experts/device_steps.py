@@ -1,0 +1,241 @@
+"""The thin shell around a device's residency ledger: what the engine thread does around each launch.
+
+A step is one launch that nobody interrupts. Before it the boundary's changes are sent; while it runs the ledger learns
+what the step before it met, chooses who gives way, and prefetches; what that changes waits for the next boundary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from expertd_engine.experts.accounting import Stalls
+from expertd_engine.experts.device_copies import DeviceCopies, measure_link
+from expertd_engine.experts.device_digest import Digest
+from expertd_engine.experts.device_events import (
+    Cooled,
+    DeviceEvent,
+    Seen,
+)
+from expertd_engine.experts.device_executor import Executor
+from expertd_engine.experts.device_hints import payoff_of
+from expertd_engine.experts.device_host import HostTier
+from expertd_engine.experts.device_host_compute import HostCompute
+from expertd_engine.experts.device_layout import TableLayout
+from expertd_engine.experts.device_ledger import DeviceLedger
+from expertd_engine.experts.device_publication import Boundary
+from expertd_engine.experts.device_report import Launch, count_report
+from expertd_engine.experts.device_spill import SpilledHost
+from expertd_engine.experts.device_streams import Device, Mark
+from expertd_engine.experts.device_table import DeviceTable
+from expertd_engine.experts.events import Predict, Tick
+from expertd_engine.experts.lookahead import Lookahead, NoLookahead
+from expertd_engine.experts.payoff import PayOff
+from expertd_engine.experts.store_format import StoreIndex
+from expertd_engine.sequence_stats import ExpertCounts
+
+_LANDING_MOST = 4096
+_MARGIN = 2
+"""Layers that are too near for a copy."""
+
+
+class DeviceSteps:
+    """Parameters as of `DeviceCache`."""
+
+    def __init__(
+        self,
+        index: StoreIndex,
+        device: Device,
+        host: HostTier | SpilledHost,
+        ledger: DeviceLedger,
+        lookahead: Lookahead,
+        report_rows: int,
+    ) -> None:
+        self.device, self.host, self.ledger, self.lookahead = device, host, ledger, lookahead
+        self.stalls = Stalls(("link_estimated", "host_compute"))
+        self.computing: HostCompute | None = None
+        """Who computes what a step misses, or a part of it; None: the step itself, over the link."""
+        self.resizing: Callable[[], None] = _nobody
+        """Called before the budget changes: whoever keeps experts lets them go."""
+        self.resized: Callable[[], None] = _nobody
+        """Called when the budget has changed."""
+        self.meanwhile: Callable[[], None] = _nobody
+        """Called again and again while a launch runs, for what may wait until there is time."""
+        self.routes: Callable[[int], Sequence[int]] = _unknown
+        """What a layer of the running step routes to, where that is known to the host before it has ended."""
+        self._asked: Lookahead = lookahead
+        self._heard: Callable[[int], Sequence[int]] = _unknown
+        """Of lookahead and routes, by the running step: of neither while hints do not pay, as if nobody gave any."""
+        self.record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
+        experts = max(ledger.experts_per_layer)
+        landing = 1 << min(ledger.num_slots, _LANDING_MOST).bit_length()
+        layout = TableLayout(len(self.record_bytes), experts, ledger.num_slots, landing)
+        self.table = DeviceTable(layout, report_rows, device)
+        self._executor = Executor(device, host, ledger, self.table, self.record_bytes)
+        self.slab, self.publication, self.copies = (
+            self._executor.slab, self._executor.publication, self._executor.copies
+        )  # fmt: skip
+        self.link = self._executor.link
+        self.period, self._experts = layout.layers * experts, experts
+        self._step = self._layers_known = 0
+        self._scan = self._staged_words = False
+        self._scanned = ExpertCounts()
+        self.fetched: set[tuple[int, int]] = set()
+        """Experts that the running step had to have brought in, where it waited for that."""
+        self.layer_waits = 0
+        """Times that a step waited at a layer to be told what it lacks."""
+        self.pulse: Callable[[], None] = _nobody
+        """Called at the end of each step."""
+        self._boundary = Boundary({}, ())
+        self._before: Mark = device.compute.mark()
+        self._digest = Digest(self, self._executor)
+        self._last: Launch | None = None
+        self._executor.begin()
+        self.link_bytes_per_s = math.inf if device.shares_memory else self._measure_link()
+        self.cpu_bytes_per_s = 0.0
+        """Of records that the processor computes; 0 where that was not measured."""
+
+    # ------------------------------------------------------------ a step
+
+    def begin_step(self, token_ids: Sequence[int], scan: bool = False) -> None:
+        """A new step over these tokens begins. `scan`: of prompt tokens alone (law 5)."""
+        self._step += 1
+        self._ask()
+        self._scan, self._layers_known, self._scanned = scan, 0, ExpertCounts()
+        self.fetched.clear()
+        hints = tuple(self._asked.begin_step(self._step, token_ids))
+        self._executor.pump([Predict(hints)] if hints else [])
+
+    def before_launch(self) -> None:
+        """Send what the launch applies first. The launch before the last has ended."""
+        if self._step == 1:
+            self._executor.handle([self._digest.wanted()])
+        self._digest.finish()
+        self._boundary = self.publication.boundary()
+        self.table.stage(self._boundary.words)
+        self._before = self.device.compute.mark()
+        self._staged_words = True
+        if self.computing is not None:
+            self.computing.begin_step()
+
+    def after_launch(self, whole: bool = True) -> None:
+        """The launch is under way: have its report sent, and take in what the one before met."""
+        self.table.copy_out()
+        self._staged_words = False
+        position, ended = self._step * self.period, self.device.compute.mark()
+        launch = Launch(self._step, position, self._experts, self.table.turn, self._scan, whole, ended)
+        self.copies.after(self._before)
+        self._executor.pump([Cooled(self._boundary.retired)])
+        self._digest.begin(launch)
+        self._last = launch
+
+    def poll(self) -> None:
+        """Again and again while a launch runs: take in complete copies, what is foreseen as layers route, and some of
+        what the launch before met.
+        """
+        events: list[DeviceEvent] = []
+        known = self.table.layers_known
+        if self._heard is not _unknown and known > self._layers_known:
+            self.ledger.foreseen_until(self._step * self.period + self._worth_copying(known) * self._experts)
+            # The newest layer says what the others would have said, for layers that have not run yet.
+            hints = tuple(self._asked.routed(self._step, known - 1, self._heard(known - 1)))
+            events += [Predict(hints)] if hints else []
+            self._layers_known = known
+        self._executor.pump(events)
+        self._digest.go_on()
+        self.copies.begin()  # what the digest has just asked for need not wait for the next poll
+        self.meanwhile()
+
+    @property
+    def payoff(self) -> PayOff | None:
+        """Whether hints are taken now; None where nobody foresees."""
+        return payoff_of(self.lookahead)
+
+    def _ask(self) -> None:
+        """Settle whom the step that begins asks for hints, and whether it hears of its routes."""
+        pays = (payoff := self.payoff) is None or payoff.is_on
+        self._asked = self.lookahead if pays else _UNFORESEEN
+        self._heard = self.routes if self.foresees else _unknown
+
+    def _worth_copying(self, known: int) -> int:
+        """The first layer for which a copy begun now is announced early enough; those before read what they lack."""
+        return known + _MARGIN + self.copies.begun // 2
+
+    def end_step(self) -> ExpertCounts:
+        """The launch has ended: what it met. The ledger learns of it while the next one runs."""
+        self.pulse()
+        if self._last is None or self._last.step != self._step:
+            return self._scanned
+        self._last.ended.wait()
+        computed_s = 0.0 if self.computing is None else self.computing.end_step()
+        report = self.table.report(self._last.turn)
+        counts = count_report(report, self.record_bytes, self.link_bytes_per_s, self.shared_bytes, computed_s)
+        self.stalls.add("link_estimated", counts.stall_s - computed_s)
+        self.stalls.add("host_compute", computed_s)
+        self.stalls.end_step()
+        return counts
+
+    def abandon_step(self) -> None:
+        """The step failed, wherever it was. What was sent for it is applied, nothing that it landed is trusted."""
+        if self._staged_words:
+            self.device.compute.mark().wait()
+            if self.table.layers_known == 0:  # then nothing has landed, and nobody knows whether it was applied
+                self.device.compute.run(self.table.apply)
+            self.after_launch(whole=False)
+        if self.computing is not None:
+            self.device.compute.mark().wait()  # what runs still may wait for an answer
+            self.computing.end_step()
+        self._executor.handle([Tick((self._step + 1) * self.period)])
+
+    @property
+    def transfers(self) -> DeviceCopies:
+        """Statistics of copies."""
+        return self.copies
+
+    def count_staged(self, nbytes: int) -> None:
+        """So many bytes are being streamed through."""
+        self.link.staged += nbytes
+        self.copies.read_bytes += nbytes
+
+    def pump(self) -> None:
+        """No step is running: take in all there is to know, without waiting."""
+        if self._digest.is_ready:
+            self._digest.catch_up()
+        self._executor.pump([])
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether experts cannot be read at home: then every step is staged, and waits once a layer."""
+        return not (self.host.complete and self.host.pinned)
+
+    # ------------------------------------------------------------ what the ledger is told
+
+    @property
+    def foresees(self) -> bool:
+        """Whether somebody is asked for hints in this step."""
+        return self._asked.exactness != "none"
+
+    def foreseen_late(self, seen: Seen, step: int) -> list[DeviceEvent]:
+        """Where nobody knows routes while a step runs, a lookahead hears of them when it has ended."""
+        if self._heard is not _unknown:
+            return []
+        hints = tuple(self._asked.routed(step, seen.layer, seen.experts))
+        return [Predict(hints)] if hints else []
+
+    def shared_bytes(self, layer: int, missing: int) -> int:
+        """That cross the link of an expert of which the processor computes a part, if so many are missing."""
+        return 0 if self.computing is None else self.computing.shared_bytes(layer, missing)
+
+    def _measure_link(self) -> float:
+        return measure_link(self.device, self.slab.address(0), self.host.address, self.record_bytes[0])
+
+
+def _nobody() -> None:
+    return None
+
+
+def _unknown(layer: int) -> Sequence[int]:
+    return ()
+
+
+_UNFORESEEN = NoLookahead()
