@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
 
 from expertd_engine.prepare import prepare
 from support.daemon import RunningDaemon, daemon
@@ -38,6 +39,11 @@ def complete(url: str, **body: object) -> str:
     assert answer.status_code == 200, answer.text
     text: str = answer.json()["choices"][0]["text"]
     return text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a card, its kernels may be wanted")
+def test_nothing_is_loaded_that_only_a_card_needs(served: RunningDaemon) -> None:
+    assert "triton" not in Path(f"/proc/{served.engine_pid()}/maps").read_text()
 
 
 def drop_or_read(url: str, seed: int) -> str:

@@ -70,6 +70,12 @@ class VirtualMachine(RuleBasedStateMachine):
         self.sets.observe(expert.layer, {expert.expert: value})
         self.scores[expert] = self.scores.get(expert, 0.0) + value
 
+    @rule(expert=experts, value=st.floats(0.0, 100.0))
+    def observe_from_outside(self, expert: ExpertId, value: float) -> None:
+        self.sets.scores[expert.layer * self.sets.width + expert.expert] += value * self.sets.unit
+        self.sets.observed([expert.layer])
+        self.scores[expert] = self.scores.get(expert, 0.0) + value
+
     @rule(layer=st.integers(0, LAYERS - 1), expected=st.dictionaries(st.integers(0, EXPERTS - 1), st.floats(0.1, 9.0)))
     def foresee(self, layer: int, expected: dict[int, float]) -> None:
         before, loading = set(self.held[layer]), len(self.coming)

@@ -29,7 +29,7 @@ class Aside:
     steps: int = 0
 
     def step(self, misses: int, prefetches: int, *, fell_short: bool = False) -> None:
-        """A step has ended. `fell_short`: it would have prefetched more, had there been slots."""
+        """A step has ended. `fell_short`: the link stood still for want of slots to prefetch into."""
         self.steps += 1
         weight = max(_WEIGHT, 1 / self.steps)
         self.misses += weight * (misses - self.misses)

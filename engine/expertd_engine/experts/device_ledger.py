@@ -92,7 +92,7 @@ class DeviceLedger(SlotLedger):
         """Whether what the processor had to compute, or a part of, is copied in behind, where that is worth a slot: it
         does not land."""
         self.fell_short = False
-        """Whether a prefetch was not begun for want of a slot, since somebody last took note."""
+        """Whether nothing was copied for want of a slot to prefetch into, at any time since somebody last took note."""
         self.brought_in = 0
         """Copies begun of what the processor had to compute."""
         self._hinted = 0
@@ -275,7 +275,7 @@ class DeviceLedger(SlotLedger):
             if foreseen is None:
                 return
             if self.pool.first(Use.COLD, Use.FREE) is None:
-                self.fell_short = True
+                self.fell_short |= not self._residency.loads
                 return
             self._residency.load(foreseen[1], Priority.PREFETCH, self.budget_bytes)
             self._foresight.prefetched(foreseen[1])
