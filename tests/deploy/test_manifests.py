@@ -156,3 +156,9 @@ def test_the_manifest_kills_no_server_that_loads_or_drains(tmp_path: Path) -> No
     startup, ready, live = (container[f"{name}Probe"] for name in ("startup", "readiness", "liveness"))
     assert startup["httpGet"]["path"] == ready["httpGet"]["path"] == "/ready" and live["httpGet"]["path"] == "/live"
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 1800
+
+
+def test_the_cluster_puts_nothing_among_the_options() -> None:
+    """A service called expertd would appear as EXPERTD_PORT=tcp://… in every pod, which refuses to start for it."""
+    assert manifest("Service")["metadata"]["name"] == "expertd"
+    assert manifest("Deployment")["spec"]["template"]["spec"]["enableServiceLinks"] is False
