@@ -56,7 +56,7 @@ class Scheduler:
 
     @property
     def limits(self) -> SchedulerLimits:
-        """Others may be given between steps."""
+        """Others may be given between steps; a batching that passes over keeps to the first ones' tokens."""
         return self._filler.limits
 
     @limits.setter

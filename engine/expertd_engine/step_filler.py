@@ -21,8 +21,11 @@ class StepFiller:
         self._pool = pool
         self._queues = queues
         self._chooser = chooser
+
+    @property
+    def _max_running(self) -> int:
         # Where all step, decodes leave a token for every row that prefills; else the more run, the more is to choose.
-        self._max_running = limits.max_sequences if chooser.passes_over else limits.max_rows
+        return self.limits.max_sequences if self._chooser.passes_over else self.limits.max_rows
 
     def fill(self, mode: ExpertMode, preempted: list[Sequence]) -> list[Chunk]:
         """Chunks of a step of `mode`, blocks allocated; empty if none of its sequences can compute. Whoever gave way

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from expertd_engine.kernels.cuda.resolve import FAR, ExpertScratch, TablePointers, resolve
@@ -85,6 +85,7 @@ def table_of(case: Case) -> TablePointers:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
+@example(Case([[0, 1]], 1, frozenset({0, 1}), {}, frozenset(), [2], 0, None))  # one slot for two that are missing
 def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
     table = table_of(case)
     scratch = ExpertScratch.of(

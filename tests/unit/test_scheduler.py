@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from expertd_engine.errors import EngineError
@@ -253,6 +255,13 @@ def test_limits_are_at_least_one(name: str) -> None:
     good = {"max_sequences": 1, "max_step_tokens": 1, "max_model_len": 1}
     with pytest.raises(ValueError, match=f"{name} is 0: it must be at least 1"):
         SchedulerLimits(**{**good, name: 0})
+
+
+def test_limits_given_between_steps_hold_in_the_next() -> None:
+    scheduler = make_scheduler(max_step_tokens=64)
+    add(scheduler, make_sequence(1, range(9)))
+    scheduler.limits = replace(scheduler.limits, max_step_tokens=2)
+    assert shape(schedule(scheduler)) == [(1, 0, 2, False)]
 
 
 def test_a_step_is_of_one_mode_and_modes_take_turns() -> None:
