@@ -17,9 +17,6 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Before torch loads its thread pools: waiting compute threads park, because a box with few cores needs them for I/O.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("KMP_BLOCKTIME", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a store is complete; nothing is fetched while serving
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -16,7 +16,7 @@ from expertd_engine.kernels import library
 from expertd_engine.kernels.cuda.experts import ExpertLayout
 from expertd_engine.kernels.cuda.host_experts import Mailbox
 from expertd_engine.kernels.host_experts import HostLayer
-from expertd_engine.planning.misses import Misses, Split, decide, left_to_processor, may_compute
+from expertd_engine.planning.misses import Misses, Split, decide, hardly_lands, left_to_processor, may_compute
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +50,9 @@ def settle_misses(context: Context, cache: DeviceCache) -> Mailbox | None:
         return None
     computing.lands = decided.where == "both"
     cache.computing = computing
-    mailbox = computing.mailbox(context.device.torch_device, _left(context, cache, decided))
-    cache.ledger.brings_in = mailbox.shares or not computing.lands
-    return mailbox
+    left = _left(context, cache, decided)
+    cache.ledger.brings_in = any(map(hardly_lands, left))
+    return computing.mailbox(context.device.torch_device, left)
 
 
 def _left(context: Context, cache: DeviceCache, decided: Misses) -> list[list[Split]]:

@@ -104,7 +104,7 @@ def test_link_and_processor_share_what_steps_miss(tmp_path: Path, monkeypatch: p
         engine.cache.ledger.check()
         tiers, counters = engine.cache.tiers(), engine.cache.ledger.counters
         assert tiers.misses == "both" and 0 < tiers.computed < sum(counters.misses)
-        assert tiers.link_bytes["landed"] > 0 < engine.cache.ledger.brought_in
+        assert tiers.link_bytes["landed"] > 0 == engine.cache.ledger.brought_in
         record, crossed = engine.info.expert_record_bytes, tiers.link_bytes
         assert crossed["shared"] > 0 and crossed["shared"] + tiers.computed_bytes == tiers.computed * record
         assert crossed["landed"] + crossed["read"] == (sum(counters.misses) - tiers.computed) * record

@@ -136,10 +136,9 @@ def test_addresses_survive_being_two_words() -> None:
     layout = TableLayout(LAYERS, EXPERTS, slots=4, landing=4)
     table = DeviceTable(layout, EXPERTS, HostDevice())
     address = 0xFFFF_8765_FEDC_B001
-    words = layout.address_words(ExpertId(1, 5), address) | layout.flag_words(ExpertId(1, 5), 3)
-    table.stage(words | layout.slot_words(2, address - 1))
+    table.stage(layout.address_words(ExpertId(1, 5), address) | layout.slot_words(2, address - 1))
     table.apply()
-    assert table.entries[1, 5].tolist() == [address - 2**64, 3]
+    assert table.entries[1, 5].tolist() == [address - 2**64, 0]
     assert int(table.slot_address[2]) == address - 1 - 2**64 and int(table.entries[0].abs().sum()) == 0
     assert signed(2**31) == -(2**31)
     with pytest.raises(ValueError, match="power of two"):

@@ -15,6 +15,7 @@ from expertd_engine.planning.misses import (
     Misses,
     Split,
     decide,
+    hardly_lands,
     left_to_processor,
     may_compute,
     seconds,
@@ -75,9 +76,16 @@ def test_one_that_is_missing_is_divided() -> None:
     assert left_to_processor(1, Misses("both", LINK, LINK, cpu_start_s=90e-6), RECORD, 768)[1] == (0, 0)
 
 
+@pytest.mark.parametrize(("cpu", "copied"), [(LINK, False), (3 * LINK, True)])
+def test_copies_bring_in_what_is_missed_where_hardly_anything_lands(cpu: float, copied: bool) -> None:
+    decided = Misses("both", LINK, cpu)
+    assert [hardly_lands(left_to_processor(most, decided, RECORD, 768)) for most in (1, 2, 8)] == [True, copied, copied]
+
+
 def test_one_side_alone_has_all() -> None:
     assert left_to_processor(3, Misses("cpu", 1.0, 1.0), 1, 768) == [(0, 0), (1, 0), (2, 0), (3, 0)]
     assert left_to_processor(3, Misses("link", 1.0, 1.0), 1, 768) == [(0, 0)] * 4
+    assert hardly_lands(left_to_processor(3, Misses("cpu", 1.0, 1.0), 1, 768))
 
 
 def test_what_stands_in_the_way_is_said() -> None:

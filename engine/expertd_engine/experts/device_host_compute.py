@@ -141,8 +141,8 @@ class HostCompute:
         asked = self._few_of_each_layer()
         self.begin_step()
         self.ask(*asked[0])  # threads wake up
-        alone = [self._timed(layer, experts[:1]) for layer, experts in asked]
         few = [self._timed(layer, experts) for layer, experts in asked]
+        alone = [self._timed(layer, experts[:1]) for layer, experts in asked]  # second: read so long ago, not in caches
         self._first = self._thread.end()
         bytes_per_s = sum(nbytes for _, nbytes in few) / sum(seconds for seconds, _ in few)
         return bytes_per_s, max(0.0, median(seconds - nbytes / bytes_per_s for seconds, nbytes in alone))

@@ -78,11 +78,6 @@ class TableLayout:
         first = 4 * (layer * self.experts + index)
         words[first], words[first + 1] = signed(address), signed(address >> 32)
 
-    def flag_words(self, expert: ExpertId, flag: int) -> Words:
-        """Slot + 1 while a copy into a slot is under way, else 0."""
-        first = 4 * (expert.layer * self.experts + expert.expert) + 2
-        return {first: flag, first + 1: 0}
-
     def note_copied(self, words: Words, expert: ExpertId, slot: int, address: int) -> None:
         """Into `words`: to have the record, which was copied into the slot, read there for good. The slot's `ready` is
         put back: the next copy into it begins after a boundary later than this one."""

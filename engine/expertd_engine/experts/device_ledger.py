@@ -90,7 +90,7 @@ class DeviceLedger(SlotLedger):
         self.duplicates = 0
         self.brings_in = False
         """Whether what the processor had to compute, or a part of, is copied in behind, where that is worth a slot: it
-        does not land."""
+        does not land, and little else does."""
         self.fell_short = False
         """Whether nothing was copied for want of a slot to prefetch into, at any time since somebody last took note."""
         self.brought_in = 0

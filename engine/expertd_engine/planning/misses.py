@@ -3,6 +3,7 @@ from the same records, or some here and some there at once, of which one may be 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -73,6 +74,14 @@ def left_to_processor(most: int, decided: Misses, record_bytes: int, inner: int)
     if decided.where != "both":
         return [Split(n if decided.where == "cpu" else 0) for n in range(most + 1)]
     return [Split(), *(_soonest(n, decided, record_bytes, inner) for n in range(1, most + 1))]
+
+
+def hardly_lands(splits: Sequence[Split]) -> bool:
+    """Whether of two missing experts none is read whole, and could stay: then copies must bring in what is missed, or
+    the same would be missed again and again. Elsewhere they take more of the link's time than they save.
+    """
+    missing = min(2, len(splits) - 1)
+    return splits[missing].whole + (splits[missing].cut > 0) == missing
 
 
 def seconds(missing: int, split: Split, decided: Misses, record_bytes: int, inner: int) -> float:
