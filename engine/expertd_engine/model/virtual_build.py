@@ -33,7 +33,8 @@ of a fine-grained model 6, 8 and 12 of them leave KL at 0.140, 0.136 and 0.129 n
 four times at 0.028, 0.027 and 0.025."""
 LONG_MEMORY = 128.0
 """Half-life of scores, in tokens, where steps foresee what they will ask for: then scores only say who is worth little.
-At twice top-k slots 12 swaps a step leave 0.140, 0.130, 0.126, 0.124 and 0.123 with 8, 32, 64, 128 and 400."""
+At twice top-k slots 12 swaps a step, named by a map in float32, leave 0.140, 0.130, 0.126, 0.124 and 0.123 with 8, 32,
+64, 128 and 400."""
 LOADS_A_THREAD = 4
 """Loads for held sets under way at once, by reading thread. With one in all, layers that nobody foresees (the first,
 which matters most) hardly move: on a fine-grained model at twice top-k slots that doubled the divergence."""
