@@ -84,6 +84,7 @@ def test_what_lies_between_two_values_each_is_told_from_few_values_as_from_many(
     values = [float(value) for value in range(15)]
     assert pairwise_interval(values) == Interval(7.0, 4.5, 9.5), "Wilcoxon's 26th of 120 means from either end"
     assert pairwise_interval([*values[:-1], 1e9]).high < 12, "one odd value moves little"
+    assert pairwise_interval(values[:6]) == Interval(2.5, 0.0, 5.0), "of six none can be left out"
 
 
 def test_ratios_are_taken_within_pairs() -> None:

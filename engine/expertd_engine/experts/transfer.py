@@ -201,7 +201,7 @@ class Transfers:
             self._reader.read_record(job.load.expert, job.buffer)
             completion = Loaded(job.load.load_id)
             self.loaded(job.load)
-        except Exception as error:  # whatever it is: a thread that dies of it leaves the engine waiting for ever
+        except Exception as error:  # the top of a read: a thread that dies of one leaves the engine waiting for ever
             completion = Failed(job.load.load_id, f"{type(error).__name__}: {error}")
         return self._ended([(job, completion)], began, last)
 
