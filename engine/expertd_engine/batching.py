@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from expertd_engine.request import Sequence as Running
+from expertd_engine.step_plan import SchedulerLimits
 
 Batching = Literal["decode-first", "prefill-first", "expert-aware"]
 
@@ -180,13 +181,11 @@ class PacedRoom:
 class Chooser:
     """Applies a batching to running sequences, and keeps account of who was passed over. Owned by the scheduler."""
 
-    def __init__(self, batching: Batching, max_tokens: int, patience: int, room: Room = unbounded) -> None:
-        """`max_tokens` in a step; `room` counts experts as candidates number them."""
+    def __init__(self, batching: Batching, room: Room = unbounded) -> None:
+        """`room` counts experts as candidates number them."""
         self.most_passed_over = 0
         """Steps in a row, of all sequences since start."""
         self._batching = batching
-        self._max_tokens = max_tokens
-        self._patience = patience
         self._room = room
         self._last: frozenset[int] = frozenset()
         self._passed_over: dict[int, int] = {}
@@ -196,14 +195,15 @@ class Chooser:
         """Whether it chooses at all: with `decode-first` everybody who runs computes."""
         return self._batching != "decode-first"
 
-    def shares(self, rows: Sequence[Running]) -> dict[int, int]:
-        """Tokens by sequence id, for at least one of `rows`, all of which have tokens to compute."""
-        candidates = [self._candidate(row) for row in rows]
+    def shares(self, rows: Sequence[Running], limits: SchedulerLimits) -> dict[int, int]:
+        """Tokens by sequence id, for at least one of `rows`, all of which have tokens to compute; within `limits`,
+        which may be others in every step."""
+        candidates = [self._candidate(row, limits.max_step_tokens) for row in rows]
         if self._batching == "prefill-first":
-            shares = prefill_first(candidates, self._max_tokens)
+            shares = prefill_first(candidates, limits.max_step_tokens)
         else:
             room = self._room(len(_union(candidates, range(len(candidates)))))
-            shares = expert_aware(candidates, self._max_tokens, self._patience, room, self._last)
+            shares = expert_aware(candidates, limits.max_step_tokens, limits.patience_steps, room, self._last)
             self._last = _union(candidates, [share.place for share in shares])
         return {rows[share.place].sequence_id: share.tokens for share in shares}
 
@@ -220,10 +220,10 @@ class Chooser:
         """It has been chosen, or runs no more."""
         self._passed_over.pop(sequence_id, None)
 
-    def _candidate(self, row: Running) -> Candidate:
+    def _candidate(self, row: Running, max_tokens: int) -> Candidate:
         tokens, start = row.num_uncomputed_tokens, row.num_computed_tokens
         experts: frozenset[int] = frozenset()
         if row.paths is not None and self._batching == "expert-aware":
-            union = row.paths.union(start, start + min(tokens, self._max_tokens))
+            union = row.paths.union(start, start + min(tokens, max_tokens))
             experts = frozenset(expert * len(union) + head for head, chosen in enumerate(union) for expert in chosen)
         return Candidate(tokens, tokens > 1, self._passed_over.get(row.sequence_id, 0), experts)

@@ -1,4 +1,4 @@
-"""What commands show while they work: a bar for people, JSON lines for a supervisor, one line for an error."""
+"""What commands show while they work: bars on a terminal, lines in a log, JSON for a supervisor, one for an error."""
 
 from __future__ import annotations
 
@@ -22,26 +22,47 @@ def silent(_stage: str, _fraction: float) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """One bar a stage on stderr; nothing where stderr is not a terminal."""
+def progress_bar(*, lines: bool = True) -> Iterator[Progress]:
+    """One bar a stage on stderr; where that is no terminal, a line when a stage begins, or without `lines` nothing."""
+    if not sys.stderr.isatty():
+        yield stage_lines(sys.stderr) if lines else silent
+        return
     bars: dict[str, tqdm[NoReturn]] = {}
 
     def show(stage: str, fraction: float) -> None:
         if stage not in bars:
-            _close(bars)
+            _end(bars)
             layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-            bars[stage] = tqdm(total=1.0, desc=stage, bar_format=layout, disable=None, file=sys.stderr)
+            bars[stage] = tqdm(total=1.0, desc=stage, bar_format=layout, file=sys.stderr)
         bars[stage].update(fraction - bars[stage].n)
 
     try:
         yield show
+        _end(bars)
     finally:
-        _close(bars)
+        for bar in bars.values():  # where it stopped
+            bar.close()
 
 
-def _close(bars: dict[str, tqdm[NoReturn]]) -> None:
+def _end(bars: dict[str, tqdm[NoReturn]]) -> None:
+    """They are done, those included that never told how far they were."""
     while bars:
-        bars.popitem()[1].close()
+        bar = bars.popitem()[1]
+        bar.update(1.0 - bar.n)
+        bar.close()
+
+
+def stage_lines(out: TextIO) -> Progress:
+    """The name of a stage on `out` when it begins."""
+    begun: str | None = None
+
+    def show(stage: str, _fraction: float) -> None:
+        nonlocal begun
+        if stage != begun:
+            begun = stage
+            print(f"expertd: {stage}", file=out, flush=True)
+
+    return show
 
 
 def json_lines(out: TextIO) -> Progress:

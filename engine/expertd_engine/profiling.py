@@ -61,15 +61,18 @@ def profile(
     Raises what `start_engine` raises, and UsageError for more tokens than there is text.
     """
     windows = _windows(store, tokens)
-    progress("profile", 0.0)
+    progress("reads", 0.0)
     reads = _reads(store, config.io_threads)
     prompts = _windows(store, STREAMS * WINDOW)
+    progress("steps", 0.0)
     costs = measure_steps(store, config, prompts, reads, -(-tokens // STREAMS))
+    progress("memory", 0.0)
     text = TextEngine(store, config)
     try:
         memory = _memory(text, store, config)
         if learned and text.virtual is not None:
             learn_tokens(text, store, learned, progress)
+        progress("routes", 0.0)
         virtual_s = _virtual_step(text)
         if text.paths is not None:
             windows = _windows(store, LONG * tokens, min(WINDOW_TOKENS, text.engine.info.max_model_len - 1))

@@ -50,13 +50,13 @@ class Scheduler:
         self._step = 0
         self._mode: ExpertMode = "exact"
         self._mode_steps = 0
-        self.chooser = Chooser(batching, limits.max_step_tokens, limits.patience_steps, room)
+        self.chooser = Chooser(batching, room)
         self._queues = Queues(pool, prefixes, self.chooser)
         self._filler = StepFiller(limits, pool, self._queues, self.chooser)
 
     @property
     def limits(self) -> SchedulerLimits:
-        """Others may be given between steps; a batching that passes over keeps to the first ones' tokens."""
+        """Others may be given between steps."""
         return self._filler.limits
 
     @limits.setter

@@ -57,7 +57,7 @@ class ModelMeasure:
         own = self._miss_curve("model", costs.routes, NOT_COUNTED, costs.stream)
         misses, layers = [own, *(self._generated(name) for name in routings)], []
         for number in range(len(self._experts) if self._text.virtual is not None else 0):
-            progress("profile", number / len(self._experts))
+            progress("layers", number / len(self._experts))
             layers.append(self._layer(number))
         return ModelProfile(sum(map(len, self._windows)), misses, layers, self._path_curve(progress))
 
@@ -130,7 +130,7 @@ class ModelMeasure:
         *fewer, all_paths = self._measured_slots(min(self._experts))
         mass, divergence = [], []
         for done, count in enumerate(fewer):
-            progress("profile", done / len(fewer))
+            progress("paths", done / len(fewer))
             lost, diverged = self._with_paths(model, count)
             mass.append(lost)
             divergence.append(diverged)

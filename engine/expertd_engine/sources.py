@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeAlias, get_args
 
-from expertd_engine.config import Config, Dtype
+from expertd_engine.config import Config, Device, Dtype
 from expertd_engine.console import Progress, both, json_lines, progress_bar, run_command, silent
 from expertd_engine.errors import ModelError
 from expertd_engine.experts.store import ExpertStore, is_store
@@ -227,12 +227,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dense-dtype", choices=get_args(Dtype), default="auto", help="of all other matrices (auto: as experts)"
     )
     parser.add_argument("--for", dest="target", choices=TARGETS, default="cpu", help="what will compute (cpu)")
+    parser.add_argument(
+        "--device", choices=get_args(Device), default="cpu", help="as for serve: cuda is refused where there is no card"
+    )
     options = parser.parse_args(argv)
     return run_command(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
-    with progress_bar() as bar:
+    if options.device == "cuda" and not is_store(Path(options.model).expanduser()):  # the engine refuses in no time
+        from expertd_engine.cards import require_card  # imports torch
+
+        require_card()
+    with progress_bar(lines=False) as bar:  # stdout has them
         progress = both(json_lines(sys.stdout), bar)
         store = resolve(
             options.model, options.cache_dir, options.dtype, options.dense_dtype, progress, target=options.target

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from expertd_engine.cards import find_card, require_card
 from expertd_engine.config import Config
 from expertd_engine.core import Constrain, no_constraints
 from expertd_engine.errors import ConfigError, ModelError
@@ -37,11 +38,7 @@ def device_of(config: Config, index: StoreIndex) -> torch.device | None:
     """The card that computes; None: the processor does. Raises ConfigError for one that is asked for and not there."""
     if config.device == "cpu" or (config.device == "auto" and {layout.order for layout in index.layouts} != {"rows"}):
         return None
-    if torch.cuda.is_available():
-        return torch.device("cuda", 0)
-    if config.device == "cuda":
-        raise ConfigError("device: 'cuda' is not allowed: PyTorch finds no CUDA device here")
-    return None
+    return require_card() if config.device == "cuda" else find_card()
 
 
 def open_pool(threads: int, fallbacks: list[str]) -> Pool | None:

@@ -46,7 +46,7 @@ class StepFiller:
         self._admit_ahead()
         chunks: list[Chunk] = []
         while not chunks and (rows := [s for s in self._queues.running if s.mode == mode]):
-            shares = self._chooser.shares(rows)
+            shares = self._chooser.shares(rows, self.limits)
             for sequence in rows:
                 num_tokens = shares.get(sequence.sequence_id, 0)
                 if num_tokens > 1:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expertd_server.auth import PUBLIC_PATHS
 from expertd_server.errors import ClientDisconnected, as_api_error, error_response
-from expertd_server.metrics import ENDPOINTS, OTHER_ROUTE, Metrics
+from expertd_server.metrics import ENDPOINTS, Metrics
 
 logger = logging.getLogger("expertd.requests")
 
@@ -66,7 +66,8 @@ class Envelope:
                 headers["openai-processing-ms"] = str(int((time.monotonic() - started_s) * 1000))
             await send(message)
 
-        with self._metrics.in_flight(scope["path"]).track_inprogress():
+        route = self._metrics.route_of(scope["path"])
+        with self._metrics.http_in_flight.labels(route).track_inprogress():
             try:
                 await self._app(scope, receive, send_wrapped)
             except ClientDisconnected:
@@ -77,15 +78,16 @@ class Envelope:
                     raise
                 await error_response(mapped)(scope, receive, send_wrapped)
             finally:
-                self._count(scope, status or ClientDisconnected.status, time.monotonic() - started_s)
+                self._count(scope, route, status or ClientDisconnected.status, time.monotonic() - started_s)
 
-    def _count(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", OTHER_ROUTE)
-        if route in _UNCOUNTED:
+    def _count(self, scope: Scope, route: str, status: int, seconds: float) -> None:
+        let_in = "route" in scope  # or refused for want of a key
+        if route in _UNCOUNTED and let_in:
             return
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.http_requests.labels(route, method, str(status)).inc()
-        if route not in ENDPOINTS and route not in PUBLIC_PATHS and not (route in _POLLED and status < 400):
+        told_elsewhere = route in ENDPOINTS or route in PUBLIC_PATHS or (route in _POLLED and status < 400)
+        if not (told_elsewhere and let_in):
             _log(scope, {"route": route, "method": method, "status": status, "total_ms": round(seconds * 1000, 3)})
 
 

@@ -54,7 +54,8 @@ class SubprocessLauncher:
         process = await asyncio.create_subprocess_exec(
             *_module("expertd_engine.sources"), config.model, "--cache-dir", str(config.cache_dir.expanduser()),
             "--dtype", config.dtype, "--dense-dtype", config.dense_dtype,
-            "--for", "gpu" if config.device == "cuda" else "cpu", stdout=asyncio.subprocess.PIPE, process_group=0,
+            "--for", "gpu" if config.device == "cuda" else "cpu", "--device", config.device,
+            stdout=asyncio.subprocess.PIPE, process_group=0,
         )  # fmt: skip
         try:
             return await self._read_store(process, service)

@@ -5,6 +5,7 @@ What the engine counts is in `engine_metrics`.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 
@@ -18,6 +19,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from starlette.routing import compile_path
 
 from expertd_engine.messages import EngineInfo
 from expertd_engine.snapshot import Snapshot
@@ -58,7 +60,8 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
-        self._routes: frozenset[str] = frozenset()
+        self._routes: dict[str, re.Pattern[str]] = {}
+        """By template: the paths that it stands for."""
         self._add_requests()
         self._add_latencies()
         self._add_state()
@@ -83,9 +86,8 @@ class Metrics:
             "http_requests_total", "HTTP requests answered; route is the template.", ("route", "method", "status")
         )
         self.http_in_flight = self._gauge(
-            "http_requests_in_flight", "HTTP requests being answered; route is the path, if it is one of ours.",
-            ("route",),
-        )  # fmt: skip
+            "http_requests_in_flight", "HTTP requests being answered; route is the template.", ("route",)
+        )
 
     def _add_latencies(self) -> None:
         self.queue = self._histogram("request_queue_seconds", "Arrival of a sequence to its first step.", TTFT_BUCKETS)
@@ -140,7 +142,7 @@ class Metrics:
 
     def serve_routes(self, methods_by_path: Mapping[str, Iterable[str]], queued_tokens: Callable[[], int]) -> None:
         """The routes that there are: their zeros begin. `queued_tokens` is asked at each scrape."""
-        self._routes = frozenset(methods_by_path)
+        self._routes = {path: compile_path(path)[0] for path in methods_by_path}
         self.ipc_queue.set_function(queued_tokens)
         for path, methods in methods_by_path.items():
             for method in methods:
@@ -148,9 +150,11 @@ class Metrics:
         for path in (*methods_by_path, OTHER_ROUTE):
             self.http_in_flight.labels(path)
 
-    def in_flight(self, path: str) -> Gauge:
-        """The gauge of requests under way to this path."""
-        return self.http_in_flight.labels(path if path in self._routes else OTHER_ROUTE)
+    def route_of(self, path: str) -> str:
+        """The template of the route that `path` leads to, whether or not a request is let in there."""
+        if path in self._routes:
+            return path
+        return next((route for route, paths in self._routes.items() if paths.match(path)), OTHER_ROUTE)
 
     def observe(self, snapshot: Snapshot) -> None:
         """The engine has sent its numbers; both processes read the same clock."""

@@ -142,6 +142,17 @@ def test_admin_routes_take_the_admin_key_alone(closed: Server, server: Server) -
         assert ask(server, "POST", path) == 401, "a server without keys has no administrator"
 
 
+def test_refusals_for_want_of_a_key_are_counted_by_the_route_that_was_asked_for(start: Start) -> None:
+    server = start(keys=KEYS, public_metrics=True)
+    for method, path in (("PUT", "/admin/budget"), ("GET", "/v1/models/some/model"), ("GET", "/secret")):
+        assert ask(server, method, path) == 401
+    counted = {name for name in server.metrics() if name.startswith("expertd_http_requests_total") and "401" in name}
+    assert counted == {
+        f'expertd_http_requests_total{{method="{method}",route="{route}",status="401"}}'
+        for method, route in (("PUT", "/admin/budget"), ("GET", "/v1/models/{model_id:path}"), ("GET", "unmatched"))
+    }
+
+
 def test_without_keys_any_key_will_do(server: Server) -> None:
     assert server.http.post("/v1/completions", json={"prompt": "a"}, headers=BEARER).status_code == 200
 

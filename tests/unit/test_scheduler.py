@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
+from expertd_engine.batching import Batching
 from expertd_engine.errors import EngineError
 from expertd_engine.messages import ExpertMode
 from expertd_engine.request import Sequence, SequenceState
@@ -257,8 +259,9 @@ def test_limits_are_at_least_one(name: str) -> None:
         SchedulerLimits(**{**good, name: 0})
 
 
-def test_limits_given_between_steps_hold_in_the_next() -> None:
-    scheduler = make_scheduler(max_step_tokens=64)
+@pytest.mark.parametrize("batching", get_args(Batching))
+def test_limits_given_between_steps_hold_in_the_next(batching: Batching) -> None:
+    scheduler = make_scheduler(max_step_tokens=64, batching=batching)
     add(scheduler, make_sequence(1, range(9)))
     scheduler.limits = replace(scheduler.limits, max_step_tokens=2)
     assert shape(schedule(scheduler)) == [(1, 0, 2, False)]

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from expertd_engine import sources
+from expertd_engine.console import json_lines, progress_bar
 from expertd_engine.errors import ModelError, ResourceError
 from expertd_engine.sources import DEMO_FILE, DEMO_REPOSITORY, find_source, main, resolve
 
@@ -103,6 +105,16 @@ def test_module_reports_an_error_in_one_line_with_its_exit_code(
     assert out == "" and err.startswith("expertd: error: no model 'nothing'") and err.count("\n") == 1
 
 
+def test_a_card_that_is_not_there_is_refused_before_anything_is_fetched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", _offline)
+    assert main(["some/model", "--cache-dir", str(tmp_path), "--for", "gpu", "--device", "cuda"]) == 3
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("expertd: error: device: 'cuda' is not allowed: ") and "give 'cpu'" in err
+
+
 def test_finding_a_source_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from expertd_engine.sources import find_source; find_source(sys.argv[1]);"
@@ -112,10 +124,17 @@ def test_finding_a_source_needs_no_torch(tmp_path: Path) -> None:
 
 
 def test_progress_lines_are_json(capsys: pytest.CaptureFixture[str]) -> None:
-    from expertd_engine.console import json_lines
-
     show = json_lines(sys.stdout)
     for fraction in (0.0, 0.001, 0.5, 0.501, 1.0):
         show("experts", fraction)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [{"stage": "experts", "fraction": fraction} for fraction in (0.0, 0.5, 1.0)]
+
+
+def test_without_a_terminal_a_stage_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar() as show:
+        for stage, fraction in (("reads", 0.0), ("layers", 0.0), ("layers", 0.5)):
+            show(stage, fraction)
+    with progress_bar(lines=False) as show:
+        show("reads", 0.0)
+    assert capsys.readouterr().err == "expertd: reads\nexpertd: layers\n"

@@ -168,8 +168,13 @@ def _routing(options: argparse.Namespace) -> str:
 def _store(options: argparse.Namespace) -> Path:
     from expertd_engine.sources import resolve
 
+    target = "cpu"
+    if getattr(options, "device", "cpu") == "cuda":
+        from expertd_engine.cards import require_card  # imports torch
+
+        require_card()
+        target = "gpu"
     with progress_bar() as progress:
-        target = "gpu" if getattr(options, "device", "cpu") == "cuda" else "cpu"
         return resolve(options.model, options.cache_dir.expanduser(), progress=progress, target=target)
 
 

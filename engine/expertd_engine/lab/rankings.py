@@ -5,7 +5,6 @@ Lowest rank first, as in `experts.policy`, whose names and arithmetic the shippe
 
 from __future__ import annotations
 
-import math
 from typing import Protocol
 
 import numpy as np
@@ -53,9 +52,8 @@ class LFURanking:
         self._half_life = max(1, round(half_life * events.lookups_per_token))
 
     def used(self, number: int, experts: Ids, at: Ids, offset: int | Ids) -> None:
-        now, weights = at / self._half_life, self.ranks[experts]
-        # As policy.LFU, which takes 2^(low - high); the difference is -inf where there is no weight yet.
-        self.ranks[experts] = np.maximum(weights, now) + np.log1p(np.exp2(-np.abs(weights - now))) / math.log(2)
+        # As policy.LFU: one more use at `now`; the weight is -inf where there is none yet.
+        self.ranks[experts] = np.logaddexp2(self.ranks[experts], at / self._half_life)
 
 
 class AdaptiveRanking(LFURanking):

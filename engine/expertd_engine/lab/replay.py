@@ -52,6 +52,9 @@ class CacheReplay:
         """Of those that may give way, in order; infinite for all others."""
         self._probation = np.zeros(total, bool)
         self._last_use = np.full(total, -1, np.int64)
+        """Of what prompts alone have used: the rest has a rank."""
+        self._has_scanned = False
+        """Whether any prompt was met yet; before, ranks are all there is."""
         self._lookups = 0
 
     def event(self, number: int, experts: Ids, scan: NDArray[np.bool_] | None) -> int:
@@ -90,10 +93,11 @@ class CacheReplay:
         self._lookups += len(experts)
         at = np.arange(begin, begin + len(experts))
         if scan is None or not scan.any():
-            self._probation[experts] = False
-            self._last_use[experts] = at
+            if self._has_scanned:
+                self._probation[experts] = False
             self._ranking.used(number, experts, at, offset)
             return
+        self._has_scanned = True
         plain = ~scan
         counted = plain | ~self._resident[experts] | self._probation[experts]
         self._probation[experts[counted]] = scan[counted]
@@ -102,8 +106,9 @@ class CacheReplay:
 
     def _key(self, experts: Ids) -> NDArray[np.float64]:
         ranks = self._ranking.ranks[experts]
-        last = self._last_use[experts]
-        ranks = np.where(np.isneginf(ranks), _UNRANKED + last, ranks)
+        if not self._has_scanned:
+            return ranks
+        ranks = np.where(np.isneginf(ranks), _UNRANKED + self._last_use[experts], ranks)
         return np.where(self._probation[experts], ranks - _PROBATION, ranks)
 
 

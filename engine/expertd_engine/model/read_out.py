@@ -8,6 +8,7 @@ import torch
 
 from expertd_engine.core import SampledToken, StepFailed
 from expertd_engine.messages import TokenLogprob
+from expertd_engine.model.numerics import one_thread
 from expertd_engine.model.sampler import NoTokenLeft, SampleRow, sample, token_logprob
 from expertd_engine.request import ConstraintFailed, Sequence
 from expertd_engine.step_plan import Chunk, StepPlan
@@ -43,6 +44,7 @@ class TensorLogits:
         return sample(self._logits[row], how)
 
 
+@one_thread()
 def read_out(plan: StepPlan, logits: StepLogits) -> tuple[dict[int, SampledToken], dict[int, list[TokenLogprob]]]:
     """Each sequence's next token, and the log-probabilities of prompt tokens. Raises StepFailed."""
     sampled: dict[int, SampledToken] = {}
