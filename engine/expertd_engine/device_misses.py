@@ -11,12 +11,15 @@ from expertd_engine.device_context import Context
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_host_compute import HostCompute, Room
+from expertd_engine.experts.device_sharing import Sharing
 from expertd_engine.experts.events import ExpertId
+from expertd_engine.experts.governor import Governor
 from expertd_engine.kernels import library
 from expertd_engine.kernels.cuda.experts import ExpertLayout
 from expertd_engine.kernels.cuda.host_experts import Mailbox
+from expertd_engine.kernels.cuda.resolve import Left
 from expertd_engine.kernels.host_experts import HostLayer
-from expertd_engine.planning.misses import Misses, Split, decide, hardly_lands, left_to_processor, may_compute
+from expertd_engine.planning.misses import decide, may_compute
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ def settle_misses(context: Context, cache: DeviceCache) -> Mailbox | None:
         context.fallbacks.extend([] if decided.fallback is None else [decided.fallback])
         return None
     computing = _host_compute(context, cache)
-    cache.cpu_bytes_per_s, start_s = computing.measure()
+    cache.cpu_bytes_per_s, start_s = computing.measure(cache.read_beside)
     decided = decide(asked, obstacle, cache.link_bytes_per_s, cache.cpu_bytes_per_s, start_s)
     logger.info(
         "missing experts: %s; the link carries %.1f GB/s, %d threads compute %.1f GB/s after %.0f µs",
@@ -50,16 +53,13 @@ def settle_misses(context: Context, cache: DeviceCache) -> Mailbox | None:
         return None
     computing.lands = decided.where == "both"
     cache.computing = computing
-    left = _left(context, cache, decided)
-    cache.ledger.brings_in = any(map(hardly_lands, left))
-    return computing.mailbox(context.device.torch_device, left)
-
-
-def _left(context: Context, cache: DeviceCache, decided: Misses) -> list[list[Split]]:
-    """By layer; most layers are alike."""
+    # Where both work enough lands, and copies would take more of the link than they save.
+    cache.ledger.brings_in = decided.where == "cpu"
+    if decided.where == "both" and isinstance(cache.lookahead, Governor):
+        cache.lookahead.payoff.begin_off()  # copies take from the link what a step reads itself
     shapes = [(nbytes, layout.inner) for nbytes, layout in zip(cache.record_bytes, context.parts.layouts, strict=True)]
-    splits = {shape: left_to_processor(_room(context).experts, decided, *shape) for shape in set(shapes)}
-    return [splits[shape] for shape in shapes]
+    sharing = Sharing(context.device, decided, shapes, _room(context).experts)
+    return computing.mailbox(context.device.torch_device, sharing)
 
 
 def rehearsal_mailbox(context: Context) -> Mailbox | None:
@@ -75,9 +75,10 @@ def rehearsal_mailbox(context: Context) -> Mailbox | None:
     weights = zeros(room.rows, room.top_k, dtype=torch.float32)
     pairs = zeros(room.rows * room.top_k)
     shared = (zeros(1), zeros(1), zeros(3), zeros(4, room.experts), pairs, rows, weights, rows)
-    left = zeros(len(context.parts.layouts), room.experts + 1, 2)
+    layers = len(context.parts.layouts)
+    left = Left(zeros(layers, room.experts + 1, 2), zeros(layers, context.parts.experts), zeros(1))
     shares = context.config.device_misses in ("both", "auto")  # kernels that do take no less room
-    return Mailbox(*shared, sent=zeros(1), arrived=zeros(1), left=left, shares=shares)
+    return Mailbox(*shared, sent=zeros(1), arrived=zeros(1), left=left, later=zeros(layers), shares=shares)
 
 
 def _obstacle(context: Context, cache: DeviceCache) -> str | None:

@@ -79,6 +79,25 @@ class Foresight(Message, frozen=True):
     """Why routes are no longer recorded."""
 
 
+class Shared(Message, frozen=True):
+    """How link and processor share what a card's steps miss."""
+
+    is_on: bool
+    """Whether they do now: not while steps are quicker when the card reads alone."""
+    cpu_bytes_per_s: float
+    """Of records, what the processor is believed to compute while a step runs, if the link is as it was measured."""
+    left: list[float]
+    """Of 1, 2, … missing experts of the first layer, how many are left to the processor."""
+    later: int
+    """Layers in which the card had read its part before the processor had answered."""
+    earlier: int
+    """In which it had not."""
+    trials: int
+    """In which it was found out whether sharing pays."""
+    switches: int
+    """Times that a trial has changed it."""
+
+
 class Tiers(Message, frozen=True):
     """Where a card's experts are, and what crossed its link since start."""
 
@@ -114,6 +133,8 @@ class Tiers(Message, frozen=True):
     no link."""
     computed_bytes: int = 0
     """Of their records, or of the part that it computed."""
+    shared: Shared | None = None
+    """None where they do not share what is missing."""
 
 
 class HistogramData(Message, frozen=True):

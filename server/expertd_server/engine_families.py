@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from expertd_engine.snapshot import HistogramData, LayerLookups, LeadOutcomes, Snapshot, Tiers, VirtualLayer
+from expertd_engine.snapshot import HistogramData, LayerLookups, LeadOutcomes, Shared, Snapshot, Tiers, VirtualLayer
 
 Labels = tuple[str, ...]
 Samples = Iterable[tuple[Labels, float]]
@@ -77,6 +77,11 @@ def _one(read: Callable[[Snapshot], float]) -> Callable[[Snapshot], Samples]:
 def _of_tiers(read: Callable[[Tiers], dict[Labels, float]]) -> Callable[[Snapshot], Samples]:
     """Zeros where there is no card."""
     return lambda s: read(s.tiers or NO_TIERS).items()
+
+
+def _of_shared(read: Callable[[Shared], float]) -> Callable[[Snapshot], Samples]:
+    """0 where link and processor do not share."""
+    return lambda s: [((), 0.0 if s.tiers is None or s.tiers.shared is None else read(s.tiers.shared))]
 
 
 def _by_key(read: Callable[[Snapshot], dict[str, int] | dict[str, float]]) -> Callable[[Snapshot], Samples]:
@@ -250,6 +255,10 @@ GAUGES = (
            _of_tiers(lambda x: {(): x.link_bytes_per_s})),
     Family("host_bytes_per_second", "Of experts' records, as the processor computed them when it was measured beside a "
            "card's link, at start; 0 where it was not.", (), _of_tiers(lambda x: {(): x.cpu_bytes_per_s})),
+    Family("host_serving_bytes_per_second", "Of experts' records, what the processor is believed to compute beside a "
+           "card's link while steps run; it moves with who is later.", (), _of_shared(lambda x: x.cpu_bytes_per_s)),
+    Family("device_misses_shared", "1 while link and processor share what a card's steps miss; 0 otherwise, as while "
+           "steps are quicker when the card reads alone.", (), _of_shared(lambda x: float(x.is_on))),
     Family("device_misses", "1 for who computes what a card's steps miss: the card, over its link, the processor, or "
            "both.", ("by",), _of_tiers(lambda x: {(by,): float(x.misses == by) for by in MISSES})),
     Family("requests_running", "Sequences being computed.", (), _one(lambda s: s.running)),

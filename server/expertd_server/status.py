@@ -122,6 +122,7 @@ def tiers(found: Tiers) -> dict[str, Any]:
         "misses": {
             "by": found.misses, "cpu_bytes_per_s": found.cpu_bytes_per_s or None, "computed": found.computed,
             "computed_bytes": found.computed_bytes,
+            "shared": None if found.shared is None else msgspec.structs.asdict(found.shared),
         },
     }  # fmt: skip
 

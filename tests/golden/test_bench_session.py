@@ -21,6 +21,7 @@ from expertd_engine.bench.session import EngineSession
 from expertd_engine.bench.shapes import Cut
 from expertd_engine.bench.turns import joined, take_turns, turns_of
 from expertd_engine.errors import EngineError
+from expertd_engine.model.predictor import NextGate
 from support.memory_cgroup import can_limit_memory
 
 DECODE = DecodeRequest(tokens=12, warm=6, prompt=8)
@@ -96,6 +97,17 @@ def test_one_engine_goes_with_its_foresight_and_without(store: Path) -> None:
     off, on = (joined([*first, *second]) for first, second in (turns.off, turns.on))
     assert (off.tokens, on.tokens) == (16, 16) and on.misses < off.misses / 2
     assert off.hardness > 0 and on.hits + on.late + on.misses == on.tokens * 6 * 8 and turns.prefetched_bytes > 0
+
+
+def test_a_predictor_hears_of_steps_without_foresight_too(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = EngineSession(spec(store, expert_budget="25%", hints="next-gate"))
+    streams = session.start(4, 20)
+    session.foresee(True)
+    used: list[int] = []
+    monkeypatch.setattr(NextGate, "use", lambda _, layer, chosen: used.append(layer))
+    session.steps([True, False, False, True, False], len(streams))
+    session.close()
+    assert used == [0, 1, 2, 3, 4, 5] * 5
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from expertd_engine.experts.store import ExpertStore
 from expertd_engine.lab import replay_command, trace_command, train_command
 from expertd_engine.lab.compare import compare as compare_policies
 from expertd_engine.lab.compare import recommend
-from expertd_engine.lab.events import events_of
+from expertd_engine.lab.events import Events, events_of
 from expertd_engine.lab.predictor_file import PREDICTOR_NAME, read_predictor, write_predictor
-from expertd_engine.lab.rankings import LFURanking, LRURanking, Ranking, ScoredRanking
+from expertd_engine.lab.rankings import AdaptiveRanking, LFURanking, LRURanking, Ranking, ScoredRanking
 from expertd_engine.lab.recall import recalls
 from expertd_engine.lab.recommendation import NAME as ADVICE_NAME
 from expertd_engine.lab.recommendation import read_recommendation, write_recommendation
@@ -39,7 +39,7 @@ from expertd_engine.model.loader import load_model
 from expertd_engine.model.router_kinds import adapt_router
 from expertd_engine.prepare import prepare
 from expertd_engine.startup import Engine
-from support.engine import Generated, generate
+from support.engine import Generated, Logits, generate, without_trials
 from support.engine import running_engine as running
 from support.tiny_mixtral import EXPERTS, make_mixtral
 
@@ -87,8 +87,8 @@ def trained(store: Path, trace: Trace, gates: list[Gate]) -> None:
     write_predictor(store, predictor, trace.header.store_id, {})
 
 
-def answer(engine: Engine) -> list[Generated]:
-    return generate(engine, [prompt(1), prompt(2)], GREEDY)
+def answer(engine: Engine, tokens: int = GREEDY.max_tokens) -> list[Generated]:
+    return generate(engine, [prompt(1), prompt(2)], msgspec.structs.replace(GREEDY, max_tokens=tokens))
 
 
 def governor_of(engine: Engine) -> Governor:
@@ -96,22 +96,28 @@ def governor_of(engine: Engine) -> Governor:
     return engine.cache.lookahead.inner
 
 
-def test_no_predictor_and_no_policy_changes_a_bit(store: Path) -> None:
+def test_no_predictor_and_no_policy_changes_a_bit(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any logit, nor which tokens are sampled from them."""
+    without_trials(monkeypatch)
+    logits = Logits(monkeypatch)
     with running_engine(store, predictor="none", prefetch=False, expert_policy="lru") as engine:
-        expected = [(one.token_ids, [output.logprobs for output in one.outputs]) for one in answer(engine)]
+        tokens = [one.token_ids for one in answer(engine, 32)]
+        expected, logits.steps = logits.steps, []
     ways = [
-        *itertools.product(("next-gate", "learned"), ("lru", "next-use"), (True, False)),
-        ("learned", "predicted", True),
+        *itertools.product(("next-gate", "learned"), ("lru", "lfu", "next-use"), (True, False)),
+        *itertools.product(("learned",), ("predicted",), (True, False)),
     ]
     for predictor, policy, prefetch in ways:
         with running_engine(store, predictor=predictor, expert_policy=policy, prefetch=prefetch) as engine:
-            found = [(one.token_ids, [output.logprobs for output in one.outputs]) for one in answer(engine)]
+            found = [one.token_ids for one in answer(engine, 32)]
             engine.cache.ledger.check()
             assert governor_of(engine).tracks, "nothing was foreseen"
-        assert found == expected, (predictor, policy, prefetch)
+        assert found == tokens and len(logits.steps) == len(expected) >= 32
+        assert all(map(torch.equal, logits.steps, expected)), (predictor, policy, prefetch)
+        logits.steps.clear()
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "predicted"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "next-use", "predicted"])
 def test_replay_of_an_engines_own_trace_hits_as_the_engine_did(store: Path, tmp_path: Path, policy: str) -> None:
     """To 0.1 point, prompts and several rows a step included; states are those of text recorded the same way."""
     options: dict[str, Any] = {"predictor": "learned"} if policy == "predicted" else {"predictor": "none"}
@@ -126,13 +132,22 @@ def test_replay_of_an_engines_own_trace_hits_as_the_engine_did(store: Path, tmp_
         engine.recorder.close()
     trace = read_traces([tmp_path], hidden=True)
     events = events_of(trace)
-    ranking: Ranking = LRURanking(events) if policy == "lru" else LFURanking(events)
-    if policy == "predicted":
-        predictor = read_predictor(store, trace.header.store_id)
-        ranking = ScoredRanking(events, scores_of(trace, events, predictor))
-    found = replay(events, slots, ranking)
+    found = replay(events, slots, ranking_of(policy, store, trace, events, slots))
     assert found.lookups == counters.lookups()
     assert abs(found.hit_rate - sum(counters.hits) / counters.lookups()) < 0.001
+
+
+def ranking_of(policy: str, store: Path, trace: Trace, events: Events, slots: int) -> Ranking:
+    """The lab's of a policy that engines serve with."""
+    made: dict[str, Callable[[], Ranking]] = {
+        "lru": lambda: LRURanking(events),
+        "lfu": lambda: LFURanking(events),
+        "next-use": lambda: AdaptiveRanking(events, slots),
+        "predicted": lambda: ScoredRanking(
+            events, scores_of(trace, events, read_predictor(store, trace.header.store_id))
+        ),
+    }
+    return made[policy]()
 
 
 def test_a_text_is_routed_in_large_steps_as_it_is_token_by_token(store: Path, trace: Trace, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from expertd_engine.experts.device_slab import plan_chunks
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import ALIGNMENT
 from expertd_engine.messages import Sampling
-from expertd_engine.planning.misses import CUT_NEURONS, Misses, Split, left_to_processor
+from expertd_engine.planning.misses import CUT_NEURONS, Split
 from golden.tolerances import DEVICE_EXPERTS_BF16, DEVICE_FLOAT32_LOGITS
 from support.device_engine import SEED, device_engine, make_store
 from support.engine import Generated, generate
@@ -74,10 +74,8 @@ def fine_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def half_of_them(most: int, decided: Misses, record_bytes: int, inner: int) -> list[Split]:
-    if decided.where == "both":
-        return [Split(missing // 2, missing % 2 * CUT_NEURONS) for missing in range(most + 1)]
-    return left_to_processor(most, decided, record_bytes, inner)
+def half_of_them(missing: int, *_: object) -> Split:
+    return Split(missing // 2, missing % 2 * CUT_NEURONS)
 
 
 @pytest.mark.usefixtures("fine_chunks")
@@ -88,7 +86,7 @@ def test_the_processor_computes_what_steps_miss(
     """Steps of one to four rows, half of the experts resident: as over the link, but for rounding. An odd one is
     divided, which no such small experts are by their speeds."""
     monkeypatch.setattr("support.tiny_families._EXPERT_FFN", 96)
-    monkeypatch.setattr("expertd_engine.device_misses.left_to_processor", half_of_them)
+    monkeypatch.setattr("expertd_engine.planning.balance.left_to_processor", half_of_them)
     store = make_store("qwen3_moe", tmp_path, experts_format)
     results = {}
     for misses in ("link", "cpu", "both"):
@@ -98,7 +96,7 @@ def test_the_processor_computes_what_steps_miss(
             engine.cache.ledger.check()
             tiers = engine.cache.tiers()
             assert (tiers.misses, tiers.computed > 0) == (misses, misses != "link")
-            assert (tiers.link_bytes["shared"] > 0) == (misses == "both")
+            assert (tiers.link_bytes["shared"] > 0) == (tiers.shared is not None) == (misses == "both")
             assert misses != "cpu" or tiers.link_bytes["read"] == tiers.link_bytes["landed"] == 0
     allowed = DEVICE_FLOAT32_LOGITS if experts_format == "float32" else DEVICE_EXPERTS_BF16
     pairs = [pair for by in ("cpu", "both") for pair in zip(results["link"], results[by], strict=True)]

@@ -94,8 +94,8 @@ FEW_RESIDENT: dict[str, Any] = {
 
 def test_link_and_processor_share_what_steps_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("support.tiny_families._EXPERT_FFN", 96)
-    halves = [Split(missing // 2, missing % 2 * 64) for missing in range(9)]
-    monkeypatch.setattr("expertd_engine.device_misses.left_to_processor", lambda most, *_: halves[: most + 1])
+    halve = "expertd_engine.planning.balance.left_to_processor"
+    monkeypatch.setattr(halve, lambda missing, *_: Split(missing // 2, missing % 2 * 64))
     store, prompt = make_store(FAMILY, tmp_path), PROMPT[:2]
     with device_engine(store, "cpu", **FEW_RESIDENT, device_misses="both") as engine:
         assert engine.info.numerics == "per-residency"
@@ -104,6 +104,7 @@ def test_link_and_processor_share_what_steps_miss(tmp_path: Path, monkeypatch: p
         engine.cache.ledger.check()
         tiers, counters = engine.cache.tiers(), engine.cache.ledger.counters
         assert tiers.misses == "both" and 0 < tiers.computed < sum(counters.misses)
+        assert tiers.shared is not None and tiers.shared.is_on and tiers.shared.later + tiers.shared.earlier > 0
         assert tiers.link_bytes["landed"] > 0 == engine.cache.ledger.brought_in
         record, crossed = engine.info.expert_record_bytes, tiers.link_bytes
         assert crossed["shared"] > 0 and crossed["shared"] + tiers.computed_bytes == tiers.computed * record

@@ -139,7 +139,7 @@ def test_a_part_of_an_experts_neurons(format: str, hidden: int, inner: int, cut:
     x, weights = world.rows(2, torch.float32), world.routes(2)[1]
     index = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32, device=DEVICE)
     found = world.decode(x, index, weights, cut=cut)
-    assert world.seen() == [[0, 0, -1, 1], [1, 5, -1, 2], [2, 0, -1, 1]], "what is divided does not land"
+    assert world.seen() == [[0, 0, -1, 1], [1, 5, cut, 2], [2, 0, -1, 1]], "what is divided does not land"
     assert error(found, world.expected(x, index, weights, {1: cut})) <= DEVICE_EXPERTS.allowed
 
 

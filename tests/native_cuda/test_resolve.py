@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from expertd_engine.kernels.cuda.resolve import FAR, ExpertScratch, TablePointers, resolve
+from expertd_engine.kernels.cuda.resolve import AGAIN, FAR, NEVER, ExpertScratch, Left, TablePointers, resolve
 from support.interpreter import DEVICE
 
 import torch  # isort: skip
@@ -31,6 +31,10 @@ class Case:
     """Slots taken from the ring before."""
     left: list[list[int]] | None
     """To the processor, of so many missing; and from where on of one more."""
+    again: frozenset[int] = frozenset()
+    """Missed of late."""
+    steps: int = 0
+    """Before this one."""
 
 
 @st.composite
@@ -47,6 +51,8 @@ def cases(draw: st.DrawFn) -> Case:
         slots[: draw(st.integers(0, 4))],
         draw(st.sampled_from([0, 3, 2**31 - 1])),
         draw(st.none() | st.tuples(*(splits(n) for n in range(EXPERTS + 1))).map(list)),
+        draw(st.frozensets(st.integers(0, EXPERTS - 1))),
+        draw(st.sampled_from([0, 5, 1000])),
     )
 
 
@@ -92,7 +98,7 @@ def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
         hidden=8, inner=8, max_rows=ROWS, top_k=TOP_K, num_experts=EXPERTS, dtype=torch.float32, device=DEVICE
     )
     num_rows = torch.tensor([case.real], dtype=torch.int32, device=DEVICE)
-    left = None if case.left is None else torch.tensor([case.left], dtype=torch.int32, device=DEVICE)
+    left = None if case.left is None else left_of(case)
     resolve(table, 0, torch.tensor(case.routes, device=DEVICE), num_rows, scratch, left=left)
 
     pairs = sorted(
@@ -101,7 +107,7 @@ def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
         for choice, expert in enumerate(chosen)
     )
     counts = Counter(expert for expert, _, _ in pairs)
-    free, (on_cpu, shared) = list(case.free), left_to_processor(case, counts)
+    free, (on_cpu, shared, told) = list(case.free), left_to_processor(case, counts)
     expected, where, lands, waits, cuts = [], [], [], [], []
     for expert in sorted(counts):
         source, slot, at, wait = RESIDENT, -1, address(expert), -1
@@ -117,18 +123,24 @@ def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
             source = READ
             if free:
                 source, slot = LANDED, free.pop(0)
-        expected.append([expert, source, slot, counts[expert]])
+        expected.append([expert, source, shared.get(expert, slot), counts[expert]])
         where.append(at)
         lands.append(slot_address(slot) if slot >= 0 else 0)
         waits.append(wait)
         cuts.append(shared.get(expert, 0))
     distinct = len(counts)
     assert table.seen[0, : int(table.seen_count[0])].tolist() == expected
-    assert scratch.totals.tolist() == [distinct, case.real, len(on_cpu) + len(shared)]
+    assert scratch.totals.tolist() == [distinct, case.real, len(on_cpu) + len(shared), told]
     assert scratch.address[:distinct].tolist() == where
     assert scratch.land[:distinct].tolist() == lands
     assert scratch.wait[:distinct].tolist() == waits
     assert scratch.cut[:distinct].tolist() == cuts
+    if left is not None:
+        missed = {e for e in counts if e in case.far and e not in case.moving}
+        assert int(left.clock) == case.steps + 1
+        assert left.missed[0].tolist() == [
+            case.steps + 1 if e in missed else missed_at(case, e) for e in range(EXPERTS)
+        ]
     assert scratch.pairs[: len(pairs)].tolist() == [row * TOP_K + choice for _, row, choice in pairs]
     begins = [sum(counts[other] for other in counts if other < expert) for expert in sorted(counts)]
     assert scratch.begin[: distinct + 1].tolist() == [*begins, len(pairs)]
@@ -138,11 +150,29 @@ def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
     assert int(table.progress) == 1
 
 
-def left_to_processor(case: Case, met: Mapping[int, int]) -> tuple[set[int], dict[int, int]]:
-    """In turns: who is asked for first moves on with every slot that is taken."""
+def missed_at(case: Case, expert: int) -> int:
+    """The last moment that is late enough, or the first that is not."""
+    last = case.steps + 1 - AGAIN
+    return last if expert in case.again else NEVER if expert % 2 else last - 1
+
+
+def left_of(case: Case) -> Left:
+    missed = [[missed_at(case, expert) for expert in range(EXPERTS)]]
+    numbers = (case.left and [case.left], missed, [case.steps])
+    return Left(*(torch.tensor(one, dtype=torch.int32, device=DEVICE) for one in numbers))
+
+
+def left_to_processor(case: Case, met: Mapping[int, int]) -> tuple[set[int], dict[int, int], int]:
+    """In turns, who was missed of late last; and how many are missing, if all is as the table says."""
     missing = [expert for expert in sorted(met) if expert in case.far and expert not in case.moving]
     if case.left is None or not missing:
-        return set(), {}
+        return set(), {}, 0
     whole, cut = case.left[len(missing)]
-    turns = {(nth + case.taken % 8) % len(missing): e for nth, e in enumerate(missing)}  # 8: a power of two
-    return {e for turn, e in turns.items() if turn < whole}, {turns[whole]: cut} if cut and whole in turns else {}
+    kinds = [[e for e in missing if e not in case.again], [e for e in missing if e in case.again]]
+    offset, order = (case.steps + 1) % 8, []  # 8: a power of two
+    for kind in kinds:
+        turns = {(nth + offset) % len(kind): e for nth, e in enumerate(kind)}
+        order += [turns[turn] for turn in range(len(kind))]
+    if cut and whole + 1 == len(missing) and order[whole] in case.again:
+        return set(order[:whole]), {}, 0
+    return set(order[:whole]), {order[whole]: cut} if cut and whole < len(order) else {}, len(missing)

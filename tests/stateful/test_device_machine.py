@@ -74,14 +74,18 @@ class Idle:
     """A processor that computes nothing: the device's step says what was left to it."""
 
     computed = computed_bytes = 0
+    sharing = None
 
-    def shared_bytes(self, layer: int, missing: int) -> int:
+    def shared_bytes(self, layer: int, cut: int) -> int:
         return SHARED_BYTES
 
     def __init__(self, lands: bool) -> None:
         self.lands = lands
 
     def begin_step(self) -> None:
+        return None
+
+    def launched(self) -> None:
         return None
 
     def end_step(self) -> float:

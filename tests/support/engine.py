@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from expertd_engine.config import Config, parse_size
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.messages import ExpertMode, Finished, Output, Sampling, SequenceStats, Submit, TextInput
+from expertd_engine.model.native_model import NativeModel
+from expertd_engine.model.step_model import ModuleModel
 from expertd_engine.model.trial import Trial
 from expertd_engine.startup import Engine, start_engine
 
@@ -48,6 +51,23 @@ class Generated:
     token_ids: list[int] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
     finished: Finished | None = None
+
+
+class Logits:
+    """Every step's logits, in order, whoever computes them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps: list[torch.Tensor] = []
+        for model in (NativeModel, ModuleModel):
+            monkeypatch.setattr(model, "forward", self._recording(model.forward))
+
+    def _recording(self, forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def recorded(*args: Any) -> torch.Tensor:
+            logits = forward(*args)
+            self.steps.append(logits.clone())
+            return logits
+
+        return recorded
 
 
 Ask = tuple[list[int], ExpertMode, float]

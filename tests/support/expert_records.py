@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expertd_engine.experts.store_format import RecordLayout
 from expertd_engine.kernels.cuda.experts import ExpertLayout, experts_decode
-from expertd_engine.kernels.cuda.resolve import FAR, ExpertScratch, TablePointers, publish, resolve
+from expertd_engine.kernels.cuda.resolve import FAR, NEVER, ExpertScratch, Left, TablePointers, publish, resolve
 from expertd_engine.kernels.row_order import ROW_FORMATS, quantise_rows
 from expertd_engine.model.expert_native import _activated as activated
 from expertd_engine.weights_plan import lay_out
@@ -138,7 +138,11 @@ class ExpertWorld:
         self, index: Tensor, scratch: ExpertScratch, *, real: int | None = None, layer: int = 0, cut: int = 0
     ) -> None:
         num_rows = torch.tensor([len(index) if real is None else real], dtype=torch.int32, device=DEVICE)
-        left = torch.tensor([[(0, cut)] * (self.kind.experts + 1)], dtype=torch.int32, device=DEVICE) if cut else None
+        left = None
+        if cut:
+            splits = torch.tensor([[(0, cut)] * (self.kind.experts + 1)], dtype=torch.int32, device=DEVICE)
+            never = torch.full((1, self.kind.experts), NEVER, dtype=torch.int32, device=DEVICE)
+            left = Left(splits, never, torch.zeros(1, dtype=torch.int32, device=DEVICE))
         resolve(self.table, layer, index, num_rows, scratch, left=left)
 
     def decode(self, x: Tensor, index: Tensor, weights: Tensor, *, real: int | None = None, cut: int = 0) -> Tensor:

@@ -139,7 +139,7 @@ def test_the_channel_recalls_as_stated() -> None:
 def test_channels_by_name() -> None:
     assert make_channel("none") is None
     assert make_channel("default") == Channel(DEFAULT_RECALLS)
-    assert make_channel("exact") == Channel((1.0,) * 4)
+    assert make_channel("exact") == Channel((1.0,), at_once=True)
     assert make_channel("exact:16") == Channel((1.0,) * 16)
     assert make_channel("0.9,0.5") == Channel((0.9, 0.5))
     for name in ("perfect", "exact:0", "1.5", "0.5,0.9", ""):

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
+from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_hints import AbsentHints, Tried, payoff_of
+from expertd_engine.experts.device_streams import HostDevice
 from expertd_engine.experts.events import ExpertId, Hint
 from expertd_engine.experts.lookahead import Exactness, NoLookahead
+from support.calls import calls_of
+from support.device_caches import EXPERTS, LAYERS, make_cache
+from support.fake_device import FakeDevice, FakeStep
 
 SLOTS = [[-1, 3, -1], [0, -1, 7]]
 
@@ -43,3 +49,54 @@ def test_what_is_exact_is_tried_as_well() -> None:
     assert payoff_of(hints) is hints.payoff and payoff_of(NoLookahead()) is None
     assert len(list(hints.begin_step(1, ()))) == 3 and len(list(hints.routed(1, 0, (0,)))) == 3
     assert (hints.exactness, hints.next_use(ExpertId(1, 0), 0)) == ("exact", 42)
+
+
+class Names(NoLookahead):
+    """After each layer it names an absent expert of the next."""
+
+    exactness: Exactness = "exact"
+
+    def routed(self, step: int, layer: int, experts: Sequence[int]) -> list[Hint]:
+        return [Hint(ExpertId(1, 5), (step * LAYERS + 1) * EXPERTS + 5)]
+
+
+def test_a_host_hears_of_routes_only_while_hints_pay() -> None:
+    cache = make_cache(4, HostDevice())
+    cache.lookahead = tried = Tried(Names())
+    asked: list[int] = []
+
+    def routes(layer: int) -> list[int]:
+        asked.append(layer)
+        return [0]
+
+    cache.routes = routes
+
+    def step() -> None:
+        cache.begin_step([0])
+        cache.before_launch()
+        cache.after_launch()
+        cache.table.progress[0] = 1
+        cache.poll()
+
+    for on in (False, True):
+        tried.payoff.is_on = on
+        step()
+        assert asked == ([0] if on else [])
+
+
+def test_while_hints_do_not_pay_a_devices_step_makes_the_calls_of_no_foresight() -> None:
+    def steps(cache: DeviceCache, device: FakeDevice) -> None:
+        for _ in range(3):
+            cache.begin_step([0])
+            cache.before_launch()
+            FakeStep(cache.table, [{0: 1, 3: 2}, {5: 1}]).give(device.lanes[0])
+            cache.after_launch()
+            cache.poll()
+            cache.end_step()
+
+    devices = FakeDevice(), FakeDevice()
+    bare, foreseeing = (make_cache(4, device) for device in devices)
+    foreseeing.lookahead, foreseeing.routes = (tried := Tried(Names())), lambda layer: [0]
+    tried.payoff.is_on = False
+    without, off = (calls_of(partial(steps, *both)) for both in zip((bare, foreseeing), devices, strict=True))
+    assert without == off and off["expertd_engine.experts.device_steps", "DeviceSteps.poll"] == 3

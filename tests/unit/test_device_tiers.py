@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import torch
 from expertd_engine.errors import BudgetError, ResourceError
 from expertd_engine.experts.accounting import LedgerError
 from expertd_engine.experts.device_aside import Aside
-from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_copies import DeviceCopies
 from expertd_engine.experts.device_events import (
     COMPUTED,
@@ -28,7 +26,6 @@ from expertd_engine.experts.device_events import (
     Retire,
     Seen,
 )
-from expertd_engine.experts.device_hints import Tried
 from expertd_engine.experts.device_layout import HOME, TableLayout, signed
 from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.device_pool import ChunkPlan, Use
@@ -37,12 +34,10 @@ from expertd_engine.experts.device_slab import DeviceSlab
 from expertd_engine.experts.device_streams import HostDevice
 from expertd_engine.experts.device_table import DeviceTable
 from expertd_engine.experts.events import ExpertId, Hint, Load, Loaded, Predict, Priority, Tick
-from expertd_engine.experts.lookahead import Exactness, NoLookahead
 from expertd_engine.experts.policy import LRU, Facts, make_policy
 from expertd_engine.experts.residency import State
-from support.calls import calls_of
 from support.device_caches import EXPERTS, LAYERS, PLAN, make_cache, make_ledger
-from support.fake_device import RECORD, FakeDevice, FakeStep
+from support.fake_device import RECORD, FakeDevice
 
 # ------------------------------------------------------------ chunks and slots
 
@@ -246,58 +241,7 @@ def test_prompts_evict_nothing_where_everything_fits_and_no_more_than_a_ring_els
             assert sum(cache.ledger.residents_by_layer()) >= least
 
 
-# ------------------------------------------------------------ foresight
-
-
-class Names(NoLookahead):
-    """After each layer it names an absent expert of the next."""
-
-    exactness: Exactness = "exact"
-
-    def routed(self, step: int, layer: int, experts: Sequence[int]) -> list[Hint]:
-        return [Hint(ExpertId(1, 5), (step * LAYERS + 1) * EXPERTS + 5)]
-
-
-def test_a_host_hears_of_routes_only_while_hints_pay() -> None:
-    cache = make_cache(4, HostDevice())
-    cache.lookahead = tried = Tried(Names())
-    asked: list[int] = []
-
-    def routes(layer: int) -> list[int]:
-        asked.append(layer)
-        return [0]
-
-    cache.routes = routes
-
-    def step() -> None:
-        cache.begin_step([0])
-        cache.before_launch()
-        cache.after_launch()
-        cache.table.progress[0] = 1
-        cache.poll()
-
-    for on in (False, True):
-        tried.payoff.is_on = on
-        step()
-        assert asked == ([0] if on else [])
-
-
-def test_while_hints_do_not_pay_a_devices_step_makes_the_calls_of_no_foresight() -> None:
-    def steps(cache: DeviceCache, device: FakeDevice) -> None:
-        for _ in range(3):
-            cache.begin_step([0])
-            cache.before_launch()
-            FakeStep(cache.table, [{0: 1, 3: 2}, {5: 1}]).give(device.lanes[0])
-            cache.after_launch()
-            cache.poll()
-            cache.end_step()
-
-    devices = FakeDevice(), FakeDevice()
-    bare, foreseeing = (make_cache(4, device) for device in devices)
-    foreseeing.lookahead, foreseeing.routes = (tried := Tried(Names())), lambda layer: [0]
-    tried.payoff.is_on = False
-    without, off = (calls_of(partial(steps, *both)) for both in zip((bare, foreseeing), devices, strict=True))
-    assert without == off and off["expertd_engine.experts.device_steps", "DeviceSteps.poll"] == 3
+# ------------------------------------------------------------ who stays
 
 
 class Adapting(LRU):

@@ -15,7 +15,6 @@ from expertd_engine.planning.misses import (
     Misses,
     Split,
     decide,
-    hardly_lands,
     left_to_processor,
     may_compute,
     seconds,
@@ -51,8 +50,8 @@ SPEEDS = st.floats(1e9, 1e12)
 )  # fmt: skip
 def test_both_sides_together_are_done_the_soonest(most: int, cpu: float, link: float, start: float, inner: int) -> None:
     decided = Misses("both", link, cpu, start)
-    splits = left_to_processor(most, decided, RECORD, inner)
-    assert splits[0] == (0, 0) and len(splits) == most + 1
+    splits = [left_to_processor(missing, decided, RECORD, inner) for missing in range(most + 1)]
+    assert splits[0] == (0, 0)
     before = 0.0
     for missing, split in enumerate(splits[1:], 1):
         cuts = range(CUT_NEURONS, inner, CUT_NEURONS)
@@ -69,23 +68,15 @@ def test_both_sides_together_are_done_the_soonest(most: int, cpu: float, link: f
 
 
 def test_one_that_is_missing_is_divided() -> None:
-    equal = left_to_processor(2, Misses("both", LINK, LINK), RECORD, 768)
+    equal = [left_to_processor(missing, Misses("both", LINK, LINK), RECORD, 768) for missing in range(3)]
     assert equal == [(0, 0), (0, 384), (1, 0)]
-    late = left_to_processor(1, Misses("both", LINK, LINK, cpu_start_s=20e-6), RECORD, 768)
-    assert late[1] == (0, 448)
-    assert left_to_processor(1, Misses("both", LINK, LINK, cpu_start_s=90e-6), RECORD, 768)[1] == (0, 0)
-
-
-@pytest.mark.parametrize(("cpu", "copied"), [(LINK, False), (3 * LINK, True)])
-def test_copies_bring_in_what_is_missed_where_hardly_anything_lands(cpu: float, copied: bool) -> None:
-    decided = Misses("both", LINK, cpu)
-    assert [hardly_lands(left_to_processor(most, decided, RECORD, 768)) for most in (1, 2, 8)] == [True, copied, copied]
+    assert left_to_processor(1, Misses("both", LINK, LINK, cpu_start_s=20e-6), RECORD, 768) == (0, 448)
+    assert left_to_processor(1, Misses("both", LINK, LINK, cpu_start_s=90e-6), RECORD, 768) == (0, 0)
 
 
 def test_one_side_alone_has_all() -> None:
-    assert left_to_processor(3, Misses("cpu", 1.0, 1.0), 1, 768) == [(0, 0), (1, 0), (2, 0), (3, 0)]
-    assert left_to_processor(3, Misses("link", 1.0, 1.0), 1, 768) == [(0, 0)] * 4
-    assert hardly_lands(left_to_processor(3, Misses("cpu", 1.0, 1.0), 1, 768))
+    assert left_to_processor(3, Misses("cpu", 1.0, 1.0), 1, 768) == (3, 0)
+    assert left_to_processor(3, Misses("link", 1.0, 1.0), 1, 768) == (0, 0)
 
 
 def test_what_stands_in_the_way_is_said() -> None:

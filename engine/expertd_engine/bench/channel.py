@@ -4,6 +4,8 @@ At lead d (layers ahead) each chosen expert of a token is predicted right with p
 prediction names an expert that the token does not choose in that layer. One draw decides for all leads: a prediction
 that is right far ahead stays right, as when a predictor sees more the nearer it comes. The noise is drawn without
 looking at the routes, and a prediction for a layer depends on that layer's routes alone: nothing beyond it can leak.
+
+What a pre-gating router knows is no prediction: all layers of a token, once it is sampled, and nothing of the next.
 """
 
 from __future__ import annotations
@@ -16,16 +18,19 @@ from expertd_engine.bench.routing import Ids
 from expertd_engine.errors import UsageError
 
 DEFAULT_RECALLS = (0.90, 0.85, 0.80, 0.75)
-EXACT_LEADS = 4
 PREDICTORS = ("next-gate", "learned")
 """The engine's own: these see hidden states, and so foresee the model's own routes alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """`recalls[d - 1]` is the share of a token's experts that is known d layers ahead."""
+    """`recalls[d - 1]` is the share of a token's experts that is known d layers ahead.
+
+    `at_once`: all layers of a step are known exactly when it begins, and nothing of the step after it.
+    """
 
     recalls: tuple[float, ...]
+    at_once: bool = False
 
     def __post_init__(self) -> None:
         if not self.recalls or not all(0 <= recall <= 1 for recall in self.recalls):
@@ -47,14 +52,14 @@ class Channel:
 
 
 def make_channel(name: str) -> Channel | None:
-    """`none` or an engine's own predictor (None), `exact`, `exact:LEADS`, `default`, or recalls by lead such as
-    `0.9,0.8`. Raises UsageError."""
+    """`none` or an engine's own predictor (None), `exact` (all layers of a token, once it is sampled), `exact:LEADS` (so
+    many layers ahead, whichever token's), `default`, or recalls by lead such as `0.9,0.8`. Raises UsageError."""
     kind, _, detail = name.partition(":")
     if name == "none" or name in PREDICTORS:
         return None
     try:
         if kind == "exact":
-            return Channel((1.0,) * (int(detail) if detail else EXACT_LEADS))
+            return Channel((1.0,) * int(detail)) if detail else Channel((1.0,), at_once=True)
         return Channel(DEFAULT_RECALLS if name == "default" else tuple(float(part) for part in name.split(",")))
     except ValueError as error:
         raise UsageError(

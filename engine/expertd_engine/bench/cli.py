@@ -169,7 +169,7 @@ def _store(options: argparse.Namespace) -> Path:
     from expertd_engine.sources import resolve
 
     target = "cpu"
-    if getattr(options, "device", "cpu") == "cuda":
+    if getattr(options, "device", "cpu") == "cuda" and options.command != "serve":  # which refuses it in its own words
         from expertd_engine.cards import require_card  # imports torch
 
         require_card()

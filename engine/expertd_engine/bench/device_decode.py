@@ -15,6 +15,8 @@ from itertools import product
 from statistics import median
 from typing import Any
 
+import msgspec
+
 from expertd_engine.bench.device_session import DeviceSession
 from expertd_engine.bench.link import LinkSpeed, measure_link
 from expertd_engine.bench.options import Options
@@ -152,6 +154,7 @@ def _misses(tiers: Tiers) -> dict[str, Any]:
     return {
         "misses": tiers.misses, "cpu_bytes_per_s": tiers.cpu_bytes_per_s, "computed_experts": tiers.computed,
         "computed_bytes": tiers.computed_bytes, "shared_bytes": tiers.link_bytes["shared"],
+        "shared": None if tiers.shared is None else msgspec.structs.asdict(tiers.shared),
     }  # fmt: skip
 
 
@@ -186,6 +189,14 @@ def _notes(facts: EngineFacts, values: dict[str, Any]) -> list[str]:
             f"misses are computed by {who}; the processor: {values['cpu_bytes_per_s'] / 1e9:.1f} GB/s as measured at "
             f"start, {values['computed_bytes'] / 1e9:.1f} GB so far; of those that both computed a part of, "
             f"{values['shared_bytes'] / 1e9:.1f} GB were read"
+        )
+    if (shared := values["shared"]) is not None:
+        left = " ".join(f"{one:.2f}" for one in shared["left"])
+        notes.append(
+            f"they share {'now' if shared['is_on'] else 'no more'} as if the processor computed "
+            f"{shared['cpu_bytes_per_s'] / 1e9:.1f} GB/s; it was later in {shared['later']} layers, earlier in "
+            f"{shared['earlier']}; left to it of 1, 2, … missing experts: {left}; sharing was tried {shared['trials']} "
+            f"times, changed {shared['switches']} times"
         )
     if values["peer"] is not None:
         peer = values["peer"]

@@ -35,7 +35,7 @@ class _Stream:
         """Have `tokens` more tokens ready, so that none is made while a step is timed."""
         while len(self._routes) * _BLOCK_TOKENS < self.position + tokens:
             self._routes.append(self._source.take(_BLOCK_TOKENS))
-            if self._channel is not None:
+            if self._channel is not None and not self._channel.at_once:
                 self._predicted.append(self._channel.predict(self._routes[-1], self._shape.experts, self._noise))
 
     def routes(self, start: int, stop: int) -> Ids:
@@ -93,6 +93,11 @@ class GeneratedRoutes:
             raise ValueError(f"the step has {num_rows} rows; {len(self._routes)} were announced")
         return self._routes
 
+    def step_experts(self) -> list[list[int]]:
+        """The distinct experts of each layer of the step last announced, ascending."""
+        by_layer = self._routes.swapaxes(0, 1).reshape(self.shape.layers, -1)
+        return [sorted(set(chosen)) for chosen in by_layer.tolist()]
+
     @property
     def current(self) -> Ids:
         """Routes of the step last announced, `[rows, layers, top_k]`."""
@@ -115,7 +120,8 @@ class GeneratedRoutes:
 
 
 class ChannelLookahead:
-    """A `Lookahead` on generated routes: after layer l has routed, hints for the layers that the channel reaches.
+    """A `Lookahead` on generated routes: after layer l has routed, hints for the layers that the channel reaches; or
+    before the first, for all of them.
 
     Past the last layer they go on with the first layers of each stream's next token. A prediction is repeated at every
     lead at which the channel still makes it; what is exact is said once.
@@ -129,13 +135,22 @@ class ChannelLookahead:
         self.exactness: Exactness = "exact" if channel.is_exact else "predicted"
         self._source = source
         self._slots_of = slots_of
+        self._at_once = channel.at_once
         self._leads = min(len(channel.recalls), source.shape.layers)
         self._period = source.shape.layers * source.shape.experts
         self._told: dict[int, set[int]] = {}
         """Experts named at the latest lead, by the position at which their layer begins, in that order."""
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
-        return ()
+        if not self._at_once or not token_ids:
+            return ()
+        begin, experts = step * self._period, self._source.shape.experts
+        self._told = {begin + layer * experts: set(one) for layer, one in enumerate(self._source.step_experts())}
+        return [
+            Hint(ExpertId(layer, expert), begin + layer * experts + expert)
+            for layer, told in enumerate(self._told.values())
+            for expert in self._absent(layer, sorted(told))
+        ]
 
     def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
         shape = self._source.shape
@@ -143,6 +158,8 @@ class ChannelLookahead:
         now = step * self._period + layer * shape.experts
         while self._told and (passed := next(iter(self._told))) <= now:
             del self._told[passed]
+        if self._at_once:
+            return hints
         said = (next(reversed(self._told), now) - now) // shape.experts if self.exactness == "exact" else 0
         for lead in range(said + 1, self._leads + 1):
             ahead, target = divmod(layer + lead, shape.layers)
@@ -201,21 +218,22 @@ class Seen:
     sees_hidden = False
 
     def __init__(self) -> None:
-        self._chosen: list[Ids] = []
+        self.chosen: list[Ids] = []
+        """By layer, `[T, K]`, of the step just run."""
 
     def begin_step(self, streams: Sequence[int], decode: Sequence[bool]) -> bool:
-        self._chosen = []
+        self.chosen = []
         return True
 
     def routed(self, layer: int, chosen: Ids, hidden: object) -> None:
-        self._chosen.append(chosen.copy())
+        self.chosen.append(chosen.copy())
 
     def end_step(self, *, well: bool) -> None:
         return None
 
     def take_step(self) -> list[Sequence[int]]:
         """As `Recorder.take_step`."""
-        return [np.unique(chosen).tolist() for chosen in self._chosen]
+        return [np.unique(chosen).tolist() for chosen in self.chosen]
 
 
 def _between(blocks: Sequence[Ids], start: int, stop: int) -> Ids:

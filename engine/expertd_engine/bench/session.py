@@ -1,7 +1,6 @@
-"""A real engine in this process, stepped and timed: scheduler, core, ledger and kernels as they serve. Owns the clock.
+"""A real engine in this process, as it serves, and what its steps come to: scheduler, core, ledger and kernels.
 
-Prompts are random tokens; sampling is greedy and ignores the end of text. What a window counts begins when all its
-streams decode.
+What a window counts begins when all its streams decode.
 """
 
 from __future__ import annotations
@@ -30,17 +29,16 @@ from expertd_engine.bench.protocol import (
     PrefillRequest,
 )
 from expertd_engine.bench.routing import shape_of
+from expertd_engine.bench.streams import Streams
 from expertd_engine.bench.turns import Switch
 from expertd_engine.bench.yardstick import Replayed, Yardstick
 from expertd_engine.console import silent
 from expertd_engine.core import Forward, StepResult
-from expertd_engine.errors import EngineError
 from expertd_engine.experts.lookahead import NoLookahead
 from expertd_engine.experts.payoff import PayOff
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.kernels import library
 from expertd_engine.memory import peak_rss_bytes
-from expertd_engine.messages import Sampling, Submit, TextInput
 from expertd_engine.sequence_stats import ExpertCounts
 from expertd_engine.startup import start_engine
 from expertd_engine.startup_experts import lookahead_for
@@ -60,18 +58,12 @@ class EngineSession:
         self._recorder = Recorder(foresight, self._shape)
         self._seen = Seen() if spec.hints in PREDICTORS else None
         """In the recorder's place where the engine foresees for itself."""
-        self._rng = np.random.default_rng(spec.seed)
-        self._stream_of: dict[int, int] = {}
-        self._next_id = 1
-        self._outputs: dict[int, int] = {}
-        """Tokens so far, by sequence."""
         self._counts = ExpertCounts()
         self._outcomes: dict[str, int] = {}
         """Bytes of prefetches by outcome, when they were last told."""
         self._switch: Switch | None = None
-        self._own_s = 0.0
-        """What the bench itself took of the step that runs."""
         self._engine = self._started()
+        self._streams = Streams(self._engine.core, self._engine.info.vocab_size, spec.seed, self._routes)
         if self._seen is not None:
             self._engine.runner.onlookers = [*self._engine.runner.onlookers, self._seen]
         self._yardstick = Yardstick(self._store, self._shape, self._engine.cache.ledger.budget_bytes)
@@ -136,10 +128,10 @@ class EngineSession:
     def window(self, warm: int, tokens: int, streams: int) -> Decoded:
         """Time `tokens` steps of so many streams, all that there are, after `warm` others."""
         for _ in range(warm):
-            self._step()
+            self._streams.step()
         self._yardstick.replay()
         before = self._counts
-        elapsed_s = sum(self._step() for _ in range(tokens))
+        elapsed_s = sum(self._streams.step() for _ in range(tokens))
         found = self._found(self._counts - before, self._yardstick.replay(), tokens)
         return msgspec.structs.replace(found, elapsed_s=elapsed_s, tokens=tokens * streams)
 
@@ -152,8 +144,10 @@ class EngineSession:
         for on in arms:
             self.foresee(on)
             before, cpu_s = self._counts, time.thread_time()
-            elapsed_s = self._step()
+            elapsed_s = self._streams.step()
             ran.append((elapsed_s, time.thread_time() - cpu_s, self._counts - before))
+            if not on and self._switch is not None and self._seen is not None:
+                self._switch.passed(self._seen.chosen)
         return [
             msgspec.structs.replace(self._found(met, replayed, 1), elapsed_s=elapsed_s, cpu_s=cpu_s, tokens=streams)
             for (elapsed_s, cpu_s, met), replayed in zip(ran, self._yardstick.replay_each(), strict=True)
@@ -191,15 +185,15 @@ class EngineSession:
     def prefill(self, request: PrefillRequest) -> Prefilled:
         """Time one prompt; with `decode`, while another stream decodes, whose pace is told before, during and after."""
         self._load_all()
-        other = self.start(request.warm, 3 * request.warm + request.tokens + request.after, streams=1)
-        before_s = [self._step() for _ in range(request.warm)]
+        other = self._streams.start(request.warm, 3 * request.warm + request.tokens + request.after, 1)
+        before_s = [self._streams.step() for _ in range(request.warm)]
         if not request.decode:
             self.end(other)
         resident, before = self._engine.cache.ledger.resident_bytes, self._counts
-        prompt = self._submit(request.tokens, 1, stream=self._spec.streams)
-        during_s = self._step_until([prompt], 1)
+        prompt = self._streams.submit(request.tokens, 1, stream=self._spec.streams)
+        during_s = self._streams.step_until([prompt], 1)
         met = self._counts - before
-        after_s = [self._step() for _ in range(request.after if request.decode else 0)]
+        after_s = [self._streams.step() for _ in range(request.after if request.decode else 0)]
         self.end(other if request.decode else [])
         self._yardstick.drop()
         return Prefilled(
@@ -221,15 +215,15 @@ class EngineSession:
         def forward(plan: StepPlan) -> StepResult:
             began = time.perf_counter()
             if self._routes:
-                rows = [(self._stream_of[chunk.sequence.sequence_id], chunk.num_tokens) for chunk in plan.chunks]
-                self._routes.begin_step(rows)
+                stream_of = self._streams.stream_of
+                self._routes.begin_step([(stream_of[one.sequence.sequence_id], one.num_tokens) for one in plan.chunks])
             started = time.perf_counter()
             result = runner(plan)
             ended = time.perf_counter()
             self._counts += self._met(result)
             if plan.phase == "decode":
                 self._yardstick.add(self._step_experts())
-            self._own_s += started - began + time.perf_counter() - ended
+            self._streams.own_s += started - began + time.perf_counter() - ended
             return result
 
         return forward
@@ -244,49 +238,13 @@ class EngineSession:
             return [np.unique(chosen).tolist() for chosen in self._routes.current.swapaxes(0, 1)]
         return (self._seen or self._recorder).take_step()
 
-    def _step(self) -> float:
-        """One step; the seconds that the engine took for it, without what drawing and keeping routes took. Raises
-        EngineError if it ended a sequence with an error."""
-        began, self._own_s = time.perf_counter(), 0.0
-        told = self._engine.core.step(began)
-        elapsed_s = time.perf_counter() - began - self._own_s
-        for output in told.outputs:
-            self._outputs[output.sequence_id] = self._outputs.get(output.sequence_id, 0) + len(output.token_ids)
-        for finished in told.finished:
-            if finished.error:
-                raise EngineError(f"a measured sequence failed: {finished.error}")
-        return elapsed_s
-
-    def _step_until(self, sequence_ids: Sequence[int], tokens: int) -> list[float]:
-        """Step until each of these has as many tokens; the seconds of each step."""
-        steps_s = []
-        while any(self._outputs.get(sequence_id, 0) < tokens for sequence_id in sequence_ids):
-            steps_s.append(self._step())
-        return steps_s
-
-    def start(self, prompt: int, tokens: int, streams: int | None = None) -> list[int]:
-        """Submit all streams, with room for `tokens` each, and step until all decode."""
-        count = streams or self._spec.streams
-        if self._routes:
-            self._routes.reserve(prompt + tokens + count + 2)
-        started = [self._submit(prompt, tokens + count + 2, stream) for stream in range(count)]
-        self._step_until(started, 1)
-        return started
-
-    def _submit(self, prompt: int, tokens: int, stream: int) -> int:
-        sequence_id = self._next_id
-        self._next_id += 1
-        self._stream_of[sequence_id] = stream
-        ids = self._rng.integers(0, self._engine.info.vocab_size, prompt).tolist()
-        sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-        self._engine.core.submit(Submit(sequence_id, [TextInput(ids)], sampling), time.perf_counter())
-        return sequence_id
+    def start(self, prompt: int, tokens: int) -> list[int]:
+        """Have all streams decode, with room for `tokens` each: their ids."""
+        return self._streams.start(prompt, tokens, self._spec.streams)
 
     def end(self, sequence_ids: Sequence[int]) -> None:
-        core = self._engine.core
-        core.abort(sequence_ids, time.perf_counter())
-        while core.has_work:
-            core.step(time.perf_counter())
+        """The streams are done with."""
+        self._streams.end(sequence_ids)
 
     def _load_all(self) -> None:
         """Where the budget holds every expert, see that every one is there: as a step would that uses them all."""

@@ -16,6 +16,8 @@ from statistics import fmean
 from typing import Protocol
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from expertd_engine.bench.protocol import Decoded, Turns, TurnsRequest
 from expertd_engine.experts.cache import ExpertCache
@@ -126,9 +128,16 @@ class Switch:
 
     def __init__(self, cache: ExpertCache, runner: Runner, plain: Lookahead) -> None:
         self._cache, self._runner = cache, runner
+        self._watches = [one for one in runner.onlookers if isinstance(one, PredictorWatch)]
         others = [one for one in runner.onlookers if not isinstance(one, PredictorWatch)]
         self._parts = (plain, None, others), (cache.lookahead, cache.payoff, runner.onlookers)
 
     def turn(self, on: bool) -> None:
         """Between steps."""
         self._cache.lookahead, self._cache.payoff, self._runner.onlookers = self._parts[on]
+
+    def passed(self, chosen: Sequence[NDArray[np.int64]]) -> None:
+        """A step has run without foresight, whose rows chose these in each layer: an engine that foresees would know.
+        Told between steps, so that nobody's time holds it."""
+        for watch in self._watches:
+            watch.missed(chosen)

@@ -145,6 +145,7 @@ class DeviceCache(DeviceSteps):
             cpu_bytes_per_s=self.cpu_bytes_per_s,
             computed=0 if self.computing is None else self.computing.computed,
             computed_bytes=0 if self.computing is None else self.computing.computed_bytes,
+            shared=None if self._sharing is None else self._sharing.as_status(),
         )
 
     def close(self) -> None:

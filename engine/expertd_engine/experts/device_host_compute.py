@@ -7,7 +7,7 @@ native thread's business.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
@@ -22,11 +22,14 @@ from expertd_engine.kernels.host_experts import Counts, HostLayer, HostThread, M
 from expertd_engine.kernels.library import Library
 
 if TYPE_CHECKING:
+    from expertd_engine.experts.device_sharing import Sharing
     from expertd_engine.kernels.cuda.host_experts import Mailbox as DeviceMailbox
 
 _LINE_WORDS = 32
 """Between two words that different sides write."""
 _MEASURED_BYTES = 512 * 2**20
+_WARMING = 4
+"""Requests before those that are timed."""
 _PATIENCE_S = 60.0
 """For one answer, at start."""
 
@@ -71,37 +74,46 @@ class HostCompute:
         self._thread = HostThread(library, threads, layers, mailbox)
         self._first = Counts()
         """What was computed before the first step."""
-        self._left: Sequence[Sequence[tuple[int, int]]] = ()
-        """Of a layer that misses n experts, how many are asked for, and where another is cut."""
+        self.sharing: Sharing | None = None
+        """What a device is told to leave to the processor; None before there is one that asks."""
 
-    def mailbox(self, where: torch.device, left: Sequence[Sequence[tuple[int, int]]]) -> DeviceMailbox:
-        """For the kernels of a device: of n missing experts of layer l they ask for `left[l][n][0]`, and for one more's
-        neurons from `left[l][n][1]` on unless that is 0. Ask for it after `measure`."""
-        self._left = left
+    def mailbox(self, where: torch.device, sharing: Sharing) -> DeviceMailbox:
+        """For the kernels of a device, which ask for what `sharing` leaves. Ask for it after `measure`."""
         from expertd_engine.kernels.cuda.host_experts import Mailbox as DeviceMailbox  # needs triton
+        from expertd_engine.kernels.cuda.resolve import NEVER, Left
 
+        def words(*shape: int, value: int = 0) -> Tensor:
+            return torch.full(shape, value, dtype=torch.int32, device=where)
+
+        self.sharing = sharing
+        experts = max(len(one.addresses) for one in self.layers)
         shared = (self.posted, self.done, self.head, self.experts, self.pairs, self.x, self.weights, self.sums)
+        left = Left(sharing.splits, words(len(self.layers), experts, value=NEVER), words(1))
+        sent = self.posted.to(where, copy=True)
         return DeviceMailbox(
-            *shared, sent=self.posted.to(where, copy=True), arrived=torch.zeros(1, dtype=torch.int32, device=where),
-            left=torch.tensor(left, dtype=torch.int32, device=where), shares=self.shares,
-        )  # fmt: skip
+            *shared, sent=sent, arrived=words(1), left=left, later=sharing.later, shares=sharing.divides
+        )
 
-    @property
-    def shares(self) -> bool:
-        """Whether a device and the processor ever divide an expert."""
-        return any(cut for layer in self._left for _, cut in layer)
-
-    def shared_bytes(self, layer: int, missing: int) -> int:
-        """Of the expert that is divided where a layer misses so many: what its device reads."""
+    def shared_bytes(self, layer: int, cut: int) -> int:
+        """Of an expert that is divided there: what its device reads."""
         struct = self.layers[layer].struct
-        return int(struct.record_bytes * self._left[layer][missing][1] // struct.layout.inner)
+        return int(struct.record_bytes * cut // struct.layout.inner)
 
     def begin_step(self) -> None:
         """A step is about to be launched: look for its requests."""
+        if self.sharing is not None:
+            self.sharing.before_launch()
         self._thread.begin()
+
+    def launched(self) -> None:
+        """It is under way."""
+        if self.sharing is not None:
+            self.sharing.after_launch()
 
     def end_step(self) -> float:
         """It has ended: the seconds that the processor computed for it. Raises EngineError where it could not."""
+        if self.sharing is not None:
+            self.sharing.end_step()
         before = self.busy_s
         try:
             counts = self._thread.end()
@@ -133,26 +145,31 @@ class HostCompute:
             if time.monotonic() > until:
                 raise EngineError(f"the processor computed no expert of layer {layer} in {_PATIENCE_S:.0f} s")
 
-    def measure(self) -> tuple[float, float]:
+    def measure(self, beside: Callable[[int], None]) -> tuple[float, float]:
         """Bytes of records a second, a few experts of one row at a time, as a step's layers ask for them; and the
-        seconds that a request for one alone takes beyond that. No step has run: counts begin anew."""
+        seconds that a request for one alone takes beyond that. `beside` has a device read so many bytes meanwhile: both
+        read one memory. No step has run: counts begin anew."""
         self.x.fill_(1.0)
         self.weights.fill_(1.0)
         asked = self._few_of_each_layer()
         self.begin_step()
-        self.ask(*asked[0])  # threads wake up
-        few = [self._timed(layer, experts) for layer, experts in asked]
-        alone = [self._timed(layer, experts[:1]) for layer, experts in asked]  # second: read so long ago, not in caches
+        for layer, experts in asked[:_WARMING]:
+            self.ask(layer, experts)  # threads wake up, cores rise to their pace
+        few = [self._timed(layer, experts, beside) for layer, experts in asked]
+        # Second: read so long ago, not in caches.
+        alone = [self._timed(layer, experts[:1], beside) for layer, experts in asked]
         self._first = self._thread.end()
-        bytes_per_s = sum(nbytes for _, nbytes in few) / sum(seconds for seconds, _ in few)
+        bytes_per_s = median(nbytes / seconds for seconds, nbytes in few)
         return bytes_per_s, max(0.0, median(seconds - nbytes / bytes_per_s for seconds, nbytes in alone))
 
-    def _timed(self, layer: int, experts: range) -> tuple[float, int]:
+    def _timed(self, layer: int, experts: range, beside: Callable[[int], None]) -> tuple[float, int]:
         """The seconds from a request to its answer, and the bytes of its records."""
-        self._post(layer, experts)
+        nbytes = len(experts) * self.layers[layer].struct.record_bytes
+        beside(nbytes)
         began = time.perf_counter()
+        self._post(layer, experts)
         self._wait(layer)
-        return time.perf_counter() - began, len(experts) * self.layers[layer].struct.record_bytes
+        return time.perf_counter() - began, nbytes
 
     def close(self) -> None:
         """End the threads. No step runs."""

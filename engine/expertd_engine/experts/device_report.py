@@ -14,8 +14,8 @@ from expertd_engine.experts.events import ExpertId
 from expertd_engine.sequence_stats import ExpertCounts
 
 SharedBytes = Callable[[int, int], int]
-"""Of the expert that the processor computed a part of, the bytes that crossed the link; by layer and how many of its
-experts were missing."""
+"""Of the expert that the processor computed a part of, the bytes that crossed the link; by layer and first neuron of
+that part, which stands where others have a slot."""
 _MISSING = (READ, LANDED, COMPUTED, SHARED)
 _SOURCES = SHARED + 1
 
@@ -48,7 +48,7 @@ def read_report(report: Report, launch: Launch, shared_bytes: SharedBytes) -> It
             if LANDED in sources
             else []
         )
-        shared = shared_bytes(layer, sum(map(_MISSING.__contains__, sources))) if SHARED in sources else 0
+        shared = shared_bytes(layer, slots[sources.index(SHARED)]) if SHARED in sources else 0
         yield Seen(layer, experts, sources, pairs, position, launch.scan, shared), landed
 
 
@@ -64,7 +64,8 @@ def count_report(
     by_source = counted.reshape(layers, _SOURCES)
     totals, missing = by_source.sum(axis=0).tolist(), by_source[:, _MISSING].sum(axis=1)
     over_link, shared = by_source[:, READ] + by_source[:, LANDED], by_source[:, SHARED].nonzero()[0].tolist()
-    nbytes = int(over_link @ np.array(record_bytes)) + sum(shared_bytes(at, int(missing[at])) for at in shared)
+    cuts = np.where(report.seen[shared, :rows, 1] == SHARED, report.seen[shared, :rows, 2], 0).max(axis=1, initial=0)
+    nbytes = int(over_link @ np.array(record_bytes)) + sum(map(shared_bytes, shared, cuts.tolist()))
     # Of a copy that was waited for, half was under way already: nobody knows better.
     stall_s = (nbytes + totals[WAITED] * max(record_bytes) / 2) / link_bytes_per_s + computed_s
     return ExpertCounts(totals[HIT], totals[WAITED], int(missing.sum()), nbytes, stall_s)

@@ -25,6 +25,7 @@ from expertd_engine.experts.device_layout import TableLayout
 from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.device_publication import Boundary
 from expertd_engine.experts.device_report import Launch, count_report
+from expertd_engine.experts.device_sharing import Sharing
 from expertd_engine.experts.device_spill import SpilledHost
 from expertd_engine.experts.device_streams import Device, Mark
 from expertd_engine.experts.device_table import DeviceTable
@@ -103,7 +104,7 @@ class DeviceSteps:
         self._ask()
         self._scan, self._layers_known, self._scanned = scan, 0, ExpertCounts()
         self.fetched.clear()
-        hints = tuple(self._asked.begin_step(self._step, token_ids))
+        hints = () if scan else tuple(self._asked.begin_step(self._step, token_ids))  # prompts stream their experts
         self._executor.pump([Predict(hints)] if hints else [])
 
     def before_launch(self) -> None:
@@ -124,6 +125,8 @@ class DeviceSteps:
         self._staged_words = False
         position, ended = self._step * self.period, self.device.compute.mark()
         launch = Launch(self._step, position, self._experts, self.table.turn, self._scan, whole, ended)
+        if self.computing is not None:
+            self.computing.launched()
         self.copies.after(self._before)
         self._executor.pump([Cooled(self._boundary.retired)])
         self._digest.begin(launch)
@@ -150,6 +153,25 @@ class DeviceSteps:
     def payoff(self) -> PayOff | None:
         """Whether hints are taken now; None where nobody foresees."""
         return payoff_of(self.lookahead)
+
+    def begin_timed(self, rows: int | None) -> None:
+        """A step of so many decoding rows is about to begin; None: one of another kind. Of two things that are tried in
+        time one waits for the other."""
+        if (payoff := self.payoff) is not None:
+            payoff.begin_step(rows)
+        if (sharing := self._sharing) is not None:
+            sharing.payoff.begin_step(None if payoff is not None and payoff.is_timed else rows)
+
+    def end_timed(self, seconds: float) -> None:
+        """It has ended well."""
+        if (payoff := self.payoff) is not None:
+            payoff.end_step(seconds)
+        if (sharing := self._sharing) is not None:
+            sharing.payoff.end_step(seconds)
+
+    @property
+    def _sharing(self) -> Sharing | None:
+        return None if self.computing is None else self.computing.sharing
 
     def _ask(self) -> None:
         """Settle whom the step that begins asks for hints, and whether it hears of its routes."""
@@ -222,9 +244,14 @@ class DeviceSteps:
         hints = tuple(self._asked.routed(step, seen.layer, seen.experts))
         return [Predict(hints)] if hints else []
 
-    def shared_bytes(self, layer: int, missing: int) -> int:
-        """That cross the link of an expert of which the processor computes a part, if so many are missing."""
-        return 0 if self.computing is None else self.computing.shared_bytes(layer, missing)
+    def shared_bytes(self, layer: int, cut: int) -> int:
+        """That cross the link of an expert of which the processor computes the neurons from `cut` on."""
+        return 0 if self.computing is None else self.computing.shared_bytes(layer, cut)
+
+    def read_beside(self, nbytes: int) -> None:
+        """Have the link carry so many bytes, without waiting; nothing is resident yet."""
+        record = self.record_bytes[0]
+        self.device.copies.move([(self.slab.address(0), self.host.address, record)] * max(1, nbytes // record))
 
     def _measure_link(self) -> float:
         return measure_link(self.device, self.slab.address(0), self.host.address, self.record_bytes[0])

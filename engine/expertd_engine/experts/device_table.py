@@ -63,7 +63,8 @@ class DeviceTable:
         rows = layout.layers * report_rows * 4
         self._report = torch.zeros(rows + layout.layers, dtype=torch.int32, device=where)
         self.seen = self._report[:rows].view(layout.layers, report_rows, 4)
-        """int32 `[layers, U, 4]`: expert, source (`device_events`), slot landed in or -1, pairs."""
+        """int32 `[layers, U, 4]`: expert, source (`device_events`), slot landed in or -1 (of a shared one, the first
+        neuron that the processor computes), pairs."""
         self.seen_count = self._report[rows:]
         """int32 `[layers]`: rows of `seen` that count."""
         self.progress = device.pinned(1, torch.int32)

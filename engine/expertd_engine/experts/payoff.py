@@ -60,6 +60,15 @@ class PayOff:
         """Where the running step's seconds belong."""
 
     @property
+    def is_timed(self) -> bool:
+        """Whether the running step belongs to a trial."""
+        return self._timed is not None
+
+    def begin_off(self) -> None:
+        """Until the first trial has told, make none. No step has begun."""
+        self.is_on = self._kept = False
+
+    @property
     def is_near(self) -> bool:
         """Whether predictions are made, or may be soon."""
         return self._kept or self._left <= NOTICE

@@ -59,7 +59,7 @@ class TableExperts:
         shares = box is not None and box.shares
         experts_decode(self._layouts[moe], self._table, x, weights, scratch, out, shares=shares)
         if box is not None:
-            collect(box, scratch, out)
+            collect(box, moe, scratch, out)
 
     def finish(self, rows: int) -> None:
         """Publish what landed in the last layer of a step of `rows` rows."""

@@ -47,9 +47,7 @@ class DeviceRunner:
             tokens = self._tokens(plan, self._limits(plan))
         except ExpertUnavailableError as error:
             raise StepFailed((), str(error)) from error
-        payoff = self._cache.payoff
-        if payoff is not None:
-            payoff.begin_step(len(tokens.ids) if plan.phase == "decode" and plan.mode == "exact" else None)
+        self._cache.begin_timed(len(tokens.ids) if plan.phase == "decode" and plan.mode == "exact" else None)
         foreseen = tokens.ids if plan.mode == "exact" else ()  # virtual mode does without the model's own experts
         self._cache.begin_step(foreseen, scan=all(chunk.is_prefill for chunk in plan.chunks))
         try:
@@ -61,8 +59,7 @@ class DeviceRunner:
         substitutions = self._end_mode(plan, tokens)
         sampled, prompt_logprobs = read_out(plan, _OutcomeLogits(outcome))
         duration_s = time.perf_counter() - began
-        if payoff is not None:
-            payoff.end_step(duration_s)
+        self._cache.end_timed(duration_s)
         return StepResult(sampled, duration_s, prompt_logprobs, experts, substitutions)
 
     def idle(self) -> None:

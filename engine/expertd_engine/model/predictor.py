@@ -190,8 +190,7 @@ class PredictorWatch:
         if not self.sees_hidden:
             self._unseen.append((layer, uses.copy()))
             return
-        while self._unseen:
-            self.source.use(*self._unseen.popleft())
+        self._catch_up()
         self.source.use(layer, uses)
         assert hidden is not None, "layers ran on without their predictor"
         x = hidden.float().numpy()[self._rows]
@@ -202,6 +201,16 @@ class PredictorWatch:
 
     def end_step(self, *, well: bool) -> None:
         self.named = []
+
+    def missed(self, chosen: Iterable[NDArray[np.int64]]) -> None:
+        """A step of decodes has run at which nobody looked on, whose rows chose these in each layer, with repeats."""
+        self._unseen.extend((layer, uses.ravel()) for layer, uses in enumerate(chosen))
+        if self.sees_hidden:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        while self._unseen:
+            self.source.use(*self._unseen.popleft())
 
     def _name(self, layer: int, x: Floats) -> list[tuple[int, int, int]]:
         targets = [(layer + lead) % len(self._slots) for lead in range(1, self.source.leads + 1)]

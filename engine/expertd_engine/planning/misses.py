@@ -3,7 +3,6 @@ from the same records, or some here and some there at once, of which one may be 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -67,21 +66,13 @@ def decide(
     return Misses(where, link_bytes_per_s, cpu_bytes_per_s, cpu_start_s)
 
 
-def left_to_processor(most: int, decided: Misses, record_bytes: int, inner: int) -> list[Split]:
-    """Of n experts of `inner` neurons that a layer misses, for n from 0 to `most`: what the processor computes, so that
-    both sides have done the soonest. At least a part is read over the link: a whole one can stay.
+def left_to_processor(missing: int, decided: Misses, record_bytes: int, inner: int) -> Split:
+    """Of so many experts of `inner` neurons that a layer misses: what the processor computes, so that both sides have
+    done the soonest. Where both work at least a part is read over the link: a whole one can stay.
     """
     if decided.where != "both":
-        return [Split(n if decided.where == "cpu" else 0) for n in range(most + 1)]
-    return [Split(), *(_soonest(n, decided, record_bytes, inner) for n in range(1, most + 1))]
-
-
-def hardly_lands(splits: Sequence[Split]) -> bool:
-    """Whether of two missing experts none is read whole, and could stay: then copies must bring in what is missed, or
-    the same would be missed again and again. Elsewhere they take more of the link's time than they save.
-    """
-    missing = min(2, len(splits) - 1)
-    return splits[missing].whole + (splits[missing].cut > 0) == missing
+        return Split(missing if decided.where == "cpu" else 0)
+    return _soonest(missing, decided, record_bytes, inner) if missing else Split()
 
 
 def seconds(missing: int, split: Split, decided: Misses, record_bytes: int, inner: int) -> float:

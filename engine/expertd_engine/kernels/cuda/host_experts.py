@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertd_engine.kernels.cuda.products import INTERPRETED
-from expertd_engine.kernels.cuda.resolve import ExpertScratch
+from expertd_engine.kernels.cuda.resolve import ExpertScratch, Left
 
 _COLUMNS = 1024
 
@@ -44,11 +44,12 @@ class Mailbox:
     """int32 `[1]`, on the device: the number of its last request."""
     arrived: Tensor
     """int32 `[1]`, on the device, 0 between launches: programs that have written their part of a request."""
-    left: Tensor
-    """int32 `[L, U + 1, 2]`, on the device: of n experts that a layer misses, how many the processor is asked for, and
-    from which neuron on for one more; 0: for none."""
+    left: Left
+    later: Tensor
+    """int32 `[L]`, host memory: of each layer that was split as `left` says 2 · experts missing, + 1 if the device had
+    to wait for the answer; what is not 0 is left there."""
     shares: bool
-    """Whether any expert is shared: else kernels need not look."""
+    """Whether any expert may be shared: else kernels need not look."""
 
 
 def ask(mailbox: Mailbox, layer: int, x: Tensor, weights: Tensor, scratch: ExpertScratch) -> None:
@@ -70,11 +71,11 @@ def ask(mailbox: Mailbox, layer: int, x: Tensor, weights: Tensor, scratch: Exper
     )
 
 
-def collect(mailbox: Mailbox, scratch: ExpertScratch, out: Tensor) -> None:
+def collect(mailbox: Mailbox, layer: int, scratch: ExpertScratch, out: Tensor) -> None:
     """Wait for the answer to what this layer has asked, if anything, and add it to `out` float32 `[R, H]`."""
     rows, hidden = out.shape
     _collect_kernel[(rows, triton.cdiv(hidden, _COLUMNS))](
-        *(scratch.totals, mailbox.sent, mailbox.done, mailbox.sums, out),
+        *(scratch.totals, mailbox.sent, mailbox.done, mailbox.later, mailbox.sums, out, layer),
         HIDDEN=hidden,
         COLUMNS=_COLUMNS,
         num_warps=4,
@@ -124,9 +125,10 @@ def _ask_kernel(
         _tell(posted, number)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _collect_kernel(
-    totals: tl.tensor, sent: tl.tensor, done: tl.tensor, sums: tl.tensor, out: tl.tensor,
+    totals: tl.tensor, sent: tl.tensor, done: tl.tensor, later: tl.tensor, sums: tl.tensor, out: tl.tensor,
+    layer: tl.tensor,
     HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0)
@@ -134,6 +136,9 @@ def _collect_kernel(
         return
     number = tl.load(sent)
     answered = _heard(done)
+    missing = tl.load(totals + 3)
+    if (missing > 0) & (row == 0) & (tl.program_id(1) == 0):
+        tl.store(later + layer, 2 * missing + (answered != number).to(tl.int32))
     while answered != number:
         answered = _heard(done)
     tl.debug_barrier()  # whoever heard it is not alone

@@ -21,6 +21,9 @@ FAR = 1
 LANDED = 3
 """The `source` in `seen` of an expert that was read over the link into a slot; 0 resident, 1 read over the link and
 dropped, 2 waited for, 4 left to the processor, 5 shared with it."""
+AGAIN = 16
+"""Steps within which an expert that is missed once more is worth a slot: measured on routes with the persistence of
+Qwen3's, where such come again soon, and of those missed once most do not."""
 _COMPARED = 32
 
 
@@ -41,11 +44,28 @@ class TablePointers:
     tail: Tensor
     """int32 `[1]`: slots put into it, wrapping."""
     seen: Tensor
-    """int32 `[L, U, 4]`: of each distinct expert of the step: expert, source, slot it landed in or -1, pairs."""
+    """int32 `[L, U, 4]`: of each distinct expert of the step: expert, source, slot it landed in or -1 (of a shared one,
+    its first neuron that the processor computes), pairs."""
     seen_count: Tensor
     """int32 `[L]`"""
     progress: Tensor
     """int32 `[1]`, host memory that the device can write: layers whose routes are known in this step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What is left to the processor. All on the device."""
+
+    splits: Tensor
+    """int32 `[L, U + 1, 2]`: of n experts that a layer misses, how many the processor is asked for, and from which
+    neuron on for one more; 0: for none. Rewritten between launches."""
+    missed: Tensor
+    """int32 `[L, E]`: the step in which each was last missed; `NEVER` at first."""
+    clock: Tensor
+    """int32 `[1]`: steps since the beginning, wrapping."""
+
+
+NEVER = -(2**30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +76,8 @@ class ExpertScratch:
     num_experts: int
     max_rows: int
     totals: Tensor
-    """int32 `[3]`: distinct experts, real rows, experts among them that the processor computes, or a part of."""
+    """int32 `[4]`: distinct experts, real rows, experts among them that the processor computes, or a part of; experts
+    that were missing if they were split as the table says, else 0."""
     experts: Tensor
     """int32 `[U]`: the distinct experts, ascending."""
     target: Tensor
@@ -110,7 +131,7 @@ class ExpertScratch:
             top_k=top_k,
             num_experts=num_experts,
             max_rows=max_rows,
-            totals=ints(3),
+            totals=ints(4),
             experts=ints(distinct),
             target=ints(distinct),
             begin=ints(distinct + 1),
@@ -128,14 +149,15 @@ class ExpertScratch:
 
 def resolve(
     table: TablePointers, layer: int, top_k_index: Tensor, num_rows: Tensor, scratch: ExpertScratch, *,
-    left: Tensor | None = None,
+    left: Left | None = None,
 ) -> None:  # fmt: skip
     """Group the pairs of `top_k_index` int `[R, K]` by expert and say where each expert is read from.
 
     Rows from `num_rows` (int32 `[1]`, on the device) on are padding. Publishes what landed in the layer before, takes
-    slots for what is read over the link, writes `seen` and `progress`. `left` int32 `[L, U + 1, 2]`: of n experts that
-    a layer misses so many are left to the processor, and of one more its neurons from there on, unless that is 0;
-    others each time, so that all have their turn to land, which one that is shared cannot. None: none ever.
+    slots for what is read over the link, writes `seen` and `progress`. `left`: of those that a layer misses some are
+    left to the processor, and one may be divided; others each time, but first those that were not missed of late. One
+    that was, and would be divided with none beside it read whole, is read whole, or it would be missed for ever. None:
+    nobody is left to it.
     """
     rows, top_k = top_k_index.shape
     if top_k != scratch.top_k or rows > scratch.max_rows:
@@ -145,9 +167,10 @@ def resolve(
         *(table.entries, table.slot_address, table.ready, table.landing, table.head, table.tail),
         *(table.seen, table.seen_count, table.progress, top_k_index, num_rows),
         *(scratch.totals, scratch.experts, scratch.target, scratch.begin, scratch.address, scratch.land, scratch.wait),
-        *(scratch.cut, scratch.pairs, scratch.row_pairs, table.head if left is None else left),
+        *(scratch.cut, scratch.pairs, scratch.row_pairs),
+        *((table.head, table.head, table.head) if left is None else (left.splits, left.missed, left.clock)),
         *(layer, table.entries.shape[1], table.seen.shape[1], table.landing.shape[0]),
-        0 if left is None else left.shape[1],
+        0 if left is None else left.splits.shape[1],
         NUM_EXPERTS=scratch.num_experts,
         EXPERTS=triton.next_power_of_2(scratch.num_experts),
         WIDTH=triton.next_power_of_2(len(scratch.experts)),
@@ -156,6 +179,7 @@ def resolve(
         PAIRS=pairs,
         COMPARED=min(pairs, _COMPARED),
         LEAVES=left is not None,
+        AGAIN_WITHIN=AGAIN,
         num_warps=4 if pairs <= 64 else 8,
     )
 
@@ -195,10 +219,11 @@ def _resolve_kernel(
     entries: tl.tensor, slot_address: tl.tensor, ready: tl.tensor, landing: tl.tensor, head: tl.tensor, tail: tl.tensor,
     seen: tl.tensor, seen_count: tl.tensor, progress: tl.tensor, index: tl.tensor, num_rows: tl.tensor,
     totals: tl.tensor, distinct_experts: tl.tensor, targets: tl.tensor, begin: tl.tensor, address: tl.tensor,
-    land: tl.tensor, wait: tl.tensor, cuts: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor, left_of: tl.tensor,
-    layer: tl.tensor, experts: tl.tensor, width: tl.tensor, ring: tl.tensor, left_width: tl.tensor,
+    land: tl.tensor, wait: tl.tensor, cuts: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor, splits: tl.tensor,
+    missed: tl.tensor, clock: tl.tensor, layer: tl.tensor, experts: tl.tensor, width: tl.tensor, ring: tl.tensor,
+    left_width: tl.tensor,
     NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
-    PAIRS: tl.constexpr, COMPARED: tl.constexpr, LEAVES: tl.constexpr,
+    PAIRS: tl.constexpr, COMPARED: tl.constexpr, LEAVES: tl.constexpr, AGAIN_WITHIN: tl.constexpr,
 ) -> None:  # fmt: skip
     if layer > 0:
         _publish(entries, slot_address, totals, distinct_experts, targets, layer - 1, experts, WIDTH)
@@ -222,44 +247,79 @@ def _resolve_kernel(
     far = chosen & (slot < 0) & ((at & 1) != 0)
 
     taken = tl.load(head)
-    free = tl.load(tail) - taken
     left = far & (expert < 0)  # to the processor: nobody
     shared = left
     if LEAVES:
-        left, shared, cut = _split(far, taken + layer, left_of + layer * left_width * 2, EXPERTS)
-        tl.store(cuts + nth, tl.where(shared, cut, 0), mask=chosen)
+        now = tl.load(clock) + (layer == 0).to(tl.int32)  # with layer 0 a step begins
+        again = _missed_again(far, now, missed + layer * experts + expert, AGAIN_WITHIN)
+        left, shared, cut, as_told = _split(far, again, now + layer, splits + layer * left_width * 2, EXPERTS)
+        tl.store(cuts + nth, cut, mask=chosen)
+        tl.store(totals + 3, as_told)
     tl.store(totals + 2, tl.sum((left | shared).to(tl.int32), 0))
     read = far & ((left | shared) == 0)
-    order = tl.cumsum(read.to(tl.int32), 0) - 1
-    lands = read & (order < free)
-    target = tl.load(landing + ((taken + order) & (ring - 1)), mask=lands, other=-1)
+    lands, target = _land(read, taken, tl.load(tail) - taken, landing, ring)
     tl.store(head, taken + tl.sum(lands.to(tl.int32), 0))
 
     from_slot = tl.load(slot_address + slot, mask=moving, other=0)
     tl.store(address + nth, tl.where(moving, from_slot, tl.where(left, 0, at & -2)), mask=chosen)
     tl.store(land + nth, tl.load(slot_address + target, mask=lands, other=0), mask=chosen)
     tl.store(wait + nth, tl.where(awaited, slot, -1), mask=chosen)
-
     tl.store(distinct_experts + nth, expert, mask=chosen)
     tl.store(targets + nth, target, mask=chosen)
     over_link = tl.where(lands, 3, tl.where(read, 1, tl.where(awaited, 2, 0)))
-    source = tl.where(left, 4, tl.where(shared, 5, over_link))
-    record = seen + (layer * width + nth) * 4
-    tl.store(record, expert, mask=chosen)
-    tl.store(record + 1, source, mask=chosen)
-    tl.store(record + 2, target, mask=chosen)
-    tl.store(record + 3, count, mask=chosen)
+    source, where = tl.where(left, 4, tl.where(shared, 5, over_link)), target
+    if LEAVES:
+        where = tl.where(shared, cut, target)
+    _report(seen + (layer * width + nth) * 4, expert, source, where, count, chosen)
     tl.store(seen_count + layer, distinct)
+    if LEAVES:
+        tl.store(clock, now)  # sums of all warps lie between this and its load
     tl.store(progress, layer + 1)
 
 
 @triton.jit
-def _split(far: tl.tensor, nth_turn: tl.tensor, left_of: tl.tensor, EXPERTS: tl.constexpr) -> tl.tensor:
-    """Who of those `far` is left to the processor, who is shared with it, and from which neuron on."""
+def _land(read: tl.tensor, taken: tl.tensor, free: tl.tensor, landing: tl.tensor, ring: tl.tensor) -> tl.tensor:
+    """Who of those read lands, and each one's slot or -1."""
+    order = tl.cumsum(read.to(tl.int32), 0) - 1
+    lands = read & (order < free)
+    return lands, tl.load(landing + ((taken + order) & (ring - 1)), mask=lands, other=-1)
+
+
+@triton.jit
+def _report(
+    record: tl.tensor, expert: tl.tensor, source: tl.tensor, where: tl.tensor, count: tl.tensor, chosen: tl.tensor
+) -> None:
+    tl.store(record, expert, mask=chosen)
+    tl.store(record + 1, source, mask=chosen)
+    tl.store(record + 2, where, mask=chosen)
+    tl.store(record + 3, count, mask=chosen)
+
+
+@triton.jit
+def _missed_again(far: tl.tensor, now: tl.tensor, missed: tl.tensor, WITHIN: tl.constexpr) -> tl.tensor:
+    """Who of those `far` was missed of late; and they are missed now."""
+    again = far & (now - tl.load(missed, mask=far, other=0) <= WITHIN)
+    tl.store(missed, now, mask=far)
+    return again
+
+
+@triton.jit
+def _split(
+    far: tl.tensor, again: tl.tensor, nth_turn: tl.tensor, splits: tl.tensor, EXPERTS: tl.constexpr
+) -> tl.tensor:
+    """Who of those `far` is left to the processor, who is shared with it, each expert's first neuron that it computes
+    a part of, and how many are missing if all is as the table says, else 0."""
     missing = tl.sum(far.to(tl.int32), 0)
-    turn = (tl.cumsum(far.to(tl.int32), 0) - 1 + (nth_turn & (EXPERTS - 1))) % tl.maximum(missing, 1)
-    whole, cut = tl.load(left_of + missing * 2), tl.load(left_of + missing * 2 + 1)
-    return far & (turn < whole), far & (turn == whole) & (cut > 0), cut
+    whole, cut = tl.load(splits + missing * 2), tl.load(splits + missing * 2 + 1)
+    offset, once = nth_turn & (EXPERTS - 1), far & (again == 0)
+    few = tl.sum(once.to(tl.int32), 0)
+    turn_once = (tl.cumsum(once.to(tl.int32), 0) - 1 + offset) % tl.maximum(few, 1)
+    turn_again = few + (tl.cumsum(again.to(tl.int32), 0) - 1 + offset) % tl.maximum(missing - few, 1)
+    turn = tl.where(again, turn_again, turn_once)
+    kept = (cut > 0) & (whole + 1 == missing) & (few <= whole)  # the only one that could stay, and worth it
+    cut = tl.where(kept, 0, cut)
+    shared = far & (turn == whole) & (cut > 0)
+    return far & (turn < whole), shared, tl.where(shared, cut, 0), tl.where(kept, 0, missing)
 
 
 @triton.jit

@@ -148,6 +148,10 @@ bool Pool::work(int thread) {
 void Pool::wait_for_the_rest(int64_t tasks) {
   const auto finished = [&] { return done_.load() == tasks; };
   if (spin_until(finished)) return;
+  while (awake_.load()) {  // a task of a GPU's missing expert takes longer than that, and waking up as long again
+    sched_yield();
+    if (spin_until(finished)) return;
+  }
   std::unique_lock<std::mutex> lock(mutex_);
   caller_waits_ = true;
   store_before_load();

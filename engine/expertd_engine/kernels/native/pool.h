@@ -61,8 +61,8 @@ class Pool {
 
   int threads() const { return static_cast<int>(helpers_.size()) + 1; }
 
-  // From now on helpers that have worked stay awake between calls too, for calls that follow each other closely; until
-  // it is turned off.
+  // From now on helpers that have worked stay awake between calls too, and the caller inside them, for calls that follow
+  // each other closely; until it is turned off.
   void stay_awake(bool on) { awake_ = on; }
 
   Scratch& scratch() { return scratch_; }

@@ -1,0 +1,89 @@
+"""The table on a card that says what its steps leave to the processor, and what they tell of it.
+
+Owner: the engine thread, which rewrites the table between launches. `planning.balance` says what stands in it where
+link and processor share, trials (`payoff`) whether they are to: a card that reads alone is the other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from expertd_engine.experts.device_streams import Device
+from expertd_engine.experts.payoff import PayOff
+from expertd_engine.planning.balance import Balance, Shape
+from expertd_engine.planning.misses import Misses, Split, left_to_processor
+from expertd_engine.snapshot import Shared
+
+_TOLD = 8
+"""Missing experts of a layer up to which status says what is left to the processor."""
+
+
+class Sharing:
+    """Of layers of `shapes`, which miss up to `most` experts, as was `decided`."""
+
+    def __init__(self, device: Device, decided: Misses, shapes: Sequence[Shape], most: int) -> None:
+        self.payoff = PayOff(in_doubt=True)
+        """Whether the processor takes part, where both may."""
+        self.balance = Balance(decided, sorted(set(shapes)), most) if decided.where == "both" else None
+        self.later = device.pinned(len(shapes), torch.int32)
+        """int32 `[L]`: see `kernels.cuda.host_experts.Mailbox`."""
+        self._device, self._shapes = device, list(shapes)
+        self._sent = device.pinned(2 * len(shapes) * (most + 1), torch.int32).view(len(shapes), most + 1, 2)
+        fixed = {one: [left_to_processor(n, decided, *one) for n in range(most + 1)] for one in set(shapes)}
+        self._write(fixed if self.balance is None else self.balance.splits)
+        self.splits = self._sent.to(device.torch_device, copy=True)
+        """int32 `[L, most + 1, 2]`, on the device."""
+        self._is_on, self._changed = True, False
+
+    @property
+    def divides(self) -> bool:
+        """Whether an expert may be divided between the two."""
+        return self.balance is not None
+
+    def before_launch(self) -> None:
+        """Have the next launch find the table as it is to be. All launches before have ended."""
+        self.later.zero_()
+        if self.balance is None or not (self._changed or self._is_on is not self.payoff.is_on):
+            return
+        self._is_on, self._changed = self.payoff.is_on, False
+        if self._is_on:
+            self._write(self.balance.splits)
+        else:
+            self._sent.zero_()
+        self._device.compute.copy([(self.splits, self._sent)])
+
+    def after_launch(self) -> None:
+        """A launch is under way: there is time to find out what the next one is to be told."""
+        if self.balance is not None and self.balance.refresh():
+            self._changed = True
+
+    def end_step(self) -> None:
+        """The launch has ended: take in who was later."""
+        if self.balance is None or not self._is_on:
+            return
+        for told in self.later.tolist():
+            if told:
+                self.balance.met(told // 2, late=bool(told % 2))
+        self.balance.end_step()
+
+    def as_status(self) -> Shared | None:
+        """None where nothing is shared."""
+        if self.balance is None:
+            return None
+        inner, splits = self._shapes[0][1], self.balance.splits[self._shapes[0]]
+        left = [_experts(split, inner) for split in splits[1 : _TOLD + 1]]
+        payoff, balance = self.payoff, self.balance
+        counts = (balance.met_late, balance.met_early, payoff.trials, payoff.switches)
+        return Shared(payoff.is_on, balance.cpu_bytes_per_s, left, *counts)
+
+    def _write(self, splits: dict[Shape, list[Split]]) -> None:
+        numbers = {shape: np.array(one, np.int32) for shape, one in splits.items()}
+        for layer, shape in enumerate(self._shapes):
+            self._sent.numpy()[layer] = numbers[shape]
+
+
+def _experts(split: Split, inner: int) -> float:
+    return split.whole + (1 - split.cut / inner if split.cut else 0.0)
