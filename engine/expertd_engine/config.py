@@ -229,6 +229,12 @@ def config_from_json(text: str) -> Config:
         raise ConfigError(f"not a configuration in JSON: {error}") from error
 
 
+def card_options(config: Config) -> list[str]:
+    """Options that are given and mean something on a card alone."""
+    given = {"host_budget": config.host_budget is not None, "device_misses": config.device_misses != "link"}
+    return [name for name, is_given in given.items() if is_given]
+
+
 def option_names() -> list[str]:
     """All option names, in declaration order."""
     return [f.name for f in fields(Config)]

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from expertd_engine.config import API_KEY_VARIABLE, ENV_PREFIX, Config, Size, option_names, parse_size
+from expertd_engine.config import API_KEY_VARIABLE, ENV_PREFIX, Config, Size, card_options, option_names, parse_size
 from expertd_engine.errors import ConfigError
 
 _TRUTH = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
@@ -62,6 +62,8 @@ def _unknown(name: str, source: str, known: Iterable[str]) -> str:
 def _cross_check(config: Config) -> None:
     if config.max_bodies.resolve(0) < config.max_body.resolve(0):
         raise ConfigError(f"max_bodies: {config.max_bodies} is not allowed: give at least max_body, {config.max_body}")
+    if config.device == "cpu" and (unused := card_options(config)):
+        raise ConfigError(f"{unused[0]}: not with device: cpu, where it means nothing; leave one of the two out")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -95,6 +95,8 @@ def _fault_of_walk(matcher: LLMatcher) -> str | None:
             return f"a token takes {spent:.2f} s of processor time; at most {MASK_LIMIT_S} s are allowed"
         allowed = [byte for byte in range(256) if mask[byte // 8] >> byte % 8 & 1]
         if matcher.is_error():
+            if length == 0:
+                return "no answer can begin: it refers to nothing but itself, or is too large"
             return f"too large: an answer fails after {length} bytes"
         if not allowed:
             return None if length else "nothing but the empty answer can meet it, or nothing at all"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from expertd_engine.cards import find_card, require_card
-from expertd_engine.config import Config
+from expertd_engine.config import Config, card_options
 from expertd_engine.core import Constrain, no_constraints
 from expertd_engine.errors import ConfigError, ModelError
 from expertd_engine.experts.events import ExpertId
@@ -36,9 +36,13 @@ Report = Callable[[str, float], None]
 
 def device_of(config: Config, index: StoreIndex) -> torch.device | None:
     """The card that computes; None: the processor does. Raises ConfigError for one that is asked for and not there."""
-    if config.device == "cpu" or (config.device == "auto" and {layout.order for layout in index.layouts} != {"rows"}):
-        return None
-    return require_card() if config.device == "cuda" else find_card()
+    if config.device == "cuda":
+        return require_card()
+    made_for_one = {layout.order for layout in index.layouts} == {"rows"}
+    card = find_card() if config.device == "auto" and made_for_one else None
+    if card is None and (unused := card_options(config)):
+        logger.warning("the processor computes, on which these options mean nothing: %s", ", ".join(unused))
+    return card
 
 
 def open_pool(threads: int, fallbacks: list[str]) -> Pool | None:

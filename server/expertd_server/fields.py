@@ -64,12 +64,19 @@ def parse_fields(kind: type[AnyBody], body: object) -> AnyBody:
         raise _invalid(error) from None
 
 
+_FORMS = ("constrained-", "list[", "dict[", "function-")
+"""How pydantic's names of forms begin."""
+
+
 def _invalid(error: ValidationError) -> InvalidRequest:
-    """The first field's problem in words; where it has several forms, that of the form which came nearest. `loc` may
-    hold the name of a form: only the path that the client knows is told."""
+    """The first field's problem in words; where it has several forms, that of the form which came nearest: deepest in,
+    and of the right type. `loc` may hold the name of a form: only the path that the client knows is told."""
     problems = error.errors(include_url=False, include_context=False)
-    first = max((p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))
-    path = [str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "list[", "function-"))]
+    first = max(
+        (p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]),
+        key=lambda p: (len(p["loc"]), not p["type"].endswith("_type")),
+    )
+    path = [str(part) for part in first["loc"] if not str(part).startswith(_FORMS)]
     name = ".".join(path) or "body"
     if first["type"] == "missing":
         return InvalidRequest(f"{name}: this field is required", param=name)

@@ -72,9 +72,9 @@ class GenerationRequest(Body, ABC):
     min_p: float = Field(0.0, ge=0, le=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     logit_bias: dict[
-        Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]
+        Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], Annotated[float, Field(ge=-100, le=100)]
     ] = Field({}, max_length=MAX_LOGIT_BIAS)  # fmt: skip
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] = Field([])

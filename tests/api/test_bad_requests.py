@@ -30,6 +30,7 @@ def check_error(response: httpx.Response, status: int, code: str | None = None, 
 
 BAD_VALUES = [
     ("logit_bias", {str(VOCAB_SIZE): 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"a": 1}),
+    ("logit_bias", {"042": 1, "42": -1}),
     ("logit_bias", {"1": None}), ("logit_bias", {"1": "1"}), ("logit_bias", {"1": 1e9}),
     ("logit_bias", {str(i): 1 for i in range(1025)}), ("logit_bias", []),
     ("prompt", [VOCAB_SIZE]), ("prompt", [200000]), ("prompt", [-1]), ("prompt", [2**63]),
@@ -45,7 +46,7 @@ BAD_VALUES = [
     ("response_format", "json_object"), ("grammar", "x"), ("structured_outputs", {}),
     ("structured_outputs", {"regex": "a", "choice": ["b"]}), ("structured_outputs", {"json": "{"}),
     ("structured_outputs", {"json": '{"const": "\\ud800"}'}),
-    ("min_tokens", 17), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 2), ("repetition_penalty", 0),
+    ("min_tokens", 17), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 2), ("repetition_penalty", 5e-324),
     ("presence_penalty", 3), ("frequency_penalty", -2.5), ("n", 0), ("n", 129), ("n", True),
     ("stop", [""]), ("stop", ""), ("stop", ["a"] * 5), ("stop", [1]), ("stop", "x" * 2000),
     ("stop_token_ids", [VOCAB_SIZE]), ("stop_token_ids", [-1]), ("ignore_eos", "yes"), ("echo", 1),
@@ -147,6 +148,15 @@ def test_an_unknown_model_is_404(server: Server, model: str) -> None:
 @pytest.mark.parametrize("model", ["", MODEL_NAME, "demo"])
 def test_the_model_served_may_be_named_or_not(server: Server, model: str) -> None:
     assert server.complete(model=model).status_code == 200
+
+
+@pytest.mark.parametrize(("field", "value", "told"), [
+    ("stop", ["a"] * 5, "at most 4 items"), ("structured_outputs", {"json": False}, "structured_outputs.json: "),
+])  # fmt: skip
+def test_of_several_forms_the_one_that_came_nearest_is_told(
+    server: Server, field: str, value: object, told: str
+) -> None:
+    assert told in check_error(server.complete(**{field: value}), 400)["message"]
 
 
 def test_a_long_value_is_clipped_in_the_message(server: Server) -> None:

@@ -152,12 +152,14 @@ def test_reasoning_effort_reaches_the_template(talking: Server) -> None:
         ("max_output_tokens", 0), ("tools", [{"type": "web_search"}]), ("tool_choice", "required"),
         ("truncation", "auto"), ("include", ["file_search_call.results"]), ("top_logprobs", 2), ("temperature", 3),
         ("text", {"format": {"type": "json_schema", "name": "x"}}), ("metadata", {"a": 1}), ("n", 2),
+        ("text", {"format": {"type": "json_schema", "name": "x", "schema": {"type": "strin"}}}),
     ],
     ids=lambda value: repr(value)[:40],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(talking: Server, param: str, value: object, stream: bool) -> None:
     response = ask(talking, **{param: value}, stream=stream)
-    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param) and error["message"].startswith(param)
 
 
 def test_input_too_long_is_refused_before_the_first_byte(talking: Server) -> None:

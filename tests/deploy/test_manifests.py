@@ -100,6 +100,15 @@ def test_every_setting_of_compose_is_an_option() -> None:
     assert set(re.findall(r"EXPERTD_(\w+)", COMPOSE.read_text())) <= {name.upper() for name in option_names()}
 
 
+def test_with_a_card_the_store_is_made_for_it_and_it_computes() -> None:
+    overlay = yaml.safe_load(GPU.read_text())["services"]
+    environment = {name: default_of(value) for name, value in overlay["expertd"]["environment"].items()}
+    config = load_config({}, environment).config
+    assert (config.device, config.memory_budget) == ("cuda", None), "the host's budget would be the card's"
+    [prepared] = overlay["prepare"]["command"]
+    assert prepared == f"{compose()['services']['prepare']['command'][0]} --for gpu"
+
+
 def test_containers_are_closed() -> None:
     services = compose()["services"]
     for name, service in services.items():

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from expertd_engine.messages import Sampling
+from expertd_engine.messages import Sampling, TokenLogprob
+from expertd_engine.model.read_out import TensorLogits, read_out
 from expertd_engine.model.sampler import NoTokenLeft, SampleRow, best_ids, sample, token_logprob, uniform
+from expertd_engine.step_plan import Chunk, StepPlan
+from support.builders_core import make_sequence
 
 LOGITS = torch.tensor([1.0, 3.0, 2.5, -1.0, 0.0, 2.0])
 
@@ -105,7 +108,7 @@ def test_greedy_takes_the_best_and_of_equals_the_lowest() -> None:
     assert sample(torch.tensor([0.0, 2.0, 2.0, 2.0]), row(options(temperature=0.0)))[0] == 1
 
 
-@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-3])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-3])
 def test_a_temperature_near_zero_is_greedy_not_an_overflow(temperature: float) -> None:
     assert set(draws(LOGITS * 10, options(temperature=temperature), 20)) == {1}
 
@@ -250,3 +253,31 @@ def test_where_everything_is_barred_no_token_is_made_up(temperature: float) -> N
     sampling = options(temperature=temperature, allowed_token_ids=[1, 2], bad_words=[[1]])
     with pytest.raises(NoTokenLeft, match="allowed_token_ids, bad_words"):
         sample(LOGITS, row(sampling, banned=(2,)))
+
+
+# ---------------------------------------------------------------- threads
+
+
+class Counting(TensorLogits):
+    """Counts the library's threads whenever a token is chosen."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__(logits)
+        self.threads: list[int] = []
+
+    def choose(self, row: int, how: SampleRow) -> tuple[int, TokenLogprob | None]:
+        self.threads.append(torch.get_num_threads())
+        return super().choose(row, how)
+
+
+def test_rows_are_read_out_on_one_thread_and_then_there_are_as_many_as_before() -> None:
+    before, sequence, logits = torch.get_num_threads(), make_sequence(3), Counting(LOGITS[None])
+    torch.set_num_threads(2)
+    try:
+        read_out(StepPlan(0, "exact", (Chunk(sequence, 0, 3, samples=True),), ()), logits)
+        assert (logits.threads, torch.get_num_threads()) == ([1], 2)
+        with pytest.raises(IndexError):
+            read_out(StepPlan(0, "exact", (Chunk(sequence, 0, 3, samples=True),), ()), Counting(LOGITS[:0, None]))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

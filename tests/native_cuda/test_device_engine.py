@@ -22,6 +22,7 @@ from expertd_engine.bench.protocol import EngineSpec, Turns, TurnsRequest
 from expertd_engine.bench.turns import take_turns, turns_of
 from expertd_engine.errors import ConfigError, EngineError, ResourceError
 from expertd_engine.experts.device_cache import DeviceCache
+from expertd_engine.experts.lookahead import EveryExpert
 from expertd_engine.live_budget import LiveBudget
 from expertd_engine.messages import Sampling, SetBudget
 from expertd_engine.model.cuda_model import StepOutcome, StepTokens
@@ -37,19 +38,23 @@ PROMPT = [11, 7, 200, 33, 5]
 SAMPLING = Sampling(max_tokens=3, temperature=0.0, logprobs=20, ignore_eos=True)
 
 
-def test_an_engine_gives_the_models_numbers_at_every_budget(tmp_path: Path) -> None:
+def test_an_engine_gives_the_models_numbers_at_every_budget_and_with_foresight(tmp_path: Path) -> None:
     store = make_store(FAMILY, tmp_path)
+    [experts] = {layer.num_experts for layer in store.index.layers}
+    everyone = EveryExpert(len(store.index.layers), experts, 4)  # names what is used, and much that is not
     results: list[Generated] = []
-    for budget in ("40%", "100%"):
+    for budget, policy, lookahead in (("40%", "lru", everyone), ("40%", "next-use", None), ("100%", "lfu", None)):
         options = {"max_sequences": 2, "max_step_tokens": 8, "max_model_len": 32, "expert_budget": budget}
-        with device_engine(store, "cpu", **options) as engine:
+        with device_engine(store, "cpu", lookahead, expert_policy=policy, **options) as engine:
             expect_kv_to_give_way(engine)
             results += generate(engine, [PROMPT], SAMPLING)
             engine.cache.settle()
             engine.cache.ledger.check()
             assert engine.cache.ledger.peak_bytes <= engine.info.expert_budget_bytes
-    few, whole = results
-    assert [output.logprobs for output in few.outputs] == [output.logprobs for output in whole.outputs]
+            assert bool(engine.cache.ledger.counters.prefetch_loads) == (lookahead is not None)
+    *others, whole = results
+    expected = [output.logprobs for output in whole.outputs]
+    assert all([output.logprobs for output in other.outputs] == expected for other in others)
     assert largest_error(whole) <= DEVICE_FLOAT32_LOGITS.allowed
 
 

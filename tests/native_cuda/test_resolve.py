@@ -157,9 +157,11 @@ def missed_at(case: Case, expert: int) -> int:
 
 
 def left_of(case: Case) -> Left:
-    missed = [[missed_at(case, expert) for expert in range(EXPERTS)]]
-    numbers = (case.left and [case.left], missed, [case.steps])
-    return Left(*(torch.tensor(one, dtype=torch.int32, device=DEVICE) for one in numbers))
+    missed = [missed_at(case, expert) for expert in range(EXPERTS)]
+    splits, last, clock = (
+        torch.tensor(one, dtype=torch.int32, device=DEVICE) for one in ([case.left], [missed], [case.steps])
+    )
+    return Left(splits, last, clock)
 
 
 def left_to_processor(case: Case, met: Mapping[int, int]) -> tuple[set[int], dict[int, int], int]:

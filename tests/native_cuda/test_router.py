@@ -13,7 +13,7 @@ from torch import Tensor
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm
 from expertd_engine.kernels.cuda.router import RouterLayout, route
-from expertd_engine.kernels.cuda.substitute import MET, Among
+from expertd_engine.kernels.cuda.substitute import LENGTH, MET, Among
 from expertd_engine.kernels.library import FORMATS, Matrix
 from expertd_engine.model.among_held import Select, among_held
 from expertd_engine.model.native_abi import Block, BlockCalls, Norm, NormKind, Router, Scores, Step
@@ -155,7 +155,7 @@ def test_rows_among_held_experts_are_those_of_the_cpu(rule: Rule, shared_by: int
         one = slice(row, row + 1)
         rows = logits[one], chosen[one], weights[one].numpy()
         theirs = among_held(rule_of(world), *rows, held.numpy() != 0, limits[one], shared_by)
-        met[row] = theirs.replaced[0], theirs.mass[0], lacking[row] - theirs.replaced[0]
+        met[row] = theirs.replaced[0], theirs.mass[0], lacking[row] - theirs.replaced[0], y[row].norm()
         expected[one] = spread(rule, torch.from_numpy(theirs.index), torch.from_numpy(theirs.weights))
     np.testing.assert_allclose(among.met.cpu(), met, atol=2e-6)
     assert 0 < met[:, 0].sum() < lacking.sum()
@@ -182,7 +182,9 @@ def test_where_fewer_are_held_than_a_token_needs_choices_stay(rule: Rule) -> Non
     index, weights, _, _ = world.on_device(among)
     ours = spread(rule, among.experts.cpu().long(), among.weights.cpu())
     torch.testing.assert_close(ours, spread(rule, index.long(), weights))
-    assert not among.met.any() and (rows[ROWS] == -1).all(), "nobody answers, and nothing is written beyond the rows"
+    assert not among.met[:, :LENGTH].any() and (rows[ROWS] == -1).all(), (
+        "nobody answers, and nothing is written beyond the rows"
+    )
 
 
 def spread(rule: Rule, index: Tensor, weights: Tensor) -> Tensor:

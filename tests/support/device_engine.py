@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from expertd_engine.experts.lookahead import Lookahead
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.prepare import prepare
 from support.engine import make_config
@@ -25,13 +26,16 @@ def make_store(family: str, folder: Path, experts_format: str = "float32") -> Ex
 
 
 @contextmanager
-def device_engine(store: ExpertStore, device: str, **options: Any) -> Iterator[Any]:
-    """A `DeviceEngine` over `store`; `device` is `cpu` or `cuda:0`."""
+def device_engine(
+    store: ExpertStore, device: str, lookahead: Lookahead | None = None, /, **options: Any
+) -> Iterator[Any]:
+    """A `DeviceEngine` over `store`; `device` is `cpu` or `cuda:0`. `lookahead`: what foresees instead of nobody."""
     from expertd_engine.device_startup import start_on_device  # needs triton
 
     config = make_config(**{"max_sequences": 4, "max_step_tokens": 48, "threads": 1, **options})
+    at = torch.device(device)
     engine = start_on_device(
-        store, config, os.getpid(), lambda stage, fraction: None, lambda r: r, torch.device(device)
+        store, config, os.getpid(), lambda stage, fraction: None, lambda r: r, at, lookahead=lookahead
     )
     try:
         yield engine

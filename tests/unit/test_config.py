@@ -88,6 +88,13 @@ def test_all_bodies_together_need_room_for_one() -> None:
         load_config({"max_body": "1KiB", "max_bodies": "1023"}, {})
 
 
+@pytest.mark.parametrize(("name", "value"), [("host_budget", "1GiB"), ("device_misses", "both")])
+def test_what_is_for_a_card_alone_does_not_go_with_a_processor(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}: not with device: cpu"):
+        load_config({"device": "cpu", name: value}, {})
+    assert load_config({name: value}, {}).sources[name] == "flag", "there may be a card"
+
+
 def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("# nothing\n")

@@ -68,6 +68,23 @@ def test_what_is_asked_for_comes_in_for_what_is_not() -> None:
     assert outside in held.sets.held(1) and held.sets.swaps == [0, 1] and len(held.sets.held(1)) == TOP_K
 
 
+def test_sets_follow_where_two_slots_are_all_that_is_left() -> None:
+    cache, held = make_held(slots=LAYERS * TOP_K + 2, share=0.5)
+    assert held.begin_step() and held.sets.slots == [TOP_K] * LAYERS
+    asked = np.zeros((LAYERS, EXPERTS), np.float32)
+    asked[1, next(expert for expert in range(EXPERTS) if expert not in held.sets.held(1))] = 1.0
+    for step in range(5):
+        cache.begin_step([])
+        cache.before_launch()
+        cache.after_launch()
+        for _ in range(LAYERS + 1):
+            cache.poll()
+        cache.end_step()
+        if step == 1:  # by then nothing has been missed, and slots that hold nothing are there to be handed to steps
+            held.digest(asked, 1.0)
+    assert held.sets.swaps == [0, 1]
+
+
 def test_a_prompt_finds_room_where_newcomers_have_taken_all_of_it() -> None:
     cache, held = make_held(slots=6, share=0.5)
     assert held.begin_step() and held.sets.slots == [TOP_K] * LAYERS

@@ -105,3 +105,14 @@ def test_who_predicts_hears_of_a_trial_before_it_begins() -> None:
         run(payoff, steps, on_s=1.1, off_s=1.0)
         near.append(payoff.is_near)
     assert near == [True, False, False, True] and not payoff.is_on
+
+
+def test_what_begins_off_is_off_until_a_trial_has_told() -> None:
+    payoff = PayOff(in_doubt=False)
+    payoff.begin_off()
+    made = []
+    for _ in range(SETTLED):
+        payoff.begin_step(1)
+        made.append(payoff.is_on)
+        payoff.end_step(0.5 if payoff.is_on else 1.0)
+    assert made[:GRACE] == [False] * GRACE and payoff.trials == 1 and payoff.is_on

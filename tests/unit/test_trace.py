@@ -80,14 +80,19 @@ def test_a_share_of_steps_is_recorded_in_windows(tmp_path: Path) -> None:
 
 
 def test_the_folder_does_not_outgrow_its_bound(tmp_path: Path) -> None:
+    """Over restarts neither."""
     header = TraceHeader(*(HEADER.store_id, HEADER.experts, TOP_K, HEADER.record_bytes), share=0.5)
-    recorder, limit = TraceRecorder(tmp_path, header, limit_bytes=30_000), 30_000
+    limit, earlier = 30_000, [tmp_path / f"2020010{day}T000000-1-0{SUFFIX}" for day in (1, 2)]
+    for path, tokens in zip(earlier, (3 * WINDOW_STEPS, 1), strict=True):
+        write_part(path, trace_of(tokens))
+    recorder = TraceRecorder(tmp_path, header, limit_bytes=limit)
     for window in range(30):
         for row in routes_of(2 * WINDOW_STEPS, seed=window):
             feed(recorder, row[None])
     recorder.close()
     parts = sorted(tmp_path.glob(f"*{SUFFIX}"))
     assert 1 <= len(parts) < 30 and sum(part.stat().st_size for part in parts) <= limit
+    assert not any(path.exists() for path in earlier)
     assert read_traces(parts[-1:]).steps[-1] > 28 * 2 * WINDOW_STEPS, "the oldest go first"
 
 

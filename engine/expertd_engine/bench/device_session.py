@@ -63,6 +63,8 @@ class DeviceSession(EngineSession):
         super().__init__(spec)
         self._reported_routes = self._engine.cache.routes
         self._foresight: Lookahead = self._engine.cache.lookahead
+        self._at_once = False
+        """Whether all routes of a step are known when it begins."""
 
     def _started(self) -> Any:
         return start_on_device(
@@ -86,6 +88,7 @@ class DeviceSession(EngineSession):
         cache, index = self._engine.cache, self._store.index
         slots_of = cache.ledger.resident_slots
         foresight = ChannelLookahead(self._routes, channel, slots_of) if channel else NoLookahead()
+        self._at_once = channel is not None and channel.at_once
         self._foresight = foresight_for(index, foresight, cache.ledger)
         self.foresee(True)
         cache.set_budget(parse_size(expert_budget, share_allowed=True).resolve(cache.ledger.max_budget_bytes))
@@ -95,6 +98,7 @@ class DeviceSession(EngineSession):
     def foresee(self, on: bool) -> None:
         cache = self._engine.cache
         cache.lookahead = self._foresight if on else NoLookahead()
+        cache.foreknown = self._routes.step_experts if on and self._routes is not None and self._at_once else tuple
         cache.routes = self._layer_routes if self._foresight.exactness != "none" and on else self._reported_routes
 
     def _layer_routes(self, layer: int) -> Sequence[int]:

@@ -16,6 +16,8 @@ from expertd_engine.experts.events import ExpertId, Hint
 from expertd_engine.experts.lookahead import Exactness, Lookahead
 
 _BLOCK_TOKENS = 256
+_FEW = 32
+"""Tokens of a step that is worth naming experts for before it begins: more use nearly all of them."""
 
 
 class _Stream:
@@ -54,6 +56,7 @@ class GeneratedRoutes:
 
     def __init__(self, routing: Routing, channel: Channel | None = None, streams: int = 1) -> None:
         self.shape: RoutingShape = routing.shape
+        self._exact = channel is not None and channel.is_exact
         self._streams = [_Stream(routing, channel, number, streams) for number in range(streams)]
         self._rows: list[tuple[int, int, int]] = []
         """Stream, first and last + 1 token, in the order of rows."""
@@ -107,6 +110,7 @@ class GeneratedRoutes:
         """What the channel gives, `lead` layers ahead, for `layer` of this step's tokens; or of the next token of each
         of its streams. Distinct, ascending.
         """
+        lead = 1 if self._exact else lead  # what is known at all is known at every lead
         tokens = self._predictions.get((next_step, lead))
         if tokens is None:
             tokens = self._predictions[next_step, lead] = self._predict(lead, next_step)
@@ -142,7 +146,7 @@ class ChannelLookahead:
         """Experts named at the latest lead, by the position at which their layer begins, in that order."""
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
-        if not self._at_once or not token_ids:
+        if not self._at_once or not 0 < len(token_ids) <= _FEW:
             return ()
         begin, experts = step * self._period, self._source.shape.experts
         self._told = {begin + layer * experts: set(one) for layer, one in enumerate(self._source.step_experts())}

@@ -52,6 +52,40 @@ class Timed:
     substituted: int = 0
 
 
+class Window:
+    """Streams of one engine, the first of which is timed while it goes on: between, others may have the box."""
+
+    def __init__(
+        self, decoder: Decoder, mode: ExpertMode, timed: int, others: Sequence[int], into: Timed
+    ) -> None:  # fmt: skip
+        self._decoder, self._mode, self._timed, self._others, self._into = decoder, mode, timed, others, into
+        self._gaps: list[float] = []
+
+    def go_on(self, tokens: int, unseen: int = 0) -> None:
+        """Time so many more tokens, after `unseen` others."""
+        decoder, into = self._decoder, self._into
+        decoder.times(self._timed, unseen)
+        before, times = decoder.told(self._mode), [time.perf_counter()]
+        while len(times) <= tokens:
+            missed = decoder.missed()
+            times += decoder.times(self._timed, 1)
+            into.missed.append([now - then for now, then in zip(decoder.missed(), missed, strict=True)])
+        stall_s, lookups, choices, substituted = (
+            now - then for now, then in zip(decoder.told(self._mode), before, strict=True)
+        )  # fmt: skip
+        into.stall_s += stall_s
+        into.lookups += int(lookups)
+        into.choices += int(choices)
+        into.substituted += int(substituted)
+        self._gaps += [later - earlier for earlier, later in pairwise(times)]
+
+    def end(self) -> None:
+        """All of its streams end."""
+        self._decoder.abort([self._timed, *self._others])
+        self._into.means_s.append(fmean(self._gaps))
+        self._into.gaps_s += self._gaps
+
+
 class Decoder:
     """One engine that continues text; with `routing`, its tokens are sent along generated routes."""
 
@@ -115,29 +149,19 @@ class Decoder:
 
     def window(self, modes: Sequence[ExpertMode], tokens: int, into: Timed, warm: int = WARM) -> None:
         """Time `tokens` of a stream of the first mode after `warm`, with one of each of the others beside it."""
-        core, mode = self._engine.core, modes[0]
+        window = self.opened(modes, tokens, into, warm)
+        window.go_on(tokens)
+        window.end()
+
+    def opened(self, modes: Sequence[ExpertMode], tokens: int, into: Timed, warm: int = WARM) -> Window:
+        """As `window`, whose `tokens` are yet to be asked for; there may be a quarter more of them, not timed."""
         timed, *others = [self._submit(each, warm + tokens) for each in modes]
         if self._routes is not None:
             self._routes.reserve(PROMPT + warm + tokens + 2)
-        self._times(timed, warm)
-        stalls, counts, lookups = self._stalls_s[mode], self._counts(), self._lookups()
-        times = [time.perf_counter()]
-        while len(times) <= tokens:
-            before = self._missed()
-            times += self._times(timed, 1)
-            into.missed.append([now - then for now, then in zip(self._missed(), before, strict=True)])
-        into.lookups += self._lookups() - lookups
-        core.abort([timed, *others], time.perf_counter())
-        while core.has_work:
-            core.step(time.perf_counter())
-        gaps = [later - earlier for earlier, later in pairwise(times)]
-        into.means_s.append(fmean(gaps))
-        into.gaps_s += gaps
-        into.stall_s += self._stalls_s[mode] - stalls
-        into.choices += self._counts()[0] - counts[0]
-        into.substituted += self._counts()[1] - counts[1]
+        self.times(timed, warm)
+        return Window(self, modes[0], timed, others, into)
 
-    def _times(self, sequence_id: int, tokens: int) -> list[float]:
+    def times(self, sequence_id: int, tokens: int) -> list[float]:
         """When each of its next tokens was there."""
         times: list[float] = []
         while len(times) < tokens:
@@ -147,25 +171,32 @@ class Decoder:
             times += [time.perf_counter() for output in told.outputs if output.sequence_id == sequence_id]
         return times
 
+    def told(self, mode: ExpertMode) -> tuple[float, int, int, int]:
+        """Since start: seconds that steps of this mode stood still, lookups, choices of virtual steps, and how many of
+        those were substituted."""
+        counters, virtual = self._engine.cache.ledger.counters, self._engine.runner.virtual
+        counts = None if virtual is None else virtual.counts
+        choices, substituted = (0, 0) if counts is None else (sum(counts.activations), sum(counts.substituted))
+        return self._stalls_s[mode], int(counters.lookups()), choices, substituted
+
+    def missed(self) -> list[int]:
+        """Lookups of each MoE layer that did not find their expert, since start."""
+        counters = self._engine.cache.ledger.counters
+        return [late + missed for late, missed in zip(counters.late, counters.misses, strict=True)]
+
+    def abort(self, sequence_ids: Sequence[int]) -> None:
+        """End these, and all steps that are left to do."""
+        core = self._engine.core
+        core.abort(sequence_ids, time.perf_counter())
+        while core.has_work:
+            core.step(time.perf_counter())
+
     def _submit(self, mode: ExpertMode, tokens: int) -> int:
         sequence_id, self._next_id = self._next_id, self._next_id + 1
         prompt = list(self._prompts[sequence_id % len(self._prompts)][:PROMPT])
         how = Sampling(max_tokens=4 * tokens, temperature=1.0, seed=sequence_id, ignore_eos=True)
         self._engine.core.submit(Submit(sequence_id, [TextInput(prompt)], how, mode=mode), time.perf_counter())
         return sequence_id
-
-    def _lookups(self) -> int:
-        return int(self._engine.cache.ledger.counters.lookups())
-
-    def _missed(self) -> list[int]:
-        """Lookups of each MoE layer that did not find their expert, since start."""
-        counters = self._engine.cache.ledger.counters
-        return [late + missed for late, missed in zip(counters.late, counters.misses, strict=True)]
-
-    def _counts(self) -> tuple[int, int]:
-        """Choices of virtual steps, and how many were substituted."""
-        virtual = self._engine.runner.virtual
-        return (0, 0) if virtual is None else (sum(virtual.counts.activations), sum(virtual.counts.substituted))
 
     def _watch(self, runner: Forward) -> Forward:
         """Told by mode what steps stood still."""

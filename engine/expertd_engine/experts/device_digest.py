@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _EVICTIONS = 8
 """Between two looks at the running launch."""
-_TOLD_AT_ONCE = 2
+_TOLD_AT_ONCE = 8
 """Layers of a launch that has ended, likewise."""
 
 
@@ -67,6 +67,8 @@ class Digest:
         """What to set aside; `streamed`: as `Aside.wanted`."""
         cache, pool = self._cache, self._cache.ledger.pool
         unused = max(0, pool.limit - pool.number(Use.OWNED, Use.LENT))
+        if cache.ledger.kept:
+            unused = 0  # what virtual mode swaps in needs them, and nobody takes back what steps were handed
         absent = sum(cache.ledger.experts_per_layer) - pool.number(Use.OWNED)
         copies_alone = cache.computing is not None and not cache.computing.lands
         brings_in = cache.computing is not None and cache.ledger.brings_in

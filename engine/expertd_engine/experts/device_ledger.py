@@ -55,7 +55,7 @@ from expertd_engine.experts.events import (
     SetBudget,
     Tick,
 )
-from expertd_engine.experts.policy import Policy
+from expertd_engine.experts.policy import Facts, Policy
 from expertd_engine.experts.residency import Record, State
 
 _RESULTS: tuple[LookupResult, ...] = ("hit", "miss", "late", "miss", "miss", "miss")
@@ -70,7 +70,8 @@ class DeviceLedger(SlotLedger):
     `record_bytes[l]` is the length in bytes of a record of MoE layer l, which has `experts_per_layer[l]` experts; each
     lies in a slot of the chunks that `plan` describes. `budget_bytes` may later be set anywhere from `minimum_bytes` to
     `max_budget_bytes` (default: `budget_bytes`). At most `prefetch_depth` prefetches are in flight; without `prefetch`,
-    hints only tell the policy about next uses. Raises BudgetError for a budget below the minimum.
+    hints only tell the policy about next uses. `uses` takes in many as `policy.used` does one; None: one by one. Raises
+    BudgetError for a budget below the minimum.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class DeviceLedger(SlotLedger):
         max_budget_bytes: int | None = None,
         prefetch: bool = True,
         prefetch_depth: int = 8,
+        uses: Callable[[Sequence[Facts]], None] | None = None,
     ) -> None:
         super().__init__(
             record_bytes, experts_per_layer, plan, budget_bytes, policy, max_budget_bytes, prefetch, prefetch_depth
@@ -97,6 +99,10 @@ class DeviceLedger(SlotLedger):
         """Copies begun of what the processor had to compute."""
         self._hinted = 0
         """Ticks for which slots and link are left to what hints name."""
+        self._uses = _one_by_one(policy) if uses is None else uses
+        self._used: list[Facts] = []
+        """Uses by decoding tokens that the policy is to be told of, of layers up to `_used_layer`."""
+        self._used_layer = -1
         self._computed: dict[ExpertId, Record] = {}
         """What the processor had to compute of late, the latest last."""
         records = iter(self._residency.records.values())
@@ -118,6 +124,7 @@ class DeviceLedger(SlotLedger):
         self._residency.out = out  # type: ignore[assignment]  # it only appends loads and cancellations
         for event in events:
             self._handlers[type(event)](event)
+        self._tell_uses()
         if self.wanted:
             self._serve_wanted()
         if not self._still:
@@ -152,13 +159,15 @@ class DeviceLedger(SlotLedger):
 
     def _seen(self, event: Seen) -> None:
         """The hottest loop of a token: 384 uses for 48 layers of 8. `Victims` need not be told of who only rose."""
-        records, foresight, used = self._by_layer[event.layer], self._foresight, self._policy.used
+        if event.layer <= self._used_layer:
+            self._tell_uses()  # another step: an expert may be used again
+        records, foresight, used = self._by_layer[event.layer], self._foresight, self._used
         lookups, scan, covered = foresight.lookups, event.scan, 0
+        self._used_layer = event.layer
         for index, source in zip(event.experts, event.sources, strict=True):
             record = records[index]
             facts = record.facts
-            was_foreseen = facts.next_use is not None
-            if was_foreseen:
+            if facts.next_use is not None:
                 covered += self._forget(record, event.position + index)
             if record.pending:
                 self._residency.settle_prefetch(record, "used" if source == HIT else "late")
@@ -168,19 +177,26 @@ class DeviceLedger(SlotLedger):
             facts.probation = scan
             facts.last_use = lookups
             if not scan:
-                used(facts)
-            if was_foreseen and facts.ticket:
-                self._residency.victims.offer(facts)  # what was known of it may be past
+                used.append(facts)
         foresight.lookups = lookups
         if self.brings_in and not scan and (COMPUTED in event.sources or SHARED in event.sources):
             self._note_computed(event)
         self.foreseen_until(event.position)
         self._count_seen(event, covered)
 
+    def _tell_uses(self) -> None:
+        if self._used:
+            self._uses(self._used)
+            self._used = []
+        self._used_layer = -1
+
     def _forget(self, record: Record, used_at: int) -> bool:
         """What was foreseen up to this use is past; whether the use was foreseen."""
-        next_use = record.facts.next_use
+        facts = record.facts
+        next_use = facts.next_use
         self._foresight.forget_until(record, used_at)
+        if facts.ticket:
+            self._residency.victims.offer(facts)
         return next_use is not None and next_use <= used_at
 
     def _count_seen(self, event: Seen, covered: int) -> None:
@@ -238,6 +254,7 @@ class DeviceLedger(SlotLedger):
                 self._hinted = _HINTED_TICKS
 
     def _tick(self, event: Tick) -> None:
+        self._tell_uses()
         self._foresight.advance(event.position)
         self._hinted = max(0, self._hinted - 1)
         self._adapt(self.pool.limit)
@@ -300,6 +317,14 @@ class DeviceLedger(SlotLedger):
         first = victims.take()
         victims.offer(first)
         return first.probation or self._policy.rank(record.facts) > self._policy.rank(first)
+
+
+def _one_by_one(policy: Policy) -> Callable[[Sequence[Facts]], None]:
+    def told(uses: Sequence[Facts]) -> None:
+        for facts in uses:
+            policy.used(facts)
+
+    return told
 
 
 assert _RESULTS[LANDED] == "miss" and _RESULTS[WAITED] == "late"

@@ -64,6 +64,8 @@ class DeviceSteps:
         """Called again and again while a launch runs, for what may wait until there is time."""
         self.routes: Callable[[int], Sequence[int]] = _unknown
         """What a layer of the running step routes to, where that is known to the host before it has ended."""
+        self.foreknown: Callable[[], Sequence[Sequence[int]]] = tuple
+        """The experts of each layer of the step that begins, where all of them are known by then; else nothing."""
         self._asked: Lookahead = lookahead
         self._heard: Callable[[int], Sequence[int]] = _unknown
         """Of lookahead and routes, by the running step: of neither while hints do not pay, as if nobody gave any."""
@@ -104,7 +106,8 @@ class DeviceSteps:
         self._ask()
         self._scan, self._layers_known, self._scanned = scan, 0, ExpertCounts()
         self.fetched.clear()
-        hints = () if scan else tuple(self._asked.begin_step(self._step, token_ids))  # prompts stream their experts
+        self.ledger.spare(self.foreknown() if self.foresees else ())
+        hints = tuple(self._asked.begin_step(self._step, token_ids))
         self._executor.pump([Predict(hints)] if hints else [])
 
     def before_launch(self) -> None:

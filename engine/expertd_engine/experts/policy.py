@@ -117,6 +117,12 @@ class AdaptiveNextUse(NextUse):
         if facts.expert in self._sampled:
             self._half_lives.use(facts.expert, facts.last_use)
 
+    def sample(self, uses: Iterable[Facts]) -> None:
+        """Of these uses, whose weights are up to date, show the shadow caches what they follow."""
+        for facts in uses:
+            if facts.expert in self._sampled:
+                self._half_lives.use(facts.expert, facts.last_use)
+
     def adapt(self, lookups: int, slots: int, known: Iterable[Facts]) -> bool:
         self._half_lives.slots = slots
         if not self._half_lives.judge(lookups):

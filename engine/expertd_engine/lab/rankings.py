@@ -91,9 +91,7 @@ class ClairvoyantRanking:
         self._bounds = events.bounds
 
     def used(self, number: int, experts: Ids, at: Ids, offset: int | Ids) -> None:
-        begin = self._bounds[number]
-        lookups = begin + offset if isinstance(offset, np.ndarray) else slice(begin + offset, begin + offset + len(at))
-        self.ranks[experts] = -self._next[lookups].astype(np.float64)
+        self.ranks[experts] = -self._next[_lookups(self._bounds[number], at, offset)].astype(np.float64)
 
 
 class LeastStaleRanking:
@@ -126,8 +124,6 @@ class ForeseenRanking:
 
     def __init__(self, events: Events, leads: int, half_life: float = HALF_LIFE_TOKENS) -> None:
         self._history = LFURanking(events, half_life)
-        self._known = np.full(events.total, NEVER)
-        """Event of the next use, where it is known."""
         self._next, self._events, self._leads = events.next_uses(), events, leads
         self.ranks: Floats = np.full(events.total, -np.inf)
         self.changed: Ids | None = None
@@ -135,19 +131,23 @@ class ForeseenRanking:
     def used(self, number: int, experts: Ids, at: Ids, offset: int | Ids) -> None:
         self._history.used(number, experts, at, offset)
         bounds, ahead = self._events.bounds, number + self._leads
-        following = self._next[bounds[number] + np.arange(len(experts)) + offset]
-        self._known[experts] = np.where(following <= ahead, following, NEVER)
-        self._rank(experts)
+        following = self._next[_lookups(bounds[number], at, offset)]
+        self.ranks[experts] = np.where(following <= ahead, _LAST - following, self._history.ranks[experts])
         self.changed = None
         if number < ahead < len(bounds) - 1:
             seen = self._events.experts[bounds[ahead] : bounds[ahead + 1]]
-            self.changed = seen[self._known[seen] == NEVER]
-            self._known[self.changed] = ahead
-            self._rank(self.changed)
+            self.changed = seen[self.ranks[seen] < _KNOWN]
+            self.ranks[self.changed] = _LAST - ahead
 
-    def _rank(self, experts: Ids) -> None:
-        known = self._known[experts]
-        self.ranks[experts] = np.where(known == NEVER, self._history.ranks[experts], float(NEVER) - known)
+
+_LAST = float(NEVER)
+_KNOWN = _LAST / 2
+"""From here on ranks are of known next uses, the soonest highest; below, of history."""
+
+
+def _lookups(begin: int, at: Ids, offset: int | Ids) -> slice | Ids:
+    """Of an event that begins with lookup `begin`, those that are told of."""
+    return begin + offset if isinstance(offset, np.ndarray) else slice(begin + offset, begin + offset + len(at))
 
 
 class NamedRanking:

@@ -33,8 +33,8 @@ BUFFER_BYTES = 8 * 2**20
 class TraceRecorder:
     """A `Watch` on steps. Raises ConfigError for a folder that cannot be written to.
 
-    The header's share of all steps is recorded, `limit_bytes` of parts are kept; with `hidden`, what the routers saw
-    too. `unroll`: each row of a step is recorded as a decoding step of its own, as text is when it is generated.
+    The header's share of all steps is recorded, `limit_bytes` of parts are kept in the folder; with `hidden`, what the
+    routers saw too. `unroll`: each row of a step is recorded as a decoding step of its own, as text is when generated.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class TraceRecorder:
     ) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            before = [(path, path.stat().st_size) for path in sorted(folder.glob(f"*{SUFFIX}"))]
         except OSError as error:
             raise ConfigError(f"trace_dir: cannot write to {folder}: {error.strerror}") from None
         self.sees_hidden = hidden
@@ -69,8 +70,9 @@ class TraceRecorder:
         self._open: _Step | None = None
         self._kept: list[_Step] = []
         self._buffered = 0
-        self._parts: deque[tuple[Path, int]] = deque()
-        self._written = 0
+        self._parts = deque(before)
+        """Oldest first, those of earlier recorders too: the bound is the folder's."""
+        self._bytes = sum(size for _, size in before)
         self._writer = ThreadPoolExecutor(1, "trace")
 
     def begin_step(self, streams: Sequence[int], decode: Sequence[bool]) -> bool:
@@ -123,11 +125,11 @@ class TraceRecorder:
                 self._unrolled += len(trace)
             size = write_part(path, trace)
             self._parts.append((path, size))
-            self._written += size
-            while self._written > self._limit:
+            self._bytes += size
+            while self._bytes > self._limit:
                 oldest, size = self._parts.popleft()
                 oldest.unlink(missing_ok=True)
-                self._written -= size
+                self._bytes -= size
         except OSError as error:
             self.failure = f"routes are no longer recorded: cannot write {path}: {error.strerror}"
             logger.warning("%s", self.failure)

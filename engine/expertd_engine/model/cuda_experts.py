@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from expertd_engine.experts.device_staging import Chunk
-from expertd_engine.kernels.cuda.experts import ExpertLayout, decode_tiles, experts_decode
+from expertd_engine.kernels.cuda.experts import Asking, ExpertLayout, decode_tiles, experts_decode
 from expertd_engine.kernels.cuda.experts_prefill import PairGroups, combine, experts_prefill
-from expertd_engine.kernels.cuda.host_experts import Mailbox, ask, collect
+from expertd_engine.kernels.cuda.host_experts import Mailbox
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers, publish, resolve
 
 
@@ -54,12 +54,10 @@ class TableExperts:
         chosen = index if self._given is None else self._given.of(moe, len(index))
         box = self._mailbox
         resolve(self._table, moe, chosen, self._num_rows, scratch, left=None if box is None else box.left)
-        if box is not None:
-            ask(box, moe, x, weights, scratch)
-        shares = box is not None and box.shares
-        experts_decode(self._layouts[moe], self._table, x, weights, scratch, out, shares=shares)
-        if box is not None:
-            collect(box, moe, scratch, out)
+        experts_decode(
+            self._layouts[moe], self._table, x, weights, scratch, out, shares=box is not None and box.shares,
+            asking=None if box is None else Asking(box, moe),
+        )  # fmt: skip
 
     def finish(self, rows: int) -> None:
         """Publish what landed in the last layer of a step of `rows` rows."""

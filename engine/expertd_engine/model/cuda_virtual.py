@@ -6,7 +6,7 @@ host reads them when the step has ended, and moves experts for the steps after.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -97,30 +97,43 @@ class DeviceVirtual:
         self.held = held
         self._work, self._top_k, self._tokens = work, top_k, 0
         self._met = np.zeros((len(norms), MET))
-        """Summed over rows, since start."""
+        """Summed over rows, since start, but for what is `_uncounted`."""
+        self._uncounted: list[Floats] = []
         self._norms = np.zeros((len(norms), max(map(len, norms))), np.float32)
         for layer, row in enumerate(norms):
             self._norms[layer, : len(row)] = row
 
     def end_step(self, lengths: Sequence[int]) -> list[Substitutions]:
-        """A virtual step over sequences of so many rows each has ended, well: what it did to each."""
+        """A virtual step over sequences of so many rows each has ended, well: what it did to each. The device stands
+        still meanwhile: all else waits for the next launch."""
         rows = sum(lengths)
         told = self._work.told(rows)
         self._tokens += rows
-        self.held.digest(map(np.multiply, told.asked, self._norms), rows / max(1, len(lengths)))
+        self._uncounted.append(told.met)
+        self.held.digest(self._importance(told), rows / max(1, len(lengths)))
         ends = accumulate(lengths)
-        return [self._count(told.met[end - count : end]) for count, end in zip(lengths, ends, strict=True)]
+        return [self._done_to(told.met[end - count : end]) for count, end in zip(lengths, ends, strict=True)]
 
     @property
     def counts(self) -> VirtualCounts:
         """Since start."""
-        replaced, mass, fetched = self._met.T
+        self._count()
+        replaced, mass, fetched, _ = self._met.T
         activations = [self._tokens * self._top_k] * len(self._met)
         return VirtualCounts(activations, list(map(int, replaced)), mass.tolist(), self._tokens, int(fetched.sum()))
 
-    def _count(self, met: Floats) -> Substitutions:
-        by_layer = met.sum(axis=0)
-        self._met += by_layer
-        replaced, mass, _ = by_layer.sum(axis=0).tolist()
-        rows, layers = len(met), len(by_layer)
+    def _importance(self, told: Told) -> Iterator[NDArray[np.float32]]:
+        """`[experts]` of each layer in its turn."""
+        self._count()
+        yield from map(np.multiply, told.asked, self._norms)
+
+    def _count(self) -> None:
+        for met in self._uncounted:
+            self._met += met.sum(axis=0)
+        self._uncounted.clear()
+
+    def _done_to(self, met: Floats) -> Substitutions:
+        """To one sequence."""
+        rows, layers, _ = met.shape
+        replaced, mass, _, _ = met.sum(axis=(0, 1)).tolist()
         return Substitutions(rows * layers * self._top_k, int(replaced), mass / layers, rows)

@@ -145,8 +145,9 @@ def _ends_of_bad_words(row: SampleRow) -> list[int]:
 def _draw(adjusted: torch.Tensor, row: SampleRow) -> int:
     """Inverse of the cumulative distribution over the candidates."""
     sampling = row.sampling
-    # Relative to the best, so that a temperature near zero overflows to no more than -inf.
-    scores = (adjusted - adjusted.max()) / sampling.temperature
+    # Relative to the best, so that a temperature near zero overflows to no more than -inf. float32 has smaller numbers
+    # than `tiny`, but not all processors divide by them.
+    scores = (adjusted - adjusted.max()) / max(sampling.temperature, torch.finfo(torch.float32).tiny)
     ids = _candidates(scores, sampling)
     cumulative = scores[ids].softmax(-1).double().cumsum(0)
     target = uniform(sampling.seed, row.choice_index, row.position) * float(cumulative[-1])

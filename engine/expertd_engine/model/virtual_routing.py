@@ -62,12 +62,13 @@ layers, `[n, T]` and `[n, T, K]`."""
 def importance(norms: Sequence[Floats]) -> Score:
     """SwapMoE's score, ‖x‖·g·‖E‖, from the norms `[E]` of each layer's experts."""
 
-    table = np.zeros((len(norms), max(map(len, norms))), np.float32)
+    width = max(map(len, norms))
+    table = np.zeros(len(norms) * width, np.float32)
     for layer, row in enumerate(norms):
-        table[layer, : len(row)] = row
+        table[layer * width : layer * width + len(row)] = row
 
     def score(layer: Layers, lengths: Floats, chosen: Ids, weights: Floats) -> Floats:
-        product: Floats = lengths[..., None] * weights * table[layer, chosen]
+        product: Floats = lengths[..., None] * weights * table.take(layer * width + chosen)
         return product
 
     return score
@@ -110,6 +111,7 @@ class VirtualRouting:
         self._mass: Floats = np.zeros(0, np.float32)
         self._choices = 0
         """Of each row, in the layers so far."""
+        self._all_layers = np.arange(len(routers))[:, None, None]
 
     def begin_step(self, limits: Sequence[float], token_ids: Sequence[int]) -> bool:
         """A step of these tokens, with such limits of substituted mass, begins; as `HeldExperts.begin_step`."""
@@ -189,7 +191,8 @@ class VirtualRouting:
         if not met.layers:
             return
         self._choices += len(met.layers) * met.chosen.shape[2]
-        at = np.array(met.layers)[:, None, None]
+        whole = len(met.layers) == len(self.routers)
+        at = self._all_layers if whole else np.array(met.layers)[:, None, None]
         values = self.score(at, met.lengths, met.chosen, met.weights)
         self._substituted += met.replaced.sum(axis=0)
         self._mass += met.mass.sum(axis=0)
@@ -203,9 +206,12 @@ class VirtualRouting:
         if sets.limits.per_step:  # after each step it is asked who is best and worst: kept up as they are observed
             sets.observe_each(layers, _sums_of_layers(chosen, values))
             return
-        sums = np.bincount((at * sets.width + chosen).ravel(), values.ravel(), len(sets.scores))
+        where, counting = (at * sets.width + chosen).ravel(), values.ravel().astype(np.float64)
         scores = np.frombuffer(sets.scores)
-        scores += sums * sets.unit
+        if chosen.shape[1] == 1:  # a row chooses nobody twice
+            scores[where] += counting * sets.unit
+        else:
+            scores += np.bincount(where, counting, len(scores)) * sets.unit
         sets.observed(layers)
 
     def _foresee(self, layer: int, hidden: Tensor) -> None:

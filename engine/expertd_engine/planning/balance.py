@@ -26,6 +26,8 @@ _KEPT = 1 - 1 / 256
 is no longer tried is tried again."""
 _NOTICED = 0.05
 """Speeds as near as that to those of the present splits leave them."""
+_AT_ONCE = 24
+"""Splits found anew between two looks at a running step."""
 
 
 class Balance:
@@ -41,12 +43,12 @@ class Balance:
         self._early: Counter[int] = Counter()
         """Of the running step, by class: layers for which the processor was later, and for which it was not."""
         self._steps = 0
-        self._used = [math.nan] * (most + 1)
+        self._used = [math.inf] * (most + 1)
         self.met_late = self.met_early = 0
         """Layers since the beginning."""
         self.splits: dict[Shape, list[Split]] = {shape: [Split()] * (most + 1) for shape in shapes}
         """By how many experts a layer misses."""
-        self.refresh()
+        self.refresh(most)
 
     @property
     def cpu_bytes_per_s(self) -> float:
@@ -75,15 +77,15 @@ class Balance:
         self._late.clear()
         self._early.clear()
 
-    def refresh(self) -> bool:
-        """Have `splits` follow; whether any has changed."""
+    def refresh(self, at_once: int = _AT_ONCE) -> bool:
+        """Have `splits` follow, so many at once, those of few missing experts first; whether any has changed."""
         before = {shape: list(splits) for shape, splits in self.splits.items()}
-        for missing in range(1, self._most + 1):
-            slower = self._all + self._own[_class_of(missing)]
-            if not abs(slower - self._used[missing]) <= _NOTICED:  # nothing is used yet: not a number
-                self._used[missing] = slower
-                for (nbytes, inner), splits in self.splits.items():
-                    splits[missing] = self._split(missing, math.exp(slower), nbytes, inner)
+        slower = [self._all + self._own[_class_of(missing)] for missing in range(self._most + 1)]
+        moved = [n for n in range(1, self._most + 1) if abs(slower[n] - self._used[n]) > _NOTICED]
+        for missing in moved[:at_once]:
+            self._used[missing] = slower[missing]
+            for (nbytes, inner), splits in self.splits.items():
+                splits[missing] = self._split(missing, math.exp(slower[missing]), nbytes, inner)
         return self.splits != before
 
     def _split(self, missing: int, slower: float, nbytes: int, inner: int) -> Split:

@@ -58,8 +58,11 @@ async def _plan(
     try:
         return await plan_chat(service, model, request.as_chat(), record)
     except InvalidRequest as error:
-        renamed = {"messages": "input", "response_format": "text"}
-        error.param = renamed.get(error.param or "", error.param)
+        for theirs, ours in (("messages", "input"), ("response_format", "text")):
+            if error.param == theirs:
+                error.param = ours
+                if error.message.startswith(theirs):
+                    error.message = ours + error.message.removeprefix(theirs)
         raise
 
 

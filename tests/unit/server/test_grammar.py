@@ -93,8 +93,9 @@ def test_a_schema_that_cannot_be_kept_to_is_refused_naming_what_it_is(constraint
         ("lark", "start: foo", "unknown name"),
         ("lark", "start: " + "(" * 20000, "too deeply nested"),
         ("json_schema", '{"items":' * 3000 + "{}" + "}" * 3000, "recursion limit"),
+        ("json_schema", '{"$ref": "#"}', "nothing but itself"),
     ],
-    ids=["json", "regex", "backreference", "empty-regex", "empty-choice", "lark", "deep-lark", "deep-schema"],
+    ids=["json", "regex", "backreference", "empty-regex", "empty-choice", "lark", "deep-lark", "deep-schema", "itself"],
 )
 def test_a_grammar_that_is_none_is_refused_saying_why(kind: ConstraintKind, text: str, reason: str) -> None:
     assert reason in refusal(Constraint(kind, text))

@@ -1,4 +1,5 @@
-"""Expert FFNs of a few rows each, straight from the records that `resolve` found: two launches a layer.
+"""Expert FFNs of a few rows each, straight from the records that `resolve` found: two launches a layer, in which the
+processor is asked for what is left to it, too.
 
 A record is read once, from wherever it lies, and what lands is written by the program that reads it. A row's result
 depends on the row and the weights alone: every product has one order of summation, whatever the batch, and a row's
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from expertd_engine.experts.store_format import RecordLayout, TensorSpec
 from expertd_engine.kernels.cuda.expert_blocks import add_partials, down_block, gate_up_block
+from expertd_engine.kernels.cuda.host_experts import Mailbox, add_answer, post_request
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers
 from expertd_engine.kernels.row_order import part_offsets, row_bytes
 
@@ -82,43 +84,74 @@ def _parts(spec: TensorSpec | None) -> tuple[int, int, int]:
     return spec.offset + data, spec.offset + scales, spec.offset + minima
 
 
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """A layer of which the processor computes what is left to it, and where it is asked."""
+
+    mailbox: Mailbox
+    layer: int
+
+
 def experts_decode(
     layout: ExpertLayout, table: TablePointers, x: Tensor, weights: Tensor, scratch: ExpertScratch, out: Tensor, *,
-    shares: bool = False,
+    shares: bool = False, asking: Asking | None = None,
 ) -> None:  # fmt: skip
     """Add each row's weighted experts to `out` (float32 `[R, H]`), after `resolve` of its routes.
 
     `x` `[R, H]` bfloat16 or float32: what the products are computed in, unless the records are float32. `weights`
-    float32 `[R, top_k]`. `shares`: of some experts a part alone is computed, as `scratch.cut` says.
+    float32 `[R, top_k]`. `shares`: of some experts a part alone is computed, as `scratch.cut` says. `asking`: what is
+    left to the processor is asked for, waited for and added.
     """
-    gate_up(layout, table, x, scratch, decode_tiles(layout, layout.hidden), shares=shares)
-    down(layout, table, weights, scratch, out, decode_tiles(layout, layout.inner), shares=shares)
+    tiles = decode_tiles(layout, layout.hidden), decode_tiles(layout, layout.inner)
+    gate_up(layout, table, x, scratch, tiles[0], shares=shares, asking=asking, weights=weights)
+    down(layout, table, weights, scratch, out, tiles[1], shares=shares, asking=asking)
 
 
 def gate_up(
-    layout: ExpertLayout, table: TablePointers, x: Tensor, scratch: ExpertScratch, tiles: Tiles, *, shares: bool = False
-) -> None:
-    """`scratch.inner` of each pair: the first launch of `experts_decode`."""
-    _gate_up_kernel[(triton.cdiv(layout.inner, tiles.outputs), len(scratch.address))](
-        *_resolved(table, scratch), x, scratch.inner,
+    layout: ExpertLayout, table: TablePointers, x: Tensor, scratch: ExpertScratch, tiles: Tiles, *,
+    shares: bool = False, asking: Asking | None = None, weights: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`scratch.inner` of each pair: the first launch of `experts_decode`. `weights`: for who is asked."""
+    programs = len(scratch.address) + (asking is not None)
+    _gate_up_kernel[(triton.cdiv(layout.inner, tiles.outputs), programs)](
+        *_resolved(table, scratch), x, scratch.inner, *_request(scratch, weights, asking),
         **record_constants(layout, tiles, layout.inner, layout.hidden), TOP_K=scratch.top_k,
         GATE=layout.offsets[0], UP=layout.offsets[1], GATE_BIAS=layout.biases[0], UP_BIAS=layout.biases[1],
         ACTIVATION=layout.activation, ALPHA=layout.alpha, LIMIT=layout.limit,
-        MT=_ROWS, SHARES=shares, num_warps=tiles.warps, num_stages=tiles.stages,
+        MT=_ROWS, SHARES=shares, ASKS=asking is not None, CHOICES=triton.next_power_of_2(scratch.top_k),
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 
 def down(
     layout: ExpertLayout, table: TablePointers, weights: Tensor, scratch: ExpertScratch, out: Tensor, tiles: Tiles, *,
-    shares: bool = False,
+    shares: bool = False, asking: Asking | None = None,
 ) -> None:  # fmt: skip
     """From `scratch.inner` to `out`: the second launch of `experts_decode`."""
     _down_kernel[(triton.cdiv(layout.hidden, tiles.outputs), len(scratch.address))](
         *_resolved(table, scratch), scratch.row_pairs, scratch.inner, weights, scratch.partials, scratch.arrived, out,
+        *_answer(asking),
         **record_constants(layout, tiles, layout.hidden, layout.inner), TOP_K=scratch.top_k,
         DOWN=layout.offsets[2], BIAS=layout.biases[2],
-        MT=_ROWS, SHARES=shares, num_warps=tiles.warps, num_stages=tiles.stages,
+        MT=_ROWS, SHARES=shares, ASKS=asking is not None, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
+
+
+def _request(scratch: ExpertScratch, weights: Tensor | None, asking: Asking | None) -> tuple[Any, ...]:
+    """What `post_request` is given beyond what kernels know; nothing where nobody is asked."""
+    if asking is None:
+        return (*(None,) * 10, 0, 0, 0, 0)
+    box = asking.mailbox
+    pointers = (box.sent, box.arrived, box.posted, box.head, box.experts, box.pairs, box.x, box.weights)
+    numbers = (asking.layer, box.experts.shape[1], len(scratch.pairs), scratch.max_rows)
+    return (weights, scratch.experts, *pointers, *numbers)
+
+
+def _answer(asking: Asking | None) -> tuple[Any, ...]:
+    if asking is None:
+        return (*(None,) * 4, 0)
+    box = asking.mailbox
+    return (box.sent, box.done, box.later, box.sums, asking.layer)
 
 
 def _resolved(table: TablePointers, scratch: ExpertScratch) -> tuple[Tensor, ...]:
@@ -158,16 +191,31 @@ def _fitting(tiles: Tiles, layout: ExpertLayout, cols: int) -> Tiles:
     return replace(tiles, span=min(tiles.span, max(32, triton.next_power_of_2(data))))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "width", "num_pairs", "most_rows"])
 def _gate_up_kernel(
     totals: tl.tensor, begin: tl.tensor, address: tl.tensor, land: tl.tensor, wait: tl.tensor, cuts: tl.tensor,
     ready: tl.tensor, pairs: tl.tensor, x: tl.tensor, inner: tl.tensor,
+    weights: tl.tensor, distinct: tl.tensor, sent: tl.tensor, asking: tl.tensor, posted: tl.tensor, head: tl.tensor,
+    asked: tl.tensor, asked_pairs: tl.tensor, asked_x: tl.tensor, asked_weights: tl.tensor,
+    layer: tl.tensor, width: tl.tensor, num_pairs: tl.tensor, most_rows: tl.tensor,
     FORMAT: tl.constexpr, OUTPUTS: tl.constexpr, COLS: tl.constexpr, ROW: tl.constexpr, SCALE_ROW: tl.constexpr,
     BN: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, TOP_K: tl.constexpr,
     GATE: tl.constexpr, UP: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, MT: tl.constexpr, SHARES: tl.constexpr,
+    ASKS: tl.constexpr, CHOICES: tl.constexpr,
 ) -> None:  # fmt: skip
     nth = tl.program_id(1)
+    if ASKS:
+        parts = tl.minimum(tl.num_programs(0), most_rows)
+        if (nth == 0) & (tl.program_id(0) < parts) & (tl.load(totals + 2) != 0):
+            post_request(
+                totals, distinct, address, cuts, begin, pairs, x, weights, sent, asking, posted, head,
+                asked, asked_pairs, asked_x, asked_weights, layer, width, num_pairs, tl.program_id(0), parts,
+                COLS, TOP_K, CHOICES, 1024, 64,
+            )  # fmt: skip
+        if nth == 0:
+            return
+        nth -= 1
     if nth >= tl.load(totals):
         return
     first, last = tl.load(begin + nth), tl.load(begin + nth + 1)
@@ -189,14 +237,15 @@ def _gate_up_kernel(
         record, target = landed(record, target)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _down_kernel(
     totals: tl.tensor, begin: tl.tensor, address: tl.tensor, land: tl.tensor, wait: tl.tensor, cuts: tl.tensor,
     ready: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor, inner: tl.tensor, weights: tl.tensor,
     partials: tl.tensor, arrived: tl.tensor, out: tl.tensor,
+    sent: tl.tensor, done: tl.tensor, later: tl.tensor, sums: tl.tensor, layer: tl.tensor,
     FORMAT: tl.constexpr, OUTPUTS: tl.constexpr, COLS: tl.constexpr, ROW: tl.constexpr, SCALE_ROW: tl.constexpr,
     BN: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, TOP_K: tl.constexpr,
-    DOWN: tl.constexpr, BIAS: tl.constexpr, MT: tl.constexpr, SHARES: tl.constexpr,
+    DOWN: tl.constexpr, BIAS: tl.constexpr, MT: tl.constexpr, SHARES: tl.constexpr, ASKS: tl.constexpr,
 ) -> None:  # fmt: skip
     nth = tl.program_id(1)
     distinct = tl.load(totals)
@@ -224,6 +273,9 @@ def _down_kernel(
         tl.store(arrived + block, 0)
         output = block * BN + tl.arange(0, BN)
         add_partials(row_pairs, partials, out, tl.load(totals + 1), output, OUTPUTS, TOP_K, BN)
+        if ASKS:
+            is_last = block == tl.num_programs(0) - 1
+            add_answer(totals, sent, done, later + layer, sums, out, output, is_last, OUTPUTS)
 
 
 @triton.jit

@@ -61,9 +61,10 @@ def normalised(
     x: tl.tensor, weight: tl.tensor, bias: tl.tensor, i: tl.tensor, n: tl.tensor, eps: tl.tensor, LAYER: tl.constexpr
 ) -> tl.tensor:
     """The norm of `n` numbers x, zeros elsewhere, of which x[j] is number i[j]. One axis."""
+    gain = tl.load(weight + i, i < n, 0.0)  # on its way while all threads wait for the sums
     centred = tl.where(i < n, x - tl.sum(x, 0) / n, 0.0) if LAYER else x
     scaled = centred * (1.0 / tl.sqrt_rn(tl.sum(centred * centred, 0) / n + eps))
-    scaled = scaled * tl.load(weight + i, i < n, 0.0)
+    scaled = scaled * gain
     if bias is not None:
         scaled = scaled + tl.load(bias + i, i < n, 0.0)
     return scaled

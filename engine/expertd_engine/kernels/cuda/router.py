@@ -14,8 +14,16 @@ from torch import Tensor
 
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm, normalised
-from expertd_engine.kernels.cuda.selection import ranked, scored
-from expertd_engine.kernels.cuda.substitute import Among, answer
+from expertd_engine.kernels.cuda.selection import (
+    HELD,
+    MOST_EXPERTS,
+    by_logits,
+    by_scores,
+    scored,
+    sums_of_four,
+    sums_of_two,
+)
+from expertd_engine.kernels.cuda.substitute import LENGTH, Among, answer
 from expertd_engine.model.native_abi import NormKind, Scores
 
 _EXPERTS_AT_ONCE = 4
@@ -43,6 +51,8 @@ class RouterLayout:
             raise ValueError(f"a router of {self.matrix.format} is not supported; allowed are float32 and bfloat16")
         if self.scores not in (Scores.SOFTMAX, Scores.SIGMOID, Scores.CHOSEN):
             raise ValueError(f"scores of kind {self.scores!r} are not selected here")
+        if self.matrix.rows > MOST_EXPERTS:
+            raise ValueError(f"{self.matrix.rows} experts cannot be selected from: at most {MOST_EXPERTS} can")
         if self.groups > 1 and self.matrix.rows % self.groups:
             raise ValueError(f"{self.matrix.rows} experts are not {self.groups} equal groups")
 
@@ -88,6 +98,7 @@ def route(
         BLOCK_S=triton.next_power_of_2(matrix.rows // groups),
         WIDTH=1 if among is None else among.experts.shape[1],
         SHARED=1 if among is None else among.shared_by,
+        PLAIN=groups == 1 and router.bias is None,
         num_warps=max(1, min(8, block // 512)),
     )
 
@@ -109,7 +120,7 @@ def _route_kernel(
     COLS: tl.constexpr, PADDED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
     LAYER: tl.constexpr, TOP_K: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr,
     KEPT: tl.constexpr, BEST: tl.constexpr, SHARES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
-    WIDTH: tl.constexpr, SHARED: tl.constexpr,
+    WIDTH: tl.constexpr, SHARED: tl.constexpr, PLAIN: tl.constexpr,
 ) -> None:  # fmt: skip
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, BLOCK)
@@ -122,39 +133,78 @@ def _route_kernel(
         given = normalised(given, weight, norm_bias, i, COLS, eps, LAYER)
     if y is not None and part == 0:
         tl.store(y + row * y_stride + i, given.to(y.dtype.element_ty), i < COLS)
-    if held is not None:  # while the matrix is on its way: it is asked for at the end, when nothing else is
-        given = tl.where(i < COLS, given, 0.0)
-        length, limit, is_real = tl.sqrt(tl.sum(given * given, 0)), tl.load(limits + row), row < tl.load(num_rows)
+    limit, is_real = 1.0, row >= 0
+    if held is not None:
+        limit, is_real = tl.load(limits + row), row < tl.load(num_rows)
+        if part == 0:
+            seen = tl.where(i < COLS, given, 0.0)
+            tl.store(met + row * met_stride + LENGTH, tl.sqrt(tl.sum(seen * seen, 0)))
     found = tl.sum(rows * given[None, :], 1)
     if bias is not None:
         found = found + tl.load(bias + e, e < EXPERTS, 0.0)
     tl.store(logits + row * logits_stride + e, found, e < EXPERTS)
     tl.debug_barrier()  # all threads have written before one says so
-    if tl.atomic_add(done + row, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+    if tl.atomic_add(done + row, 1, sem="acq_rel") == tl.num_programs(1) - 1:  # and all may read what others have
         tl.store(done + row, 0)
-        g, s = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_S)[None, :]
-        lives = (g < GROUPS) & (s < EXPERTS // GROUPS)
-        expert = tl.where(lives, g * (EXPERTS // GROUPS) + s, 2147483647)
-        scores = tl.load(logits + row * logits_stride + expert, lives, float("-inf"), cache_modifier=".cg")
-        scores = scored(scores, lives, SCORES)
-        place, ahead = ranked(
-            logits + row * logits_stride, scores, expert, g, lives, favour, held,
-            EXPERTS, SCORES, GROUPS, KEPT, BEST,
+        _select(
+            logits + row * logits_stride, index + row * index_stride, weights + row * weights_stride, favour, held,
+            limit, is_real, asked, met, row * met_stride, served, shares, row * WIDTH, epsilon, scale,
+            EXPERTS, TOP_K, SCORES, GROUPS, KEPT, BEST, SHARES, BLOCK_G, BLOCK_S, WIDTH, SHARED, PLAIN,
         )  # fmt: skip
-        chosen = lives & (place < TOP_K)
-        if SCORES == 4:  # of what is chosen alone
-            best = tl.max(tl.max(tl.where(place == 0, scores, float("-inf")), 1), 0)
-            scores = tl.where(lives, tl.exp(scores - best), 0.0)
-            score, scores = scores, tl.where(chosen, scores, 0.0)
-        else:
-            score = scores
-        if SHARES:
-            scores = scores / (tl.sum(tl.sum(tl.where(chosen, scores, 0.0), 1), 0) + epsilon)
-        tl.store(index + row * index_stride + place, expert.to(index.dtype.element_ty), chosen)
-        tl.store(weights + row * weights_stride + place, scores * scale, chosen)
-        if held is not None:
-            answer(
-                logits + row * logits_stride, score, expert, g, lives, place, ahead, scores * scale, length, is_real,
-                favour, held, limit, asked, met + row * met_stride, served + row * WIDTH, shares + row * WIDTH,
-                TOP_K, WIDTH, SHARED, SCORES, GROUPS, KEPT, BEST,
-            )  # fmt: skip
+
+
+@triton.jit
+def _select(
+    logits: tl.tensor, index: tl.tensor, weights: tl.tensor, favour: tl.tensor, held: tl.tensor,
+    limit: tl.tensor, is_real: tl.tensor, asked: tl.tensor, met: tl.tensor, met_at: tl.tensor,
+    served: tl.tensor, shares: tl.tensor, served_at: tl.tensor, epsilon: tl.tensor, scale: tl.tensor,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
+    BEST: tl.constexpr, SHARES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, WIDTH: tl.constexpr,
+    SHARED: tl.constexpr, PLAIN: tl.constexpr,
+) -> None:  # fmt: skip
+    """One row's experts, by logits that are all there. Few sums, several at once: at each all threads wait."""
+    g, s = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_S)[None, :]
+    lives = (g < GROUPS) & (s < EXPERTS // GROUPS)
+    expert = tl.where(lives, g * (EXPERTS // GROUPS) + s, 2147483647)
+    score = tl.load(logits + expert, lives, float("-inf"))
+    is_held, length = lives, 0.0
+    if held is not None:
+        is_held = lives & (tl.load(held + expert, lives, 0) != 0)
+        length = tl.where(is_real, tl.load(met + met_at + LENGTH), 0.0)  # padding asks for nothing
+    if PLAIN:
+        place, ahead, highest = by_logits(logits, held, EXPERTS, BLOCK_S)
+        place, ahead = tl.reshape(place, score.shape), tl.reshape(ahead, score.shape)
+    else:
+        score = scored(score, lives, SCORES)
+        place = by_scores(score, expert, g, lives, favour, GROUPS, KEPT, BEST)
+        ahead, highest = place, tl.max(tl.max(tl.where(place == 0, score, float("-inf")), 1), 0)
+    if SCORES == 4 or (PLAIN and SCORES == 2):
+        score = tl.where(lives, tl.exp(score - highest), 0.0)
+    elif PLAIN:
+        score = scored(score, lives, SCORES)
+    chosen = lives & (place < TOP_K)
+    taken = tl.where(chosen, score, 0.0)
+    lost, counts = 0.0, 0
+    if held is None:
+        whole, total = sums_of_two(score, taken)
+    else:
+        lacking = chosen & (is_held == 0)
+        both = is_held.to(tl.int32) * HELD + lacking.to(tl.int32)
+        whole, total, lost, counts = sums_of_four(score, taken, tl.where(lacking, score, 0.0), both)
+    per_score, told_at = scale, place
+    if PLAIN and SCORES == 2:
+        per_score, total_share = scale / whole, total / whole
+        told_at = tl.where(whole == whole, place, expert)  # one NaN, and all scores are: ids alone tell them apart
+    else:
+        total_share = total
+    if SHARES:
+        per_score = per_score / (total_share + epsilon)
+    told = lives & (told_at < TOP_K)
+    tl.store(index + told_at, expert.to(index.dtype.element_ty), told)
+    tl.store(weights + told_at, score * per_score, told)
+    if held is not None:
+        answer(
+            logits, score, expert, g, lives, place, ahead, is_held, taken * per_score, total * per_score,
+            lost * per_score, counts, length, favour, limit, asked, met + met_at, served + served_at,
+            shares + served_at, TOP_K, WIDTH, SHARED, SCORES, GROUPS, KEPT, BEST, PLAIN,
+        )  # fmt: skip

@@ -8,65 +8,103 @@ import triton.language as tl
 _AT_ONCE = tl.constexpr(32)
 """Experts that all are compared with at once. A loop of little code is quicker than a lot of it without a loop: a step
 comes here once a layer, and by then the instruction cache has forgotten it."""
-HELD = tl.constexpr(1 << 16)
+_EQUALS_AT_ONCE = tl.constexpr(8)
+"""Likewise, where there are equals, which is rare: code that is passed over had better be short."""
+HELD = tl.constexpr(1 << 12)
+"""What one expert that is held counts for where others are counted beside: below `MOST_EXPERTS` both are exact."""
+MOST_EXPERTS = 4094
 
 
 @triton.jit
-def ranked(
-    logits: tl.tensor, scores: tl.tensor, expert: tl.tensor, g: tl.tensor, lives: tl.tensor, favour: tl.tensor,
-    held: tl.tensor, EXPERTS: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
-    BEST: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """How many come before each `[G, S]` of a row by the router's rule; and how many of the held do, where logits alone
-    decide and `held` is given."""
-    if (GROUPS == 1) and (favour is None):  # a higher logit is a higher score
-        rank = tl.reshape(_ranks(logits, held, EXPERTS, scores.shape[1]), scores.shape)
-        place, ahead = rank % HELD, rank // HELD
-        if SCORES == 2:  # one NaN, and all scores are: then ids alone tell them apart
-            place = tl.where(scores == scores, place, expert)
-    else:
-        eligible = scores
-        if favour is not None:
-            eligible = scores + tl.load(favour + expert, lives, 0.0)
-        eligible = tl.where(lives & (eligible == eligible), eligible, float("-inf"))  # NaN is chosen last
-        if GROUPS > 1:
-            eligible = in_best_groups(eligible, expert, g, GROUPS, KEPT, BEST)
-        place = places(eligible, expert)
-        ahead = place
-    return place, ahead
+def by_logits(
+    logits: tl.tensor, held: tl.tensor, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Where logits alone decide: how many come before each `[BLOCK]` of a row, how many of those held (ones in `held`;
+    0 where that is None), and the highest logit. NaN is the lowest; of equals a lower id comes first."""
+    expert = tl.arange(0, BLOCK)
+    mine = _ordered(tl.load(logits + expert, expert < EXPERTS, float("-inf")))
+    rank = _higher(logits, held, mine, EXPERTS, BLOCK)
+    places_there = tl.where(expert < EXPERTS, rank % HELD, 0)
+    highest, together = tl.reduce((mine, places_there), 0, _highest_and_sum)
+    if together != EXPERTS * (EXPERTS - 1) // 2:  # some are equal, and have the same place
+        rank += _equals_before(logits, held, mine, EXPERTS, BLOCK)
+    return rank % HELD, rank // HELD, highest
 
 
 @triton.jit
-def _ranks(logits: tl.tensor, held: tl.tensor, EXPERTS: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
-    """How many logits of a row come before each `[BLOCK]`: those that are higher, and equals of a lower id; NaN is the
-    lowest. Each that is held, if `held` is given, counts `HELD` more."""
+def _higher(
+    logits: tl.tensor, held: tl.tensor, mine: tl.tensor, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """How many logits are higher than each of `mine`; those that are held count `HELD` more. Each thread goes over all
+    of them by itself: no two wait for each other. Floats, since what adds and what compares are at work together."""
     CHUNK: tl.constexpr = BLOCK if BLOCK < _AT_ONCE else _AT_ONCE
-    expert, other = tl.arange(0, BLOCK), tl.arange(0, CHUNK)
-    mine, following = _ordered(logits, expert, EXPERTS), _ordered(logits, other, EXPERTS)
-    counts = _counted(held, other, EXPERTS)
+    rank = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, BLOCK, CHUNK):
+        other = first + tl.arange(0, CHUNK)
+        theirs = _told(logits, other, float("-inf"), EXPERTS, BLOCK)
+        is_higher = (theirs[:, None] > mine[None, :]).to(tl.float32)  # which NaN never is
+        if held is not None:
+            is_higher *= (_told(held, other, 0, EXPERTS, BLOCK).to(tl.float32) * HELD + 1.0)[:, None]
+        rank += tl.sum(is_higher, 0)
+    return rank.to(tl.int32)
+
+
+@triton.jit
+def _equals_before(
+    logits: tl.tensor, held: tl.tensor, mine: tl.tensor, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """As `_higher`: how many of a lower id are equal."""
+    CHUNK: tl.constexpr = BLOCK if BLOCK < _EQUALS_AT_ONCE else _EQUALS_AT_ONCE
+    expert = tl.arange(0, BLOCK)
     rank = tl.zeros([BLOCK], tl.int32)
     for first in range(0, BLOCK, CHUNK):
-        theirs, count, at = following, counts, first + other
-        following, counts = _ordered(logits, at + CHUNK, EXPERTS), _counted(held, at + CHUNK, EXPERTS)
-        ahead = (theirs[None, :] > mine[:, None]) | (
-            (theirs[None, :] == mine[:, None]) & (at[None, :] < expert[:, None])
-        )
-        rank += tl.sum(tl.where(ahead, count[None, :], 0), 1)
+        other = first + tl.arange(0, CHUNK)
+        theirs = _ordered(_told(logits, other, float("-inf"), EXPERTS, BLOCK))
+        before = (theirs[:, None] == mine[None, :]) & (other[:, None] < expert[None, :])
+        count = tl.full([CHUNK], 1, tl.int32)
+        if held is not None:
+            count += HELD * _told(held, other, 0, EXPERTS, BLOCK)
+        rank += tl.sum(tl.where(before, count[:, None], 0), 0)
     return rank
 
 
 @triton.jit
-def _ordered(logits: tl.tensor, expert: tl.tensor, EXPERTS: tl.constexpr) -> tl.tensor:
-    found = tl.load(logits + expert, expert < EXPERTS, float("-inf"), cache_modifier=".cg")
+def _told(
+    values: tl.tensor, expert: tl.tensor, other: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """Of these experts; `other` past the last."""
+    if EXPERTS == BLOCK:
+        return tl.load(values + expert)
+    else:
+        return tl.load(values + expert, expert < EXPERTS, other)
+
+
+@triton.jit
+def _ordered(found: tl.tensor) -> tl.tensor:
     return tl.where(found == found, found, float("-inf"))
 
 
 @triton.jit
-def _counted(held: tl.tensor, expert: tl.tensor, EXPERTS: tl.constexpr) -> tl.tensor:
-    if held is None:
-        return (expert >= 0).to(tl.int32)
-    else:
-        return tl.where(tl.load(held + expert, expert < EXPERTS, 0) != 0, HELD + 1, 1)
+def _highest_and_sum(
+    a: tl.tensor, b: tl.tensor, more_a: tl.tensor, more_b: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    return tl.maximum(a, more_a), b + more_b
+
+
+@triton.jit
+def by_scores(
+    scores: tl.tensor, expert: tl.tensor, g: tl.tensor, lives: tl.tensor, favour: tl.tensor,
+    GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Where groups or biases count: how many come before each `[G, S]` of a row by the router's rule. NaN is chosen
+    last."""
+    eligible = scores
+    if favour is not None:
+        eligible = scores + tl.load(favour + expert, lives, 0.0)
+    eligible = tl.where(lives & (eligible == eligible), eligible, float("-inf"))
+    if GROUPS > 1:
+        eligible = in_best_groups(eligible, expert, g, GROUPS, KEPT, BEST)
+    return places(eligible, expert)
 
 
 @triton.jit
@@ -74,8 +112,8 @@ def places(eligible: tl.tensor, expert: tl.tensor) -> tl.tensor:
     """How many come before each `[G, S]`: those that are higher, and equals of a lower id. All are compared at once."""
     COUNT: tl.constexpr = eligible.shape[0] * eligible.shape[1]
     values, ids = tl.reshape(eligible, (COUNT,)), tl.reshape(expert, (COUNT,))
-    ahead = (values[None, :] > values[:, None]) | ((values[None, :] == values[:, None]) & (ids[None, :] < ids[:, None]))
-    return tl.reshape(tl.sum(ahead.to(tl.int32), 1), eligible.shape)
+    ahead = (values[:, None] > values[None, :]) | ((values[:, None] == values[None, :]) & (ids[:, None] < ids[None, :]))
+    return tl.reshape(tl.sum(ahead.to(tl.int32), 0), eligible.shape)
 
 
 @triton.jit
@@ -110,3 +148,38 @@ def in_best_groups(
         first = tl.min(tl.where((worth == best) & (kept == 0), g, 2147483647), 0)[None, :]
         kept = kept | (g == first)
     return tl.where(kept, eligible, float("-inf"))
+
+
+@triton.jit
+def sums_of_two(a: tl.tensor, b: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Each summed over `[G, S]`, both at once."""
+    COUNT: tl.constexpr = a.shape[0] * a.shape[1]
+    a, b = tl.reduce((tl.reshape(a, (COUNT,)), tl.reshape(b, (COUNT,))), 0, _two_added)
+    return a, b
+
+
+@triton.jit
+def sums_of_four(
+    a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """As `sums_of_two`."""
+    COUNT: tl.constexpr = a.shape[0] * a.shape[1]
+    a, b = tl.reshape(a, (COUNT,)), tl.reshape(b, (COUNT,))
+    c, d = tl.reshape(c, (COUNT,)), tl.reshape(d, (COUNT,))
+    a, b, c, d = tl.reduce((a, b, c, d), 0, _four_added)
+    return a, b, c, d
+
+
+@triton.jit
+def _two_added(
+    a: tl.tensor, b: tl.tensor, more_a: tl.tensor, more_b: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    return a + more_a, b + more_b
+
+
+@triton.jit
+def _four_added(
+    a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor,
+    more_a: tl.tensor, more_b: tl.tensor, more_c: tl.tensor, more_d: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    return a + more_a, b + more_b, c + more_c, d + more_d

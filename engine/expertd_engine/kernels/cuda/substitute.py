@@ -15,9 +15,11 @@ from torch import Tensor
 
 from expertd_engine.kernels.cuda.selection import HELD, in_best_groups, places
 
-MET = 3
+MET = 4
 """Numbers told of each row and layer: choices replaced, the share of the row's weights that they had, choices read over
-the link."""
+the link, and the length of what the router saw."""
+LENGTH = tl.constexpr(3)
+"""Which of them that is."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +27,7 @@ class Among:
     """The held experts of one layer, and where what became of `[R]` rows is left. All on the device."""
 
     held: Tensor
-    """int32 `[experts]`: 0 for those that are not held. At least top_k are."""
+    """int32 `[experts]`: 1 for those that are held, else 0. At least top_k are."""
     limits: Tensor
     """float32 `[R]`: of the share that is replaced; 1: all."""
     num_rows: Tensor
@@ -35,7 +37,7 @@ class Among:
     met: Tensor
     """float32 `[R, MET]`, rows any distance apart."""
     experts: Tensor
-    """int32 `[R, W]`, W ≥ top_k: who computes, and the first of them again where they are fewer."""
+    """int32 `[R, W]`, W ≥ top_k: who computes, and some of them again where they are fewer."""
     weights: Tensor
     """float32 `[R, W]`: zeros for those named again."""
     shared_by: int
@@ -45,62 +47,51 @@ class Among:
 @triton.jit
 def answer(
     logits: tl.tensor, score: tl.tensor, expert: tl.tensor, g: tl.tensor, lives: tl.tensor, place: tl.tensor,
-    ahead: tl.tensor, weight: tl.tensor, length: tl.tensor, is_real: tl.tensor, favour: tl.tensor,
-    held_words: tl.tensor, limit: tl.tensor, asked: tl.tensor, met: tl.tensor, experts: tl.tensor, weights: tl.tensor,
+    ahead: tl.tensor, held: tl.tensor, weight: tl.tensor, total: tl.tensor, lost: tl.tensor, counts: tl.tensor,
+    length: tl.tensor, favour: tl.tensor, limit: tl.tensor,
+    asked: tl.tensor, met: tl.tensor, experts: tl.tensor, weights: tl.tensor,
     TOP_K: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr,
-    KEPT: tl.constexpr, BEST: tl.constexpr,
+    KEPT: tl.constexpr, BEST: tl.constexpr, PLAIN: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One row, whose router put experts `[G, S]` at `place` with `weight`, out of `score`; `ahead`: held experts that
-    come before each, where the router goes by logits alone. Pointers are to this row's numbers.
+    """One row, whose router put experts `[G, S]` at `place` with `weight`, zeros but for the chosen, out of `score`, of
+    whatever sum; `ahead`: `held` experts that come before each, where the router goes by logits alone (`PLAIN`).
+    `total` and `lost` weigh all choices and those that are not held, `counts` holds `HELD` for each expert held and 1
+    for each of those. Pointers are to this row's numbers.
 
     Where fewer than TOP_K are held, which is before virtual mode begins, nobody answers for anybody.
     """
     chosen = lives & (place < TOP_K)
-    held = lives & (tl.load(held_words + expert, lives, 0) != 0)
-    lacking = chosen & (held == 0)
-    weight = tl.where(chosen, weight, 0.0)
-    tl.atomic_add(asked + expert, tl.where(is_real, length * weight, 0.0), chosen, sem="relaxed")
-    counts = held.to(tl.int32) * HELD + lacking.to(tl.int32)
-    total, lost, counts = _sums(weight, tl.where(lacking, weight, 0.0), counts)
-    lacking = lacking & (counts >= HELD * TOP_K)
-    missed = tl.where(counts >= HELD * TOP_K, counts % HELD, 0)
+    tl.atomic_add(asked + expert, length * weight, chosen, sem="relaxed")
+    enough = counts >= HELD * TOP_K
+    lacking = chosen & (held == 0) & enough
+    missed = tl.where(enough, counts % HELD, 0)
     replaced, count = lacking, missed
     total = tl.maximum(total, 1.1754943508222875e-38)
     if limit < 1.0:
         replaced = lacking & (_mass_up_to(weight / total, lacking, place, TOP_K) <= limit + 1e-6)
-        _, lost, count = _sums(weight, tl.where(replaced, weight, 0.0), replaced.to(tl.int32))
+        lost, count = _total(tl.where(replaced, weight, 0.0)), _total(replaced.to(tl.int32))
     tl.store(met, count.to(tl.float32))
     tl.store(met + 1, tl.where(count > 0, lost / total, 0.0))
     tl.store(met + 2, (missed - count).to(tl.float32))
     stays = chosen & (replaced == 0)
     most = tl.maximum(count, tl.minimum(count * SHARED, TOP_K * 3 // 4))
-    if (GROUPS > 1) or (favour is not None):
-        logit = tl.load(logits + expert, lives, float("-inf"), cache_modifier=".cg")
+    if PLAIN:  # all of the choices that are held come before all others
+        serves = held & (chosen == 0) & (ahead < tl.where(count > 0, TOP_K - missed + most, 0))
+        more = tl.where(count > 0, tl.minimum(most, counts // HELD - TOP_K + missed), 0)
+    else:
+        logit = tl.load(logits + expert, lives, float("-inf"))
         others = held & (stays == 0) & _candidates(
             logit, expert, g, lives, stays, held | stays, TOP_K - count + most, favour, SCORES, GROUPS, KEPT, BEST
         )  # fmt: skip
         serves = others & (places(tl.where(others & (logit == logit), logit, float("-inf")), expert) < most)
-    else:  # all of the choices that are held come before all others
-        serves = held & (chosen == 0) & (ahead < tl.where(count > 0, TOP_K - missed + most, 0))
+        more = _total(serves.to(tl.int32))
+    at = tl.where(enough, ahead, place)  # where all that lack are replaced
+    if (limit < 1.0) | (not PLAIN):
+        at = _by_id(stays | serves)
     score = tl.where(serves, tl.maximum(score, 1e-30), 0.0)
-    all_scores, _, more = _sums(score, score, serves.to(tl.int32))
-    shares = tl.where(serves, score * (lost / tl.maximum(all_scores, 1e-30)), tl.where(stays, weight, 0.0))
-    _store(expert, stays | serves, shares, TOP_K - count + more, experts, weights, TOP_K, WIDTH)
-
-
-@triton.jit
-def _sums(a: tl.tensor, b: tl.tensor, c: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Each summed over `[G, S]`, all at once: a sum waits for all threads."""
-    COUNT: tl.constexpr = a.shape[0] * a.shape[1]
-    a, b, c = tl.reduce((tl.reshape(a, (COUNT,)), tl.reshape(b, (COUNT,)), tl.reshape(c, (COUNT,))), 0, _added)
-    return a, b, c
-
-
-@triton.jit
-def _added(
-    a: tl.tensor, b: tl.tensor, c: tl.tensor, more_a: tl.tensor, more_b: tl.tensor, more_c: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    return a + more_a, b + more_b, c + more_c
+    share = score * (lost / tl.maximum(_total(score), 1e-30))
+    _store(expert, at, stays | serves, tl.where(serves, share, tl.where(stays, weight, 0.0)), TOP_K - count + more,
+           experts, weights, WIDTH)  # fmt: skip
 
 
 @triton.jit
@@ -147,20 +138,26 @@ def _candidates(
 
 
 @triton.jit
-def _store(
-    expert: tl.tensor, served: tl.tensor, shares: tl.tensor, count: tl.tensor, experts: tl.tensor, weights: tl.tensor,
-    TOP_K: tl.constexpr, WIDTH: tl.constexpr,
-) -> None:  # fmt: skip
-    """The `count` served, at least TOP_K, by ascending id; then the first of them again, with no weight."""
+def _by_id(served: tl.tensor) -> tl.tensor:
+    """How many of the served `[G, S]` have a lower id."""
     one = served.to(tl.int32)
-    at = tl.cumsum(one, 1) - 1
-    if expert.shape[0] > 1:
+    at = tl.cumsum(one, 1) - one
+    if served.shape[0] > 1:
         rows = tl.sum(one, 1)
         at += (tl.cumsum(rows, 0) - rows)[:, None]
+    return at
+
+
+@triton.jit
+def _store(
+    expert: tl.tensor, at: tl.tensor, served: tl.tensor, share: tl.tensor, count: tl.tensor, experts: tl.tensor,
+    weights: tl.tensor, WIDTH: tl.constexpr,
+) -> None:  # fmt: skip
+    """The `count` served, in places `at` from 0 on; then, from the row's end back, the first of them again, with no
+    weight: these are fewer than the served."""
     expert = expert.to(experts.dtype.element_ty)
     tl.store(experts + at, expert, served)
-    tl.store(weights + at, shares, served)
-    for spare in tl.static_range(TOP_K, WIDTH):
-        again = served & (at == 0) & (at + count <= spare)
-        tl.store(experts + spare + at, expert, again)
-        tl.store(weights + spare + at, tl.zeros_like(shares), again)
+    tl.store(weights + at, share, served)
+    again = served & (WIDTH - 1 - at >= count)
+    tl.store(experts + (WIDTH - 1 - at), expert, again)
+    tl.store(weights + (WIDTH - 1 - at), tl.zeros_like(share), again)

@@ -105,9 +105,16 @@ class Host {
       parked_ = false;
       lock.unlock();
       heard_ = Clock::now();
+      rouse();
       while (watching_) look();
       lock.lock();
     }
+  }
+
+  // Wakes all helpers, who then stay awake: not the first request of a step is to wait for that.
+  void rouse() {
+    Call taken(pool_.get());
+    taken.pool().parallel_for(taken.pool().threads(), [](int64_t) {});
   }
 
   void look() {

@@ -1,0 +1,65 @@
+"""The table of what a card's steps leave to the processor: rewritten between launches, emptied while the card alone is
+quicker."""
+
+from __future__ import annotations
+
+from expertd_engine.experts.device_sharing import Sharing
+from expertd_engine.experts.device_streams import HostDevice
+from expertd_engine.experts.payoff import FIRST, HOLD, SETTLED
+from expertd_engine.planning.misses import Misses
+
+SHAPES = [(3_000_000, 768), (3_000_000, 768), (1_000_000, 256)]
+MOST = 4
+
+
+def sharing(where: str = "both") -> Sharing:
+    return Sharing(HostDevice(), Misses("both" if where == "both" else "cpu", 50e9, 60e9, 20e-6), SHAPES, MOST)
+
+
+def step(one: Sharing, told: list[int], seconds: float = 1.0) -> list[list[list[int]]]:
+    """One step, which reports; the table that it found."""
+    one.payoff.begin_step(1)
+    one.before_launch()
+    assert one.later.tolist() == [0] * len(SHAPES), "of the step before"
+    found: list[list[list[int]]] = one.splits.tolist()
+    one.after_launch()
+    for layer, word in enumerate(told):
+        one.later[layer] = word
+    one.end_step()
+    one.payoff.end_step(seconds)
+    return found
+
+
+def test_who_is_later_changes_what_a_later_launch_finds() -> None:
+    one = sharing()
+    first = step(one, [3, 2, 0])
+    assert first[0] == first[1] != first[2] and first[0][1][1] > 0, "one that is missing is divided"
+    found = [step(one, [3, 3, 3]) for _ in range(20)]
+    assert found[-1][0][1][1] > first[0][1][1] or found[-1][0][1] == [0, 0], "the processor is left less"
+    status = one.as_status()
+    assert status is not None and (status.later, status.earlier, status.is_on) == (61, 1, True)
+    assert len(status.left) == MOST and status.left[0] < 1 - first[0][1][1] / 768
+    assert status.cpu_bytes_per_s < 60e9
+
+
+def test_while_a_card_alone_is_quicker_it_is_left_alone() -> None:
+    one = sharing()
+    whole = [[[0, 0]] * (MOST + 1)] * len(SHAPES)
+    for _ in range(SETTLED):
+        one.payoff.begin_step(1)
+        step_s = 2.0 if one.payoff.is_on else 1.0
+        one.before_launch()
+        assert (one.splits.tolist() == whole) is not one.payoff.is_on
+        one.end_step()
+        one.payoff.end_step(step_s)
+    assert (one.payoff.trials, one.payoff.is_on) == (1, False)
+    assert [step(one, []) for _ in range(8)] == [whole] * 8
+    assert FIRST < SETTLED < HOLD
+    status = one.as_status()
+    assert status is not None and (status.is_on, status.trials, status.switches) == (False, 1, 1)
+
+
+def test_where_the_processor_has_all_nothing_is_balanced() -> None:
+    one = sharing("cpu")
+    assert step(one, [3, 3, 3]) == [[[n, 0] for n in range(MOST + 1)]] * len(SHAPES)
+    assert one.as_status() is None and not one.divides
