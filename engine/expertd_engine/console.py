@@ -22,10 +22,10 @@ def silent(_stage: str, _fraction: float) -> None:
 
 
 @contextmanager
-def progress_bar(*, lines: bool = True) -> Iterator[Progress]:
-    """One bar a stage on stderr; where that is no terminal, a line when a stage begins, or without `lines` nothing."""
+def progress_bar() -> Iterator[Progress]:
+    """One bar a stage on stderr; where that is no terminal, a line when a stage begins."""
     if not sys.stderr.isatty():
-        yield stage_lines(sys.stderr) if lines else silent
+        yield stage_lines(sys.stderr)
         return
     bars: dict[str, tqdm[NoReturn]] = {}
 

@@ -9,13 +9,13 @@ from dataclasses import replace
 from expertd_engine.device_context import Context
 from expertd_engine.errors import ResourceError
 from expertd_engine.experts.device_cache import DeviceCache
+from expertd_engine.experts.device_columns import uses_of
 from expertd_engine.experts.device_hints import AbsentHints, Tried
 from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.device_pool import ChunkPlan
 from expertd_engine.experts.device_slab import plan_chunks
 from expertd_engine.experts.device_spill import SpilledHost
-from expertd_engine.experts.device_uses import uses_of
 from expertd_engine.experts.lookahead import EveryExpert, Lookahead, NoLookahead
 from expertd_engine.experts.record_file import RecordFile
 from expertd_engine.experts.store_format import ALIGNMENT, StoreIndex
@@ -36,17 +36,17 @@ def expert_cache(context: Context, plan: StartupPlan, records: RecordFile, repor
     config, index = context.config, context.store.index
     host = _host_tier(context, records, report)
     record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
-    policy = served_policy(choice_of(context), index)
+    experts, policy = [layer.num_experts for layer in index.layers], served_policy(choice_of(context), index)
     ledger = DeviceLedger(
         record_bytes,
-        [layer.num_experts for layer in index.layers],
+        experts,
         chunks_of(context),
         plan.expert_budget_bytes,
         policy,
         max_budget_bytes=all_slots_bytes(context),
         prefetch=config.prefetch and isinstance(host, HostTier) and host.pinned,
         prefetch_depth=_PREFETCH_DEPTH,
-        uses=uses_of(policy),
+        uses=uses_of(experts, policy),
     )
     lookahead = foresight_for(index, context.lookahead, ledger)
     rows = min(context.parts.experts, context.limits.buckets[-1] * widest(index.top_k, SHARED_BY))

@@ -239,7 +239,7 @@ def _run(options: argparse.Namespace) -> None:
         from expertd_engine.cards import require_card  # imports torch
 
         require_card()
-    with progress_bar(lines=False) as bar:  # stdout has them
+    with progress_bar() as bar:
         progress = both(json_lines(sys.stdout), bar)
         store = resolve(
             options.model, options.cache_dir, options.dtype, options.dense_dtype, progress, target=options.target

@@ -206,6 +206,14 @@ def test_what_a_replay_recommends_is_served(store: Path, trace: Trace) -> None:
         (store / ADVICE_NAME).unlink()
 
 
+@pytest.mark.parametrize("change", [{"top_k": EXPERTS}, {"model_type": "pregated_llama"}])
+def test_nothing_is_recommended_where_routes_are_known_ahead(store: Path, change: dict[str, Any]) -> None:
+    index = ExpertStore.open(store).index
+    replay_command.refuse_what_is_foreseen(index)
+    with pytest.raises(UsageError, match="known ahead"):
+        replay_command.refuse_what_is_foreseen(msgspec.structs.replace(index, **change))
+
+
 def test_what_cannot_be_is_refused(store: Path, trace: Trace, tmp_path: Path) -> None:
     with (
         pytest.raises(ConfigError, match="predicted"),
@@ -295,6 +303,9 @@ def test_the_commands_record_learn_and_recommend(
         assert advice is not None and advice.lookups == values["lookups"]
     finally:
         (store / ADVICE_NAME).unlink(missing_ok=True)
+    other = prepare(store.parent / "model", tmp_path / "other", "bf16").path
+    assert replay_command.main([str(folder), "--store", str(other), "--recommend"]) != 0
+    assert "not of" in capsys.readouterr().err and not (other / ADVICE_NAME).exists()
     assert replay_command.main([str(folder), "--budgets", "1"]) != 0
     assert replay_command.main([str(folder), "--recommend"]) != 0
     assert trace_command.main(["record", str(store), str(folder)]) != 0, "there is one already"

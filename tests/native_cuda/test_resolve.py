@@ -92,6 +92,7 @@ def table_of(case: Case) -> TablePointers:
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 @example(Case([[0, 1]], 1, frozenset({0, 1}), {}, frozenset(), [2], 0, None))  # one slot for two that are missing
+@example(Case([[0, 1]], 1, frozenset({0}), {}, frozenset(), [2], 0, [[0, 64]] * 6, frozenset({0})))  # a lone one again
 def test_routes_are_resolved_as_the_twin_says(case: Case) -> None:
     table = table_of(case)
     scratch = ExpertScratch.of(

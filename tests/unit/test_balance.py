@@ -91,6 +91,15 @@ def test_what_drifts_is_followed_both_ways() -> None:
     assert balance.met_late > 0 < balance.met_early
 
 
+def test_a_processor_that_was_measured_in_a_bad_moment_is_tried_again() -> None:
+    balance = Balance(Misses("both", 50e9, 8e9, 200e-6), [(RECORD, INNER)], 4)
+    assert not any(map(any, balance.splits[RECORD, INNER])), "nobody would ask it"
+    rng = random.Random(1)
+    for _ in range(STEPS):
+        serve(balance, QUICK, rng)
+    assert settled(balance, QUICK) <= 1.05 * QUICK.best()
+
+
 def test_who_is_later_is_left_less_and_who_tells_nothing_is_believed_as_at_first() -> None:
     balance = balance_of()
     first, believed = balance.splits[RECORD, INNER][1], balance.cpu_bytes_per_s

@@ -171,6 +171,23 @@ def test_hints_name_the_next_layers_and_wrap_into_the_next_token() -> None:
     assert lookahead.next_use(wrapped[0].expert, wrapped[0].needed_at) is None
 
 
+def test_what_is_known_at_once_is_the_whole_step_and_nothing_beyond() -> None:
+    channel = make_channel("exact")
+    assert channel is not None
+    source = GeneratedRoutes(routing("uniform"), channel, streams=2)
+    lookahead = ChannelLookahead(source, channel, slots_of=lambda layer: [-1] * 15 + [7])
+    source.begin_step([(0, 1), (1, 1)])
+    experts, period = source.step_experts(), 6 * 16
+    assert experts == [sorted(set(source.route(layer, 2).ravel().tolist())) for layer in range(6)]
+    hints = list(lookahead.begin_step(3, [1, 2]))
+    named = [(layer, e) for layer, chosen in enumerate(experts) for e in chosen if e != 15]
+    assert [tuple(hint.expert) for hint in hints] == named, "of all layers, those that are absent"
+    assert [hint.needed_at for hint in hints] == [3 * period + 16 * layer + e for layer, e in named]
+    assert lookahead.next_use(hints[-1].expert, 3 * period) == hints[-1].needed_at
+    assert [list(lookahead.routed(3, layer, chosen)) for layer, chosen in enumerate(experts)] == [[]] * 6
+    assert not list(lookahead.begin_step(4, [1] * 33)), "a prompt reads nearly all anyway"
+
+
 def test_rows_are_the_next_tokens_of_their_streams() -> None:
     source = GeneratedRoutes(routing("uniform"), streams=2)
     one, other = (routing("uniform").stream(number, 2).take(400) for number in (0, 1))

@@ -7,7 +7,7 @@ import pytest
 
 from expertd_engine.experts.accounting import LedgerError
 from expertd_engine.experts.device_cache import DeviceCache
-from expertd_engine.experts.device_events import Confine, Keep, LetGo, Provide, Retire
+from expertd_engine.experts.device_events import Confine, Fill, Keep, LetGo, Provide, Retire
 from expertd_engine.experts.device_held import DeviceHeld
 from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_ledger import DeviceLedger
@@ -52,6 +52,15 @@ def test_sets_open_from_an_empty_device_and_nothing_evicts_them() -> None:
     retired = [one.expert for one in cache.ledger.handle_all([Provide(0, 8)]) if isinstance(one, Retire)]
     assert len(retired) == 8 - len(kept) > 0 and not kept.intersection(retired)
     assert all(cache.ledger.state(expert) is State.LEASED for expert in kept)
+
+
+def test_sets_open_while_copies_of_others_hold_every_slot() -> None:
+    cache, held = make_held(slots=6)
+    cache.settle()
+    others = [ExpertId(layer, expert) for layer in range(LAYERS) for expert in (2, 3, 4)]
+    cache._executor.handle([Provide(0, 0, still=True), Fill(others)])
+    assert not cache.ledger.is_idle(), "nobody has looked whether they are there"
+    assert held.begin_step() and held.sets.is_ready
 
 
 def test_what_is_asked_for_comes_in_for_what_is_not() -> None:

@@ -135,6 +135,4 @@ def test_without_a_terminal_a_stage_is_a_line(capsys: pytest.CaptureFixture[str]
     with progress_bar() as show:
         for stage, fraction in (("reads", 0.0), ("layers", 0.0), ("layers", 0.5)):
             show(stage, fraction)
-    with progress_bar(lines=False) as show:
-        show("reads", 0.0)
     assert capsys.readouterr().err == "expertd: reads\nexpertd: layers\n"

@@ -52,7 +52,7 @@ class Channel:
 
 
 def make_channel(name: str) -> Channel | None:
-    """`none` or an engine's own predictor (None), `exact` (all layers of a token, once it is sampled), `exact:LEADS` (so
+    """`none` or an engine's own predictor (None), `exact` (all layers of a token once it is sampled), `exact:LEADS` (so
     many layers ahead, whichever token's), `default`, or recalls by lead such as `0.9,0.8`. Raises UsageError."""
     kind, _, detail = name.partition(":")
     if name == "none" or name in PREDICTORS:

@@ -93,8 +93,9 @@ def decode_report(session: DeviceSession, options: Options, cells: Sequence[Cell
 def _samples(session: DeviceSession, cell: Cell, request: DecodeRequest, runs: int) -> list[Decoded]:
     session.retune(cell.budget, cell.routing, cell.hints, cell.streams)
     if cell.hints != "none":  # not before it is known whether they pay
-        for _ in range(math.ceil(SETTLED / (request.warm + request.tokens))):
-            session.decode(request)
+        longest = DecodeRequest(request.tokens + 3 * request.warm, request.warm, request.prompt)  # that contexts hold
+        for _ in range(math.ceil(SETTLED / (longest.warm + longest.tokens))):
+            session.decode(longest)
     return [session.decode(request) for _ in range(runs)]
 
 

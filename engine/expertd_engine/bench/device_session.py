@@ -104,7 +104,7 @@ class DeviceSession(EngineSession):
     def _layer_routes(self, layer: int) -> Sequence[int]:
         """What a layer of the running step routes to: foresight is told of it when the layer has routed."""
         assert self._routes is not None
-        return sorted({expert for row in self._routes.current[:, layer].tolist() for expert in row})
+        return self._routes.step_experts()[layer]
 
     def tiers(self) -> Tiers:
         """What crossed the link, and who computes misses."""

@@ -67,8 +67,8 @@ def _add_engine(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--hints", default="none", metavar="H",
-        help="what is foreseen of generated routes: none, exact (a step's, when it begins), exact:LEADS (so many layers "
-        "ahead), default, or recalls by lead such as 0.9,0.8",
+        help="what is foreseen of generated routes: none, exact (a step's, when it begins), exact:LEADS (so many "
+        "layers ahead), default, or recalls by lead such as 0.9,0.8",
     )  # fmt: skip
     command.add_argument("--max-step-tokens", type=_positive, default=512, metavar="N", help="tokens in one step")
 

@@ -61,6 +61,8 @@ class GeneratedRoutes:
         self._rows: list[tuple[int, int, int]] = []
         """Stream, first and last + 1 token, in the order of rows."""
         self._routes = np.empty((0, self.shape.layers, self.shape.top_k), np.int64)
+        self._experts: list[list[int]] | None = None
+        """Of the step last announced, by layer, once they were asked for."""
         self._predictions: dict[tuple[bool, int], list[list[list[int]]]] = {}
         """By token and layer: of the rows' own tokens (False) and of each stream's next (True), and by lead, where they
         were asked for."""
@@ -84,7 +86,10 @@ class GeneratedRoutes:
             self._rows.append((number, start, stream.position))
             parts.append(stream.routes(start, stream.position))
         self._routes = np.concatenate(parts)
+        self._experts = None
         self._predictions.clear()
+        if self._exact:
+            self.step_experts()  # while the step is not timed yet: a pre-gating router has told by now
 
     def route(self, layer: int, num_rows: int) -> Ids:
         """Expert ids `[num_rows, top_k]` for the running step. Raises ValueError for rows nobody announced."""
@@ -98,8 +103,10 @@ class GeneratedRoutes:
 
     def step_experts(self) -> list[list[int]]:
         """The distinct experts of each layer of the step last announced, ascending."""
-        by_layer = self._routes.swapaxes(0, 1).reshape(self.shape.layers, -1)
-        return [sorted(set(chosen)) for chosen in by_layer.tolist()]
+        if self._experts is None:
+            by_layer = self._routes.swapaxes(0, 1).reshape(self.shape.layers, -1)
+            self._experts = [sorted(set(chosen)) for chosen in by_layer.tolist()]
+        return self._experts
 
     @property
     def current(self) -> Ids:
@@ -149,11 +156,12 @@ class ChannelLookahead:
         if not self._at_once or not 0 < len(token_ids) <= _FEW:
             return ()
         begin, experts = step * self._period, self._source.shape.experts
-        self._told = {begin + layer * experts: set(one) for layer, one in enumerate(self._source.step_experts())}
+        by_layer = self._source.step_experts()
+        self._told = {begin + layer * experts: set(one) for layer, one in enumerate(by_layer)}
         return [
             Hint(ExpertId(layer, expert), begin + layer * experts + expert)
-            for layer, told in enumerate(self._told.values())
-            for expert in self._absent(layer, sorted(told))
+            for layer, one in enumerate(by_layer)
+            for expert in self._absent(layer, one)
         ]
 
     def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:

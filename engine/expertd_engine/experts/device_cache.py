@@ -170,6 +170,7 @@ class DeviceCache(DeviceSteps):
     def bring(self) -> None:
         """No step is running: have slots for the wanted, whoever else they were set aside for, and bring them in."""
         self._digest.catch_up()
+        self._executor.drain()  # what is on its way cannot give way
         self._executor.handle([Provide(0, len(self.ledger.wanted), still=True)])
         self._executor.flush()
         self._executor.drain()

@@ -44,6 +44,7 @@ from expertd_engine.experts.device_events import (
 )
 from expertd_engine.experts.device_pool import ChunkPlan, Use
 from expertd_engine.experts.device_slots import SlotLedger
+from expertd_engine.experts.device_uses import Uses
 from expertd_engine.experts.events import (
     Cancelled,
     ExpertId,
@@ -55,7 +56,7 @@ from expertd_engine.experts.events import (
     SetBudget,
     Tick,
 )
-from expertd_engine.experts.policy import Facts, Policy
+from expertd_engine.experts.policy import Policy
 from expertd_engine.experts.residency import Record, State
 
 _RESULTS: tuple[LookupResult, ...] = ("hit", "miss", "late", "miss", "miss", "miss")
@@ -70,8 +71,8 @@ class DeviceLedger(SlotLedger):
     `record_bytes[l]` is the length in bytes of a record of MoE layer l, which has `experts_per_layer[l]` experts; each
     lies in a slot of the chunks that `plan` describes. `budget_bytes` may later be set anywhere from `minimum_bytes` to
     `max_budget_bytes` (default: `budget_bytes`). At most `prefetch_depth` prefetches are in flight; without `prefetch`,
-    hints only tell the policy about next uses. `uses` takes in many as `policy.used` does one; None: one by one. Raises
-    BudgetError for a budget below the minimum.
+    hints only tell the policy about next uses. `uses` are those of these experts and this policy; by default, one by
+    one. Raises BudgetError for a budget below the minimum.
     """
 
     def __init__(
@@ -84,11 +85,12 @@ class DeviceLedger(SlotLedger):
         max_budget_bytes: int | None = None,
         prefetch: bool = True,
         prefetch_depth: int = 8,
-        uses: Callable[[Sequence[Facts]], None] | None = None,
+        uses: Uses | None = None,
     ) -> None:
         super().__init__(
-            record_bytes, experts_per_layer, plan, budget_bytes, policy, max_budget_bytes, prefetch, prefetch_depth
-        )
+            record_bytes, experts_per_layer, plan, budget_bytes, policy, max_budget_bytes, prefetch, prefetch_depth,
+            Uses(experts_per_layer, policy) if uses is None else uses,
+        )  # fmt: skip
         self.duplicates = 0
         self.brings_in = False
         """Whether what the processor had to compute, or a part of, is copied in behind, where that is worth a slot: it
@@ -99,9 +101,8 @@ class DeviceLedger(SlotLedger):
         """Copies begun of what the processor had to compute."""
         self._hinted = 0
         """Ticks for which slots and link are left to what hints name."""
-        self._uses = _one_by_one(policy) if uses is None else uses
-        self._used: list[Facts] = []
-        """Uses by decoding tokens that the policy is to be told of, of layers up to `_used_layer`."""
+        self._used: list[int] = []
+        """Uses by decoding tokens that are not told yet, the latest lookups, of layers up to `_used_layer`."""
         self._used_layer = -1
         self._computed: dict[ExpertId, Record] = {}
         """What the processor had to compute of late, the latest last."""
@@ -159,45 +160,55 @@ class DeviceLedger(SlotLedger):
 
     def _seen(self, event: Seen) -> None:
         """The hottest loop of a token: 384 uses for 48 layers of 8. `Victims` need not be told of who only rose."""
-        if event.layer <= self._used_layer:
+        if event.layer <= self._used_layer or event.scan:
             self._tell_uses()  # another step: an expert may be used again
-        records, foresight, used = self._by_layer[event.layer], self._foresight, self._used
-        lookups, scan, covered = foresight.lookups, event.scan, 0
-        self._used_layer = event.layer
-        for index, source in zip(event.experts, event.sources, strict=True):
-            record = records[index]
-            facts = record.facts
-            if facts.next_use is not None:
-                covered += self._forget(record, event.position + index)
-            if record.pending:
-                self._residency.settle_prefetch(record, "used" if source == HIT else "late")
-            lookups += 1
-            if scan and record.place is State.RESIDENT and not facts.probation:
-                continue  # the working set's recency is decoding's own
-            facts.probation = scan
-            facts.last_use = lookups
-            if not scan:
-                used.append(facts)
-        foresight.lookups = lookups
-        if self.brings_in and not scan and (COMPUTED in event.sources or SHARED in event.sources):
+        covered, first, notable = 0, self._uses.first[event.layer], self._uses.notable
+        numbers = [first + index for index in event.experts]
+        for index, number, source in zip(event.experts, numbers, event.sources, strict=True):
+            if notable[number]:
+                notable[number] = 0
+                covered += self._come_true(self._by_layer[event.layer][index], event.position + index, source)
+        self._foresight.lookups += len(numbers)
+        if event.scan:
+            self._scan(event)
+        else:
+            self._used += numbers
+            self._used_layer = event.layer
+        if self.brings_in and not event.scan and (COMPUTED in event.sources or SHARED in event.sources):
             self._note_computed(event)
         self.foreseen_until(event.position)
         self._count_seen(event, covered)
 
+    def _scan(self, event: Seen) -> None:
+        """Uses by prompt tokens alone, which are lookups already: the working set's recency is decoding's own."""
+        first = self._foresight.lookups - len(event.experts) + 1
+        for lookup, index in enumerate(event.experts, first):
+            record = self._by_layer[event.layer][index]
+            if record.place is not State.RESIDENT or record.facts.probation:
+                record.facts.probation, record.facts.last_use = True, lookup
+
     def _tell_uses(self) -> None:
         if self._used:
-            self._uses(self._used)
+            self._uses.use(self._used, self._foresight.lookups - len(self._used))
             self._used = []
         self._used_layer = -1
 
-    def _forget(self, record: Record, used_at: int) -> bool:
-        """What was foreseen up to this use is past; whether the use was foreseen."""
+    def _come_true(self, record: Record, used_at: int, source: int) -> bool:
+        """What was foreseen up to this use is past, and so is a prefetch for it; whether the use was foreseen."""
         facts = record.facts
         next_use = facts.next_use
         self._foresight.forget_until(record, used_at)
+        if record.pending:
+            self._residency.settle_prefetch(record, "used" if source == HIT else "late")
+        if facts.next_use is not None:
+            self._note(record)
         if facts.ticket:
             self._residency.victims.offer(facts)
         return next_use is not None and next_use <= used_at
+
+    def _note(self, record: Record) -> None:
+        """Its next use is more than history."""
+        self._uses.notable[self._uses.first[record.expert.layer] + record.expert.expert] = 1
 
     def _count_seen(self, event: Seen, covered: int) -> None:
         counters, layer = self._residency.counters, event.layer
@@ -250,6 +261,7 @@ class DeviceLedger(SlotLedger):
             if record.facts.next_use == needed_at and (record.place is not State.ABSENT or record.hinted == needed_at):
                 continue
             self._foresight.foresee(record, needed_at)
+            self._note(record)
             if record.place is State.ABSENT:
                 self._hinted = _HINTED_TICKS
 
@@ -296,6 +308,7 @@ class DeviceLedger(SlotLedger):
                 return
             self._residency.load(foreseen[1], Priority.PREFETCH, self.budget_bytes)
             self._foresight.prefetched(foreseen[1])
+            self._note(foreseen[1])
 
     def _bring_in(self) -> None:
         """Copy in what the processor had to compute, the latest first, if that is worth more than who would give way
@@ -317,14 +330,6 @@ class DeviceLedger(SlotLedger):
         first = victims.take()
         victims.offer(first)
         return first.probation or self._policy.rank(record.facts) > self._policy.rank(first)
-
-
-def _one_by_one(policy: Policy) -> Callable[[Sequence[Facts]], None]:
-    def told(uses: Sequence[Facts]) -> None:
-        for facts in uses:
-            policy.used(facts)
-
-    return told
 
 
 assert _RESULTS[LANDED] == "miss" and _RESULTS[WAITED] == "late"

@@ -24,6 +24,7 @@ from expertd_engine.experts.device_events import (
     Retire,
 )
 from expertd_engine.experts.device_pool import ChunkPlan, SlotPool, Use
+from expertd_engine.experts.device_uses import Uses
 from expertd_engine.experts.events import ExpertId, Priority, SetBudget
 from expertd_engine.experts.ledger_base import LedgerBase
 from expertd_engine.experts.policy import Facts, Policy
@@ -48,15 +49,19 @@ class SlotLedger(LedgerBase):
         max_budget_bytes: int | None,
         prefetch: bool,
         prefetch_depth: int,
+        uses: Uses,
     ) -> None:
         experts = sum(experts_per_layer)
         if not record_bytes or max(record_bytes) > plan.slot_bytes or min(*experts_per_layer, prefetch_depth) < 1:
             raise ValueError(f"no slots of {plan.slot_bytes} bytes for {experts} experts of {list(record_bytes)} bytes")
         super().__init__(
-            record_bytes, experts_per_layer, policy, minimum_bytes=plan.bytes_of(min(2, experts)),
+            record_bytes, experts_per_layer, policy, uses.victims, minimum_bytes=plan.bytes_of(min(2, experts)),
             budget_bytes=budget_bytes, max_budget_bytes=max_budget_bytes, prefetch=prefetch,
             prefetch_depth=prefetch_depth,
         )  # fmt: skip
+        for record, facts in zip(self._residency.records.values(), uses.facts, strict=True):
+            record.facts = facts
+        self._uses = uses
         self.plan = plan
         self.num_slots = min(experts, plan.slots_within(self.max_budget_bytes))
         self.pool = SlotPool(self.num_slots, plan.slot_bytes, self.slots_within(budget_bytes))
@@ -175,7 +180,8 @@ class SlotLedger(LedgerBase):
 
     def _victim(self) -> Facts:
         """Whoever gives way first; there must be one."""
-        victims, spared = self._residency.victims, []
+        victims = self._residency.victims
+        spared: list[Facts] = []
         facts = victims.take()
         while self._is_spared(facts.expert) and len(victims) and len(spared) < _LOOK:
             spared.append(facts)

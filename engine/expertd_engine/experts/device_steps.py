@@ -29,7 +29,7 @@ from expertd_engine.experts.device_sharing import Sharing
 from expertd_engine.experts.device_spill import SpilledHost
 from expertd_engine.experts.device_streams import Device, Mark
 from expertd_engine.experts.device_table import DeviceTable
-from expertd_engine.experts.events import Predict, Tick
+from expertd_engine.experts.events import Hint, Predict, Tick
 from expertd_engine.experts.lookahead import Lookahead, NoLookahead
 from expertd_engine.experts.payoff import PayOff
 from expertd_engine.experts.store_format import StoreIndex
@@ -38,6 +38,8 @@ from expertd_engine.sequence_stats import ExpertCounts
 _LANDING_MOST = 4096
 _MARGIN = 2
 """Layers that are too near for a copy."""
+_SOON = 8
+"""Hints that are taken in before a step is launched: what has been copied until the others are."""
 
 
 class DeviceSteps:
@@ -83,6 +85,8 @@ class DeviceSteps:
         self._step = self._layers_known = 0
         self._scan = self._staged_words = False
         self._scanned = ExpertCounts()
+        self._later: tuple[Hint, ...] = ()
+        """What is known when a step begins, and taken in once it runs."""
         self.fetched: set[tuple[int, int]] = set()
         """Experts that the running step had to have brought in, where it waited for that."""
         self.layer_waits = 0
@@ -108,7 +112,9 @@ class DeviceSteps:
         self.fetched.clear()
         self.ledger.spare(self.foreknown() if self.foresees else ())
         hints = tuple(self._asked.begin_step(self._step, token_ids))
-        self._executor.pump([Predict(hints)] if hints else [])
+        soon = len(hints) if scan else _SOON
+        self._later = hints[soon:]
+        self._executor.pump([Predict(hints[:soon])] if hints else [])
 
     def before_launch(self) -> None:
         """Send what the launch applies first. The launch before the last has ended."""
@@ -131,7 +137,7 @@ class DeviceSteps:
         if self.computing is not None:
             self.computing.launched()
         self.copies.after(self._before)
-        self._executor.pump([Cooled(self._boundary.retired)])
+        self._executor.pump([Cooled(self._boundary.retired), *([Predict(self._later)] if self._later else [])])
         self._digest.begin(launch)
         self._last = launch
 

@@ -59,7 +59,7 @@ class DeviceTable:
         """int32 `[landing]`: slots that steps may land in, from `head` to `tail`, both counts that wrap."""
         self.head, self.tail = self._words[layout.head :][:1], self._words[layout.tail :][:1]
         self.held = self._words[layout.held :][:experts].view(layout.layers, layout.experts)
-        """int32 `[layers, experts]`: not 0 for those that virtual mode may route to."""
+        """int32 `[layers, experts]`: 1 for those that virtual mode may route to, else 0."""
         rows = layout.layers * report_rows * 4
         self._report = torch.zeros(rows + layout.layers, dtype=torch.int32, device=where)
         self.seen = self._report[:rows].view(layout.layers, report_rows, 4)

@@ -100,7 +100,7 @@ class NextUse(LFU):
     name = "next-use"
 
     def rank(self, facts: Facts) -> float:
-        return super().rank(facts) if facts.next_use is None else _KNOWN - facts.next_use
+        return super().rank(facts) if facts.next_use is None else KNOWN - facts.next_use
 
 
 class AdaptiveNextUse(NextUse):
@@ -108,20 +108,19 @@ class AdaptiveNextUse(NextUse):
 
     def __init__(self, half_lives: HalfLives) -> None:
         super().__init__(half_lives.current)
-        self._half_lives, self._sampled = half_lives, half_lives.sampled
+        self._half_lives, self.sampled = half_lives, half_lives.sampled
 
     def used(self, facts: Facts) -> None:
         now, weight = facts.last_use / self.half_life, facts.weight
         # `with_use`, in place: hundreds of times a token
         facts.weight = now + _log2(1.0 + 2.0 ** (weight - now)) if weight < now else with_use(weight, now)
-        if facts.expert in self._sampled:
+        if facts.expert in self.sampled:
             self._half_lives.use(facts.expert, facts.last_use)
 
     def sample(self, uses: Iterable[Facts]) -> None:
-        """Of these uses, whose weights are up to date, show the shadow caches what they follow."""
+        """Uses of `sampled` experts, whose weights are up to date: show them to the shadow caches."""
         for facts in uses:
-            if facts.expert in self._sampled:
-                self._half_lives.use(facts.expert, facts.last_use)
+            self._half_lives.use(facts.expert, facts.last_use)
 
     def adapt(self, lookups: int, slots: int, known: Iterable[Facts]) -> bool:
         self._half_lives.slots = slots
@@ -139,7 +138,7 @@ def weight_from_now(policy: Policy, facts: Facts, lookups: int) -> float:
 
 
 _log2 = math.log2
-_KNOWN = 2.0**52
+KNOWN = 2.0**52
 """Above any weight; integers up to there are exact."""
 HALF_LIFE_TOKENS = CANDIDATES[0]
 """Of a use, where it is not chosen while serving."""

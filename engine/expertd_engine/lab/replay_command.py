@@ -14,11 +14,14 @@ from expertd_engine.config import Config, parse_size
 from expertd_engine.console import progress_bar, run_command
 from expertd_engine.errors import ConfigError, UsageError
 from expertd_engine.experts.store import ExpertStore
+from expertd_engine.experts.store_format import StoreIndex
 from expertd_engine.lab.compare import Comparison, compare, recommend
 from expertd_engine.lab.predictor_file import Predictor, has_predictor, read_predictor
 from expertd_engine.lab.recommendation import write_recommendation
 from expertd_engine.lab.trace import Trace, TraceHeader, read_part, read_traces
 from expertd_engine.lab.train_command import gates_of
+from expertd_engine.model.loader import is_pregated
+from expertd_engine.model.predictor_build import is_trivial
 from expertd_engine.pictures import new_figure, save
 from expertd_engine.sources import resolve
 
@@ -106,6 +109,8 @@ def _run(options: argparse.Namespace) -> None:
         store = None
         if options.store is not None:
             store = ExpertStore.open(resolve(options.store, options.cache_dir.expanduser(), progress=progress))
+            if options.recommend:
+                refuse_what_is_foreseen(store.index)
         trace, predictor = _read(options.traces, store)
         names = {slots_of(budget, trace.header): budget for budget in options.budgets.split(",")}
         gates = gates_of(store) if store is not None and trace.hidden is not None else None
@@ -122,13 +127,22 @@ def _run(options: argparse.Namespace) -> None:
     print(line.decode())
 
 
+def refuse_what_is_foreseen(index: StoreIndex) -> None:
+    """Raise UsageError for a model whose routes are known ahead: replays here know nothing of the future, and what wins
+    among them is worse than what `auto` does there."""
+    if is_pregated(index) or is_trivial(index):
+        raise UsageError(
+            f"--recommend is not allowed for {index.name}: its routes are known ahead, and next-use uses them"
+        )
+
+
 def _read(paths: Sequence[Path], store: ExpertStore | None) -> tuple[Trace, Predictor | None]:
-    """The trace, with hidden states where a predictor of the store can use them."""
-    if store is None or not has_predictor(store.path):
+    """The trace, with its hidden states where there is a store whose gates or predictor can be asked about them."""
+    if store is None:
         return read_traces(paths), None
     first = next((part for path in paths for part in ([path] if path.is_file() else sorted(path.glob("*.npz")))), None)
     hidden = first is not None and read_part(first, hidden=True).hidden is not None
     trace = read_traces(paths, hidden=hidden)
     if trace.header.store_id != store.index.store_id:
         raise UsageError(f"the trace is of store {trace.header.store_id[:12]}, not of {store.path}")
-    return trace, read_predictor(store.path, store.index.store_id)
+    return trace, read_predictor(store.path, store.index.store_id) if has_predictor(store.path) else None

@@ -36,7 +36,7 @@ class Table(Protocol):
 
     @property
     def held(self) -> Tensor:
-        """int32 `[layers, experts]`: not 0 for those that virtual mode may route to."""
+        """int32 `[layers, experts]`: 1 for those that virtual mode may route to, else 0."""
         ...
 
     def apply(self) -> None:

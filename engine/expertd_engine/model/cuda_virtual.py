@@ -39,7 +39,7 @@ class VirtualWork:
     where their pairs can be sorted, in larger ones by one: their memory was measured for `top_k` a row."""
 
     def __init__(self, held: Tensor, inputs: StepInputs, top_k: int, few: int) -> None:
-        """`held` int32 `[layers, experts]`, on the device: not 0 for those that rows may be sent to."""
+        """`held` int32 `[layers, experts]`, on the device: 1 for those that rows may be sent to, else 0."""
         layers, experts = held.shape
         device, rows = held.device, inputs.rows
         self._held, self._inputs, self._top_k, self._few = held, inputs, top_k, few
@@ -123,7 +123,7 @@ class DeviceVirtual:
         return VirtualCounts(activations, list(map(int, replaced)), mass.tolist(), self._tokens, int(fetched.sum()))
 
     def _importance(self, told: Told) -> Iterator[NDArray[np.float32]]:
-        """`[experts]` of each layer in its turn."""
+        """`[experts]` of each layer in its turn, while the next step runs."""
         self._count()
         yield from map(np.multiply, told.asked, self._norms)
 

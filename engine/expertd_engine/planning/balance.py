@@ -24,6 +24,9 @@ _MOST = math.log(8)
 _KEPT = 1 - 1 / 256
 """Of what is believed of one number of missing experts alone, or of all if nobody tells of any, a step later: so what
 is no longer tried is tried again."""
+_HOPE = 0.01
+"""By which the processor is believed to be quicker with each step while nobody would ask it for anything: it may have
+been measured in a bad moment."""
 _NOTICED = 0.05
 """Speeds as near as that to those of the present splits leave them."""
 _AT_ONCE = 24
@@ -66,7 +69,7 @@ class Balance:
         self.met_early += early
         self._own = [own * _KEPT for own in self._own]
         if not late + early:
-            self._all *= _KEPT
+            self._all = self._all * _KEPT if self._asks else _bounded(self._all - _HOPE)
             return
         step = max(_LEAST_STEP, _FIRST_STEP / (1 + self._steps / _SETTLING))
         self._all = _bounded(self._all + step * (late - early) / (late + early))
@@ -76,6 +79,11 @@ class Balance:
         self._steps += 1
         self._late.clear()
         self._early.clear()
+
+    @property
+    def _asks(self) -> bool:
+        """Whether the processor is left anything where few are missing."""
+        return any(split != Split() for splits in self.splits.values() for split in splits[: _APART + 1])
 
     def refresh(self, at_once: int = _AT_ONCE) -> bool:
         """Have `splits` follow, so many at once, those of few missing experts first; whether any has changed."""

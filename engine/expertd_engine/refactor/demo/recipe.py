@@ -22,7 +22,7 @@ from expertd_engine.console import Progress, run_command
 from expertd_engine.publish import exclusive
 from expertd_engine.refactor.contest import Contest, baseline_of, branched
 from expertd_engine.refactor.corpus import Corpus, read_corpus
-from expertd_engine.refactor.demo.texts import LANGUAGES
+from expertd_engine.refactor.demo.texts import FURTHER_LANGUAGES, LANGUAGES
 from expertd_engine.refactor.dense import Dense, open_dense
 from expertd_engine.refactor.pipeline import TUNED, Job, Workshop
 from expertd_engine.refactor.shape import Routing, Shape
@@ -30,7 +30,8 @@ from expertd_engine.refactor.training import Recipe
 
 STEPS = {
     "teacher": 160, "sweep": 60, "final": 230, "demo": 676, "sparse": 200, "long-sweep": 140, "long-final": 1234,
-    "branch-base": 400, "branch-sweep": 110, "branch-final": 579,
+    "branch-base": 400, "branch-sweep": 110, "branch-final": 579, "further-base": 400,
+    "further-sweep": 110, "further-final": 1200,
 }  # fmt: skip
 """Of 48 windows of 1,024 tokens, of 24 in the long runs; `--scale` multiplies them."""
 RATES = (3e-4, 6e-4, 1.2e-3)
@@ -38,11 +39,13 @@ LONG_RATES = (1e-3, 2e-3, 4e-3)
 BRANCH_RATES = (4e-4, 8e-4, 1.6e-3)
 SEEDS = (0, 1, 2)
 DOMAINS = ("c-headers", "chat", "dictionary", "german", "kernel-docs", "manuals", "prose", "python")
-"""Of all runs; the branched ones have `texts.LANGUAGES` besides, and the demo's chat has `own`."""
+"""Of all runs; the branched ones have `texts.LANGUAGES` besides, the further ones all languages, and the demo's chat
+has `own`."""
 
 INDEX = Shape(Routing.INDEX, permanent=128, experts=8, top_k=1, from_dense=640, width=640)
 LAYERS = Shape(Routing.LAYERS, permanent=256, experts=16, top_k=5, from_dense=80, width=96)
 BRANCHED = replace(INDEX, experts=len(DOMAINS) + len(LANGUAGES))
+FURTHER = replace(BRANCHED, experts=BRANCHED.experts + len(FURTHER_LANGUAGES))
 HEADS = replace(LAYERS, routing=Routing.HEADS)
 FINE = Shape(Routing.LAYERS, permanent=256, experts=64, top_k=8, from_dense=20, width=64)
 WIDE = replace(FINE, top_k=4, width=128)
@@ -86,7 +89,8 @@ def jobs(dense: Dense, scale: float = 1.0, *, compiled: bool) -> list[Job]:
         Job("demo", DEMO, likeness, "dense", keep=True),
         Job("sparse", SPARSE, replace(gates, domain_weights={"chat": 3.0}), "dense", keep=True),
         *_long_jobs(dense, steps, compiled=compiled),
-        *_branched_jobs(dense, steps, compiled=compiled),
+        *_branched_jobs("branch-", BRANCHED, dense, steps, compiled=compiled),
+        *_branched_jobs("further-", FURTHER, dense, steps, compiled=compiled),
     ]
 
 
@@ -103,14 +107,14 @@ def _long_jobs(dense: Dense, steps: Mapping[str, int], *, compiled: bool) -> lis
     return found + contest.jobs()
 
 
-def _branched_jobs(dense: Dense, steps: Mapping[str, int], *, compiled: bool) -> list[Job]:
+def _branched_jobs(run: str, shape: Shape, dense: Dense, steps: Mapping[str, int], *, compiled: bool) -> list[Job]:
     """Experts that begin as copies of a pruned model's FFNs after its first steps, against that model going on."""
     base = Recipe(
-        steps=steps["branch-base"], learning_rate=1e-3, router_steps=800, distillation=0.0, compile=compiled
+        steps=steps[f"{run}base"], learning_rate=1e-3, router_steps=800, distillation=0.0, compile=compiled
     )  # fmt: skip
-    sides = {"index": BRANCHED, "pruned": baseline_of(BRANCHED, dense)}
-    short, final = (replace(base, steps=steps[f"branch-{stage}"]) for stage in ("sweep", "final"))
-    bases, contest = branched(Contest("branch-", sides, short, final, BRANCH_RATES, SEEDS), sides["pruned"], base)
+    sides = {"index": shape, "pruned": baseline_of(shape, dense)}
+    short, final = (replace(base, steps=steps[f"{run}{stage}"]) for stage in ("sweep", "final"))
+    bases, contest = branched(Contest(run, sides, short, final, BRANCH_RATES, SEEDS), sides["pruned"], base)
     return bases + contest.jobs()
 
 
@@ -154,9 +158,11 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _shop(job: Job, work: Path, dense: Dense, corpus: Corpus, compute: torch.dtype) -> Workshop:
-    """Where a job runs: the branched ones and the demo have texts, and so statistics and scores, of their own."""
-    kind = next((one for one in ("branch", "demo") if job.name.startswith(one)), "")
-    texts = corpus.only((*DOMAINS, *LANGUAGES) if kind == "branch" else DOMAINS)
+    """Where a job runs: the branched, the further ones and the demo have texts, and so statistics and scores, of their
+    own."""
+    kind = next((one for one in ("branch", "further", "demo") if job.name.startswith(one)), "")
+    languages = {"branch": [*LANGUAGES], "further": [*LANGUAGES, *FURTHER_LANGUAGES]}.get(kind, [])
+    texts = corpus.only((*DOMAINS, *languages))
     if kind == "demo":
         own = corpus.only(["own"])
         chat = np.concatenate([texts.train["chat"], own.train["own"]])

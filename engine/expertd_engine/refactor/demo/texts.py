@@ -116,17 +116,24 @@ LANGUAGES = {
 }  # fmt: skip
 """Languages that the dense model knows little of: what the longest run teaches besides the other domains."""
 
+FURTHER_LANGUAGES = {"chinese": "zh-cn", "czech": "cs", "dutch": "nl", "greek": "el", "korean": "ko"}
+"""What a longer run teaches besides, for more domains that differ."""
+
 _WITH_MANUALS_OF_CALLS = frozenset({"fr", "ja", "pl", "ru", "es"})
+_WITHOUT_MANUALS = frozenset({"ko"})
 
 
 def _language(code: str) -> Domain:
     """An office suite's help and messages, a desktop's help and manual pages in one language."""
-    packages = [f"libreoffice-help-{code}", f"libreoffice-l10n-{code}", "gnome-user-docs", f"manpages-{code}"]
+    plain, _, country = code.partition("-")
+    packages = [f"libreoffice-help-{code}", f"libreoffice-l10n-{code}", "gnome-user-docs"]
+    packages += [f"manpages-{plain}"] if plain not in _WITHOUT_MANUALS else []
     packages += [f"manpages-{code}-dev"] if code in _WITH_MANUALS_OF_CALLS else []
+    place = rf"{plain}([-_]{country.upper()})" if country else plain
     return Domain(
         tuple(packages),
         "MPL-2.0, LGPL-3.0-or-later and Apache-2.0; CC-BY-3.0; manuals GPL-3.0-or-later and others, page by page",
-        rf"(help/{code}/.*\.(html|page)|resource/{code}/.*\.mo|man/{code}/man\d/.*\.gz)$",
+        rf"(help/{place}/.*\.(html|page)|resource/{place}/.*\.mo|man/{place}/man\d/.*\.gz)$",
         _page,
     )
 
@@ -164,7 +171,7 @@ DOMAINS: dict[str, Domain] = {
         r"(man/de/man\d/.*\.gz|de-DE/.*\.html)$",
         _page,
     ),
-    **{name: _language(code) for name, code in LANGUAGES.items()},
+    **{name: _language(code) for name, code in (LANGUAGES | FURTHER_LANGUAGES).items()},
 }
 """All but the domain `chat`, which is what the dense model itself answers to prompts."""
 
