@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 from expertd_engine.convert import main
 from expertd_engine.prepare import prepare
 from expertd_engine.refactor.command import SHIPPED
-from expertd_engine.refactor.corpus import read_corpus
+from expertd_engine.refactor.corpus import Corpus, read_corpus
 from refactor.tiny import corpus, write_texts
 from support.tiny_mixtral import make_llama
 
@@ -148,6 +149,15 @@ def test_batches_hold_equal_shares_unless_weighted() -> None:
     assert _drawn(even) == [40, 40, 40]
     heavy = corpus().batches(4, 16, seed=0, weights={"b": 2.0})
     assert _drawn(heavy) == [30, 60, 30]
+
+
+def test_no_text_comes_again_before_all_of_its_domain_has_come() -> None:
+    tokens = np.arange(1001, dtype=np.uint16)
+    batches = Corpus({"a": tokens}, {"a": tokens}, []).batches(5, 20, seed=0)
+    seen = np.concatenate([rows[:, 0] for rows, _ in itertools.islice(batches, 9)])
+    assert (np.diff(np.sort(seen)) >= 20).all()
+    again = np.concatenate([rows[:, 0] for rows, _ in itertools.islice(batches, 9)])
+    assert not set(again.tolist()) <= set(seen.tolist())
 
 
 def _drawn(batches: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> list[int]:

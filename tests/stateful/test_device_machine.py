@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from expertd_engine.experts.device_cache import DeviceCache
+from expertd_engine.experts.device_columns import uses_of
 from expertd_engine.experts.device_events import COMPUTED, HIT, SHARED, WAITED
 from expertd_engine.experts.device_held import DeviceHeld
 from expertd_engine.experts.device_host import HostTier
@@ -116,9 +117,10 @@ class DeviceMachine(RuleBasedStateMachine):
         index = index_of(LAYERS, EXPERTS, top_k=2)
         host = HostTier(index, self.device, available=2**30)
         host.fill(Records(), threads=1, report=lambda fraction: None)
+        counts, ranks = [EXPERTS] * LAYERS, make_policy(policy)
         ledger = DeviceLedger(
-            [RECORD] * LAYERS, [EXPERTS] * LAYERS, ChunkPlan(RECORD, 3, RECORD), slots * RECORD, make_policy(policy),
-            max_budget_bytes=len(ALL) * RECORD, prefetch_depth=depth,
+            [RECORD] * LAYERS, counts, ChunkPlan(RECORD, 3, RECORD), slots * RECORD, ranks,
+            max_budget_bytes=len(ALL) * RECORD, prefetch_depth=depth, uses=uses_of(counts, ranks),
         )  # fmt: skip
         self.cache = DeviceCache(index, self.device, host, ledger, self.told, EXPERTS)
         if self.left is not None:

@@ -38,7 +38,10 @@ PURE = (
     "experts.ledger_base",
     "experts.room",
     "experts.accounting",
-    *(f"experts.device_{name}" for name in ("aside", "events", "layout", "ledger", "pool", "publication", "slots")),
+    *(
+        f"experts.device_{name}"
+        for name in ("aside", "events", "layout", "ledger", "pool", "publication", "slots", "uses")
+    ),
     "experts.policy",
     "experts.lookahead",
     "experts.governor",

@@ -80,21 +80,29 @@ class Corpus:
     def batches(
         self, rows: int, length: int, seed: int, weights: Mapping[str, float] | None = None
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Endless `(tokens [rows, length + 1], domain index [rows])`; equal shares of domains unless `weights` says."""
+        """Endless `(tokens [rows, length + 1], domain index [rows])`; equal shares of domains unless `weights` says. No
+        text comes again before all of its domain's has come."""
         generator = np.random.default_rng(seed)
         shares = np.array([1.0 if weights is None else weights.get(name, 1.0) for name in self.domains])
         owed = np.zeros(len(shares))
+        starts = [self._starts(name, length, generator) for name in self.domains]
         while True:
             owed += rows * shares / shares.sum()
             taken = _round_to(owed, rows)
             owed -= taken
             labels = np.repeat(np.arange(len(shares)), taken)
-            yield np.stack([self._draw(self.domains[i], length + 1, generator) for i in labels]), labels
+            windows = [self._window(self.domains[i], next(starts[i]), length + 1) for i in labels]
+            yield np.stack(windows).astype(np.int64), labels
 
-    def _draw(self, domain: str, length: int, generator: np.random.Generator) -> NDArray[np.int64]:
-        tokens = self.train[domain]
-        start = int(generator.integers(0, len(tokens) - length + 1))
-        return tokens[start : start + length].astype(np.int64)
+    def _window(self, domain: str, start: int, length: int) -> Tokens:
+        return self.train[domain][start : start + length]
+
+    def _starts(self, domain: str, length: int, generator: np.random.Generator) -> Iterator[int]:
+        """Endless beginnings of windows of `length` tokens and the next one, in another cut and order each time."""
+        last = len(self.train[domain]) - length - 1
+        while True:
+            offset = int(generator.integers(0, min(length - 1, last) + 1))
+            yield from generator.permutation(np.arange(offset, last + 1, length)).tolist()
 
 
 def _round_to(shares: NDArray[np.float64], total: int) -> NDArray[np.int64]:
