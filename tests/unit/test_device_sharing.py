@@ -6,6 +6,7 @@ from __future__ import annotations
 from expertd_engine.experts.device_sharing import Sharing
 from expertd_engine.experts.device_streams import HostDevice
 from expertd_engine.experts.payoff import FIRST, HOLD, SETTLED
+from expertd_engine.planning.balance import SETTLED as BALANCED
 from expertd_engine.planning.misses import Misses
 
 SHAPES = [(3_000_000, 768), (3_000_000, 768), (1_000_000, 256)]
@@ -17,8 +18,8 @@ def sharing(where: str = "both") -> Sharing:
 
 
 def step(one: Sharing, told: list[int], seconds: float = 1.0) -> list[list[list[int]]]:
-    """One step, which reports; the table that it found."""
-    one.payoff.begin_step(1)
+    """One step, which reports and missed something; the table that it found."""
+    one.begin_timed(1)
     one.before_launch()
     assert one.later.tolist() == [0] * len(SHAPES), "of the step before"
     found: list[list[list[int]]] = one.splits.tolist()
@@ -26,8 +27,16 @@ def step(one: Sharing, told: list[int], seconds: float = 1.0) -> list[list[list[
     for layer, word in enumerate(told):
         one.later[layer] = word
     one.end_step()
-    one.payoff.end_step(seconds)
+    one.end_timed(seconds, missed=1)
     return found
+
+
+def balanced() -> Sharing:
+    """One that has found its balance: the two sides are late by turns."""
+    one = sharing()
+    for number in range(BALANCED):
+        step(one, [3 - number % 2] * len(SHAPES))
+    return one
 
 
 def test_who_is_later_changes_what_a_later_launch_finds() -> None:
@@ -43,20 +52,47 @@ def test_who_is_later_changes_what_a_later_launch_finds() -> None:
 
 
 def test_while_a_card_alone_is_quicker_it_is_left_alone() -> None:
-    one = sharing()
+    one = balanced()
     whole = [[[0, 0]] * (MOST + 1)] * len(SHAPES)
     for _ in range(SETTLED):
-        one.payoff.begin_step(1)
+        one.begin_timed(1)
         step_s = 2.0 if one.payoff.is_on else 1.0
         one.before_launch()
         assert (one.splits.tolist() == whole) is not one.payoff.is_on
         one.end_step()
-        one.payoff.end_step(step_s)
+        one.end_timed(step_s, missed=1)
     assert (one.payoff.trials, one.payoff.is_on) == (1, False)
     assert [step(one, []) for _ in range(8)] == [whole] * 8
     assert FIRST < SETTLED < HOLD
     status = one.as_status()
     assert status is not None and (status.is_on, status.trials, status.switches) == (False, 1, 1)
+
+
+def test_steps_that_missed_nothing_do_not_tell_whether_sharing_pays() -> None:
+    one = balanced()
+    for _ in range(SETTLED + HOLD):
+        one.begin_timed(1)
+        one.end_timed(2.0 if one.payoff.is_on else 1.0, missed=0)
+    assert one.payoff.trials == 0
+
+
+def test_nothing_is_tried_before_the_balance_is_found() -> None:
+    one = sharing()
+    for _ in range(SETTLED + HOLD):
+        one.begin_timed(1)
+        assert one.payoff.is_on
+        one.end_timed(1.0, missed=1)
+    assert one.payoff.trials == 0
+
+
+def test_a_trial_compares_steps_of_one_budget() -> None:
+    one = balanced()
+    for number in range(FIRST + SETTLED):
+        if number == FIRST - 1:  # all is slower from here on, whoever computes
+            one.payoff.begin_anew()
+        one.begin_timed(1)
+        one.end_timed((1.0 if number < FIRST - 1 else 9.0) + 0.1 * (not one.payoff.is_on), missed=1)
+    assert (one.payoff.trials, one.payoff.is_on, one.payoff.switches) == (1, True, 0)
 
 
 def test_where_the_processor_has_all_nothing_is_balanced() -> None:

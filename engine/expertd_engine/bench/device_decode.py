@@ -25,6 +25,7 @@ from expertd_engine.bench.protocol import Decoded, DecodeRequest, EngineFacts
 from expertd_engine.bench.report import finish, number, percent, spread
 from expertd_engine.bench.stats import bound_tok_s, median_interval, serial_tok_s
 from expertd_engine.experts.payoff import SETTLED
+from expertd_engine.planning.balance import SETTLED as BALANCED
 from expertd_engine.snapshot import Tiers
 
 ALL = "100%"
@@ -92,11 +93,17 @@ def decode_report(session: DeviceSession, options: Options, cells: Sequence[Cell
 
 def _samples(session: DeviceSession, cell: Cell, request: DecodeRequest, runs: int) -> list[Decoded]:
     session.retune(cell.budget, cell.routing, cell.hints, cell.streams)
-    if cell.hints != "none":  # not before it is known whether they pay
-        longest = DecodeRequest(request.tokens + 3 * request.warm, request.warm, request.prompt)  # that contexts hold
-        for _ in range(math.ceil(SETTLED / (longest.warm + longest.tokens))):
-            session.decode(longest)
+    longest = DecodeRequest(request.tokens + 3 * request.warm, request.warm, request.prompt)  # that contexts hold
+    for _ in range(math.ceil(_steps_to_settle(session, cell) / (longest.warm + longest.tokens))):
+        session.decode(longest)
     return [session.decode(request) for _ in range(runs)]
+
+
+def _steps_to_settle(session: DeviceSession, cell: Cell) -> int:
+    """Until it is known whether hints pay, and whether sharing what is missed does: one after the other."""
+    hints = SETTLED if cell.hints != "none" else 0
+    shares = session.tiers().misses == "both" and cell.budget != ALL
+    return hints + (BALANCED + SETTLED if shares else 0)
 
 
 def _limits(facts: EngineFacts, link: LinkSpeed, resident: list[Decoded], streams: int) -> Limits:

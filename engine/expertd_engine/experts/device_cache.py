@@ -125,6 +125,8 @@ class DeviceCache(DeviceSteps):
             raise
         self._executor.handle([SetBudget(budget_bytes)])
         self.settle()
+        if self.sharing is not None:
+            self.sharing.payoff.begin_anew()
         self.resized()
 
     def tiers(self) -> Tiers:
@@ -145,7 +147,7 @@ class DeviceCache(DeviceSteps):
             cpu_bytes_per_s=self.cpu_bytes_per_s,
             computed=0 if self.computing is None else self.computing.computed,
             computed_bytes=0 if self.computing is None else self.computing.computed_bytes,
-            shared=None if self._sharing is None else self._sharing.as_status(),
+            shared=None if self.sharing is None else self.sharing.as_status(),
         )
 
     def close(self) -> None:

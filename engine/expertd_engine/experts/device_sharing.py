@@ -43,6 +43,17 @@ class Sharing:
         """Whether an expert may be divided between the two."""
         return self.balance is not None
 
+    def begin_timed(self, rows: int | None) -> None:
+        """A step of so many decoding rows is about to begin; None: one that nothing is tried in. Sharing is not judged
+        before its balance has been found."""
+        judged = self.balance is not None and self.balance.is_settled
+        self.payoff.begin_step(rows if judged else None)
+
+    def end_timed(self, seconds: float, missed: int) -> None:
+        """It has ended well. One that missed nothing had nothing to share, and tells nothing."""
+        if missed:
+            self.payoff.end_step(seconds)
+
     def before_launch(self) -> None:
         """Have the next launch find the table as it is to be. All launches before have ended."""
         self.later.zero_()

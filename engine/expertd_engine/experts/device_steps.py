@@ -168,18 +168,19 @@ class DeviceSteps:
         time one waits for the other."""
         if (payoff := self.payoff) is not None:
             payoff.begin_step(rows)
-        if (sharing := self._sharing) is not None:
-            sharing.payoff.begin_step(None if payoff is not None and payoff.is_timed else rows)
+        if (sharing := self.sharing) is not None:
+            sharing.begin_timed(None if payoff is not None and payoff.is_timed else rows)
 
-    def end_timed(self, seconds: float) -> None:
-        """It has ended well."""
+    def end_timed(self, seconds: float, missed: int) -> None:
+        """It has ended well, and so many of its lookups missed."""
         if (payoff := self.payoff) is not None:
             payoff.end_step(seconds)
-        if (sharing := self._sharing) is not None:
-            sharing.payoff.end_step(seconds)
+        if (sharing := self.sharing) is not None:
+            sharing.end_timed(seconds, missed)
 
     @property
-    def _sharing(self) -> Sharing | None:
+    def sharing(self) -> Sharing | None:
+        """What is left to the processor; None where nothing ever is."""
         return None if self.computing is None else self.computing.sharing
 
     def _ask(self) -> None:

@@ -68,6 +68,11 @@ class PayOff:
         """Until the first trial has told, make none. No step has begun."""
         self.is_on = self._kept = False
 
+    def begin_anew(self) -> None:
+        """What a step takes has changed for another reason: a trial under way begins once more. No step runs."""
+        self._trial.clear()
+        self._timed = None
+
     @property
     def is_near(self) -> bool:
         """Whether predictions are made, or may be soon."""

@@ -59,7 +59,7 @@ class DeviceRunner:
         substitutions = self._end_mode(plan, tokens)
         sampled, prompt_logprobs = read_out(plan, _OutcomeLogits(outcome))
         duration_s = time.perf_counter() - began
-        self._cache.end_timed(duration_s)
+        self._cache.end_timed(duration_s, experts.misses)
         return StepResult(sampled, duration_s, prompt_logprobs, experts, substitutions)
 
     def idle(self) -> None:

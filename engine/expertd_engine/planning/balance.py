@@ -20,6 +20,8 @@ _FIRST_STEP = 0.2
 _LEAST_STEP = 0.02
 _SETTLING = 16
 """Steps after which a step moves half as much as the first."""
+SETTLED = 4 * _SETTLING
+"""Steps on which both sides worked until their balance can be judged."""
 _MOST = math.log(8)
 _KEPT = 1 - 1 / 256
 """Of what is believed of one number of missing experts alone, or of all if nobody tells of any, a step later: so what
@@ -79,6 +81,11 @@ class Balance:
         self._steps += 1
         self._late.clear()
         self._early.clear()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether enough steps have moved the splits for these to be judged by the time that steps take."""
+        return self._steps >= SETTLED
 
     @property
     def _asks(self) -> bool:
