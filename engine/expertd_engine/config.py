@@ -122,7 +122,9 @@ class Config:
         None, "record which experts tokens choose into this folder, for `expertd replay`", group="lab"
     )
     trace_share: float = _option(0.05, "of all steps, recorded in windows of 256", group="lab", low=0.0001, high=1)
-    trace_limit: Size = _option(Size(bytes=64 * 2**20), "recorded parts kept; the oldest go", group="lab")
+    trace_limit: Size = _option(
+        Size(bytes=64 * 2**20), "recorded parts kept in the folder, over restarts; the oldest go", group="lab"
+    )
     expert_mode: Mode = _option(
         "exact", "exact: a token is computed by its own experts; virtual: by those that are there", group="budget"
     )

@@ -51,6 +51,14 @@ def test_who_is_later_changes_what_a_later_launch_finds() -> None:
     assert status.cpu_bytes_per_s < 60e9
 
 
+def test_a_step_that_fails_before_its_launch_tells_nothing() -> None:
+    one = sharing()
+    step(one, [3, 2, 0])
+    one.end_step()
+    status = one.as_status()
+    assert status is not None and (status.later, status.earlier) == (1, 1)
+
+
 def test_while_a_card_alone_is_quicker_it_is_left_alone() -> None:
     one = balanced()
     whole = [[[0, 0]] * (MOST + 1)] * len(SHAPES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,9 +31,10 @@ from expertd_engine.experts.device_layout import HOME, TableLayout, signed
 from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.device_pool import ChunkPlan, Use
 from expertd_engine.experts.device_publication import Publication
+from expertd_engine.experts.device_report import count_report
 from expertd_engine.experts.device_slab import DeviceSlab
 from expertd_engine.experts.device_streams import HostDevice
-from expertd_engine.experts.device_table import DeviceTable
+from expertd_engine.experts.device_table import DeviceTable, Report
 from expertd_engine.experts.events import ExpertId, Hint, Load, Loaded, Predict, Priority, Tick
 from expertd_engine.experts.policy import LRU, Facts, make_policy
 from expertd_engine.experts.residency import State
@@ -287,3 +289,10 @@ def test_what_the_processor_computed_is_copied_in_where_it_ranks_above_who_gives
     assert ledger.brought_in == 1 and ledger.counters.misses == [3]
     assert ledger.counters.demand_bytes % RECORD == 7
     ledger.check()
+
+
+def test_what_an_earlier_step_reported_of_more_experts_does_not_count() -> None:
+    divided, all_there = [[3, SHARED, 64, 1], [5, SHARED, 128, 1]], [[0, HIT, -1, 1], [1, HIT, -1, 1]]
+    report = Report(np.array([divided, all_there], np.int32), np.array([1, 2], np.int32))
+    counts = count_report(report, [RECORD] * 2, 1.0, lambda layer, cut: cut)
+    assert (counts.hits, counts.misses, counts.loaded_bytes) == (2, 1, 64)

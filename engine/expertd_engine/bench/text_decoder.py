@@ -157,7 +157,7 @@ class Decoder:
         """As `window`, whose `tokens` are yet to be asked for; there may be a quarter more of them, not timed."""
         timed, *others = [self._submit(each, warm + tokens) for each in modes]
         if self._routes is not None:
-            self._routes.reserve(PROMPT + warm + tokens + 2)
+            self._routes.reserve(PROMPT + warm + tokens + tokens // 4 + 2)
         self.times(timed, warm)
         return Window(self, modes[0], timed, others, into)
 

@@ -59,12 +59,14 @@ def count_report(
     """Lookups by result; the time that the link took is estimated, since nobody can look at the clock in a kernel.
     `computed_s`: what the processor took for those left to it, whose bytes stay where they are."""
     rows, layers = int(report.counts.max()), len(report.counts)
+    is_met = np.arange(rows) < report.counts[:, None]  # rows behind are of steps before
     kinds = report.seen[:, :rows, 1] + _SOURCES * np.arange(layers)[:, None]
-    counted = np.bincount(kinds[np.arange(rows) < report.counts[:, None]], minlength=_SOURCES * layers)
+    counted = np.bincount(kinds[is_met], minlength=_SOURCES * layers)
     by_source = counted.reshape(layers, _SOURCES)
     totals, missing = by_source.sum(axis=0).tolist(), by_source[:, _MISSING].sum(axis=1)
     over_link, shared = by_source[:, READ] + by_source[:, LANDED], by_source[:, SHARED].nonzero()[0].tolist()
-    cuts = np.where(report.seen[shared, :rows, 1] == SHARED, report.seen[shared, :rows, 2], 0).max(axis=1, initial=0)
+    divided = is_met[shared] & (report.seen[shared, :rows, 1] == SHARED)
+    cuts = np.where(divided, report.seen[shared, :rows, 2], 0).max(axis=1, initial=0)
     nbytes = int(over_link @ np.array(record_bytes)) + sum(map(shared_bytes, shared, cuts.tolist()))
     # Of a copy that was waited for, half was under way already: nobody knows better.
     stall_s = (nbytes + totals[WAITED] * max(record_bytes) / 2) / link_bytes_per_s + computed_s

@@ -56,7 +56,6 @@ class Sharing:
 
     def before_launch(self) -> None:
         """Have the next launch find the table as it is to be. All launches before have ended."""
-        self.later.zero_()
         if self.balance is None or not (self._changed or self._is_on is not self.payoff.is_on):
             return
         self._is_on, self._changed = self.payoff.is_on, False
@@ -78,6 +77,7 @@ class Sharing:
         for told in self.later.tolist():
             if told:
                 self.balance.met(told // 2, late=bool(told % 2))
+        self.later.zero_()  # told once, even where no launch comes before the next end
         self.balance.end_step()
 
     def as_status(self) -> Shared | None:

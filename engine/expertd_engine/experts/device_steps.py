@@ -112,7 +112,7 @@ class DeviceSteps:
         self.fetched.clear()
         self.ledger.spare(self.foreknown() if self.foresees else ())
         hints = tuple(self._asked.begin_step(self._step, token_ids))
-        soon = len(hints) if scan else _SOON
+        soon = len(hints) if scan or self.by_layer else _SOON  # a staged step has no launch to take in others behind
         self._later = hints[soon:]
         self._executor.pump([Predict(hints[:soon])] if hints else [])
 

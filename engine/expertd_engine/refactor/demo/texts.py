@@ -114,10 +114,10 @@ LANGUAGES = {
     "finnish": "fi", "french": "fr", "hungarian": "hu", "japanese": "ja", "polish": "pl", "russian": "ru",
     "spanish": "es", "turkish": "tr",
 }  # fmt: skip
-"""Languages that the dense model knows little of: what the longest run teaches besides the other domains."""
+"""Languages that the dense model knows little of: what the branched runs teach besides the other domains."""
 
 FURTHER_LANGUAGES = {"chinese": "zh-cn", "czech": "cs", "dutch": "nl", "greek": "el", "korean": "ko"}
-"""What a longer run teaches besides, for more domains that differ."""
+"""What the further runs teach besides, for more domains that differ."""
 
 _WITH_MANUALS_OF_CALLS = frozenset({"fr", "ja", "pl", "ru", "es"})
 _WITHOUT_MANUALS = frozenset({"ko"})
