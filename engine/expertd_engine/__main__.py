@@ -25,8 +25,8 @@ import torch
 # transformers loads PyTorch's compiler, and that Triton where it is installed: 100 MiB of a budget, on a processor that
 # never compiles anything.
 if not torch.cuda.is_available():
-    # Stubs know modules alone here; None is Python's own word for "import finds none" (language reference, 5.3.1).
-    sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
+    # None is Python's own word for "import finds none" (language reference, 5.3.1).
+    sys.modules.setdefault("triton", None)  # type: ignore[arg-type]  # stubs know modules alone here
 
 from expertd_engine.config import config_from_json
 from expertd_engine.core import Forward

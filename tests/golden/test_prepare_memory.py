@@ -70,9 +70,9 @@ def _write_sparse_checkpoint(folder: Path) -> int:
 def test_checkpoint_three_times_as_big_as_memory(tmp_path: Path) -> None:
     size = _write_sparse_checkpoint(tmp_path / "checkpoint")
     assert size >= 3 * LIMIT_BYTES
-    needed = size * 5 // 4  # the store is written whole, though its checkpoint takes no room: small disks lack that
+    needed = size * 5 // 4
     if (free := shutil.disk_usage(tmp_path).free) < needed:
-        pytest.skip(f"the store needs {needed} bytes of disk; {free} are free")
+        pytest.skip(f"small disk: the store is written whole, {needed} bytes; {free} are free")
     with limited_memory(LIMIT_BYTES) as group:
         command = [sys.executable, "-c", PREPARE, str(tmp_path / "checkpoint"), str(tmp_path / "store")]
         done = run_inside(group, command, timeout_s=300)

@@ -3,11 +3,16 @@ quicker."""
 
 from __future__ import annotations
 
+import pytest
+
+from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_sharing import Sharing
 from expertd_engine.experts.device_streams import HostDevice
-from expertd_engine.experts.payoff import FIRST, HOLD, SETTLED
+from expertd_engine.experts.payoff import BLOCK, FIRST, GRACE, HOLD, SETTLED, TRIAL
 from expertd_engine.planning.balance import SETTLED as BALANCED
 from expertd_engine.planning.misses import Misses
+from support.device_caches import make_cache
+from support.fake_device import RECORD
 
 SHAPES = [(3_000_000, 768), (3_000_000, 768), (1_000_000, 256)]
 MOST = 4
@@ -93,14 +98,21 @@ def test_nothing_is_tried_before_the_balance_is_found() -> None:
     assert one.payoff.trials == 0
 
 
-def test_a_trial_compares_steps_of_one_budget() -> None:
-    one = balanced()
-    for number in range(FIRST + SETTLED):
-        if number == FIRST - 1:  # all is slower from here on, whoever computes
-            one.payoff.begin_anew()
-        one.begin_timed(1)
-        one.end_timed((1.0 if number < FIRST - 1 else 9.0) + 0.1 * (not one.payoff.is_on), missed=1)
-    assert (one.payoff.trials, one.payoff.is_on, one.payoff.switches) == (1, True, 0)
+def test_a_trial_compares_steps_of_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, cache = balanced(), make_cache(6, HostDevice())
+    monkeypatch.setattr(DeviceCache, "sharing", one)
+
+    def steps(count: int, shared_s: float) -> None:
+        for _ in range(count):
+            one.begin_timed(1)
+            one.end_timed(shared_s if one.payoff.is_on else 1.0, missed=1)
+
+    half, whole = (BLOCK * len(TRIAL) // 2, BLOCK * len(TRIAL))
+    steps(GRACE + half, shared_s=0.5)
+    cache.set_budget(4 * RECORD)
+    steps(whole, shared_s=1.1)
+    assert (one.payoff.trials, one.payoff.is_on, one.payoff.switches) == (1, False, 1), "half of it was of another one"
+    cache.close()
 
 
 def test_where_the_processor_has_all_nothing_is_balanced() -> None:
