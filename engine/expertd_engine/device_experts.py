@@ -36,7 +36,9 @@ def expert_cache(context: Context, plan: StartupPlan, records: RecordFile, repor
     config, index = context.config, context.store.index
     host = _host_tier(context, records, report)
     record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
-    experts, policy = [layer.num_experts for layer in index.layers], served_policy(choice_of(context), index)
+    choice = choice_of(context)
+    context.fallbacks.extend([choice.fallback] if choice.fallback else [])
+    experts, policy = [layer.num_experts for layer in index.layers], served_policy(choice, index)
     ledger = DeviceLedger(
         record_bytes,
         experts,

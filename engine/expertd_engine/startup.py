@@ -101,6 +101,7 @@ def start_engine(
     loaded = load_model(store, open_pool(threads, fallbacks))
     foreseen = lookahead is not None or routes is not None or loaded.pregating is not None
     choice = choose(config, store, may_predict=not foreseen and not is_trivial(store.index))
+    fallbacks += [choice.fallback] if choice.fallback else []
     source = predictor_source(choice, store, loaded)
     max_model_len = model_len_of(config, loaded)
     meter = MemoryMeter(server_pid)

@@ -199,6 +199,10 @@ def test_what_a_replay_recommends_is_served(store: Path, trace: Trace) -> None:
             assert engine.info.policy == "lfu" and engine.info.lookahead == "predicted"
         with running_engine(store, expert_policy="lru", predictor="none") as engine:
             assert engine.info.policy == "lru" and engine.info.lookahead == "none"
+        write_recommendation(store, msgspec.structs.replace(advice, policy="predicted", predictor="learned"))
+        with running_engine(store, predictor="none") as engine:
+            assert engine.info.policy == "next-use"
+            assert any("recommends the policy predicted" in one for one in engine.info.fallbacks)
         (store / ADVICE_NAME).write_text("{}")
         with pytest.raises(StoreError, match="recommendation"), running_engine(store):
             pass

@@ -27,6 +27,8 @@ class Choice:
     """None: chosen while serving."""
     predictor: str
     """`none`, `next-gate` or `learned`."""
+    fallback: str | None = None
+    """Why the policy is not the one that the store recommends."""
 
 
 def choose(config: Config, store: ExpertStore, *, may_predict: bool) -> Choice:
@@ -37,7 +39,7 @@ def choose(config: Config, store: ExpertStore, *, may_predict: bool) -> Choice:
     """
     auto = "auto" in (config.expert_policy, config.predictor)
     advice = read_recommendation(store.path, store.index.store_id) if auto else None
-    policy, predictor = config.expert_policy, config.predictor
+    policy, predictor, fallback = config.expert_policy, config.predictor, None
     if predictor == "auto":
         trained = policy == "predicted" or (advice is None and has_predictor(store.path))
         predictor = "none" if not may_predict else "learned" if trained else advice.predictor if advice else "none"
@@ -45,13 +47,14 @@ def choose(config: Config, store: ExpertStore, *, may_predict: bool) -> Choice:
         policy = advice.policy if advice else "next-use"
         if policy == "predicted" and predictor != "learned":
             policy = "next-use"
+            fallback = "the store recommends the policy predicted, and no learned predictor serves here: it is next-use"
     if predictor != "none" and not may_predict:
         raise ConfigError(f"predictor: {predictor} is not allowed for this model: its routes are known without it")
     if policy == "predicted" and predictor != "learned":
         raise ConfigError(
             f"expert_policy: predicted is not allowed with predictor {predictor}: it ranks by the learned"
         )
-    return Choice(policy, advice.half_life_tokens if advice else None, predictor)
+    return Choice(policy, advice.half_life_tokens if advice else None, predictor, fallback)
 
 
 def predictor_source(choice: Choice, store: ExpertStore, loaded: LoadedModel) -> Source | None:
