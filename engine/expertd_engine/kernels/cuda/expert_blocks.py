@@ -102,6 +102,17 @@ def add_partials(
 
 
 @triton.jit
+def write_zeros(
+    results: tl.tensor, first: tl.tensor, last: tl.tensor, output: tl.tensor, OUTPUTS: tl.constexpr, MT: tl.constexpr
+) -> None:
+    """As the results of pairs `[first, last)` at a block of outputs, which are computed elsewhere."""
+    for start in range(first, last, MT):
+        pair = start + tl.arange(0, MT)
+        at = results + pair.to(tl.int64)[:, None] * OUTPUTS + output[None, :]
+        tl.store(at, 0.0, mask=(pair < last)[:, None] & (output < OUTPUTS)[None, :])
+
+
+@triton.jit
 def within(output: tl.tensor, OUTPUTS: tl.constexpr, BN: tl.constexpr) -> tl.tensor:
     """Rows that a matrix of `OUTPUTS` rows has: past its end the last one stands in."""
     return output if OUTPUTS % BN == 0 else tl.minimum(output, OUTPUTS - 1)
@@ -124,7 +135,7 @@ def product(
     MT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """x W^T for a block of rows of W, up to column `until`: float32 `[MT, BN]`. Writes what it reads to `target` unless
-    that is 0."""
+    that is 0, which it is for quantised records: these are fetched whole."""
     acc = tl.zeros([MT, BN], tl.float32)
     if FORMAT == "float32" or FORMAT == "bfloat16":
         WEIGHT: tl.constexpr = tl.float32 if FORMAT == "float32" else tl.bfloat16
@@ -134,14 +145,7 @@ def product(
         else:
             acc = multiply(acc, record, target, rows, x, live, until, WEIGHT, COLS, BK, STAGES, False)
     else:
-        if target != 0:
-            acc = multiply_groups(
-                acc, record, target, rows, scales, minima, x, live, until, FORMAT, COLS, SPAN // 32, STAGES, True
-            )
-        else:
-            acc = multiply_groups(
-                acc, record, target, rows, scales, minima, x, live, until, FORMAT, COLS, SPAN // 32, STAGES, False
-            )
+        acc = multiply_groups(acc, record, rows, scales, minima, x, live, until, FORMAT, COLS, SPAN // 32, STAGES)
     return acc
 
 

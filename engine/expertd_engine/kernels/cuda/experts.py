@@ -1,9 +1,11 @@
 """Expert FFNs of a few rows each, straight from the records that `resolve` found: two launches a layer, in which the
 processor is asked for what is left to it, too.
 
-A record is read once, from wherever it lies, and what lands is written by the program that reads it. A row's result
-depends on the row and the weights alone: every product has one order of summation, whatever the batch, and a row's
-partials are added in ascending expert id by whichever program finishes a block of outputs last.
+A record is read once, from wherever it lies, and what lands is written by the program that reads it. Quantised records
+lie in small pieces that a link carries badly as products ask for them: one that lands is brought in first, in long
+reads by all programs of its first launch, and multiplied with where it has landed. A row's result depends on the row
+and the weights alone: every product has one order of summation, whatever the batch, and a row's partials are added in
+ascending expert id by whichever program finishes a block of outputs last.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from expertd_engine.experts.store_format import RecordLayout, TensorSpec
-from expertd_engine.kernels.cuda.expert_blocks import add_partials, down_block, gate_up_block
+from expertd_engine.kernels.cuda.expert_blocks import add_partials, down_block, gate_up_block, write_zeros
+from expertd_engine.kernels.cuda.expert_records import fetch, landed, wait_for
 from expertd_engine.kernels.cuda.host_experts import Mailbox, add_answer, post_request
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers
 from expertd_engine.kernels.row_order import part_offsets, row_bytes
@@ -45,6 +48,8 @@ class ExpertLayout:
 
     format: str
     """`float32`, `bfloat16`, `int8`, `int4`, `int4s` or `fp8`."""
+    nbytes: int
+    """Of a record."""
     hidden: int
     inner: int
     activation: str
@@ -69,7 +74,17 @@ class ExpertLayout:
         names = ("gate_proj", "up_proj", "down_proj")
         biases = [specs[f"{name}_bias"].offset if f"{name}_bias" in specs else -1 for name in names]
         offsets = tuple(_parts(specs.get(name)) for name in names)
-        return cls(formats.pop(), hidden, inner, activation, alpha, limit, offsets, (biases[0], biases[1], biases[2]))
+        return cls(
+            formats.pop(),
+            record.bytes,
+            hidden,
+            inner,
+            activation,
+            alpha,
+            limit,
+            offsets,
+            (biases[0], biases[1], biases[2]),
+        )
 
     @property
     def quantised(self) -> bool:
@@ -114,11 +129,12 @@ def gate_up(
     """`scratch.inner` of each pair: the first launch of `experts_decode`. `weights`: for who is asked."""
     programs = len(scratch.address) + (asking is not None)
     _gate_up_kernel[(triton.cdiv(layout.inner, tiles.outputs), programs)](
-        *_resolved(table, scratch), x, scratch.inner, *_request(scratch, weights, asking),
+        *_resolved(table, scratch), scratch.fetched, x, scratch.inner, *_request(scratch, weights, asking),
         **record_constants(layout, tiles, layout.inner, layout.hidden), TOP_K=scratch.top_k,
         GATE=layout.offsets[0], UP=layout.offsets[1], GATE_BIAS=layout.biases[0], UP_BIAS=layout.biases[1],
         ACTIVATION=layout.activation, ALPHA=layout.alpha, LIMIT=layout.limit,
-        MT=_ROWS, SHARES=shares, ASKS=asking is not None, CHOICES=triton.next_power_of_2(scratch.top_k),
+        FETCHED=layout.nbytes if layout.quantised else 0, MT=_ROWS,
+        SHARES=shares, ASKS=asking is not None, CHOICES=triton.next_power_of_2(scratch.top_k),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
@@ -129,10 +145,11 @@ def down(
 ) -> None:  # fmt: skip
     """From `scratch.inner` to `out`: the second launch of `experts_decode`."""
     _down_kernel[(triton.cdiv(layout.hidden, tiles.outputs), len(scratch.address))](
-        *_resolved(table, scratch), scratch.row_pairs, scratch.inner, weights, scratch.partials, scratch.arrived, out,
+        *_resolved(table, scratch), scratch.fetched, scratch.row_pairs, scratch.inner, weights, scratch.partials,
+        *(scratch.arrived, out),
         *_answer(asking),
         **record_constants(layout, tiles, layout.hidden, layout.inner), TOP_K=scratch.top_k,
-        DOWN=layout.offsets[2], BIAS=layout.biases[2],
+        DOWN=layout.offsets[2], BIAS=layout.biases[2], FETCHES=layout.quantised,
         MT=_ROWS, SHARES=shares, ASKS=asking is not None, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
@@ -194,15 +211,15 @@ def _fitting(tiles: Tiles, layout: ExpertLayout, cols: int) -> Tiles:
 @triton.jit(do_not_specialize=["layer", "width", "num_pairs", "most_rows"])
 def _gate_up_kernel(
     totals: tl.tensor, begin: tl.tensor, address: tl.tensor, land: tl.tensor, wait: tl.tensor, cuts: tl.tensor,
-    ready: tl.tensor, pairs: tl.tensor, x: tl.tensor, inner: tl.tensor,
+    ready: tl.tensor, pairs: tl.tensor, fetched: tl.tensor, x: tl.tensor, inner: tl.tensor,
     weights: tl.tensor, distinct: tl.tensor, sent: tl.tensor, asking: tl.tensor, posted: tl.tensor, head: tl.tensor,
     asked: tl.tensor, asked_pairs: tl.tensor, asked_x: tl.tensor, asked_weights: tl.tensor,
     layer: tl.tensor, width: tl.tensor, num_pairs: tl.tensor, most_rows: tl.tensor,
     FORMAT: tl.constexpr, OUTPUTS: tl.constexpr, COLS: tl.constexpr, ROW: tl.constexpr, SCALE_ROW: tl.constexpr,
     BN: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, TOP_K: tl.constexpr,
     GATE: tl.constexpr, UP: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, MT: tl.constexpr, SHARES: tl.constexpr,
-    ASKS: tl.constexpr, CHOICES: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, FETCHED: tl.constexpr, MT: tl.constexpr,
+    SHARES: tl.constexpr, ASKS: tl.constexpr, CHOICES: tl.constexpr,
 ) -> None:  # fmt: skip
     nth = tl.program_id(1)
     if ASKS:
@@ -228,6 +245,10 @@ def _gate_up_kernel(
             write_zeros(inner, first, last, output, OUTPUTS, MT)  # what is left to the processor
             last = first
     wait_for(ready, tl.load(wait + nth))
+    if FETCHED:
+        if target != 0:
+            fetch(record, target, fetched + nth, tl.program_id(0), tl.num_programs(0), FETCHED)
+        record, target = landed(record, target)
     for start in range(first, last, MT):
         gate_up_block(
             record, target, tl.program_id(0), start, last, pairs, x, inner,
@@ -240,12 +261,13 @@ def _gate_up_kernel(
 @triton.jit(do_not_specialize=["layer"])
 def _down_kernel(
     totals: tl.tensor, begin: tl.tensor, address: tl.tensor, land: tl.tensor, wait: tl.tensor, cuts: tl.tensor,
-    ready: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor, inner: tl.tensor, weights: tl.tensor,
+    ready: tl.tensor, pairs: tl.tensor, fetched: tl.tensor, row_pairs: tl.tensor, inner: tl.tensor, weights: tl.tensor,
     partials: tl.tensor, arrived: tl.tensor, out: tl.tensor,
     sent: tl.tensor, done: tl.tensor, later: tl.tensor, sums: tl.tensor, layer: tl.tensor,
     FORMAT: tl.constexpr, OUTPUTS: tl.constexpr, COLS: tl.constexpr, ROW: tl.constexpr, SCALE_ROW: tl.constexpr,
     BN: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, TOP_K: tl.constexpr,
-    DOWN: tl.constexpr, BIAS: tl.constexpr, MT: tl.constexpr, SHARES: tl.constexpr, ASKS: tl.constexpr,
+    DOWN: tl.constexpr, BIAS: tl.constexpr, FETCHES: tl.constexpr, MT: tl.constexpr, SHARES: tl.constexpr,
+    ASKS: tl.constexpr,
 ) -> None:  # fmt: skip
     nth = tl.program_id(1)
     distinct = tl.load(totals)
@@ -255,6 +277,10 @@ def _down_kernel(
     record, target = tl.load(address + nth), tl.load(land + nth)
     wait_for(ready, tl.load(wait + nth))
     block = tl.program_id(0)
+    if FETCHES:
+        record, target = landed(record, target)  # the launch before has brought it in
+        if block == 0:
+            tl.store(fetched + nth, 0)
     if record == 0:
         write_zeros(partials, first, last, block * BN + tl.arange(0, BN), OUTPUTS, MT)  # the processor's answer counts
         last = first
@@ -276,32 +302,3 @@ def _down_kernel(
         if ASKS:
             is_last = block == tl.num_programs(0) - 1
             add_answer(totals, sent, done, later + layer, sums, out, output, is_last, OUTPUTS)
-
-
-@triton.jit
-def write_zeros(
-    results: tl.tensor, first: tl.tensor, last: tl.tensor, output: tl.tensor, OUTPUTS: tl.constexpr, MT: tl.constexpr
-) -> None:
-    """As the results of pairs `[first, last)` at a block of outputs, which are computed elsewhere."""
-    for start in range(first, last, MT):
-        pair = start + tl.arange(0, MT)
-        at = results + pair.to(tl.int64)[:, None] * OUTPUTS + output[None, :]
-        tl.store(at, 0.0, mask=(pair < last)[:, None] & (output < OUTPUTS)[None, :])
-
-
-@triton.jit
-def landed(record: tl.tensor, target: tl.tensor) -> tl.tensor:
-    """Where further rows read from, and land to: what has landed is nearer, and lands no more."""
-    if target != 0:
-        tl.debug_barrier()
-        record, target = target, target - target
-    return record, target
-
-
-@triton.jit
-def wait_for(ready: tl.tensor, slot: tl.tensor) -> None:
-    """Until the slot's bytes are complete; at once for -1. The copy engine goes on while programs wait."""
-    if slot >= 0:
-        done = tl.atomic_add(ready + slot, 0, sem="acquire", scope="sys")
-        while done == 0:
-            done = tl.atomic_add(ready + slot, 0, sem="acquire", scope="sys")

@@ -48,20 +48,19 @@ def multiply(
 
 @triton.jit
 def multiply_groups(
-    acc: tl.tensor, record: tl.tensor, target: tl.tensor, rows: tl.tensor, scales: tl.tensor, minima: tl.tensor,
+    acc: tl.tensor, record: tl.tensor, rows: tl.tensor, scales: tl.tensor, minima: tl.tensor,
     x: tl.tensor, live: tl.tensor, until: tl.tensor,
-    FORMAT: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, LAND: tl.constexpr,
+    FORMAT: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """As `multiply`, for a quantised matrix; `scales` and `minima` say where those of each row begin, in float16.
+    """As `multiply` without LAND, for a quantised matrix; `scales` and `minima` say where those of each row begin, in
+    float16.
 
     A segment is 32 bytes of a row: a group of int8 or fp8, or two groups of 4 bits, one in the low half of each byte.
     Whole numbers are multiplied and groups scaled: products are exact, and scaling costs one operation a group. In 16
     rows a segment of each follows the other (`kernels.row_order`).
     """
     source = record.to(tl.pointer_type(tl.uint8))
-    landed = target.to(tl.pointer_type(tl.uint8))
     tl.multiple_of(source, 16)
-    tl.multiple_of(landed, 16)
     PAIRED: tl.constexpr = FORMAT == "int4" or FORMAT == "int4s"
     PER_SEGMENT: tl.constexpr = 2 if PAIRED else 1
     SEGMENTS: tl.constexpr = (COLS + 32 * PER_SEGMENT - 1) // (32 * PER_SEGMENT)
@@ -72,36 +71,26 @@ def multiply_groups(
             at = rows[:, None] + (first + step) * 512 + byte[None, :]
             stored = ((first + step) * 32 + byte)[None, :] < SEGMENTS * 32
             w = tl.load(source + at) if SEGMENTS % UNROLL == 0 else tl.load(source + at, mask=stored, other=0)
-            if LAND:
-                tl.store(landed + at, w, mask=stored)
             for half in tl.static_range(PER_SEGMENT):
                 group = (first + step) * PER_SEGMENT + half
                 q = nibbles(w, half, FORMAT) if PAIRED else whole_bytes(w, FORMAT)
                 col = group * 32 + byte
                 a = tl.load(x[:, None] + col[None, :], mask=live[:, None] & (col[None, :] < COLS), other=0.0)
-                acc += dot(a, q, tl.zeros_like(acc)) * halves(record, target, scales, group, GROUPS, LAND)[None, :]
+                acc += dot(a, q, tl.zeros_like(acc)) * halves(record, scales, group, GROUPS)[None, :]
                 if FORMAT == "int4":
                     sums = dot(a, ones_like_nibbles(w), tl.zeros_like(acc))
-                    acc += sums * halves(record, target, minima, group, GROUPS, LAND)[None, :]
+                    acc += sums * halves(record, minima, group, GROUPS)[None, :]
     return acc
 
 
 @triton.jit
-def halves(
-    record: tl.tensor, target: tl.tensor, begin: tl.tensor, group: tl.tensor,
-    GROUPS: tl.constexpr, LAND: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+def halves(record: tl.tensor, begin: tl.tensor, group: tl.tensor, GROUPS: tl.constexpr) -> tl.tensor:
     """Scales or minima of a group of each row, float32 `[BN]`. 16 rows' lie beside each other."""
     source = record.to(tl.pointer_type(tl.float16))
-    landed = target.to(tl.pointer_type(tl.float16))
     tl.multiple_of(source, 16)
-    tl.multiple_of(landed, 16)
     at = tl.max_contiguous(tl.multiple_of(begin + group * 16, 16), 16)
     here = tl.zeros_like(begin) + group < GROUPS
-    half = tl.load(source + at, mask=here, other=0.0)
-    if LAND:
-        tl.store(landed + at, half, mask=here)
-    return half.to(tl.float32)
+    return tl.load(source + at, mask=here, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -103,6 +103,8 @@ class ExpertScratch:
     """float32 `[P, H]`: each pair's weighted result."""
     arrived: Tensor
     """int32 `[H]`, zero between launches: programs that have finished a block of outputs."""
+    fetched: Tensor
+    """int32 `[U]`, zero between layers: programs that have brought in their share of a quantised record that lands."""
 
     @classmethod
     def of(
@@ -144,6 +146,7 @@ class ExpertScratch:
             inner=torch.zeros(pairs, inner, dtype=dtype, device=device),
             partials=torch.zeros(pairs, hidden, device=device),
             arrived=ints(hidden),
+            fetched=ints(distinct),
         )
 
 

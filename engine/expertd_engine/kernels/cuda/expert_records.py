@@ -1,0 +1,53 @@
+"""How a program comes by a record that is not on the card yet: by a copy under way, or by fetching it. Triton functions
+alone.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from expertd_engine.kernels.cuda.products import INTERPRETED
+
+
+@triton.jit
+def fetch(
+    record: tl.tensor, target: tl.tensor, fetched: tl.tensor, part: tl.tensor, parts: tl.tensor, NBYTES: tl.constexpr
+) -> None:
+    """Program `part` of the `parts` that bring a record of NBYTES into a slot: back when all of it is there.
+
+    They wait for each other, which ends because programs begin in the order of their numbers and those of an expert
+    follow one another: whoever runs beside them waits for nobody that comes later. In the interpreter each runs to its
+    end before the next, and brings in all.
+    """
+    PIECE: tl.constexpr = 2048  # int64: as much as a program has under way at once
+    if INTERPRETED:
+        part, parts = part - part, parts - parts + 1
+    source, slot = record.to(tl.pointer_type(tl.int64)), target.to(tl.pointer_type(tl.int64))
+    tl.multiple_of(source, 16)
+    tl.multiple_of(slot, 16)
+    for first in range(part * PIECE, NBYTES // 8, parts * PIECE):
+        at = first + tl.arange(0, PIECE)
+        tl.store(slot + at, tl.load(source + at, mask=at < NBYTES // 8), mask=at < NBYTES // 8)
+    tl.debug_barrier()  # all of the program's share is written before it says so
+    there = tl.atomic_add(fetched, 1, sem="acq_rel") + 1
+    while there < parts:
+        there = tl.atomic_add(fetched, 0, sem="acquire")
+
+
+@triton.jit
+def landed(record: tl.tensor, target: tl.tensor) -> tl.tensor:
+    """Where further rows read from, and land to: what has landed is nearer, and lands no more."""
+    if target != 0:
+        tl.debug_barrier()
+        record, target = target, target - target
+    return record, target
+
+
+@triton.jit
+def wait_for(ready: tl.tensor, slot: tl.tensor) -> None:
+    """Until the slot's bytes are complete; at once for -1. The copy engine goes on while programs wait."""
+    if slot >= 0:
+        done = tl.atomic_add(ready + slot, 0, sem="acquire", scope="sys")
+        while done == 0:
+            done = tl.atomic_add(ready + slot, 0, sem="acquire", scope="sys")
