@@ -70,13 +70,17 @@ class DeviceTable:
         self.progress = device.pinned(1, torch.int32)
         """int32 `[1]` in host memory: layers of the running step whose routes are known."""
         self._progress = self.progress.numpy()
-        self._index = torch.full((_UPDATE_WORDS,), layout.unread, dtype=torch.int64, device=where)
-        self._value = torch.zeros(_UPDATE_WORDS, dtype=torch.int32, device=where)
-        self._host_index = [device.pinned(_UPDATE_WORDS, torch.int64) for _ in range(2)]
-        self._host_value = [device.pinned(_UPDATE_WORDS, torch.int32) for _ in range(2)]
+        self._update = torch.zeros(3 * _UPDATE_WORDS, dtype=torch.int32, device=where)
+        self._index, self._value = _update_parts(self._update)
+        self._index.fill_(layout.unread)
+        self._host_updates = [device.pinned(3 * _UPDATE_WORDS, torch.int32) for _ in range(2)]
+        self._host_parts = [[part.numpy() for part in _update_parts(one)] for one in self._host_updates]
         self._used = [_UPDATE_WORDS, _UPDATE_WORDS]
+        """Words that a buffer was last filled with."""
         self._sent = [device.compute.mark() for _ in range(2)]
         self._buffer = 0
+        self._is_blank = True
+        """Whether the next `apply` would change nothing."""
         self._host_report = [device.pinned(rows + layout.layers, torch.int32) for _ in range(2)]
         self._turn = 0
         self._numbers = device.pinned(layout.slots + 1, torch.int64)
@@ -143,16 +147,17 @@ class DeviceTable:
         return int(self._progress[0])
 
     def _send(self, index: list[int], value: list[int]) -> None:
+        count = len(index)
+        if not count and self._is_blank:
+            return
         self._buffer = buffer = 1 - self._buffer
         self._sent[buffer].wait()  # or what was sent from it last would never arrive
-        count = len(index)
-        self._host_index[buffer].numpy()[:count] = index
-        self._host_index[buffer].numpy()[count : self._used[buffer]] = self.layout.unread
-        self._host_value[buffer].numpy()[:count] = value
-        self._used[buffer] = count
-        compute = self._device.compute
-        compute.copy([(self._index, self._host_index[buffer]), (self._value, self._host_value[buffer])])
-        self._sent[buffer] = compute.mark()
+        indices, values = self._host_parts[buffer]
+        indices[:count], values[:count] = index, value
+        indices[count : self._used[buffer]] = self.layout.unread
+        self._used[buffer], self._is_blank = count, not count
+        self._device.compute.copy([(self._update, self._host_updates[buffer])])
+        self._sent[buffer] = self._device.compute.mark()
 
     # ------------------------------------------------------------ what the copies lane does
 
@@ -164,3 +169,8 @@ class DeviceTable:
     def complete(self, slot: int) -> AddressMove:
         """What says that the record is all there."""
         return self._first_ready + 4 * slot, self._yes, 4
+
+
+def _update_parts(update: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `[3 · N]` int32: which words change, int64 `[N]`, and what they become, int32 `[N]`."""
+    return update[: 2 * _UPDATE_WORDS].view(torch.int64), update[2 * _UPDATE_WORDS :]
