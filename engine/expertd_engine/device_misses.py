@@ -74,7 +74,8 @@ def rehearsal_mailbox(context: Context) -> Mailbox | None:
     rows = zeros(room.rows, room.hidden, dtype=torch.float32)
     weights = zeros(room.rows, room.top_k, dtype=torch.float32)
     pairs = zeros(room.rows * room.top_k)
-    shared = (zeros(1), zeros(1), zeros(3), zeros(4, room.experts), pairs, rows, weights, rows)
+    sums = zeros(room.rows, room.hidden, dtype=torch.int64)
+    shared = (zeros(1), zeros(3), zeros(4, room.experts), pairs, rows, weights, sums)
     layers = len(context.parts.layouts)
     left = Left(zeros(layers, room.experts + 1, 2), zeros(layers, context.parts.experts), zeros(1))
     shares = context.config.device_misses in ("both", "auto")  # kernels that do take no less room

@@ -60,10 +60,14 @@ class _NoExperts:
 
         self._chunk = Chunk((), none(torch.int32), none(torch.int64))
 
-    def before_launch(self) -> None:
+    def before_launch(self, *, may_ask: bool) -> bool:
         """Every step is staged: neither this nor the next two are called."""
+        return False
 
-    after_launch = poll = before_launch
+    def after_launch(self) -> None:
+        """See above."""
+
+    poll = after_launch
 
     def stage(self, *, held_alone: bool) -> AbstractContextManager[_NoExperts]:
         return nullcontext(self)

@@ -152,6 +152,7 @@ def _assemble(
         fallbacks.append(kv.fallback)
     cache = expert_cache(context, plan, records, report)
     model = make_model(context, kv, cache.table, settle_misses(context, cache))
+    cache.plans.launches_ahead = model.is_graph
     virtual = open_virtual(context, model, cache)
     runner = DeviceRunner(model, cache, context.routes, virtual if isinstance(virtual, DeviceVirtual) else None)
     pool = KVPool(plan.kv_blocks + 1, BLOCK_TOKENS)

@@ -16,13 +16,17 @@ import torch
 
 pytest.importorskip("triton")
 
+from expertd_engine.bench.channel import make_channel
 from expertd_engine.bench.device_session import DeviceSession
 from expertd_engine.bench.foresight import Cell, report
+from expertd_engine.bench.generated import GeneratedRoutes
 from expertd_engine.bench.protocol import EngineSpec, Turns, TurnsRequest
+from expertd_engine.bench.routing import make_routing, shape_of
 from expertd_engine.bench.turns import take_turns, turns_of
 from expertd_engine.errors import ConfigError, EngineError, ResourceError
 from expertd_engine.experts.device_cache import DeviceCache
-from expertd_engine.experts.lookahead import EveryExpert
+from expertd_engine.experts.device_plans import nothing_known
+from expertd_engine.experts.lookahead import EveryExpert, Exactness, NoLookahead
 from expertd_engine.live_budget import LiveBudget
 from expertd_engine.messages import Sampling, SetBudget
 from expertd_engine.model.cuda_model import StepOutcome, StepTokens
@@ -95,6 +99,36 @@ def test_a_host_that_holds_half_of_the_experts_serves_layer_by_layer(tmp_path: P
 FEW_RESIDENT: dict[str, Any] = {
     "max_sequences": 2, "max_step_tokens": 8, "max_model_len": 32, "expert_budget": "40%",
 }  # fmt: skip
+
+
+class AllKnown(NoLookahead):
+    """Names nothing itself: what is known of a step is asked for when it begins."""
+
+    exactness: Exactness = "exact"
+
+
+def test_what_a_step_is_known_to_lack_is_fetched_and_changes_no_bit(tmp_path: Path) -> None:
+    store = make_store(FAMILY, tmp_path)
+    results: list[Generated] = []
+    for knows in (True, False):
+        channel = make_channel("exact")
+        routing = make_routing("uniform", shape_of(store.index), seed=1)
+        assert routing is not None
+        routes = GeneratedRoutes(routing, channel)
+        options = {**FEW_RESIDENT, "expert_budget": "75%"}
+        with device_engine(store, "cpu", AllKnown() if knows else None, routes, **options) as engine:
+            engine.cache.foreknown = routes.step_numbers if knows else nothing_known
+            results += generate(
+                engine, [PROMPT[:1]], Sampling(max_tokens=5, temperature=0.0, logprobs=20, ignore_eos=True)
+            )
+            engine.cache.settle()
+            engine.cache.ledger.check()
+            counters, link = engine.cache.ledger.counters, engine.cache.link
+            assert bool(link.landed + link.read) is not knows and bool(link.prefetched) is knows
+            assert counters.prefetch_issued == sum(counters.covered) == counters.prefetch_used
+            assert bool(sum(counters.misses)) is not knows and counters.evictions["capacity"] > 0
+    known, unknown = results
+    assert [output.logprobs for output in known.outputs] == [output.logprobs for output in unknown.outputs]
 
 
 def test_link_and_processor_share_what_steps_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

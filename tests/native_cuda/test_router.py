@@ -13,7 +13,7 @@ from torch import Tensor
 from expertd_engine.kernels.cuda.matrices import DeviceMatrix
 from expertd_engine.kernels.cuda.norms import DeviceNorm
 from expertd_engine.kernels.cuda.router import RouterLayout, route
-from expertd_engine.kernels.cuda.substitute import LENGTH, MET, Among
+from expertd_engine.kernels.cuda.substitute import MET, Among
 from expertd_engine.kernels.library import FORMATS, Matrix
 from expertd_engine.model.among_held import Select, among_held
 from expertd_engine.model.native_abi import Block, BlockCalls, Norm, NormKind, Router, Scores, Step
@@ -73,9 +73,10 @@ class World:
         )
         norm = DeviceNorm(NormKind.RMS, torch.from_numpy(self.gain).to(DEVICE), None, 1e-6, HIDDEN)
         x = torch.from_numpy(self.x).to(DEVICE)
-        index = torch.full((ROWS, rule.top_k), -1, device=DEVICE, dtype=torch.int32)
-        logits, weights = torch.empty(ROWS, count, device=DEVICE), torch.empty(ROWS, rule.top_k, device=DEVICE)
-        y, done = torch.empty_like(x), torch.zeros(ROWS, dtype=torch.int32, device=DEVICE)
+        rows = len(x)
+        index = torch.full((rows, rule.top_k), -1, device=DEVICE, dtype=torch.int32)
+        logits, weights = torch.empty(rows, count, device=DEVICE), torch.empty(rows, rule.top_k, device=DEVICE)
+        y, done = torch.empty_like(x), torch.zeros(rows, dtype=torch.int32, device=DEVICE)
         for _ in range(2 if among is None else 1):  # what a launch leaves behind must not matter to the next
             route(x, norm, layout, logits, index, weights, y, done, among)
         return index.cpu(), weights.cpu(), y.cpu(), logits.cpu()
@@ -135,19 +136,24 @@ LIMITS = (1.0, 0.6, 0.3, 0.1, 0.0, 1.0)
 
 @pytest.mark.parametrize("shared_by", [1, 2])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("held_more", [0, 3])
-def test_rows_among_held_experts_are_those_of_the_cpu(rule: Rule, shared_by: int, held_more: int) -> None:
-    world, width = World(rule, ""), widest(rule.top_k, shared_by)
+@pytest.mark.parametrize(("held_more", "spoil"), [(0, ""), (3, ""), (3, "ties")])
+def test_rows_among_held_experts_are_those_of_the_cpu(rule: Rule, shared_by: int, held_more: int, spoil: str) -> None:
+    world, width = World(rule, spoil), widest(rule.top_k, shared_by)
     held = torch.zeros(rule.experts, dtype=torch.int32)
     held[torch.randperm(rule.experts, generator=torch.Generator().manual_seed(3))[: rule.top_k + held_more]] = 1
     among = Among(
-        held=held.to(DEVICE), limits=torch.tensor(LIMITS, device=DEVICE),
+        held=held.to(DEVICE), counted=torch.empty(ROWS, rule.experts, device=DEVICE),
+        limits=torch.tensor(LIMITS, device=DEVICE),
         num_rows=torch.tensor([ROWS - 1], dtype=torch.int32, device=DEVICE),
         asked=torch.zeros(rule.experts, device=DEVICE), met=torch.zeros(ROWS, 2 * MET, device=DEVICE)[:, MET:],
         experts=torch.full((ROWS, width), -1, dtype=torch.int32, device=DEVICE),
         weights=torch.full((ROWS, width), -1.0, device=DEVICE), shared_by=shared_by,
     )  # fmt: skip
-    index, weights, y, logits = world.on_device(among)
+    world.on_device(among)
+    index, weights, y, logits = world.on_device()
+    close, rtol = (1e-4, 1e-3) if spoil else (1e-5, 1.3e-6)
+    if spoil:  # of equals the lower id is the better, which they do not say by themselves
+        logits = logits - close / 10 * torch.arange(rule.experts)
     chosen, limits = index.numpy().astype(np.int64), np.array(LIMITS, np.float32)
     lacking = (held.numpy()[chosen] == 0).sum(axis=1)
     met, expected = np.zeros((ROWS, MET)), torch.zeros(ROWS, rule.experts)
@@ -155,12 +161,12 @@ def test_rows_among_held_experts_are_those_of_the_cpu(rule: Rule, shared_by: int
         one = slice(row, row + 1)
         rows = logits[one], chosen[one], weights[one].numpy()
         theirs = among_held(rule_of(world), *rows, held.numpy() != 0, limits[one], shared_by)
-        met[row] = theirs.replaced[0], theirs.mass[0], lacking[row] - theirs.replaced[0], y[row].norm()
+        met[row] = theirs.replaced[0], theirs.mass[0], lacking[row] - theirs.replaced[0]
         expected[one] = spread(rule, torch.from_numpy(theirs.index), torch.from_numpy(theirs.weights))
-    np.testing.assert_allclose(among.met.cpu(), met, atol=2e-6)
+    np.testing.assert_allclose(among.met.cpu(), met, atol=close)
     assert 0 < met[:, 0].sum() < lacking.sum()
     ours = among.experts.cpu().long(), among.weights.cpu()
-    torch.testing.assert_close(spread(rule, *ours), expected)
+    torch.testing.assert_close(spread(rule, *ours), expected, rtol=rtol, atol=close)
     named = torch.zeros(ROWS, rule.experts).scatter_(1, ours[0], 1.0)
     assert torch.equal(named, (spread(rule, *ours) != 0).float()), "who is named again is somebody who computes"
     asked = spread(rule, torch.from_numpy(chosen), weights * y.norm(dim=1, keepdim=True))[:-1].sum(dim=0)
@@ -174,17 +180,36 @@ def test_where_fewer_are_held_than_a_token_needs_choices_stay(rule: Rule) -> Non
     held[: rule.top_k - 1] = 1
     rows = torch.full((ROWS + 1, width), -1, dtype=torch.int32, device=DEVICE)
     among = Among(
-        held=held.to(DEVICE), limits=torch.ones(ROWS, device=DEVICE),
+        held=held.to(DEVICE), counted=torch.empty(ROWS, rule.experts, device=DEVICE),
+        limits=torch.ones(ROWS, device=DEVICE),
         num_rows=torch.tensor([ROWS], dtype=torch.int32, device=DEVICE),
         asked=torch.zeros(rule.experts, device=DEVICE), met=torch.ones(ROWS, MET, device=DEVICE),
         experts=rows[:ROWS], weights=torch.empty(ROWS, width, device=DEVICE), shared_by=2,
     )  # fmt: skip
-    index, weights, _, _ = world.on_device(among)
+    world.on_device(among)
+    index, weights, _, _ = world.on_device()
     ours = spread(rule, among.experts.cpu().long(), among.weights.cpu())
     torch.testing.assert_close(ours, spread(rule, index.long(), weights))
-    assert not among.met[:, :LENGTH].any() and (rows[ROWS] == -1).all(), (
-        "nobody answers, and nothing is written beyond the rows"
-    )
+    assert not among.met.any() and (rows[ROWS] == -1).all(), "nobody answers, and nothing is written beyond the rows"
+
+
+@pytest.mark.parametrize("rule", [RULES[0], RULES[3]])
+def test_a_lone_row_leaves_what_it_asks_for_whatever_was_there(rule: Rule) -> None:
+    world, width = World(rule, ""), widest(rule.top_k, 2)
+    world.x = world.x[:1]
+    held = (torch.arange(rule.experts) % 2).int()
+    among = Among(
+        held=held.to(DEVICE), counted=torch.empty(1, rule.experts, device=DEVICE),
+        limits=torch.ones(1, device=DEVICE), num_rows=torch.ones(1, dtype=torch.int32, device=DEVICE),
+        asked=torch.full((rule.experts,), 7.0, device=DEVICE), met=torch.zeros(1, MET, device=DEVICE),
+        experts=torch.zeros(1, width, dtype=torch.int32, device=DEVICE), weights=torch.zeros(1, width, device=DEVICE),
+        shared_by=2,
+    )  # fmt: skip
+    world.on_device(among)
+    index, weights, y, _ = world.on_device()
+    asked = spread(rule, index.long(), weights * y.norm())[0]
+    torch.testing.assert_close(among.asked.cpu(), asked, rtol=1e-5, atol=1e-6)
+    assert int(among.met[0, 0]) == (held[index[0].long()] == 0).sum()
 
 
 def spread(rule: Rule, index: Tensor, weights: Tensor) -> Tensor:

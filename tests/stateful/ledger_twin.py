@@ -14,6 +14,7 @@ from expertd_engine.experts.events import (
     Denied,
     Drop,
     Event,
+    Exchange,
     ExpertId,
     Failed,
     Granted,
@@ -128,6 +129,9 @@ class Twin:
                 self._end_prefetch(self.flights.pop(load_id).expert, "cancelled")
             case Release(lease_id):
                 del self.granted[lease_id]
+            case Exchange(released, lease_id, expert):
+                del self.granted[released]
+                self._learn_demand(Demand(lease_id, expert, self.position, pairs=0))
             case Abort(lease_ids):
                 for lease_id in lease_ids:
                     (self.asked if lease_id in self.asked else self.granted).pop(lease_id)

@@ -26,6 +26,7 @@ from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_host_compute import HostCompute
 from expertd_engine.experts.device_layout import HOME
 from expertd_engine.experts.device_ledger import DeviceLedger
+from expertd_engine.experts.device_plans import nothing_known
 from expertd_engine.experts.device_pool import ChunkPlan
 from expertd_engine.experts.device_staging import Chunk
 from expertd_engine.experts.events import ExpertId, Hint
@@ -83,8 +84,8 @@ class Idle:
     def __init__(self, lands: bool) -> None:
         self.lands = lands
 
-    def begin_step(self) -> None:
-        return None
+    def begin_step(self, *, may_ask: bool) -> bool:
+        return may_ask
 
     def launched(self) -> None:
         return None
@@ -110,8 +111,9 @@ class DeviceMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["lru", "next-use"]),
         depth=st.integers(1, 4),
         knows=st.booleans(),
+        ahead=st.booleans(),
     )
-    def start(self, slots: int, policy: str, depth: int, knows: bool) -> None:
+    def start(self, slots: int, policy: str, depth: int, knows: bool, ahead: bool) -> None:
         self.device = FakeDevice()
         self.told = Told()
         index = index_of(LAYERS, EXPERTS, top_k=2)
@@ -128,17 +130,23 @@ class DeviceMachine(RuleBasedStateMachine):
             self.cache.ledger.brings_in = True
         if knows:
             self.cache.routes = lambda layer: ()
+        self.cache.plans.launches_ahead = ahead
         self.lookups = 0
         self.running: FakeStep | None = None
 
     # ------------------------------------------------------------ steps
 
-    @rule(steps=st.lists(st.tuples(ROUTES, FORESEEN, st.integers(0, 12), st.integers(0, 6)), min_size=1, max_size=6))
-    def launch(self, steps: Sequence[tuple[Sequence[dict[int, int]], list[Foreseen], int, int]]) -> None:
-        """Also while the one before still runs: then the host is a step ahead."""
-        for routes, foreseen, computed, copied in steps:
+    @rule(
+        steps=st.lists(
+            st.tuples(ROUTES, FORESEEN, st.integers(0, 12), st.integers(0, 6), st.booleans()), min_size=1, max_size=6
+        )
+    )
+    def launch(self, steps: Sequence[tuple[Sequence[dict[int, int]], list[Foreseen], int, int, bool]]) -> None:
+        """Also while the one before still runs: then the host is a step ahead, unless it knows what the step uses, and
+        waits."""
+        for routes, foreseen, computed, copied, known in steps:
             self.told.next = sorted(foreseen)
-            step = self._begin(routes, scan=copied == 1)
+            step = self._begin(routes, scan=copied == 1, known=known)
             step.give(self.device.lanes[0])
             self.cache.after_launch()
             self.running = step
@@ -146,12 +154,12 @@ class DeviceMachine(RuleBasedStateMachine):
             self.advance(0, computed)
             self.cache.poll()
 
-    @rule(routes=ROUTES, after=st.integers(-1, LAYERS - 1))
-    def fail(self, routes: Sequence[dict[int, int]], after: int) -> None:
+    @rule(routes=ROUTES, after=st.integers(-1, LAYERS - 1), known=st.booleans())
+    def fail(self, routes: Sequence[dict[int, int]], after: int, known: bool) -> None:
         """After some layers, the last of which has not written what it landed; or before anything was launched."""
         self.cache.settle()
         self.running = None
-        step = self._begin(routes, False)
+        step = self._begin(routes, False, known)
         step.fails_after = after
         if after >= 0:
             step.give(self.device.lanes[0])
@@ -191,9 +199,12 @@ class DeviceMachine(RuleBasedStateMachine):
         assert self.cache.end_step().misses + self.cache.end_step().hits == sum(map(len, routes))
         self.running = None
 
-    def _begin(self, routes: Sequence[dict[int, int]], scan: bool) -> FakeStep:
+    def _begin(self, routes: Sequence[dict[int, int]], scan: bool, known: bool) -> FakeStep:
         self.lookups += sum(map(len, routes))
+        numbers = [layer * EXPERTS + expert for layer, chosen in enumerate(routes) for expert in sorted(chosen)]
+        self.cache.foreknown = lambda: np.array(numbers if known else [], np.int64)
         self.cache.begin_step((), scan)
+        self.cache.foreknown = nothing_known
         self.cache.before_launch()
         table = self.cache.table
         assert self.lands or int(table.tail) == int(table.head), "slots are handed to steps that land nothing"
@@ -321,7 +332,8 @@ class HeldMachine(DeviceMachine):
         self.cache.poll()
         self.finish()
         assert all(routes) and [source for _, source in step.met] == [HIT] * sum(map(len, routes))
-        held.digest(np.array(asked, np.float32).reshape(LAYERS, EXPERTS), 1.0)
+        sums = np.array(asked, np.float32).reshape(LAYERS, EXPERTS)
+        held.digest(lambda: sums, 1.0)
 
     def _mask_is(self, routes: list[dict[int, int]]) -> None:
         held = [{expert for expert, word in enumerate(row) if word} for row in self.cache.table.held.tolist()]

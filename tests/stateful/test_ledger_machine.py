@@ -12,10 +12,12 @@ from expertd_engine.experts.events import (
     Cancelled,
     Demand,
     Event,
+    Exchange,
     ExpertId,
     Failed,
     Granted,
     Hint,
+    Load,
     Loaded,
     Predict,
     Release,
@@ -88,6 +90,24 @@ class LedgerMachine(RuleBasedStateMachine):
         self.twin.send(Release(lease))
         self.ended.append(lease)
 
+    @precondition(lambda self: self.twin.granted)
+    @rule(data=st.data(), expert=st.sampled_from(EXPERTS))
+    def exchange(self, data: st.DataObject, expert: ExpertId) -> None:
+        """As virtual mode swaps: who is alone in leaving gives its very slot up where there is no other room."""
+        twin = self.twin
+        lease = data.draw(st.sampled_from(sorted(twin.granted)))
+        leaves, full = twin.granted[lease], twin.charged() + twin.sizes[expert] > twin.budget
+        alone = [*twin.granted.values(), *twin.asked.values()].count(leaves) == 1
+        fits = twin.sizes[leaves] == twin.sizes[expert] and twin.state(expert) == "absent"
+        waits = any(twin.state(other) in ("absent", "doomed") for other in twin.asked.values())
+        free = twin.limit == twin.budget and expert not in twin.asked.values() and not waits
+        slot = next(slot for slot, content in twin.content.items() if content == leaves)
+        out = twin.send(Exchange(lease, self.next_lease, expert))
+        if full and alone and fits and free and twin.one_length():
+            assert [(i.expert, i.slot) for i in out if isinstance(i, Load)][:1] == [(expert, slot)]
+        self.ended.append(lease)
+        self.next_lease += 1
+
     @precondition(lambda self: self.twin.granted or self.twin.asked)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -135,6 +155,8 @@ class LedgerMachine(RuleBasedStateMachine):
             Predict((Hint(ExpertId(2, 0), self.now + 1),)),
             *(Cancelled(load_id) for load_id, flight in self.twin.flights.items() if not flight.doomed),
             *(Release(lease) for lease in self.twin.asked),
+            *(Exchange(lease, never, EXPERTS[0]) for lease in [*self.twin.asked, *self.ended, never]),
+            *(Exchange(lease, lease, EXPERTS[0]) for lease in self.twin.granted),
             *(Release(lease) for lease in self.ended),
             *(Demand(lease, EXPERTS[0], self.now) for lease in self.twin.granted),
         ]

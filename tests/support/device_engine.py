@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
+from expertd_engine.bench.generated import GeneratedRoutes
+from expertd_engine.core import Forward, StepResult
 from expertd_engine.experts.lookahead import Lookahead
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.prepare import prepare
+from expertd_engine.step_plan import StepPlan
 from support.engine import make_config
 from support.tiny_checkpoints import make_checkpoint
 
@@ -27,15 +30,26 @@ def make_store(family: str, folder: Path, experts_format: str = "float32") -> Ex
 
 @contextmanager
 def device_engine(
-    store: ExpertStore, device: str, lookahead: Lookahead | None = None, /, **options: Any
-) -> Iterator[Any]:
-    """A `DeviceEngine` over `store`; `device` is `cpu` or `cuda:0`. `lookahead`: what foresees instead of nobody."""
+    store: ExpertStore, device: str, lookahead: Lookahead | None = None, routes: GeneratedRoutes | None = None, /,
+    **options: Any,
+) -> Iterator[Any]:  # fmt: skip
+    """A `DeviceEngine` over `store`; `device` is `cpu` or `cuda:0`. `lookahead`: what foresees instead of nobody;
+    `routes`: of one stream, instead of the routers'."""
     from expertd_engine.device_startup import start_on_device  # needs triton
 
     config = make_config(**{"max_sequences": 4, "max_step_tokens": 48, "threads": 1, **options})
     at = torch.device(device)
+
+    def announced(runner: Forward) -> Forward:
+        def forward(plan: StepPlan) -> StepResult:
+            if routes is not None:
+                routes.begin_step([(0, sum(chunk.num_tokens for chunk in plan.chunks))])
+            return runner(plan)
+
+        return forward
+
     engine = start_on_device(
-        store, config, os.getpid(), lambda stage, fraction: None, lambda r: r, at, lookahead=lookahead
+        store, config, os.getpid(), lambda stage, fraction: None, announced, at, lookahead=lookahead, routes=routes
     )
     try:
         yield engine

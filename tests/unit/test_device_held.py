@@ -11,7 +11,7 @@ from expertd_engine.experts.device_events import Confine, Fill, Keep, LetGo, Pro
 from expertd_engine.experts.device_held import DeviceHeld
 from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_ledger import DeviceLedger
-from expertd_engine.experts.device_pool import ChunkPlan
+from expertd_engine.experts.device_pool import ChunkPlan, Use
 from expertd_engine.experts.device_streams import HostDevice
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.leases import ExpertUnavailableError
@@ -69,8 +69,9 @@ def test_what_is_asked_for_comes_in_for_what_is_not() -> None:
     outside = next(expert for expert in range(EXPERTS) if expert not in held.sets.held(1))
     asked = np.zeros((LAYERS, EXPERTS), np.float32)
     asked[1, outside] = 1.0
-    held.digest(asked, 1.0)
+    held.digest(lambda: asked, 1.0)
     cache.poll()  # while a step runs
+    cache.poll()
     assert outside not in held.sets.held(1), "its bytes are not there"
     cache.poll()
     cache.poll()
@@ -90,8 +91,25 @@ def test_sets_follow_where_two_slots_are_all_that_is_left() -> None:
             cache.poll()
         cache.end_step()
         if step == 1:  # by then nothing has been missed, and slots that hold nothing are there to be handed to steps
-            held.digest(asked, 1.0)
+            held.digest(lambda: asked, 1.0)
     assert held.sets.swaps == [0, 1]
+
+
+def test_newcomers_take_back_what_steps_were_handed_and_do_not_use() -> None:
+    """Exact steps that missed much leave slots to land in; virtual ones miss nothing, and never use them."""
+    cache, held = make_held(slots=10, share=1.0)
+    cache._executor.handle([Provide(4, 0)])
+    cache._executor.handle([Fill([ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(3)])])
+    cache._executor.drain()
+    assert cache.ledger.pool.number(Use.HANDED) == 4 and not cache.ledger.kept
+    for _ in range(4):
+        assert held.begin_step()
+        cache.begin_step([])
+        for part in (cache.before_launch, cache.after_launch, cache.poll, cache.poll, cache.end_step):
+            part()
+    assert held.sets.slots == [4, 4] == [len(held.sets.held(layer)) for layer in range(LAYERS)]
+    cache.settle()
+    cache.ledger.check()
 
 
 def test_a_prompt_finds_room_where_newcomers_have_taken_all_of_it() -> None:
@@ -99,7 +117,8 @@ def test_a_prompt_finds_room_where_newcomers_have_taken_all_of_it() -> None:
     assert held.begin_step() and held.sets.slots == [TOP_K] * LAYERS
     asked = np.zeros((LAYERS, EXPERTS), np.float32)
     asked[:, 4] = 1.0
-    held.digest(asked, 1.0)
+    held.digest(lambda: asked, 1.0)
+    cache.poll()
     cache.poll()
     cache.fill()  # they arrive, and whom they replace is still kept
     assert len(cache.ledger.kept) == 6

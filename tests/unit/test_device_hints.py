@@ -6,13 +6,12 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 from expertd_engine.experts.device_cache import DeviceCache
-from expertd_engine.experts.device_events import Fill, Provide, Retire
 from expertd_engine.experts.device_hints import AbsentHints, Tried, payoff_of
 from expertd_engine.experts.device_streams import HostDevice
-from expertd_engine.experts.events import ExpertId, Hint, Load, Loaded
+from expertd_engine.experts.events import ExpertId, Hint
 from expertd_engine.experts.lookahead import Exactness, NoLookahead
 from support.calls import calls_of
-from support.device_caches import EXPERTS, LAYERS, make_cache, make_ledger
+from support.device_caches import EXPERTS, LAYERS, make_cache
 from support.fake_device import FakeDevice, FakeStep
 
 SLOTS = [[-1, 3, -1], [0, -1, 7]]
@@ -101,36 +100,3 @@ def test_while_hints_do_not_pay_a_devices_step_makes_the_calls_of_no_foresight()
     tried.payoff.is_on = False
     without, off = (calls_of(partial(steps, *both)) for both in zip((bare, foreseeing), devices, strict=True))
     assert without == off and off["expertd_engine.experts.device_steps", "DeviceSteps.poll"] == 3
-
-
-class Foreknown(NoLookahead):
-    """Names every expert when a step begins."""
-
-    exactness: Exactness = "exact"
-
-    def begin_step(self, step: int, token_ids: Sequence[int]) -> list[Hint]:
-        first = step * LAYERS * EXPERTS
-        return [Hint(ExpertId(*divmod(number, EXPERTS)), first + number) for number in range(LAYERS * EXPERTS)]
-
-
-def test_what_is_known_when_a_step_begins_is_taken_in_whole() -> None:
-    """Some of it before the launch, the rest behind it."""
-    cache = make_cache(4, device := FakeDevice())
-    cache.lookahead = Foreknown()
-    cache.begin_step([0])
-    cache.before_launch()
-    FakeStep(cache.table, [dict.fromkeys(range(EXPERTS), 1)] * LAYERS).give(device.lanes[0])
-    cache.after_launch()
-    cache.end_step()
-    cache.settle()
-    assert sum(cache.ledger.counters.covered) == LAYERS * EXPERTS
-
-
-def test_what_the_step_that_begins_uses_gives_way_last() -> None:
-    ledger = make_ledger(4)
-    there = [ExpertId(0, 0), ExpertId(0, 1), ExpertId(1, 0), ExpertId(1, 1)]
-    loads = [one for one in ledger.handle_all([Fill(there)]) if isinstance(one, Load)]
-    ledger.handle_all([Loaded(load.load_id) for load in loads])
-    ledger.spare([{0}, {0}])
-    given_up = [one.expert for one in ledger.handle_all([Provide(0, 3)]) if isinstance(one, Retire)]
-    assert given_up[:2] == [ExpertId(0, 1), ExpertId(1, 1)] and given_up[2].expert == 0

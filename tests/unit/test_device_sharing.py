@@ -25,7 +25,7 @@ def sharing(where: str = "both") -> Sharing:
 def step(one: Sharing, told: list[int], seconds: float = 1.0) -> list[list[list[int]]]:
     """One step, which reports and missed something; the table that it found."""
     one.begin_timed(1)
-    one.before_launch()
+    one.before_launch(may_ask=True)
     assert one.later.tolist() == [0] * len(SHAPES), "of the step before"
     found: list[list[list[int]]] = one.splits.tolist()
     one.after_launch()
@@ -64,21 +64,41 @@ def test_a_step_that_fails_before_its_launch_tells_nothing() -> None:
     assert status is not None and (status.later, status.earlier) == (1, 1)
 
 
-def test_while_a_card_alone_is_quicker_it_is_left_alone() -> None:
+def test_while_a_card_alone_is_quicker_nobody_is_asked() -> None:
     one = balanced()
-    whole = [[[0, 0]] * (MOST + 1)] * len(SHAPES)
     for _ in range(SETTLED):
         one.begin_timed(1)
         step_s = 2.0 if one.payoff.is_on else 1.0
-        one.before_launch()
-        assert (one.splits.tolist() == whole) is not one.payoff.is_on
+        assert one.before_launch(may_ask=True) is one.payoff.is_on
         one.end_step()
         one.end_timed(step_s, missed=1)
     assert (one.payoff.trials, one.payoff.is_on) == (1, False)
-    assert [step(one, []) for _ in range(8)] == [whole] * 8
+    before = one.as_status()
+    step(one, [3, 3, 3])
+    after = one.as_status()
+    assert not one.asks and before is not None and after is not None and before.later == after.later
     assert FIRST < SETTLED < HOLD
     status = one.as_status()
     assert status is not None and (status.is_on, status.trials, status.switches) == (False, 1, 1)
+
+
+def test_a_step_whose_program_cannot_ask_tells_the_balance_nothing() -> None:
+    one = balanced()
+    speed = [one.balance.cpu_bytes_per_s] if one.balance is not None else []
+    for _ in range(100):
+        assert not one.before_launch(may_ask=False)
+        one.end_step()
+    assert one.balance is not None and speed == [one.balance.cpu_bytes_per_s]
+
+
+def test_nobody_is_asked_while_nothing_is_missed() -> None:
+    one, asked = balanced(), []
+    for missed in (*[0] * 12, 1, 0, 0):
+        one.begin_timed(None)
+        asked.append(one.before_launch(may_ask=True))
+        one.end_step()
+        one.end_timed(1.0, missed=missed)
+    assert asked == [*[True] * 8, *[False] * 5, True, True]
 
 
 def test_steps_that_missed_nothing_do_not_tell_whether_sharing_pays() -> None:

@@ -27,6 +27,7 @@ from expertd_engine.core import StepResult
 from expertd_engine.device_experts import foresight_for
 from expertd_engine.device_startup import start_on_device
 from expertd_engine.errors import UsageError
+from expertd_engine.experts.device_plans import nothing_known
 from expertd_engine.experts.lookahead import Lookahead, NoLookahead
 from expertd_engine.sequence_stats import ExpertCounts
 from expertd_engine.snapshot import Tiers
@@ -98,7 +99,8 @@ class DeviceSession(EngineSession):
     def foresee(self, on: bool) -> None:
         cache = self._engine.cache
         cache.lookahead = self._foresight if on else NoLookahead()
-        cache.foreknown = self._routes.step_experts if on and self._routes is not None and self._at_once else tuple
+        known = self._routes is not None and self._at_once and on
+        cache.foreknown = self._routes.step_numbers if known else nothing_known
         cache.routes = self._layer_routes if self._foresight.exactness != "none" and on else self._reported_routes
 
     def _layer_routes(self, layer: int) -> Sequence[int]:

@@ -63,6 +63,7 @@ class GeneratedRoutes:
         self._routes = np.empty((0, self.shape.layers, self.shape.top_k), np.int64)
         self._experts: list[list[int]] | None = None
         """Of the step last announced, by layer, once they were asked for."""
+        self._numbers: Ids | None = None
         self._predictions: dict[tuple[bool, int], list[list[list[int]]]] = {}
         """By token and layer: of the rows' own tokens (False) and of each stream's next (True), and by lead, where they
         were asked for."""
@@ -86,10 +87,11 @@ class GeneratedRoutes:
             self._rows.append((number, start, stream.position))
             parts.append(stream.routes(start, stream.position))
         self._routes = np.concatenate(parts)
-        self._experts = None
+        self._experts = self._numbers = None
         self._predictions.clear()
-        if self._exact:
-            self.step_experts()  # while the step is not timed yet: a pre-gating router has told by now
+        if self._exact:  # while the step is not timed yet: a pre-gating router has told by now
+            self.step_experts()
+            self.step_numbers()
 
     def route(self, layer: int, num_rows: int) -> Ids:
         """Expert ids `[num_rows, top_k]` for the running step. Raises ValueError for rows nobody announced."""
@@ -107,6 +109,14 @@ class GeneratedRoutes:
             by_layer = self._routes.swapaxes(0, 1).reshape(self.shape.layers, -1)
             self._experts = [sorted(set(chosen)) for chosen in by_layer.tolist()]
         return self._experts
+
+    def step_numbers(self) -> Ids:
+        """Likewise in a row, expert e of layer l as `l * E + e`; nothing for a step of many tokens: that may use nearly
+        all."""
+        if self._numbers is None:
+            few = self._routes if len(self._routes) <= _FEW else self._routes[:0]
+            self._numbers = np.unique(few + self.shape.experts * np.arange(self.shape.layers)[:, None])
+        return self._numbers
 
     @property
     def current(self) -> Ids:

@@ -160,9 +160,9 @@ class DeviceCache(DeviceSteps):
 
     # ------------------------------------------------------------ what virtual mode keeps
 
-    def keep(self, event: Keep | LetGo) -> None:
-        """Have an expert kept, or let go."""
-        self._executor.handle([event])
+    def keep(self, *events: Keep | LetGo) -> None:
+        """Have experts kept, or let go."""
+        self._executor.handle(events)
 
     def take_kept(self) -> list[ExpertId]:
         """Experts that are kept since this was asked last."""

@@ -105,6 +105,9 @@ class ColumnVictims(Victims):
         self._chosen: list[tuple[bool, float, int, int]] = []
         self._next = 0
         self._last: _Order = (False, -math.inf, 0)
+        self._arranged: NDArray[np.int64] | None = None
+        """All in order, but for those `_offered` since; some may not give way any more."""
+        self._offered: list[int] = []
 
     def offer(self, facts: Facts) -> None:
         assert isinstance(facts, ColumnFacts)
@@ -131,6 +134,36 @@ class ColumnVictims(Victims):
                 continue
             self.withdraw(facts)
             return facts
+
+    def arrange(self) -> None:
+        """Put them all in the order of `take`, until `disarrange`."""
+        columns, idle = self._columns, np.flatnonzero(self._columns.tickets)
+        order = np.lexsort((columns.last_uses[idle], self._ranks(idle), columns.probations[idle] == 0))
+        self._arranged, self._offered = idle[order], []
+
+    def disarrange(self) -> None:
+        """Some rank otherwise now."""
+        self._arranged = None
+
+    def take_all(self, count: int, spared: NDArray[np.int64]) -> list[int]:
+        """The numbers of up to `count` of them, but for the `spared`, in the order of `take`."""
+        may = self._columns.tickets != 0
+        may[spared] = False
+        if self._arranged is None or may[self._offered].any():
+            self.arrange()
+        assert self._arranged is not None, "it has just been"
+        taken = self._arranged[may[self._arranged]][:count]
+        self._columns.tickets[taken] = 0
+        self._live -= len(taken)
+        numbers: list[int] = taken.tolist()
+        return numbers
+
+    def offer_all(self, numbers: Sequence[int]) -> None:
+        """As `offer`, of those that may not give way yet."""
+        self._columns.tickets[numbers] = 1
+        self._live += len(numbers)
+        self._offered += numbers
+        self.rank_anew()
 
     def _order(self, facts: Facts) -> _Order:
         assert isinstance(facts, ColumnFacts)
@@ -177,16 +210,33 @@ class ColumnUses(Uses):
         return [ColumnFacts(expert, self._columns, number) for number, expert in enumerate(self.experts)]
 
     def _make_victims(self) -> Victims:
-        return ColumnVictims(self.policy, self._columns, self.facts)
+        self._victims = ColumnVictims(self.policy, self._columns, self.facts)
+        return self._victims
 
-    def use(self, numbers: Sequence[int], lookups: int) -> None:
-        columns, policy, used = self._columns, self.policy, np.array(numbers)
+    def use(self, numbers: Sequence[int] | NDArray[np.int64], lookups: int) -> None:
+        columns, policy, used = self._columns, self.policy, np.asarray(numbers)
         last = np.arange(lookups + 1, lookups + 1 + len(used))
         columns.probations[used], columns.last_uses[used] = 0, last
         if isinstance(policy, LFU):
             columns.weights[used] = np.logaddexp2(columns.weights[used], last / policy.half_life)  # as `with_use`
         if isinstance(policy, AdaptiveNextUse):
             policy.sample(self.facts[number] for number in used[self._sampled[used]].tolist())
+
+    def arrange(self) -> None:
+        self._victims.arrange()
+
+    def disarrange(self) -> None:
+        self._victims.disarrange()
+
+    def outside(self, numbers: NDArray[np.int64]) -> list[int]:
+        outside: list[int] = numbers[self._columns.tickets[numbers] == 0].tolist()
+        return outside
+
+    def give_way(self, count: int, spared: NDArray[np.int64]) -> list[int]:
+        return self._victims.take_all(count, spared)
+
+    def offer(self, numbers: Sequence[int]) -> None:
+        self._victims.offer_all(numbers)
 
 
 def uses_of(experts_per_layer: Sequence[int], policy: Policy) -> Uses:

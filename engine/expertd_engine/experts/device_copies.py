@@ -2,7 +2,8 @@
 
 Owner: the engine thread, which submits and asks; there are no threads here. What has not begun can be taken back; what
 has begun ends. Only so much is begun ahead that the lane does not run dry until somebody asks again: what a kernel
-reads over the same link comes between records.
+reads over the same link comes between records. Not so where a step's records are fetched together:
+it reads nothing then.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from expertd_engine.experts.device_streams import Device, Mark
+from expertd_engine.experts.device_streams import AddressMove, Device, Mark
 from expertd_engine.experts.device_table import DeviceTable
 from expertd_engine.experts.events import Cancelled, Load, Loaded, Priority
 from expertd_engine.experts.transfer import LATENCY_BOUNDS_S, TransferStats
@@ -30,6 +33,19 @@ class _Copy:
     source: int
     nbytes: int
     began: float = 0.0
+
+
+@dataclass(slots=True)
+class _Together:
+    """Copies that are told of together."""
+
+    number: int
+    moves: Iterator[AddressMove]
+    """That the lane does not have yet."""
+    sizes: Sequence[int]
+    """Bytes of each record."""
+    began: float | None = None
+    ended: Mark | None = None
 
 
 def measure_link(device: Device, target: int, source: int, nbytes: int) -> float:
@@ -57,6 +73,9 @@ class DeviceCopies:
         """Records begun at once."""
         self._waiting: dict[Priority, deque[_Copy]] = {Priority.DEMAND: deque(), Priority.PREFETCH: deque()}
         self._begun: deque[tuple[_Copy, Mark]] = deque()
+        self._together: deque[_Together] = deque()
+        self._told = 0.0
+        """When the last of them were."""
 
     def submit(self, load: Load, target: int, source: int, nbytes: int) -> None:
         """Copy a record from pinned memory into a slot that may be written, when its turn comes."""
@@ -81,7 +100,9 @@ class DeviceCopies:
         begun = self._begun
         while begun and begun[0][1].done():
             copy, _ = begun.popleft()
-            self._count(copy)
+            seconds = time.perf_counter() - copy.began
+            self.stats.busy_s += seconds
+            self._count(copy.nbytes, seconds)
             done.append((copy.load, Loaded(copy.load.load_id)))
         return done
 
@@ -92,9 +113,10 @@ class DeviceCopies:
                 self._begin(queue.popleft())
 
     def wait(self) -> None:
-        """Until the first that has begun is complete; there may be none."""
+        """Until the first that has begun, and all that are told of together, are complete; there may be none."""
         if self._begun:
             self._begun[0][1].wait()
+        self.end_fetches()
 
     @property
     def begun(self) -> int:
@@ -103,7 +125,60 @@ class DeviceCopies:
 
     def depth(self) -> int:
         """Copies that wait or are under way."""
-        return len(self._begun) + sum(map(len, self._waiting.values()))
+        alone = len(self._begun) + sum(map(len, self._waiting.values()))
+        return alone + sum(len(one.sizes) for one in self._together)
+
+    # ------------------------------------------------------------ together
+
+    def fetch(self, number: int, moves: Iterator[AddressMove], sizes: Sequence[int]) -> None:
+        """Make these moves, which carry records of these sizes, in order, as `give` says, behind those before."""
+        self._together.append(_Together(number, moves, sizes))
+
+    def give(self, most: int) -> None:
+        """Let the lane have up to so many moves more."""
+        for one in self._together:
+            if one.ended is None:
+                most -= self._give(one, most)
+            if most <= 0:
+                return
+
+    def give_all(self) -> None:
+        """Let the lane have all moves."""
+        for one in self._together:
+            self._give(one, None)
+
+    def end_fetches(self) -> None:
+        """Wait until all that was to be copied together is complete."""
+        self.give_all()
+        for one in self._together:
+            assert one.ended is not None, "all is given"
+            one.ended.wait()
+
+    def fetched(self) -> list[int]:
+        """The numbers of those that are all complete and were not told of yet."""
+        numbers, together = list[int](), self._together
+        while together and (ended := together[0].ended) is not None and ended.done():
+            one, now = together.popleft(), time.perf_counter()
+            assert one.began is not None, "what has ended was begun"
+            seconds = now - max(one.began, self._told)  # it waits for the one before
+            self._told = now
+            self.stats.busy_s += seconds
+            for place, nbytes in enumerate(one.sizes, 1):  # when each was complete is not known: evenly
+                self._count(nbytes, seconds * place / len(one.sizes))
+            numbers.append(one.number)
+        return numbers
+
+    def _give(self, one: _Together, most: int | None) -> int:
+        """How many moves the lane has got. None: all that there are."""
+        moves = list(islice(one.moves, most))
+        if one.began is None:
+            one.began = time.perf_counter()
+        self._lane.move(moves)
+        if one.ended is None and (most is None or len(moves) < most):
+            one.ended = self._lane.mark()
+        return len(moves)
+
+    # ------------------------------------------------------------ one by one
 
     def _begin(self, copy: _Copy) -> None:
         copy.began = time.perf_counter()
@@ -112,9 +187,7 @@ class DeviceCopies:
         self._lane.move([self._table.announce(copy.load.expert, slot), record, self._table.complete(slot)])
         self._begun.append((copy, self._lane.mark()))
 
-    def _count(self, copy: _Copy) -> None:
-        seconds = time.perf_counter() - copy.began
-        self.read_bytes += copy.nbytes
-        self.stats.busy_s += seconds
+    def _count(self, nbytes: int, seconds: float) -> None:
+        self.read_bytes += nbytes
         self.stats.latency_s += seconds
         self.stats.latency_counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1

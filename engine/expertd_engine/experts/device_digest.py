@@ -7,14 +7,16 @@ one before. All of it is said before the launch after the next.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from expertd_engine.experts.device_aside import Aside
 from expertd_engine.experts.device_events import DeviceEvent, Landed, Provide, Seen
 from expertd_engine.experts.device_executor import Executor
 from expertd_engine.experts.device_pool import Use
-from expertd_engine.experts.device_report import Launch, num_misses, read_report
+from expertd_engine.experts.device_report import Launch, num_misses, read_at_once, read_report
 from expertd_engine.experts.events import Tick
 
 if TYPE_CHECKING:
@@ -35,11 +37,23 @@ class Digest:
         self._prefetches_before = 0
         self._going: Iterator[None] = iter(())
         self._unread: Launch | None = None
+        self._first = np.cumsum([0, *cache.ledger.experts_per_layer])[:-1]
 
     def begin(self, launch: Launch) -> None:
-        """A launch is under way: take in the one before, as there is time."""
+        """A launch is under way: take in the one before, as there is time, and set aside what the next may need, if
+        that is not known."""
         self.finish()
-        self._going, self._unread = self._pieces(self._unread), launch
+        before, self._unread = self._unread, launch
+        told = iter(()) if before is None else self._told(before)
+        self._going = told if len(launch.known) else chain(told, self._set_aside())
+
+    def take_in(self) -> None:
+        """Nothing runs: take in what is due, without setting anything aside."""
+        self.finish()
+        if (launch := self._unread) is not None:
+            self._unread = None
+            self._going = self._told(launch)
+            self.finish()
 
     def go_on(self) -> None:
         """Take in a piece."""
@@ -60,7 +74,7 @@ class Digest:
         self.finish()
         if self._unread is not None:
             launch, self._unread = self._unread, None
-            self._going = self._pieces(launch)
+            self._going = chain(self._told(launch), self._set_aside())
             self.finish()
 
     def wanted(self, streamed: int | None = None) -> Provide:
@@ -83,19 +97,26 @@ class Digest:
         """Slots that are not kept for anybody."""
         return self._cache.ledger.pool.limit - len(self._cache.ledger.kept)
 
-    def _pieces(self, launch: Launch | None) -> Iterator[None]:
-        """Tell of a launch, and set aside what the next ones will need."""
-        if launch is not None:
-            launch.ended.wait()
-            misses = 0
-            told = read_report(self._cache.table.report(launch.turn), launch, self._cache.shared_bytes)
-            while few := list(islice(told, _TOLD_AT_ONCE)):
-                misses += self._tell(few, launch)
-                yield
-            self._executor.handle([Tick((launch.step + 1) * self._cache.period)])
-            self._tell_aside(misses)
+    def _told(self, launch: Launch) -> Iterator[None]:
+        """Tell of a launch, piece by piece."""
+        launch.ended.wait()
+        report = self._cache.table.report(launch.turn)
+        end = Tick((launch.step + 1) * self._cache.period)
+        if len(launch.known) and (met := read_at_once(report, launch, self._first)) is not None:
+            self._executor.count_read(met)
+            self._executor.handle([met, end])
+            self._tell_aside(None)
             yield
-        yield from self._set_aside()
+            self._cache.ledger.arrange()
+            return
+        misses = 0
+        told = read_report(report, launch, self._cache.shared_bytes)
+        while few := list(islice(told, _TOLD_AT_ONCE)):
+            misses += self._tell(few, launch)
+            yield
+        self._executor.handle([end])
+        self._tell_aside(None if len(launch.known) else misses)
+        yield
 
     def _tell(self, layers: Sequence[tuple[Seen, list[Landed]]], launch: Launch) -> int:
         """What a launch met in a few layers; how many experts it read over the link."""
@@ -103,15 +124,18 @@ class Digest:
         landings: list[Landed] = []
         for seen, landed in layers:
             self._executor.count_met(seen)
-            events += [seen, *landed, *self._cache.foreseen_late(seen, launch.step)]
+            hints = [] if len(launch.known) else self._cache.foreseen_late(seen, launch.step)
+            events += [seen, *landed, *hints]
             landings += landed
         self._executor.handle(events, landings)
         return sum(num_misses(seen) for seen, _ in layers)
 
-    def _tell_aside(self, misses: int) -> None:
+    def _tell_aside(self, misses: int | None) -> None:
+        """None: of a step for which nothing need have been set aside."""
         ledger = self._cache.ledger
         issued = ledger.counters.prefetch_issued + ledger.brought_in
-        self._aside.step(misses, issued - self._prefetches_before, fell_short=ledger.fell_short)
+        if misses is not None:
+            self._aside.step(misses, issued - self._prefetches_before, fell_short=ledger.fell_short)
         self._prefetches_before, ledger.fell_short = issued, False
 
     def _set_aside(self) -> Iterator[None]:

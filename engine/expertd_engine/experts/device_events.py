@@ -6,9 +6,11 @@ absent from the host's copy, and may write it into a slot that it was handed. Th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from expertd_engine.experts.events import Event, ExpertId, Instruction
 
@@ -105,6 +107,44 @@ class LetGo(msgspec.Struct, frozen=True, gc=False):
     expert: ExpertId
 
 
+class Fetch(msgspec.Struct, frozen=True, gc=False):
+    """The step that begins uses the experts of these numbers, all launches have ended, and the last boundary is
+    applied: bring in who is absent, in that order, as far as there are slots. Expert e of layer l is number
+    `first[l] + e`.
+
+    `evict`: others give way for them, and until `spare` slots more are empty, last those that the step before used, if
+    that is `untold`; and what landed has been told. Else only into slots that are empty already. `unready`: slots that
+    may not be written before the next boundary, and who is in each.
+    """
+
+    numbers: NDArray[np.int64]
+    untold: NDArray[np.int64]
+    unready: Mapping[int, ExpertId]
+    evict: bool
+    spare: int = 0
+
+
+class Fetched(msgspec.Struct, frozen=True, gc=False):
+    """All copies of that number are complete."""
+
+    number: int
+
+
+class Met(msgspec.Struct, frozen=True, gc=False):
+    """What a step that has ended met in all its layers, by decoding tokens: as `Seen` of each layer, in one.
+
+    All int64 `[n]`, layer by layer; `numbers` as of `Fetch`. `sources` are HIT, READ and WAITED alone. Layer l's
+    experts are used from `position + l * stride` on.
+    """
+
+    layers: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    pairs: NDArray[np.int64]
+    position: int
+    stride: int
+
+
 # ---------------------------------------------------------------- instructions
 
 
@@ -147,7 +187,24 @@ class Move(msgspec.Struct, frozen=True, gc=False):
     slot: int
 
 
-DeviceEvent = Event | Seen | Landed | Cooled | Provide | Confine | Lend | Adopt | Fill | Keep | LetGo
+class PassOn(msgspec.Struct, frozen=True, gc=False):
+    """From the next launch on, steps must not read these experts in slots: others are fetched into these."""
+
+    experts: Sequence[ExpertId]
+
+
+class Fetching(msgspec.Struct, frozen=True, gc=False):
+    """Copy `experts[i]` into `slots[i]`, in that order, at once; from the next launch on steps wait for it there. Then
+    answer `Fetched`."""
+
+    number: int
+    experts: Sequence[ExpertId]
+    slots: Sequence[int]
+
+
+DeviceEvent = (
+    Event | Seen | Met | Landed | Cooled | Provide | Confine | Lend | Adopt | Fill | Keep | LetGo | Fetch | Fetched
+)
 """All that a device's ledger takes."""
-DeviceInstruction = Instruction | Retire | Hand | Recall | Lent | Move | Kept
+DeviceInstruction = Instruction | Retire | Hand | Recall | Lent | Move | Kept | PassOn | Fetching
 """All that it gives."""

@@ -6,7 +6,7 @@ connected.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from expertd_engine.experts.device_copies import DeviceCopies
 from expertd_engine.experts.device_events import (
@@ -15,12 +15,16 @@ from expertd_engine.experts.device_events import (
     Cooled,
     DeviceEvent,
     DeviceInstruction,
+    Fetched,
+    Fetching,
     Hand,
     Kept,
     Landed,
     Lent,
     LetGo,
+    Met,
     Move,
+    PassOn,
     Recall,
     Retire,
     Seen,
@@ -32,10 +36,13 @@ from expertd_engine.experts.device_publication import Publication
 from expertd_engine.experts.device_report import num_misses
 from expertd_engine.experts.device_slab import DeviceSlab
 from expertd_engine.experts.device_spill import SpilledHost
-from expertd_engine.experts.device_streams import Device
+from expertd_engine.experts.device_streams import AddressMove, Device
 from expertd_engine.experts.device_table import DeviceTable
 from expertd_engine.experts.device_tiers import LinkBytes
 from expertd_engine.experts.events import Cancel, ExpertId, Load, Priority
+
+GIVEN_AT_ONCE = 16
+"""Moves of a fetch that the copies lane is given before other work goes on."""
 
 
 class Executor:
@@ -57,6 +64,10 @@ class Executor:
         """Slots that were lent and not yet taken."""
         self.kept: list[ExpertId] = []
         """Experts that are kept since somebody last took note."""
+        self._homes: list[list[int]] = []
+        """Addresses by layer and expert."""
+        self._fetching: dict[int, Fetching] = {}
+        """By number, those under way."""
         self._device, self._host, self._ledger, self._table = device, host, ledger, table
         self._record_bytes = record_bytes
         ledger.prefetch_at_most(self.copies.ahead)
@@ -64,8 +75,10 @@ class Executor:
     def begin(self) -> None:
         """Nobody is resident, and the slots of the budget are there. Raises ResourceError when they cannot be."""
         for layer, count in enumerate(self._ledger.experts_per_layer):
-            for expert in range(count):
-                self.publication.send_home(ExpertId(layer, expert))
+            experts = [ExpertId(layer, expert) for expert in range(count)]
+            self._homes.append([self._host.home(expert) & ~HOME for expert in experts])
+            for expert in experts:
+                self.publication.send_home(expert)
         if self._device.shares_memory:
             self.handle([Confine(0)])
         else:
@@ -84,9 +97,16 @@ class Executor:
                 self.link.held += self._record_bytes[load.expert.layer]
             else:
                 self.link.filled += self._record_bytes[load.expert.layer]
+        for number in self.copies.fetched():
+            fetched = self._fetching.pop(number)
+            for expert, slot in zip(fetched.experts, fetched.slots, strict=True):
+                self.publication.copied(expert, slot)
+                self.link.prefetched += self._record_bytes[expert.layer]
+            events.append(Fetched(number))
         if events:
             self.handle(events, landed)
         self.copies.begin()
+        self.copies.give(GIVEN_AT_ONCE)
 
     def handle(self, events: Sequence[DeviceEvent], landed: Sequence[Landed] = ()) -> None:
         """Tell the ledger, and do as it says. `landed`: those among the events."""
@@ -116,6 +136,11 @@ class Executor:
             case Cancel(load_id):
                 taken_back = self.copies.cancel(load_id)
                 cancelled += [] if taken_back is None else [taken_back]
+            case PassOn(experts):
+                for expert in experts:
+                    self.publication.send_home(expert)
+            case Fetching():
+                self._fetch(instruction)
             case Recall(slots):
                 self.publication.recall(slots)
             case Kept(expert):
@@ -127,6 +152,18 @@ class Executor:
                 nbytes = self._record_bytes[expert.layer]
                 self._device.compute.copy([(self.slab.view(slot, nbytes), self.slab.view(origin, nbytes))])
                 self.publication.moved(expert, slot)
+
+    def _fetch(self, fetching: Fetching) -> None:
+        for expert, slot in zip(fetching.experts, fetching.slots, strict=True):
+            self.publication.fetch(expert, slot)
+        self._fetching[fetching.number] = fetching
+        sizes = [self._record_bytes[layer] for layer, _ in fetching.experts]
+        self.copies.fetch(fetching.number, self._moves(fetching), sizes)
+
+    def _moves(self, fetching: Fetching) -> Iterator[AddressMove]:
+        for (layer, expert), slot in zip(fetching.experts, fetching.slots, strict=True):
+            yield self.slab.address(slot), self._homes[layer][expert], self._record_bytes[layer]
+            yield self._table.complete(slot)
 
     def flush(self, *events: DeviceEvent) -> None:
         """Have all that was collected applied before whatever is given to the compute lane from now on, then tell of
@@ -156,6 +193,13 @@ class Executor:
         """The slots that were lent, to be used now."""
         lent, self.lent = self.lent, []
         return lent
+
+    def count_read(self, met: Met) -> None:
+        """As `count_met`, of all layers."""
+        read = met.layers[met.sources == READ].tolist()
+        nbytes = sum(self._record_bytes[layer] for layer in read)
+        self.link.read += nbytes
+        self.copies.read_bytes += nbytes
 
     def count_met(self, seen: Seen) -> None:
         """Bytes that a launch read over the link itself."""

@@ -6,13 +6,15 @@ the kernels; what a step asked for is worked into the sets while the next one ru
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_events import Keep, LetGo
+from expertd_engine.experts.device_pool import Use
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.held import HeldSets
 from expertd_engine.experts.leases import ExpertUnavailableError
@@ -21,7 +23,7 @@ from expertd_engine.experts.swaps import Action, Hold
 from expertd_engine.experts.virtual import VirtualExperts
 from expertd_engine.experts.virtual_room import VirtualRoom
 
-_LAYERS_AT_ONCE = 4
+_LAYERS_AT_ONCE = 8
 """Between two looks at the running launch."""
 
 
@@ -32,6 +34,8 @@ class DeviceHeld(HeldSets):
         super().__init__(sets, room)
         self._cache = cache
         self._was_open = False
+        self._serves = False
+        """Every layer holds enough for a token; once that is so it stays so, until sets are made anew."""
         self._digesting: Iterator[None] = iter(())
         cache.meanwhile, cache.resizing, cache.resized = self._go_on, self._make_way, self._come_back
 
@@ -40,8 +44,17 @@ class DeviceHeld(HeldSets):
         ledger = self._cache.ledger
         return ledger.pool.limit * ledger.plan.slot_bytes
 
-    def digest(self, asked: Iterable[NDArray[np.float32]], tokens: float) -> None:
-        """A virtual step has ended; `asked`, `[experts]` by layer, is what its rows would have asked of each expert,
+    def begin_step(self) -> bool:
+        """As `HeldSets.begin_step`; the device stands still meanwhile."""
+        if self._idle_steps or not (self._serves and self.sets.is_open):
+            self._serves = super().begin_step()
+        if self._serves and self._waits_for_nobody():
+            self._cache.bring()
+            self._take_in()
+        return self._serves
+
+    def digest(self, asked: Callable[[], NDArray[np.float32]], tokens: float) -> None:
+        """A virtual step has ended; `asked()`, `[layers, experts]`, is what its rows would have asked of each expert,
         `tokens` as for `end_step`. Taken in while the next step runs, or before the one after it."""
         self.finish()
         self._digesting = self._digest(asked, tokens)
@@ -54,12 +67,16 @@ class DeviceHeld(HeldSets):
     def pump(self) -> None:
         self._take_in()
 
-    def _digest(self, asked: Iterable[NDArray[np.float32]], tokens: float) -> Iterator[None]:
-        for layer, sums in enumerate(asked):
-            experts = np.flatnonzero(sums)
-            self.sets.observe(layer, dict(zip(experts.tolist(), sums[experts].tolist(), strict=True)))
-            if (layer + 1) % _LAYERS_AT_ONCE == 0:
-                yield
+    def _digest(self, asked: Callable[[], NDArray[np.float32]], tokens: float) -> Iterator[None]:
+        sums = asked()
+        layers, experts = np.nonzero(sums)
+        values, chosen = sums[layers, experts].tolist(), experts.tolist()
+        ends = np.searchsorted(layers, np.arange(len(sums) + 1)).tolist()
+        pairs = [(chosen[first:last], values[first:last]) for first, last in pairwise(ends)]
+        for first in range(0, len(sums), _LAYERS_AT_ONCE):
+            few = pairs[first : first + _LAYERS_AT_ONCE]
+            self.sets.observe_each(range(first, first + len(few)), few)
+            yield
         self.end_step(tokens)
 
     def _go_on(self) -> None:
@@ -74,6 +91,16 @@ class DeviceHeld(HeldSets):
             raise ExpertUnavailableError(f"no slot can be had for any of {wanted} experts that virtual mode needs")
         self._take_in()
 
+    def _waits_for_nobody(self) -> bool:
+        """Whether newcomers wait for slots that nobody gives up: all are kept or handed to steps, which miss nothing
+        any more and so never use them; only what stands still can take them back."""
+        ledger = self._cache.ledger
+        number = ledger.pool.number
+        return (
+            bool(ledger.wanted and number(Use.HANDED)) and ledger.is_idle() and ledger.lacking > 0
+            and not number(Use.COLD, Use.COOLING, Use.FREE) and number(Use.OWNED) == len(ledger.kept)
+        )  # fmt: skip
+
     def _at_hand(self) -> Sequence[ExpertId]:
         slots = map(self._cache.ledger.resident_slots, range(len(self.room.experts)))
         return [ExpertId(layer, e) for layer, row in enumerate(slots) for e, slot in enumerate(row) if slot >= 0]
@@ -83,13 +110,13 @@ class DeviceHeld(HeldSets):
             self._carry_out([action for expert in kept for action in self.sets.arrived(expert)])
 
     def _carry_out(self, actions: Sequence[Action]) -> None:
-        for action in actions:
-            self._cache.keep(Keep(action.expert) if isinstance(action, Hold) else LetGo(action.expert))
+        if actions:
+            self._cache.keep(*(Keep(a.expert) if isinstance(a, Hold) else LetGo(a.expert) for a in actions))
 
     def _make_way(self) -> None:
         """The budget is about to change, and slots with it: nothing is held, nothing is on its way."""
         self.finish()
-        self._was_open = self.sets.is_open
+        self._serves, self._was_open = False, self.sets.is_open
         self._carry_out(self.sets.stop())
         ledger = self._cache.ledger
         for expert in list(ledger.wanted):

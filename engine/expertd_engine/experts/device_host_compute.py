@@ -61,7 +61,7 @@ class HostCompute:
         """int32 `[1]`, `[1]`, `[3]`; as `kernels.cuda.host_experts.Mailbox`, and so are the others."""
         self.experts, self.pairs = ints(4, room.experts), ints(room.rows * room.top_k)
         self.x, self.weights = floats(room.rows, room.hidden), floats(room.rows, room.top_k)
-        self.sums = floats(room.rows, room.hidden)
+        self.sums = device.pinned(room.rows * room.hidden, torch.int64).view(room.rows, room.hidden)
         self.lands = False
         """Whether steps read a part of what they miss themselves, into slots: else residents change by copies alone."""
         self.computed = self.computed_bytes = 0
@@ -74,6 +74,8 @@ class HostCompute:
         self._thread = HostThread(library, threads, layers, mailbox)
         self._first = Counts()
         """What was computed before the first step."""
+        self._asked = False
+        """Whether the running step asks."""
         self.sharing: Sharing | None = None
         """What a device is told to leave to the processor; None before there is one that asks."""
 
@@ -87,7 +89,7 @@ class HostCompute:
 
         self.sharing = sharing
         experts = max(len(one.addresses) for one in self.layers)
-        shared = (self.posted, self.done, self.head, self.experts, self.pairs, self.x, self.weights, self.sums)
+        shared = (self.posted, self.head, self.experts, self.pairs, self.x, self.weights, self.sums)
         left = Left(sharing.splits, words(len(self.layers), experts, value=NEVER), words(1))
         sent = self.posted.to(where, copy=True)
         return DeviceMailbox(
@@ -99,11 +101,13 @@ class HostCompute:
         struct = self.layers[layer].struct
         return int(struct.record_bytes * cut // struct.layout.inner)
 
-    def begin_step(self) -> None:
-        """A step is about to be launched: look for its requests."""
-        if self.sharing is not None:
-            self.sharing.before_launch()
-        self._thread.begin()
+    def begin_step(self, *, may_ask: bool = True) -> bool:
+        """A step is about to be launched; whether it is to ask: then its requests are looked for. `may_ask`: its
+        program can; where the processor computes all that is missing it does."""
+        self._asked = self.sharing is None or self.sharing.before_launch(may_ask=may_ask)
+        if self._asked:
+            self._thread.begin()
+        return self._asked
 
     def launched(self) -> None:
         """It is under way."""
@@ -112,6 +116,9 @@ class HostCompute:
 
     def end_step(self) -> float:
         """It has ended: the seconds that the processor computed for it. Raises EngineError where it could not."""
+        if not self._asked:
+            return 0.0
+        self._asked = False
         if self.sharing is not None:
             self.sharing.end_step()
         before = self.busy_s

@@ -14,6 +14,8 @@ HOME = 1
 
 Words = dict[int, int]
 """Word index → signed 32-bit value."""
+Halves = tuple[int, int]
+"""The lower and the upper word of an address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +71,28 @@ class TableLayout:
     def address_words(self, expert: ExpertId, address: int) -> Words:
         """To have the record read at `address`."""
         words: Words = {}
-        self.note_address(words, expert, address)
+        self.note_address(words, expert, halves(address))
         return words
 
-    def note_address(self, words: Words, expert: ExpertId, address: int) -> None:
+    def note_address(self, words: Words, expert: ExpertId, address: Halves) -> None:
         """`address_words`, into `words`."""
         layer, index = expert
         first = 4 * (layer * self.experts + index)
-        words[first], words[first + 1] = signed(address), signed(address >> 32)
+        words[first], words[first + 1] = address
 
-    def note_copied(self, words: Words, expert: ExpertId, slot: int, address: int) -> None:
+    def note_copied(self, words: Words, expert: ExpertId, slot: int, address: Halves) -> None:
         """Into `words`: to have the record, which was copied into the slot, read there for good. The slot's `ready` is
         put back: the next copy into it begins after a boundary later than this one."""
         self.note_address(words, expert, address)
         layer, index = expert
         flag = 4 * (layer * self.experts + index) + 2
         words[flag] = words[flag + 1] = words[self.ready + slot] = 0
+
+    def note_copying(self, words: Words, expert: ExpertId, slot: int) -> None:
+        """Into `words`: to have the record awaited in the slot, into which it is being copied. The upper half of the
+        word is never anything but 0."""
+        layer, index = expert
+        words[4 * (layer * self.experts + index) + 2] = slot + 1
 
     def held_words(self, expert: ExpertId, is_held: bool) -> Words:
         """Whether virtual mode may route to the expert."""
@@ -93,7 +101,12 @@ class TableLayout:
     def slot_words(self, slot: int, address: int) -> Words:
         """Where a slot lies."""
         first = self.slot_address + 2 * slot
-        return {first: signed(address), first + 1: signed(address >> 32)}
+        return dict(zip((first, first + 1), halves(address), strict=True))
+
+
+def halves(address: int) -> Halves:
+    """An address as words have it."""
+    return signed(address), signed(address >> 32)
 
 
 def signed(value: int) -> int:

@@ -6,12 +6,12 @@ did is told when it has ended, so uses and landings come a step late and may tel
 and the device has the last word on what a use met.
 
 1. charged bytes ≤ budget: slots in use, whole, set-aside ones included.
-2. A slot that a launched step may read is not written: only a slot that has cooled is given to a copy, and the slots
-   that steps write into themselves were handed to them.
+2. A slot that a launched step may read is not written: only a slot that has cooled is given to a copy, or any while no
+   launched step may read anything (`device_plan`); and the slots that steps write into themselves were handed to them.
 3. One owner for each slot, at most one copy in flight for each expert. A second copy that came about all the same,
    because a step landed what was being copied, is retired.
-4. Prefetches go into slots set aside; what is known to be needed sooner is not evicted for what is needed later, as
-   far as the policy knows.
+4. Prefetches go into slots set aside, or, of a step all of whose routes are known, into those of experts that it does
+   not use; what is known to be needed sooner is not evicted for what is needed later, as far as the policy knows.
 5. and 6. As in `ledger`.
 """
 
@@ -23,7 +23,6 @@ from typing import Any
 from expertd_engine.experts.accounting import StallCause
 from expertd_engine.experts.device_events import (
     COMPUTED,
-    HIT,
     LANDED,
     READ,
     SHARED,
@@ -33,17 +32,20 @@ from expertd_engine.experts.device_events import (
     Cooled,
     DeviceEvent,
     DeviceInstruction,
+    Fetch,
+    Fetched,
     Fill,
     Keep,
     Landed,
     Lend,
     LetGo,
+    Met,
     Provide,
     Retire,
     Seen,
 )
+from expertd_engine.experts.device_plan import PlanningLedger
 from expertd_engine.experts.device_pool import ChunkPlan, Use
-from expertd_engine.experts.device_slots import SlotLedger
 from expertd_engine.experts.device_uses import Uses
 from expertd_engine.experts.events import (
     Cancelled,
@@ -62,10 +64,12 @@ from expertd_engine.experts.residency import Record, State
 _RESULTS: tuple[LookupResult, ...] = ("hit", "miss", "late", "miss", "miss", "miss")
 """By source."""
 _OVER_LINK = (READ, LANDED)
+_STAYS = (Cooled, Fetch, Fetched)
+"""Events after which the same give way as before, but for those that these bring in or take out."""
 _HINTED_TICKS = 2
 
 
-class DeviceLedger(SlotLedger):
+class DeviceLedger(PlanningLedger):
     """Takes events, returns the instructions to carry out, in order.
 
     `record_bytes[l]` is the length in bytes of a record of MoE layer l, which has `experts_per_layer[l]` experts; each
@@ -101,18 +105,19 @@ class DeviceLedger(SlotLedger):
         """Copies begun of what the processor had to compute."""
         self._hinted = 0
         """Ticks for which slots and link are left to what hints name."""
-        self._used: list[int] = []
-        """Uses by decoding tokens that are not told yet, the latest lookups, of layers up to `_used_layer`."""
-        self._used_layer = -1
+        self.fetches = prefetch
+        """Whether what is known of a step is brought in."""
         self._computed: dict[ExpertId, Record] = {}
         """What the processor had to compute of late, the latest last."""
-        records = iter(self._residency.records.values())
+        self._begin_plans()
+        records = iter(self._records)
         self._by_layer = [[next(records) for _ in range(count)] for count in experts_per_layer]
         self._handlers: dict[type, Callable[[Any], None]] = {
             Seen: self._seen, Landed: self._landed, Predict: self._predict, Loaded: self._loaded, Tick: self._tick,
             Cancelled: self._cancelled, Cooled: self._cooled, Provide: self._provide, Fill: self._fill,
             Confine: self._confine, Lend: self._lend, Adopt: self._adopt, SetBudget: self._set_budget,
-            Remember: self._recall_uses, Keep: self._keep, LetGo: self._let_go,
+            Remember: self._recall_uses, Keep: self._keep, LetGo: self._let_go, Fetch: self._fetch,
+            Fetched: self._fetched, Met: self._met,
         }  # fmt: skip
 
     def handle_all(self, events: Iterable[DeviceEvent]) -> list[DeviceInstruction]:
@@ -125,6 +130,8 @@ class DeviceLedger(SlotLedger):
         self._residency.out = out  # type: ignore[assignment]  # it only appends loads and cancellations
         for event in events:
             self._handlers[type(event)](event)
+            if type(event) not in _STAYS:
+                self._uses.disarrange()
         self._tell_uses()
         if self.wanted:
             self._serve_wanted()
@@ -136,10 +143,6 @@ class DeviceLedger(SlotLedger):
     def prefetch_at_most(self, depth: int) -> None:
         """From now on, so many prefetches may be in flight."""
         self._prefetch_depth = depth
-
-    def foreseen_until(self, position: int) -> None:
-        """The running step has come to `position`: hints for uses before it are not worth a copy any more."""
-        self._foresight.position = max(self._foresight.position, position)
 
     # ------------------------------------------------------------ queries
 
@@ -165,9 +168,10 @@ class DeviceLedger(SlotLedger):
         covered, first, notable = 0, self._uses.first[event.layer], self._uses.notable
         numbers = [first + index for index in event.experts]
         for index, number, source in zip(event.experts, numbers, event.sources, strict=True):
-            if notable[number]:
+            if note := notable[number]:
                 notable[number] = 0
-                covered += self._come_true(self._by_layer[event.layer][index], event.position + index, source)
+                used_at = event.position + index
+                covered += self._come_true(self._by_layer[event.layer][index], used_at, source, note)
         self._foresight.lookups += len(numbers)
         if event.scan:
             self._scan(event)
@@ -186,29 +190,6 @@ class DeviceLedger(SlotLedger):
             record = self._by_layer[event.layer][index]
             if record.place is not State.RESIDENT or record.facts.probation:
                 record.facts.probation, record.facts.last_use = True, lookup
-
-    def _tell_uses(self) -> None:
-        if self._used:
-            self._uses.use(self._used, self._foresight.lookups - len(self._used))
-            self._used = []
-        self._used_layer = -1
-
-    def _come_true(self, record: Record, used_at: int, source: int) -> bool:
-        """What was foreseen up to this use is past, and so is a prefetch for it; whether the use was foreseen."""
-        facts = record.facts
-        next_use = facts.next_use
-        self._foresight.forget_until(record, used_at)
-        if record.pending:
-            self._residency.settle_prefetch(record, "used" if source == HIT else "late")
-        if facts.next_use is not None:
-            self._note(record)
-        if facts.ticket:
-            self._residency.victims.offer(facts)
-        return next_use is not None and next_use <= used_at
-
-    def _note(self, record: Record) -> None:
-        """Its next use is more than history."""
-        self._uses.notable[self._uses.first[record.expert.layer] + record.expert.expert] = 1
 
     def _count_seen(self, event: Seen, covered: int) -> None:
         counters, layer = self._residency.counters, event.layer

@@ -140,6 +140,11 @@ class SlotPool(Slots):
         self._owned_bytes[slot] = nbytes
         self._occupied += nbytes
 
+    def pass_on(self, slot: int, nbytes: int) -> None:
+        """The slot's record is given up, and another of `nbytes` will be in it."""
+        self._occupied += nbytes - self._owned_bytes[slot]
+        self._owned_bytes[slot] = nbytes
+
     def set_limit(self, limit: int) -> None:
         """Slots from `limit` on are gone once nothing owns them; those below it are there."""
         self.limit = limit

@@ -3,7 +3,7 @@
 Owner: the device cache. First the entry is pointed away from the slot, by words that the next launch applies before
 anything else; then, for copies, the slot has *cooled*: whatever was launched before that boundary has been given to the
 device, and the copies wait for it there. A step that lands a record in a handed slot needs no more than that its
-launch applies the words: steps run one after another.
+launch applies the words: steps run one after another. Nor does a copy that is planned while no launch runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from expertd_engine.experts.device_layout import TableLayout, Words, signed
+from expertd_engine.experts.device_layout import Halves, TableLayout, Words, halves, signed
 from expertd_engine.experts.events import ExpertId
 
 
@@ -27,13 +27,14 @@ class Publication:
     """Collects changes until the next boundary. `home(expert)` is the address of the host's copy, marked as such."""
 
     def __init__(self, layout: TableLayout, home: Callable[[ExpertId], int]) -> None:
-        self.slot_address = [0] * layout.slots
+        self._slots: list[Halves] = [(0, 0)] * layout.slots
+        """Their addresses."""
         self._layout = layout
-        self._home = home
+        self._home_of = home
+        self._homes: dict[ExpertId, Halves] = {}
         self._words: Words = {}
         self._retired: dict[int, None] = {}
-        self._copied: set[int] = set()
-        """Slots whose `ready` the next boundary puts back."""
+        self._copied: dict[int, ExpertId] = {}
         self._head = self._tail = 0
 
     @property
@@ -48,16 +49,16 @@ class Publication:
 
     def place_slot(self, slot: int, address: int) -> None:
         """A slot's memory is there."""
-        self.slot_address[slot] = address
+        self._slots[slot] = halves(address)
         self._words |= self._layout.slot_words(slot, address)
 
     def send_home(self, expert: ExpertId) -> None:
         """The expert is in no slot."""
-        self._words |= self._layout.address_words(expert, self._home(expert))
+        self._layout.note_address(self._words, expert, self._home(expert))
 
     def retire(self, slot: int, expert: ExpertId, lies_in: int) -> None:
         """The expert is not to be read in the slot: it lies in slot `lies_in`, or at home if that is negative."""
-        address = self.slot_address[lies_in] if lies_in >= 0 else self._home(expert)
+        address = self._slots[lies_in] if lies_in >= 0 else self._home(expert)
         self._layout.note_address(self._words, expert, address)
         self._retired[slot] = None
 
@@ -83,16 +84,28 @@ class Publication:
         """
         self._head += 1
         if lies_in == slot:
-            self._words |= self._layout.address_words(expert, self.slot_address[slot])
+            self._layout.note_address(self._words, expert, self._slots[slot])
 
     def copied(self, expert: ExpertId, slot: int) -> None:
         """A copy of the expert's record into the slot is complete."""
-        self._layout.note_copied(self._words, expert, slot, self.slot_address[slot])
-        self._copied.add(slot)
+        self._layout.note_copied(self._words, expert, slot, self._slots[slot])
+        self._copied[slot] = expert
+
+    def fetch(self, expert: ExpertId, slot: int) -> None:
+        """No launch runs, and all words that were taken are applied: the record is copied into the slot from now on,
+        and the next launch may meet it there. The slot is none of the `unready`."""
+        self._layout.note_copying(self._words, expert, slot)
+        self._retired.pop(slot, None)
+
+    @property
+    def unready(self) -> dict[int, ExpertId]:
+        """Slots whose `ready` the next boundary puts back, and whose record is complete in each: a copy that begins
+        before that would lose its own."""
+        return self._copied
 
     def moved(self, expert: ExpertId, slot: int) -> None:
         """The expert's record is in another slot by the time these words are applied."""
-        self._words |= self._layout.address_words(expert, self.slot_address[slot])
+        self._layout.note_address(self._words, expert, self._slots[slot])
         self._retired.pop(slot, None)
 
     def hold(self, expert: ExpertId, is_held: bool) -> None:
@@ -105,7 +118,13 @@ class Publication:
         Otherwise it waits for what was launched before alone, and might raise a slot's `ready` before the words put it
         back: a slot of which they do so is retired by the boundary after this one.
         """
-        early = () if awaited else self._copied & self._retired.keys()
+        early = () if awaited else self._copied.keys() & self._retired.keys()
         taken = Boundary(self._words, tuple(slot for slot in self._retired if slot not in early))
-        self._words, self._retired, self._copied = {}, dict.fromkeys(early), set()
+        self._words, self._retired, self._copied = {}, dict.fromkeys(early), {}
         return taken
+
+    def _home(self, expert: ExpertId) -> Halves:
+        """Of the host's copy, which stays where it is."""
+        if (home := self._homes.get(expert)) is None:
+            home = self._homes[expert] = halves(self._home_of(expert))
+        return home

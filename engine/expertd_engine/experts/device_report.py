@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from expertd_engine.experts.device_events import COMPUTED, HIT, LANDED, READ, SHARED, WAITED, Landed, Seen
+from expertd_engine.experts.device_events import COMPUTED, HIT, LANDED, READ, SHARED, WAITED, Landed, Met, Seen
 from expertd_engine.experts.device_streams import Mark
 from expertd_engine.experts.device_table import Report
 from expertd_engine.experts.events import ExpertId
@@ -33,6 +34,8 @@ class Launch:
     scan: bool
     whole: bool
     ended: Mark
+    known: NDArray[np.int64]
+    """The numbers of its experts (`device_events.Fetch`), where all were known when it began; else none."""
 
 
 def read_report(report: Report, launch: Launch, shared_bytes: SharedBytes) -> Iterator[tuple[Seen, list[Landed]]]:
@@ -52,25 +55,36 @@ def read_report(report: Report, launch: Launch, shared_bytes: SharedBytes) -> It
         yield Seen(layer, experts, sources, pairs, position, launch.scan, shared), landed
 
 
+def read_at_once(report: Report, launch: Launch, first: NDArray[np.int64]) -> Met | None:
+    """All that was met; None where there is more to tell of it. `first`: the number of each layer's first expert."""
+    layers, rows = np.nonzero(np.arange(report.seen.shape[1]) < report.counts[:, None])
+    experts, sources, _, pairs = report.seen[layers, rows].T.astype(np.int64)
+    if not len(layers) or launch.scan or max(READ, WAITED) < sources.max():
+        return None
+    return Met(layers, first[layers] + experts, sources, pairs, launch.position, launch.experts)
+
+
 def count_report(
     report: Report, record_bytes: Sequence[int], link_bytes_per_s: float, shared_bytes: SharedBytes,
     computed_s: float = 0.0,
 ) -> ExpertCounts:  # fmt: skip
     """Lookups by result; the time that the link took is estimated, since nobody can look at the clock in a kernel.
     `computed_s`: what the processor took for those left to it, whose bytes stay where they are."""
-    rows, layers = int(report.counts.max()), len(report.counts)
+    rows = int(report.counts.max())
     is_met = np.arange(rows) < report.counts[:, None]  # rows behind are of steps before
-    kinds = report.seen[:, :rows, 1] + _SOURCES * np.arange(layers)[:, None]
-    counted = np.bincount(kinds[is_met], minlength=_SOURCES * layers)
-    by_source = counted.reshape(layers, _SOURCES)
-    totals, missing = by_source.sum(axis=0).tolist(), by_source[:, _MISSING].sum(axis=1)
-    over_link, shared = by_source[:, READ] + by_source[:, LANDED], by_source[:, SHARED].nonzero()[0].tolist()
-    divided = is_met[shared] & (report.seen[shared, :rows, 1] == SHARED)
-    cuts = np.where(divided, report.seen[shared, :rows, 2], 0).max(axis=1, initial=0)
-    nbytes = int(over_link @ np.array(record_bytes)) + sum(map(shared_bytes, shared, cuts.tolist()))
+    sources = report.seen[:, :rows, 1]
+    totals = np.bincount(sources[is_met], minlength=_SOURCES).tolist()
+    nbytes = 0
+    if totals[READ] or totals[LANDED] or totals[SHARED]:  # else nothing crossed
+        is_read = is_met & ((sources == READ) | (sources == LANDED))
+        shared = is_met & (sources == SHARED)
+        first = np.where(shared, report.seen[:, :rows, 2], 0).max(axis=1, initial=0)
+        cuts = [(layer, int(first[layer])) for layer in shared.any(axis=1).nonzero()[0].tolist()]
+        nbytes = int(is_read.sum(axis=1) @ np.array(record_bytes)) + sum(shared_bytes(*cut) for cut in cuts)
+    missing = sum(totals[source] for source in _MISSING)
     # Of a copy that was waited for, half was under way already: nobody knows better.
     stall_s = (nbytes + totals[WAITED] * max(record_bytes) / 2) / link_bytes_per_s + computed_s
-    return ExpertCounts(totals[HIT], totals[WAITED], int(missing.sum()), nbytes, stall_s)
+    return ExpertCounts(totals[HIT], totals[WAITED], missing, nbytes, stall_s)
 
 
 def num_misses(seen: Seen) -> int:

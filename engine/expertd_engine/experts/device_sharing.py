@@ -1,7 +1,8 @@
 """The table on a card that says what its steps leave to the processor, and what they tell of it.
 
 Owner: the engine thread, which rewrites the table between launches. `planning.balance` says what stands in it where
-link and processor share, trials (`payoff`) whether they are to: a card that reads alone is the other way.
+link and processor share, trials (`payoff`) whether they are to: a card that reads alone is the other way, and its steps
+then run a program that asks nobody.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from expertd_engine.snapshot import Shared
 _TOLD = 8
 """Missing experts of a layer up to which status says what is left to the processor."""
 
+_QUIET = 8
+"""Steps that missed nothing after which none asks, until one misses again."""
+
 
 class Sharing:
     """Of layers of `shapes`, which miss up to `most` experts, as was `decided`."""
@@ -36,7 +40,11 @@ class Sharing:
         self._write(fixed if self.balance is None else self.balance.splits)
         self.splits = self._sent.to(device.torch_device, copy=True)
         """int32 `[L, most + 1, 2]`, on the device."""
-        self._is_on, self._changed = True, False
+        self.asks = True
+        """Whether the launch that is under way, or was last, asks the processor."""
+        self._changed = False
+        self._hits = 0
+        """Steps, of late, that missed nothing."""
 
     @property
     def divides(self) -> bool:
@@ -51,28 +59,28 @@ class Sharing:
 
     def end_timed(self, seconds: float, missed: int) -> None:
         """It has ended well. One that missed nothing had nothing to share, and tells nothing."""
+        self._hits = 0 if missed else self._hits + 1
         if missed:
             self.payoff.end_step(seconds)
 
-    def before_launch(self) -> None:
-        """Have the next launch find the table as it is to be. All launches before have ended."""
-        if self.balance is None or not (self._changed or self._is_on is not self.payoff.is_on):
-            return
-        self._is_on, self._changed = self.payoff.is_on, False
-        if self._is_on:
+    def before_launch(self, *, may_ask: bool) -> bool:
+        """Have the next launch find the table as it is to be; whether it is to ask at all. All launches before have
+        ended. `may_ask`: its program can."""
+        self.asks = self.balance is None or (may_ask and self.payoff.is_on and self._hits < _QUIET)
+        if self.balance is not None and self.asks and self._changed:
+            self._changed = False
             self._write(self.balance.splits)
-        else:
-            self._sent.zero_()
-        self._device.compute.copy([(self.splits, self._sent)])
+            self._device.compute.copy([(self.splits, self._sent)])
+        return self.asks
 
     def after_launch(self) -> None:
         """A launch is under way: there is time to find out what the next one is to be told."""
-        if self.balance is not None and self.balance.refresh():
+        if self.balance is not None and self.asks and self.balance.refresh():
             self._changed = True
 
     def end_step(self) -> None:
         """The launch has ended: take in who was later."""
-        if self.balance is None or not self._is_on:
+        if self.balance is None or not self.asks:
             return
         for told in self.later.tolist():
             if told:

@@ -5,7 +5,7 @@ Owner: the engine thread, through `DeviceLedger`, whose laws these are; here not
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from expertd_engine.experts.device_events import (
     Adopt,
@@ -27,11 +27,9 @@ from expertd_engine.experts.device_pool import ChunkPlan, SlotPool, Use
 from expertd_engine.experts.device_uses import Uses
 from expertd_engine.experts.events import ExpertId, Priority, SetBudget
 from expertd_engine.experts.ledger_base import LedgerBase
-from expertd_engine.experts.policy import Facts, Policy
+from expertd_engine.experts.policy import Policy
 from expertd_engine.experts.residency import EvictionReason, State
 
-_LOOK = 16
-"""How many that the running step uses are passed over for one that it does not."""
 _KEPT = -1
 """The one lease that there is on a device: a kept expert's, however long."""
 
@@ -71,7 +69,6 @@ class SlotLedger(LedgerBase):
         self.kept: set[ExpertId] = set()
         self.wanted: dict[ExpertId, None] = {}
         """To be kept, and not there yet."""
-        self._spared: Sequence[Collection[int]] = ()
         self._out: list[DeviceInstruction] = []
 
     @property
@@ -173,31 +170,11 @@ class SlotLedger(LedgerBase):
             if self._evict("capacity") is None:
                 break
 
-    def spare(self, experts: Sequence[Collection[int]]) -> None:
-        """The step that begins uses these of each layer, as far as is known: until this is told again they give way
-        after others."""
-        self._spared = experts
-
-    def _victim(self) -> Facts:
-        """Whoever gives way first; there must be one."""
-        victims = self._residency.victims
-        spared: list[Facts] = []
-        facts = victims.take()
-        while self._is_spared(facts.expert) and len(victims) and len(spared) < _LOOK:
-            spared.append(facts)
-            facts = victims.take()
-        for one in spared:
-            victims.offer(one)
-        return facts
-
-    def _is_spared(self, expert: ExpertId) -> bool:
-        return bool(self._spared) and expert.expert in self._spared[expert.layer]
-
     def _evict(self, reason: EvictionReason) -> int | None:
         """The slot of whoever gives way first; None if nobody may."""
         if not len(self._residency.victims):
             return None
-        facts = self._victim()
+        facts = self._residency.victims.take()
         slot = self._residency.records[facts.expert].slot
         self._residency.evict(facts, reason)
         self._out.append(Retire(slot, facts.expert))

@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from expertd_engine.experts.accounting import Stalls
 from expertd_engine.experts.device_copies import DeviceCopies, measure_link
 from expertd_engine.experts.device_digest import Digest
@@ -23,13 +26,14 @@ from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_host_compute import HostCompute
 from expertd_engine.experts.device_layout import TableLayout
 from expertd_engine.experts.device_ledger import DeviceLedger
+from expertd_engine.experts.device_plans import NOTHING, Plans, nothing_known
 from expertd_engine.experts.device_publication import Boundary
 from expertd_engine.experts.device_report import Launch, count_report
 from expertd_engine.experts.device_sharing import Sharing
 from expertd_engine.experts.device_spill import SpilledHost
 from expertd_engine.experts.device_streams import Device, Mark
 from expertd_engine.experts.device_table import DeviceTable
-from expertd_engine.experts.events import Hint, Predict, Tick
+from expertd_engine.experts.events import Predict, Tick
 from expertd_engine.experts.lookahead import Lookahead, NoLookahead
 from expertd_engine.experts.payoff import PayOff
 from expertd_engine.experts.store_format import StoreIndex
@@ -38,8 +42,6 @@ from expertd_engine.sequence_stats import ExpertCounts
 _LANDING_MOST = 4096
 _MARGIN = 2
 """Layers that are too near for a copy."""
-_SOON = 8
-"""Hints that are taken in before a step is launched: what has been copied until the others are."""
 
 
 class DeviceSteps:
@@ -66,8 +68,9 @@ class DeviceSteps:
         """Called again and again while a launch runs, for what may wait until there is time."""
         self.routes: Callable[[int], Sequence[int]] = _unknown
         """What a layer of the running step routes to, where that is known to the host before it has ended."""
-        self.foreknown: Callable[[], Sequence[Sequence[int]]] = tuple
-        """The experts of each layer of the step that begins, where all of them are known by then; else nothing."""
+        self.foreknown: Callable[[], NDArray[np.int64]] = nothing_known
+        """The distinct experts of the step that begins, layer by layer, where all of them are known by then; else
+        nothing. Expert e of layer l is number `first[l] + e` of all."""
         self._asked: Lookahead = lookahead
         self._heard: Callable[[int], Sequence[int]] = _unknown
         """Of lookahead and routes, by the running step: of neither while hints do not pay, as if nobody gave any."""
@@ -85,8 +88,8 @@ class DeviceSteps:
         self._step = self._layers_known = 0
         self._scan = self._staged_words = False
         self._scanned = ExpertCounts()
-        self._later: tuple[Hint, ...] = ()
-        """What is known when a step begins, and taken in once it runs."""
+        self._known = NOTHING
+        """Of the step that begins, where those of it that are absent are fetched."""
         self.fetched: set[tuple[int, int]] = set()
         """Experts that the running step had to have brought in, where it waited for that."""
         self.layer_waits = 0
@@ -96,6 +99,7 @@ class DeviceSteps:
         self._boundary = Boundary({}, ())
         self._before: Mark = device.compute.mark()
         self._digest = Digest(self, self._executor)
+        self.plans = Plans(self, self._executor, self._digest)
         self._last: Launch | None = None
         self._executor.begin()
         self.link_bytes_per_s = math.inf if device.shares_memory else self._measure_link()
@@ -110,34 +114,36 @@ class DeviceSteps:
         self._ask()
         self._scan, self._layers_known, self._scanned = scan, 0, ExpertCounts()
         self.fetched.clear()
-        self.ledger.spare(self.foreknown() if self.foresees else ())
-        hints = tuple(self._asked.begin_step(self._step, token_ids))
-        soon = len(hints) if scan or self.by_layer else _SOON  # a staged step has no launch to take in others behind
-        self._later = hints[soon:]
-        self._executor.pump([Predict(hints[:soon])] if hints else [])
+        self._known = self.foreknown() if self.foresees and self.plans.fetches else NOTHING
+        hints = () if len(self._known) else tuple(self._asked.begin_step(self._step, token_ids))
+        self._executor.pump([Predict(hints)] if hints else [])
 
-    def before_launch(self) -> None:
-        """Send what the launch applies first. The launch before the last has ended."""
+    def before_launch(self, *, may_ask: bool = True) -> bool:
+        """Send what the launch applies first. The launch before the last has ended. Whether it is to be the program
+        that asks the processor; `may_ask`: there is one."""
         if self._step == 1:
             self._executor.handle([self._digest.wanted()])
+        if len(self._known):
+            self._heard = _unknown  # there is nothing left to foresee
+            self.plans.fetch(self._known, NOTHING if self._last is None else self._last.known)
         self._digest.finish()
         self._boundary = self.publication.boundary()
         self.table.stage(self._boundary.words)
         self._before = self.device.compute.mark()
         self._staged_words = True
-        if self.computing is not None:
-            self.computing.begin_step()
+        return self.computing is not None and self.computing.begin_step(may_ask=may_ask)
 
     def after_launch(self, whole: bool = True) -> None:
         """The launch is under way: have its report sent, and take in what the one before met."""
         self.table.copy_out()
         self._staged_words = False
         position, ended = self._step * self.period, self.device.compute.mark()
-        launch = Launch(self._step, position, self._experts, self.table.turn, self._scan, whole, ended)
+        turn = self.table.turn
+        launch = Launch(self._step, position, self._experts, turn, self._scan, whole, ended, self._known)
         if self.computing is not None:
             self.computing.launched()
         self.copies.after(self._before)
-        self._executor.pump([Cooled(self._boundary.retired), *([Predict(self._later)] if self._later else [])])
+        self._executor.pump([Cooled(self._boundary.retired)])
         self._digest.begin(launch)
         self._last = launch
 

@@ -95,7 +95,8 @@ class Residency:
         self.counters = Counters.of(layers)
         self.story = Story()
         self.out: list[Instruction] = []
-        self._last_load = -1
+        self.last_load = -1
+        """Its number."""
 
     def record(self, expert: ExpertId) -> Record:
         """Raises LedgerError for an expert outside the model."""
@@ -130,8 +131,8 @@ class Residency:
 
     def issue_load(self, record: Record, priority: Priority) -> None:
         """Start a load into the slot that the record has."""
-        self._last_load += 1
-        record.load_id = self._last_load
+        self.last_load += 1
+        record.load_id = self.last_load
         record.place = State.LOADING
         record.priority = priority
         self.loads[record.load_id] = record
@@ -226,6 +227,15 @@ class Residency:
         self.slots.vacate(record.slot)
         record.slot = -1
         record.place = State.ABSENT
+
+    def give_slot(self, leaves: Record, comes: Record) -> None:
+        """leased → absent, absent → loading: in the very slot, for records of one length whose leases have changed."""
+        self.resident_bytes -= leaves.nbytes
+        self.counters.evictions["capacity"] += 1
+        self.story.tell(leaves.expert, "gave its place up, slot", leaves.slot)
+        self.slots_by_layer[leaves.expert.layer][leaves.expert.expert] = -1
+        comes.slot, leaves.slot, leaves.place = leaves.slot, -1, State.ABSENT
+        self.issue_load(comes, Priority.DEMAND)
 
     # ------------------------------------------------------------ conservation laws
 

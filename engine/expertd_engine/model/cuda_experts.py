@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from expertd_engine.experts.device_staging import Chunk
-from expertd_engine.kernels.cuda.experts import Asking, ExpertLayout, decode_tiles, experts_decode
+from expertd_engine.kernels.cuda.experts import ExpertLayout, decode_tiles, experts_decode
 from expertd_engine.kernels.cuda.experts_prefill import PairGroups, combine, experts_prefill
-from expertd_engine.kernels.cuda.host_experts import Mailbox
+from expertd_engine.kernels.cuda.host_experts import Asking, Mailbox
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers, publish, resolve
 
 

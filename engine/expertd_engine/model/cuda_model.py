@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -52,7 +53,10 @@ class ExpertSource(Protocol):
         """Every step is staged."""
         ...
 
-    def before_launch(self) -> None: ...
+    def before_launch(self, *, may_ask: bool) -> bool:
+        """Whether the launch is to ask the processor for what it misses; `may_ask`: there is a program that does."""
+        ...
+
     def after_launch(self) -> None: ...
     def poll(self) -> None: ...
     def stage(self, *, held_alone: bool) -> AbstractContextManager[Stage]: ...
@@ -101,8 +105,8 @@ class DeviceModel:
         invariant: bool = False, mailbox: Mailbox | None = None, virtual: bool = False,
     ) -> None:  # fmt: skip
         """Graphs are captured here. `given_routes`: steps bring routes in the routers' place. `invariant`: see
-        `cuda_program.DenseSide`. `mailbox`: the processor computes what small steps miss. `virtual`: there are
-        steps of virtual mode, with graphs of their own."""
+        `cuda_program.DenseSide`. `mailbox`: the processor may compute what small steps miss. Those that ask it, and
+        those of virtual mode, if `virtual` says that there are any, have graphs of their own."""
         device, layouts, dtype = parts.dense.device, parts.layouts, parts.dtype
         blocks = -(-limits.model_len // kv.block_tokens)
         self._limits, self._device, self._table = limits, device, table
@@ -133,14 +137,19 @@ class DeviceModel:
 
         pointers, num_rows = table.pointers, self._inputs.num_rows
         own = scratches(lambda _: parts.top_k)
-        self._few = TableExperts(layouts, pointers, own, num_rows, self._given[0], mailbox)
+        reading = TableExperts(layouts, pointers, own, num_rows, self._given[0])
         pairs = limits.rows * parts.top_k
         self._many = StagedExperts(
             layouts, parts.experts, torch.empty(pairs, inner, dtype=dtype, device=device),
             torch.empty(pairs, hidden, device=device), self._given[1], invariant=invariant,
         )  # fmt: skip
-        is_graph = parts.dense.is_graph and device.type == "cuda"
-        self._launcher = self._made_launcher(self._run_few, is_graph=is_graph)
+        self.is_graph = is_graph = parts.dense.is_graph and device.type == "cuda"
+        """Whether a step of few rows is one launch, which never waits for the host."""
+        self._launcher = self._made_launcher(partial(self._run_few, reading), is_graph=is_graph)
+        self._asking_launcher: Launcher | None = None
+        if mailbox is not None:
+            asking = TableExperts(layouts, pointers, own, num_rows, self._given[0], mailbox)
+            self._asking_launcher = self._made_launcher(partial(self._run_few, asking), is_graph=is_graph)
         if self.virtual is not None:
             among = scratches(self.virtual.width)
             self._few_virtual = TableExperts(layouts, pointers, among, num_rows, None)
@@ -149,10 +158,13 @@ class DeviceModel:
     @torch.inference_mode()
     def step(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
         """Compute one step. Raises torch.OutOfMemoryError, and what `experts` raises; the next step can run then."""
-        self._inputs.fill(tokens.ids, tokens.positions, tokens.spans, tokens.limits or ())
         if len(tokens.ids) <= self._limits.buckets[-1] and not experts.by_layer:
             return self._small(tokens, experts)
+        self._fill(tokens)
         return self._large(tokens, experts)
+
+    def _fill(self, tokens: StepTokens) -> None:
+        self._inputs.fill(tokens.ids, tokens.positions, tokens.spans, tokens.limits or ())
 
     def _made_launcher(self, program: Callable[[int], None], *, is_graph: bool) -> Launcher:
         self._inputs.fill((), (), ())
@@ -161,18 +173,18 @@ class DeviceModel:
                 return GraphLauncher(program, self._limits.buckets)
             return EagerLauncher(program, self._limits.buckets, self._device)
 
-    def _run_few(self, rows: int) -> None:
+    def _run_few(self, experts: TableExperts, rows: int) -> None:
         """What a graph is captured of."""
         self._table.apply()
-        self._program.run_layers(rows, self._few)
-        self._few.finish(rows)
+        self._program.run_layers(rows, experts)
+        experts.finish(rows)
         self._run_head(rows)
 
     def _run_virtual(self, rows: int) -> None:
         """The same in virtual mode."""
         assert self.virtual is not None
         self._table.apply()
-        self.virtual.forget()
+        self.virtual.forget(rows)
         self._program.run_layers(rows, self._few_virtual, virtual=self.virtual)
         self._few_virtual.finish(rows)
         self._run_head(rows)
@@ -182,11 +194,14 @@ class DeviceModel:
         self._best_host[:rows].copy_(self._best[:rows], non_blocking=True)
 
     def _small(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
+        virtual = None if tokens.limits is None else self.virtual
+        asks = experts.before_launch(may_ask=virtual is None and self._asking_launcher is not None)
+        self._fill(tokens)  # only now, since copies may have been begun
         if self._given[0] is not None and tokens.routes is not None:
             self._given[0].fill(tokens.routes)
-        experts.before_launch()
-        virtual = None if tokens.limits is None else self.virtual
         launcher = self._launcher if virtual is None else self._virtual_launcher
+        if asks and virtual is None and self._asking_launcher is not None:
+            launcher = self._asking_launcher
         launcher.launch(bucket_of(len(tokens.ids)))
         wanted = {place: tokens.logit_rows[place] for place in tokens.read}
         for row in wanted.values():  # sent behind the step, not fetched after it: that would be one more wait
@@ -208,7 +223,7 @@ class DeviceModel:
         with experts.stage(held_alone=virtual is not None and min(tokens.limits or ()) >= 1) as staging:
             self._many.begin(staging)
             if virtual is not None:
-                virtual.forget()
+                virtual.forget(rows)
             program.run_layers(rows, self._many, tiles, virtual)
             if virtual is not None:
                 virtual.send(rows)

@@ -6,8 +6,9 @@ host reads them when the step has ended, and moves experts for the steps after.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -26,7 +27,7 @@ from expertd_engine.sequence_stats import Substitutions
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What a step's kernels left."""
+    """What a step's kernels left. It stands until the step after the next is sent."""
 
     asked: Floats
     """`[layers, experts]`: ‖x‖ · weight that the routers themselves gave each expert."""
@@ -45,11 +46,13 @@ class VirtualWork:
         self._held, self._inputs, self._top_k, self._few = held, inputs, top_k, few
         count = layers * experts
         self._left = torch.zeros(count + rows * layers * MET, device=device)
-        self._host = torch.zeros(len(self._left), pin_memory=device.type == "cuda")
+        self._hosts = [torch.zeros(len(self._left), pin_memory=device.type == "cuda") for _ in range(2)]
+        self._turn = 0
         self._asked = self._left[:count].view(layers, experts)
         self._met = self._left[count:].view(rows, layers, MET)
-        told = self._host.numpy()
-        self._told = Told(told[:count].reshape(self._asked.shape), told[count:].reshape(self._met.shape))
+        told = [host.numpy() for host in self._hosts]
+        self._told = [Told(t[:count].reshape(self._asked.shape), t[count:].reshape(self._met.shape)) for t in told]
+        self._counted = torch.zeros(rows, experts, device=device)
         pairs = max(rows * top_k, *(size * self.width(size) for size in range(1, few + 1)))
         self._experts = torch.zeros(pairs, dtype=torch.int32, device=device)
         self._weights = torch.zeros(pairs, device=device)
@@ -63,6 +66,7 @@ class VirtualWork:
         width = self.width(rows)
         return Among(
             held=self._held[moe],
+            counted=self._counted[:rows],
             limits=self._inputs.limits[:rows],
             num_rows=self._inputs.num_rows,
             asked=self._asked[moe],
@@ -72,18 +76,21 @@ class VirtualWork:
             shared_by=self._shared_by(rows),
         )
 
-    def forget(self) -> None:
-        """The first work of a step: nothing has been asked for."""
-        self._asked.zero_()
+    def forget(self, rows: int) -> None:
+        """The first work of a step of so many rows: nothing has been asked for. A lone row leaves that by itself."""
+        if rows > 1:
+            self._asked.zero_()
 
     def send(self, rows: int) -> None:
         """Behind a step of so many rows: have what it left sent to the host."""
+        self._turn = 1 - self._turn
         count = self._asked.numel() + rows * self._met[0].numel()
-        self._host[:count].copy_(self._left[:count], non_blocking=True)
+        self._hosts[self._turn][:count].copy_(self._left[:count], non_blocking=True)
 
     def told(self, rows: int) -> Told:
-        """What was sent, once the device has come past it."""
-        return Told(self._told.asked.copy(), self._told.met[:rows].copy())
+        """What was sent last, once the device has come past it."""
+        told = self._told[self._turn]
+        return Told(told.asked, told.met[:rows])
 
     def _shared_by(self, rows: int) -> int:
         return SHARED_BY if rows <= self._few and rows * widest(self._top_k, SHARED_BY) <= LARGEST_PAIRS else 1
@@ -110,7 +117,7 @@ class DeviceVirtual:
         told = self._work.told(rows)
         self._tokens += rows
         self._uncounted.append(told.met)
-        self.held.digest(self._importance(told), rows / max(1, len(lengths)))
+        self.held.digest(partial(self._importance, told), rows / max(1, len(lengths)))
         ends = accumulate(lengths)
         return [self._done_to(told.met[end - count : end]) for count, end in zip(lengths, ends, strict=True)]
 
@@ -118,14 +125,14 @@ class DeviceVirtual:
     def counts(self) -> VirtualCounts:
         """Since start."""
         self._count()
-        replaced, mass, fetched, _ = self._met.T
+        replaced, mass, fetched = self._met.T
         activations = [self._tokens * self._top_k] * len(self._met)
         return VirtualCounts(activations, list(map(int, replaced)), mass.tolist(), self._tokens, int(fetched.sum()))
 
-    def _importance(self, told: Told) -> Iterator[NDArray[np.float32]]:
-        """`[experts]` of each layer in its turn, while the next step runs."""
+    def _importance(self, told: Told) -> Floats:
+        """`[layers, experts]`, while the next step runs."""
         self._count()
-        yield from map(np.multiply, told.asked, self._norms)
+        return told.asked * self._norms
 
     def _count(self) -> None:
         for met in self._uncounted:
@@ -135,5 +142,5 @@ class DeviceVirtual:
     def _done_to(self, met: Floats) -> Substitutions:
         """To one sequence."""
         rows, layers, _ = met.shape
-        replaced, mass, _, _ = met.sum(axis=(0, 1)).tolist()
+        replaced, mass, _ = np.add.reduce(met.reshape(-1, MET)).tolist()
         return Substitutions(rows * layers * self._top_k, int(replaced), mass / layers, rows)

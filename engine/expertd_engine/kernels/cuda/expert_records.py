@@ -11,6 +11,18 @@ from expertd_engine.kernels.cuda.products import INTERPRETED
 
 
 @triton.jit
+def resolved(
+    begin: tl.tensor, address: tl.tensor, land: tl.tensor, wait: tl.tensor, nth: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Of the nth expert, whether there is one or not: its first pair, their end, its record, where that lands, the slot
+    to wait for. Volatile, or the compiler would read some of it behind the branches that others decide: this is to be
+    one way to memory and back."""
+    first, last = tl.load(begin + nth, volatile=True), tl.load(begin + nth + 1, volatile=True)
+    record, target = tl.load(address + nth, volatile=True), tl.load(land + nth, volatile=True)
+    return first, last, record, target, tl.load(wait + nth, volatile=True)
+
+
+@triton.jit
 def fetch(
     record: tl.tensor, target: tl.tensor, fetched: tl.tensor, part: tl.tensor, parts: tl.tensor, NBYTES: tl.constexpr
 ) -> None:

@@ -19,8 +19,15 @@ from torch import Tensor
 
 from expertd_engine.experts.store_format import RecordLayout, TensorSpec
 from expertd_engine.kernels.cuda.expert_blocks import add_partials, down_block, gate_up_block, write_zeros
-from expertd_engine.kernels.cuda.expert_records import fetch, landed, wait_for
-from expertd_engine.kernels.cuda.host_experts import Mailbox, add_answer, post_request
+from expertd_engine.kernels.cuda.expert_records import fetch, landed, resolved, wait_for
+from expertd_engine.kernels.cuda.host_experts import (
+    Asking,
+    add_answer,
+    answer_of,
+    look,
+    post_request,
+    request_of,
+)
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers
 from expertd_engine.kernels.row_order import part_offsets, row_bytes
 
@@ -99,14 +106,6 @@ def _parts(spec: TensorSpec | None) -> tuple[int, int, int]:
     return spec.offset + data, spec.offset + scales, spec.offset + minima
 
 
-@dataclass(frozen=True, slots=True)
-class Asking:
-    """A layer of which the processor computes what is left to it, and where it is asked."""
-
-    mailbox: Mailbox
-    layer: int
-
-
 def experts_decode(
     layout: ExpertLayout, table: TablePointers, x: Tensor, weights: Tensor, scratch: ExpertScratch, out: Tensor, *,
     shares: bool = False, asking: Asking | None = None,
@@ -129,7 +128,7 @@ def gate_up(
     """`scratch.inner` of each pair: the first launch of `experts_decode`. `weights`: for who is asked."""
     programs = len(scratch.address) + (asking is not None)
     _gate_up_kernel[(triton.cdiv(layout.inner, tiles.outputs), programs)](
-        *_resolved(table, scratch), scratch.fetched, x, scratch.inner, *_request(scratch, weights, asking),
+        *_resolved(table, scratch), scratch.fetched, x, scratch.inner, *request_of(asking, scratch, weights),
         **record_constants(layout, tiles, layout.inner, layout.hidden), TOP_K=scratch.top_k,
         GATE=layout.offsets[0], UP=layout.offsets[1], GATE_BIAS=layout.biases[0], UP_BIAS=layout.biases[1],
         ACTIVATION=layout.activation, ALPHA=layout.alpha, LIMIT=layout.limit,
@@ -147,28 +146,11 @@ def down(
     _down_kernel[(triton.cdiv(layout.hidden, tiles.outputs), len(scratch.address))](
         *_resolved(table, scratch), scratch.fetched, scratch.row_pairs, scratch.inner, weights, scratch.partials,
         *(scratch.arrived, out),
-        *_answer(asking),
+        *answer_of(asking),
         **record_constants(layout, tiles, layout.hidden, layout.inner), TOP_K=scratch.top_k,
         DOWN=layout.offsets[2], BIAS=layout.biases[2], FETCHES=layout.quantised,
         MT=_ROWS, SHARES=shares, ASKS=asking is not None, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-
-
-def _request(scratch: ExpertScratch, weights: Tensor | None, asking: Asking | None) -> tuple[Any, ...]:
-    """What `post_request` is given beyond what kernels know; nothing where nobody is asked."""
-    if asking is None:
-        return (*(None,) * 10, 0, 0, 0, 0)
-    box = asking.mailbox
-    pointers = (box.sent, box.arrived, box.posted, box.head, box.experts, box.pairs, box.x, box.weights)
-    numbers = (asking.layer, box.experts.shape[1], len(scratch.pairs), scratch.max_rows)
-    return (weights, scratch.experts, *pointers, *numbers)
-
-
-def _answer(asking: Asking | None) -> tuple[Any, ...]:
-    if asking is None:
-        return (*(None,) * 4, 0)
-    box = asking.mailbox
-    return (box.sent, box.done, box.later, box.sums, asking.layer)
 
 
 def _resolved(table: TablePointers, scratch: ExpertScratch) -> tuple[Tensor, ...]:
@@ -223,28 +205,28 @@ def _gate_up_kernel(
 ) -> None:  # fmt: skip
     nth = tl.program_id(1)
     if ASKS:
-        parts = tl.minimum(tl.num_programs(0), most_rows)
-        if (nth == 0) & (tl.program_id(0) < parts) & (tl.load(totals + 2) != 0):
-            post_request(
-                totals, distinct, address, cuts, begin, pairs, x, weights, sent, asking, posted, head,
-                asked, asked_pairs, asked_x, asked_weights, layer, width, num_pairs, tl.program_id(0), parts,
-                COLS, TOP_K, CHOICES, 1024, 64,
-            )  # fmt: skip
         if nth == 0:
+            parts = tl.minimum(tl.num_programs(0), most_rows)
+            if tl.program_id(0) < parts:
+                post_request(
+                    totals, distinct, address, cuts, begin, pairs, x, weights, sent, asking, posted, head,
+                    asked, asked_pairs, asked_x, asked_weights, layer, width, num_pairs, tl.program_id(0), parts,
+                    COLS, TOP_K, CHOICES, 4096, 64,
+                )  # fmt: skip
             return
         nth -= 1
-    if nth >= tl.load(totals):
-        return
-    first, last = tl.load(begin + nth), tl.load(begin + nth + 1)
-    record, target = tl.load(address + nth), tl.load(land + nth)
-    if record == 0:
-        return  # the processor computes it
+    first, last, record, target, slot = resolved(begin, address, land, wait, nth)
+    cut = 0
     if SHARES:
-        cut, output = tl.load(cuts + nth), tl.program_id(0) * BN + tl.arange(0, BN)
+        cut = tl.load(cuts + nth, volatile=True)
+    if (nth >= tl.load(totals)) | (record == 0):
+        return  # there is no such expert, or the processor computes it
+    if SHARES:
+        output = tl.program_id(0) * BN + tl.arange(0, BN)
         if (cut > 0) & (tl.program_id(0) * BN >= cut):
             write_zeros(inner, first, last, output, OUTPUTS, MT)  # what is left to the processor
             last = first
-    wait_for(ready, tl.load(wait + nth))
+    wait_for(ready, slot)
     if FETCHED:
         if target != 0:
             fetch(record, target, fetched + nth, tl.program_id(0), tl.num_programs(0), FETCHED)
@@ -263,20 +245,24 @@ def _down_kernel(
     totals: tl.tensor, begin: tl.tensor, address: tl.tensor, land: tl.tensor, wait: tl.tensor, cuts: tl.tensor,
     ready: tl.tensor, pairs: tl.tensor, fetched: tl.tensor, row_pairs: tl.tensor, inner: tl.tensor, weights: tl.tensor,
     partials: tl.tensor, arrived: tl.tensor, out: tl.tensor,
-    sent: tl.tensor, done: tl.tensor, later: tl.tensor, sums: tl.tensor, layer: tl.tensor,
+    sent: tl.tensor, later: tl.tensor, sums: tl.tensor, layer: tl.tensor,
     FORMAT: tl.constexpr, OUTPUTS: tl.constexpr, COLS: tl.constexpr, ROW: tl.constexpr, SCALE_ROW: tl.constexpr,
     BN: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, TOP_K: tl.constexpr,
     DOWN: tl.constexpr, BIAS: tl.constexpr, FETCHES: tl.constexpr, MT: tl.constexpr, SHARES: tl.constexpr,
     ASKS: tl.constexpr,
 ) -> None:  # fmt: skip
-    nth = tl.program_id(1)
-    distinct = tl.load(totals)
+    nth, block = tl.program_id(1), tl.program_id(0)
+    first, last, record, target, slot = resolved(begin, address, land, wait, nth)
+    cut, asks, missing, number = 0, 0, 0, 0
+    if SHARES:
+        cut = tl.load(cuts + nth, volatile=True)
+    if ASKS:
+        asks, missing = tl.load(totals + 2, volatile=True), tl.load(totals + 3, volatile=True)
+        number = tl.load(sent, volatile=True)
+    rows, distinct = tl.load(totals + 1, volatile=True), tl.load(totals)
     if nth >= distinct:
         return
-    first, last = tl.load(begin + nth), tl.load(begin + nth + 1)
-    record, target = tl.load(address + nth), tl.load(land + nth)
-    wait_for(ready, tl.load(wait + nth))
-    block = tl.program_id(0)
+    wait_for(ready, slot)
     if FETCHES:
         record, target = landed(record, target)  # the launch before has brought it in
         if block == 0:
@@ -286,7 +272,6 @@ def _down_kernel(
         last = first
     until = COLS
     if SHARES:
-        cut = tl.load(cuts + nth)
         until = tl.where(cut > 0, cut, COLS)
     for start in range(first, last, MT):
         down_block(
@@ -298,7 +283,10 @@ def _down_kernel(
     if tl.atomic_add(arrived + block, 1, sem="acq_rel") == distinct - 1:
         tl.store(arrived + block, 0)
         output = block * BN + tl.arange(0, BN)
-        add_partials(row_pairs, partials, out, tl.load(totals + 1), output, OUTPUTS, TOP_K, BN)
+        word = tl.zeros([BN], tl.int64)
         if ASKS:
-            is_last = block == tl.num_programs(0) - 1
-            add_answer(totals, sent, done, later + layer, sums, out, output, is_last, OUTPUTS)
+            word = look(sums + output, output < tl.where(asks != 0, OUTPUTS, 0))  # comes while partials are added
+        add_partials(row_pairs, partials, out, rows, output, OUTPUTS, TOP_K, BN)
+        if ASKS:
+            noted = (missing > 0) & (block == tl.num_programs(0) - 1)
+            add_answer(asks, word, number, 2 * missing * noted, later + layer, sums, out, rows, output, OUTPUTS)

@@ -17,25 +17,45 @@ MOST_EXPERTS = 4094
 
 @triton.jit
 def by_logits(
-    logits: tl.tensor, held: tl.tensor, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """Where logits alone decide: how many come before each `[BLOCK]` of a row, how many of those held (ones in `held`;
-    0 where that is None), and the highest logit. NaN is the lowest; of equals a lower id comes first."""
+    logits: tl.tensor, counted: tl.tensor, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Where logits alone decide: how many come before each `[BLOCK]` of a row, how many of those held, who is held, the
+    highest logit, and `HELD` for each expert held and 1 for each of the first TOP_K that is not. NaN is the lowest; of
+    equals a lower id comes first.
+
+    `counted` float32 `[EXPERTS]`: 1, and `HELD` more for those that are held; where it is None nobody is.
+    """
     expert = tl.arange(0, BLOCK)
     mine = _ordered(tl.load(logits + expert, expert < EXPERTS, float("-inf")))
-    rank = _higher(logits, held, mine, EXPERTS, BLOCK)
+    counts, is_held = 0, expert < 0
+    if counted is not None:
+        is_held = tl.load(counted + expert, expert < EXPERTS, 0.0) > 1.0
+    rank = _higher(logits, counted, mine, EXPERTS, BLOCK)
     places_there = tl.where(expert < EXPERTS, rank % HELD, 0)
-    highest, together = tl.reduce((mine, places_there), 0, _highest_and_sum)
+    if counted is None:
+        highest, together = tl.reduce((mine, places_there), 0, _highest_and_sum)
+    else:
+        lacking = _held_and_lacking(rank, is_held, EXPERTS, TOP_K)
+        highest, together, counts = tl.reduce((mine, places_there, lacking), 0, _highest_and_sums)
     if together != EXPERTS * (EXPERTS - 1) // 2:  # some are equal, and have the same place
-        rank += _equals_before(logits, held, mine, EXPERTS, BLOCK)
-    return rank % HELD, rank // HELD, highest
+        rank += _equals_before(logits, counted, mine, EXPERTS, BLOCK)
+        if counted is not None:
+            counts = tl.sum(_held_and_lacking(rank, is_held, EXPERTS, TOP_K), 0)
+    return rank % HELD, rank // HELD, is_held, highest, counts
+
+
+@triton.jit
+def _held_and_lacking(rank: tl.tensor, is_held: tl.tensor, EXPERTS: tl.constexpr, TOP_K: tl.constexpr) -> tl.tensor:
+    """What each expert of `rank` adds to `counts`."""
+    lives = tl.arange(0, rank.shape[0]) < EXPERTS
+    return tl.where(is_held, HELD, (lives & (rank % HELD < TOP_K)).to(tl.int32))
 
 
 @triton.jit
 def _higher(
-    logits: tl.tensor, held: tl.tensor, mine: tl.tensor, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+    logits: tl.tensor, counted: tl.tensor, mine: tl.tensor, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """How many logits are higher than each of `mine`; those that are held count `HELD` more. Each thread goes over all
+    """How many logits are higher than each of `mine`, each counting what `counted` says. Each thread goes over all
     of them by itself: no two wait for each other. Floats, since what adds and what compares are at work together."""
     CHUNK: tl.constexpr = BLOCK if BLOCK < _AT_ONCE else _AT_ONCE
     rank = tl.zeros([BLOCK], tl.float32)
@@ -43,15 +63,15 @@ def _higher(
         other = first + tl.arange(0, CHUNK)
         theirs = _told(logits, other, float("-inf"), EXPERTS, BLOCK)
         is_higher = (theirs[:, None] > mine[None, :]).to(tl.float32)  # which NaN never is
-        if held is not None:
-            is_higher *= (_told(held, other, 0, EXPERTS, BLOCK).to(tl.float32) * HELD + 1.0)[:, None]
+        if counted is not None:
+            is_higher *= _told(counted, other, 0.0, EXPERTS, BLOCK)[:, None]
         rank += tl.sum(is_higher, 0)
     return rank.to(tl.int32)
 
 
 @triton.jit
 def _equals_before(
-    logits: tl.tensor, held: tl.tensor, mine: tl.tensor, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+    logits: tl.tensor, counted: tl.tensor, mine: tl.tensor, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
     """As `_higher`: how many of a lower id are equal."""
     CHUNK: tl.constexpr = BLOCK if BLOCK < _EQUALS_AT_ONCE else _EQUALS_AT_ONCE
@@ -62,8 +82,8 @@ def _equals_before(
         theirs = _ordered(_told(logits, other, float("-inf"), EXPERTS, BLOCK))
         before = (theirs[:, None] == mine[None, :]) & (other[:, None] < expert[None, :])
         count = tl.full([CHUNK], 1, tl.int32)
-        if held is not None:
-            count += HELD * _told(held, other, 0, EXPERTS, BLOCK)
+        if counted is not None:
+            count = _told(counted, other, 0.0, EXPERTS, BLOCK).to(tl.int32)
         rank += tl.sum(tl.where(before, count[:, None], 0), 0)
     return rank
 
@@ -89,6 +109,13 @@ def _highest_and_sum(
     a: tl.tensor, b: tl.tensor, more_a: tl.tensor, more_b: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     return tl.maximum(a, more_a), b + more_b
+
+
+@triton.jit
+def _highest_and_sums(
+    a: tl.tensor, b: tl.tensor, c: tl.tensor, more_a: tl.tensor, more_b: tl.tensor, more_c: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    return tl.maximum(a, more_a), b + more_b, c + more_c
 
 
 @triton.jit

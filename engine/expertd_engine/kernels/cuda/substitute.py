@@ -15,11 +15,9 @@ from torch import Tensor
 
 from expertd_engine.kernels.cuda.selection import HELD, in_best_groups, places
 
-MET = 4
+MET = 3
 """Numbers told of each row and layer: choices replaced, the share of the row's weights that they had, choices read over
-the link, and the length of what the router saw."""
-LENGTH = tl.constexpr(3)
-"""Which of them that is."""
+the link."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,12 +26,15 @@ class Among:
 
     held: Tensor
     """int32 `[experts]`: 1 for those that are held, else 0. At least top_k are."""
+    counted: Tensor
+    """float32 `[R, experts]`, for the time of a launch: what each counts for where a row's experts are ranked."""
     limits: Tensor
     """float32 `[R]`: of the share that is replaced; 1: all."""
     num_rows: Tensor
     """int32 `[1]`: the rows from this one on are padding, and nothing is asked for by them."""
     asked: Tensor
-    """float32 `[experts]`: ‖x‖ · weight of each of the routers' own choices is added here."""
+    """float32 `[experts]`: ‖x‖ · weight of each of the routers' own choices is added here; of a lone row it is left
+    here, zeros for the others."""
     met: Tensor
     """float32 `[R, MET]`, rows any distance apart."""
     experts: Tensor
@@ -45,38 +46,61 @@ class Among:
 
 
 @triton.jit
+def ask(asked: tl.tensor, wanted: tl.tensor, chosen: tl.tensor, lives: tl.tensor, ALONE: tl.constexpr) -> None:
+    """What a row wants of whom it has `chosen`: added to what others want, or, of a lone row, left for all."""
+    if ALONE:  # adding would wait for what is far away by then
+        tl.store(asked, wanted, lives)
+    else:
+        tl.atomic_add(asked, wanted, chosen, sem="relaxed")
+
+
+@triton.jit
+def stand_ins(
+    held: tl.tensor, chosen: tl.tensor, ahead: tl.tensor, counts: tl.tensor, replaced: tl.tensor,
+    TOP_K: tl.constexpr, SHARED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Which of the `held` answer for so many `replaced` choices, where logits alone decide: all of the choices that are
+    held come before all others. `counts`: as in `answer`."""
+    wanted = tl.where(counts >= HELD * TOP_K, TOP_K - counts % HELD + _most(replaced, TOP_K, SHARED), 0)
+    return held & (chosen == 0) & (ahead < tl.where(replaced > 0, wanted, 0))
+
+
+@triton.jit
 def answer(
     logits: tl.tensor, score: tl.tensor, expert: tl.tensor, g: tl.tensor, lives: tl.tensor, place: tl.tensor,
-    ahead: tl.tensor, held: tl.tensor, weight: tl.tensor, total: tl.tensor, lost: tl.tensor, counts: tl.tensor,
-    length: tl.tensor, favour: tl.tensor, limit: tl.tensor,
-    asked: tl.tensor, met: tl.tensor, experts: tl.tensor, weights: tl.tensor,
+    ahead: tl.tensor, held: tl.tensor, serves: tl.tensor, serving: tl.tensor, weight: tl.tensor, total: tl.tensor,
+    lost: tl.tensor, counts: tl.tensor, favour: tl.tensor, limit: tl.tensor,
+    met: tl.tensor, experts: tl.tensor, weights: tl.tensor,
     TOP_K: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr,
     KEPT: tl.constexpr, BEST: tl.constexpr, PLAIN: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row, whose router put experts `[G, S]` at `place` with `weight`, zeros but for the chosen, out of `score`, of
     whatever sum; `ahead`: `held` experts that come before each, where the router goes by logits alone (`PLAIN`).
     `total` and `lost` weigh all choices and those that are not held, `counts` holds `HELD` for each expert held and 1
-    for each of those. Pointers are to this row's numbers.
+    for each of those. `serves` are who answers if all of those are replaced, of whom scores come to `serving`; where
+    not `PLAIN` that is yet to be found out. Pointers are to this row's numbers.
 
     Where fewer than TOP_K are held, which is before virtual mode begins, nobody answers for anybody.
     """
     chosen = lives & (place < TOP_K)
-    tl.atomic_add(asked + expert, length * weight, chosen, sem="relaxed")
     enough = counts >= HELD * TOP_K
     lacking = chosen & (held == 0) & enough
     missed = tl.where(enough, counts % HELD, 0)
     replaced, count = lacking, missed
     total = tl.maximum(total, 1.1754943508222875e-38)
+    at = tl.where(enough, ahead, place)
     if limit < 1.0:
         replaced = lacking & (_mass_up_to(weight / total, lacking, place, TOP_K) <= limit + 1e-6)
         lost, count = _total(tl.where(replaced, weight, 0.0)), _total(replaced.to(tl.int32))
+        if PLAIN:
+            serves = stand_ins(held, chosen, ahead, counts, count, TOP_K, SHARED)
+            serving = _total(tl.where(serves, tl.maximum(score, 1e-30), 0.0))
+            at = _by_id((chosen & (replaced == 0)) | serves)
     tl.store(met, count.to(tl.float32))
     tl.store(met + 1, tl.where(count > 0, lost / total, 0.0))
     tl.store(met + 2, (missed - count).to(tl.float32))
-    stays = chosen & (replaced == 0)
-    most = tl.maximum(count, tl.minimum(count * SHARED, TOP_K * 3 // 4))
-    if PLAIN:  # all of the choices that are held come before all others
-        serves = held & (chosen == 0) & (ahead < tl.where(count > 0, TOP_K - missed + most, 0))
+    stays, most = chosen & (replaced == 0), _most(count, TOP_K, SHARED)
+    if PLAIN:
         more = tl.where(count > 0, tl.minimum(most, counts // HELD - TOP_K + missed), 0)
     else:
         logit = tl.load(logits + expert, lives, float("-inf"))
@@ -84,14 +108,17 @@ def answer(
             logit, expert, g, lives, stays, held | stays, TOP_K - count + most, favour, SCORES, GROUPS, KEPT, BEST
         )  # fmt: skip
         serves = others & (places(tl.where(others & (logit == logit), logit, float("-inf")), expert) < most)
-        more = _total(serves.to(tl.int32))
-    at = tl.where(enough, ahead, place)  # where all that lack are replaced
-    if (limit < 1.0) | (not PLAIN):
+        serving, more = _total(tl.where(serves, tl.maximum(score, 1e-30), 0.0)), _total(serves.to(tl.int32))
         at = _by_id(stays | serves)
-    score = tl.where(serves, tl.maximum(score, 1e-30), 0.0)
-    share = score * (lost / tl.maximum(_total(score), 1e-30))
+    share = tl.maximum(score, 1e-30) * (lost / tl.maximum(serving, 1e-30))
     _store(expert, at, stays | serves, tl.where(serves, share, tl.where(stays, weight, 0.0)), TOP_K - count + more,
            experts, weights, WIDTH)  # fmt: skip
+
+
+@triton.jit
+def _most(replaced: tl.tensor, TOP_K: tl.constexpr, SHARED: tl.constexpr) -> tl.tensor:
+    """`model.substitution.num_substitutes`."""
+    return tl.maximum(replaced, tl.minimum(replaced * SHARED, TOP_K * 3 // 4))
 
 
 @triton.jit

@@ -13,7 +13,8 @@ extern "C" {
 typedef struct expertd_host expertd_host;
 
 /* Memory that the GPU and the processor see. A request is complete once `posted` has its number, which is one more than
- * the last one's; it is answered once `done` has that number too. Between the two its fields stay as they are. */
+ * the last one's. It is answered once that number stands in the high half of each of its `sums`, which are written once;
+ * and then `done` has it. Between the two its fields stay as they are. */
 typedef struct expertd_mailbox {
   int32_t *posted;
   int32_t *done;
@@ -26,7 +27,7 @@ typedef struct expertd_mailbox {
   const int32_t *pairs;   /* [max_rows * top_k]: row * top_k + choice */
   const float *x;         /* [rows, hidden] */
   const float *weights;   /* [rows, top_k] */
-  float *sums;            /* [rows, hidden]: the answer, each row's weighted sum */
+  uint64_t *sums;         /* [rows, hidden]: the answer; in the low half each row's weighted sum, a float */
   int32_t max_rows;
   int32_t max_experts;
   int32_t top_k;

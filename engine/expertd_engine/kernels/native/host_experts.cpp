@@ -9,6 +9,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -47,6 +48,9 @@ class Host {
  public:
   Host(int threads, const expertd_host_layer* layers, int32_t count, const expertd_mailbox& box)
       : box_(box), layers_(layers, layers + count), answered_(read_number(box.posted)) {
+    int32_t widest = 0;
+    for (const expertd_host_layer& layer : layers_) widest = std::max(widest, layer.layout.hidden);
+    sums_.resize(static_cast<size_t>(box.max_rows) * widest);
     expertd_pool* pool = nullptr;
     require(expertd_pool_create(threads, &pool) == EXPERTD_OK, expertd_error());
     pool_.reset(pool);
@@ -118,7 +122,7 @@ class Host {
   }
 
   void look() {
-    for (int i = 0; i < kLooks; ++i) {
+    for (int i = 0; i < kLooks && watching_; ++i) {  // who ends a step waits for this to end
       if (const int32_t number = read_number(box_.posted); number != answered_) {
         answer(number);
         return;
@@ -136,6 +140,7 @@ class Host {
     } catch (const std::exception& error) {
       if (failure_.empty()) failure_ = error.what();
     }
+    send(number);
     answered_ = number;
     ++counts_.requests;
     heard_ = Clock::now();
@@ -145,17 +150,19 @@ class Host {
 
   void compute() {
     const int32_t number = box_.head[0], rows = box_.head[1], asked = box_.head[2];
+    answer_ = sums_.size();  // whoever asks for what there is not is answered too
     require(number >= 0 && number < static_cast<int32_t>(layers_.size()),
             "layer " + std::to_string(number) + " is asked for; there are " + std::to_string(layers_.size()));
     require(rows >= 0 && rows <= box_.max_rows && asked >= 0 && asked <= box_.max_experts,
             std::to_string(asked) + " experts for " + std::to_string(rows) + " rows are asked for; the mailbox has room "
                 "for " + std::to_string(box_.max_experts) + " and " + std::to_string(box_.max_rows));
     const expertd_host_layer& layer = layers_[number];
+    answer_ = static_cast<size_t>(rows) * layer.layout.hidden;
+    std::fill_n(sums_.data(), answer_, 0.0f);
     gather(layer, number, rows, asked);
-    std::fill_n(box_.sums, static_cast<int64_t>(rows) * layer.layout.hidden, 0.0f);
     const expertd_moe_call call{&layer.layout,      box_.x,           rows,
                                 asked,              records_.data(),  pair_begin_.data(),
-                                pair_row_.data(),   pair_weight_.data(), box_.sums, nullptr};
+                                pair_row_.data(),   pair_weight_.data(), sums_.data(), nullptr};
     const bool whole = std::all_of(cuts_.begin(), cuts_.end(), [](int32_t cut) { return cut == 0; });
     const int32_t* const cuts = whole ? nullptr : cuts_.data();
     check_moe(call, cuts);
@@ -164,6 +171,17 @@ class Host {
     counts_.experts += asked;
     const int64_t inner = layer.layout.inner;
     for (const int32_t cut : cuts_) counts_.bytes += layer.record_bytes * (inner - cut) / inner;
+  }
+
+  // Each sum in one store with the number, so that none can be read without it.
+  void send(int32_t number) {
+    const uint64_t high = static_cast<uint64_t>(static_cast<uint32_t>(number)) << 32;
+    std::atomic_thread_fence(std::memory_order_release);  // the next request may come as soon as they are read
+    for (size_t i = 0; i < answer_; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, &sums_[i], sizeof bits);
+      __atomic_store_n(box_.sums + i, high | bits, __ATOMIC_RELAXED);
+    }
   }
 
   // The request, as the kernels take it.
@@ -202,6 +220,8 @@ class Host {
   std::vector<const void*> records_;
   std::vector<int32_t> pair_begin_, pair_row_, cuts_;
   std::vector<float> pair_weight_;
+  std::vector<float> sums_;
+  size_t answer_ = 0;  // of them are the last request's
   int32_t answered_;  // and what follows: the watching thread's, or, while that is parked, the caller's
   Clock::time_point heard_;  // of the last request, or of the step's beginning
   expertd_host_counts counts_{};

@@ -14,6 +14,7 @@ constexpr int64_t kBatchBytes = 8 << 20;   // inner activations held at a time; 
 constexpr int kBlockRows = kGroupColumns;  // most inner rows of a task: they make exactly one group of down's input
 static_assert(kBlockRows == kUnitRows, "a task calls one kernel for each matrix");
 constexpr int64_t kMostUnits = 2;          // units of down per task: their inputs are read once for all of them
+constexpr int64_t kFewTasks = 4;           // of the first phase for each thread; for fewer, tasks are halved
 
 // Pairs of one expert within a round.
 struct Segment {
@@ -31,7 +32,18 @@ struct Round {
   int64_t tasks;  // of the first phase
   std::byte* inner;
   int64_t inner_stride;
+  float* plain;  // [pairs, inner]: what is quantised between the phases, if tasks are halved
 };
+
+// Blocks of kBlockRows inner rows that are asked for.
+int64_t count_blocks(const expertd_moe_call& arguments, const int32_t* cuts) {
+  int64_t count = 0;
+  for (int32_t expert = 0; expert < arguments.num_experts; ++expert) {
+    const bool none = arguments.pair_begin[expert] == arguments.pair_begin[expert + 1];
+    if (!none) count += ceil_div(arguments.layout->inner - (cuts ? cuts[expert] : 0), kBlockRows);
+  }
+  return count;
+}
 
 class Moe {
  public:
@@ -42,7 +54,9 @@ class Moe {
         layout_(*arguments.layout),
         inputs_(inputs),
         inner_stride_(input_bytes(layout_.format, layout_.inner)),
-        block_rows_(is_float_format(layout_.format) && !cuts ? kStripRows : kBlockRows),
+        halves_(!is_float_format(layout_.format) && pool.threads() > 1 &&
+                count_blocks(arguments, cuts) < kFewTasks * pool.threads()),
+        block_rows_(halves_ || (is_float_format(layout_.format) && !cuts) ? kStripRows : kBlockRows),
         blocks_(ceil_div(layout_.inner, block_rows_)),
         block_bytes_(block_rows_ / kStripRows * strip_bytes(layout_.format, layout_.hidden)),
         down_unit_bytes_(kUnitStrips * strip_bytes(layout_.format, layout_.inner)),
@@ -57,20 +71,22 @@ class Moe {
     const int64_t most = std::min(pairs - a_.pair_begin[0], round_pairs_);
     auto* segments = pool_.scratch().get<Segment>(a_.num_experts);
     auto* inner = pool_.scratch().get<std::byte>(most * inner_stride_);
+    auto* plain = halves_ ? pool_.scratch().get<float>(most * layout_.inner) : nullptr;
     if (gathers_) turned_ = pool_.scratch().get<std::byte>(pool_.threads() * turned_bytes_);
     int64_t pair = a_.pair_begin[0];
     for (int32_t expert = 0; pair < pairs;) {
-      Round round{segments, 0, pair, 0, inner, inner_stride_};
+      Round round{segments, 0, pair, 0, inner, inner_stride_, plain};
       const int64_t round_end = std::min(pairs, pair + round_pairs_);
       while (pair < round_end) {
         while (a_.pair_begin[expert + 1] <= pair) ++expert;
         const int64_t end = std::min<int64_t>(round_end, a_.pair_begin[expert + 1]);
         const int64_t cut = cuts_ ? cuts_[expert] : 0;
         segments[round.count++] = {static_cast<const std::byte*>(a_.records[expert]), pair, end, round.tasks, cut};
-        round.tasks += (blocks_ - cut / kBlockRows) * ceil_div(end - pair, rows_per_block_);
+        round.tasks += (blocks_ - cut / block_rows_) * ceil_div(end - pair, rows_per_block_);
         pair = end;
       }
       pool_.parallel_for(round.tasks, [&](int64_t task, int thread) { inner_task(round, task, thread); });
+      if (halves_) pool_.parallel_for(round.count, [&](int64_t nth) { quantise(round, round.segments[nth]); });
       const int64_t units = ceil_div(layout_.hidden, kUnitRows);
       const int64_t chunk = std::clamp<int64_t>(units / (8 * pool_.threads()), 1, kMostUnits);
       pool_.parallel_for(ceil_div(units, chunk), [&](int64_t task, int thread) {
@@ -84,18 +100,18 @@ class Moe {
     return offset < 0 ? nullptr : reinterpret_cast<const float*>(segment.record + offset);
   }
 
-  // Rows `first` to `first` + kUnitRows of the `rows` x `cols` matrix at an offset, from column `first_col` on, as
+  // Rows `first` to `first` + `wanted` of the `rows` x `cols` matrix at an offset, from column `first_col` on, as
   // kernels read them: a record that lies as GPUs read it is turned on the way, a unit at a time, in memory of the
   // thread's own, and so are rows of which a part is read. `then`: the offset of the matrix whose same rows are read
   // next; -1: those that follow are.
   const std::byte* unit(const Segment& segment, int64_t matrix, int64_t then, int64_t rows, int64_t cols, int64_t first,
-                        int64_t first_col, int thread) const {
+                        int64_t wanted, int64_t first_col, int thread) const {
     const std::byte* const begin = segment.record + matrix;
     if (!by_rows_ && first_col == 0) return begin + first / kStripRows * strip_bytes(layout_.format, cols);
     std::byte* const strips = turned_ + thread * turned_bytes_;
     if (by_rows_) {
       const std::byte* const following = then < 0 ? nullptr : segment.record + then;
-      strips_of_rows(layout_.format, begin, rows, cols, first, first_col, following, strips);
+      strips_of_rows(layout_.format, begin, rows, cols, first, wanted, first_col, following, strips);
     } else {
       ends_of_rows(layout_.format, begin, rows, cols, first, first_col, strips);
     }
@@ -122,7 +138,7 @@ class Moe {
         count = half;
       }
     }
-    const int64_t local = task - segment->tasks_before, skipped = segment->cut / kBlockRows;
+    const int64_t local = task - segment->tasks_before, skipped = segment->cut / block_rows_;
     const int64_t begin = segment->begin + local / (blocks_ - skipped) * rows_per_block_;
     const int64_t end = std::min(segment->end, begin + rows_per_block_);
     for (int64_t pair = begin; pair < end; pair += kTile) {
@@ -147,8 +163,23 @@ class Moe {
     const Activation activation{layout_.activation, layout_.alpha, layout_.limit};
     for (int t = 0; t < count; ++t) {
       isa().activate(activation, gated ? gate[t] : nullptr, up[t], valid);
-      std::byte* row = round.inner + (pair + t - round.first_pair) * round.inner_stride;
-      prepare_row(layout_.format, gated ? gate[t] : up[t], valid, row + input_bytes(layout_.format, first));
+      const float* const made = gated ? gate[t] : up[t];
+      const int64_t place = pair + t - round.first_pair;
+      if (halves_) {
+        std::copy_n(made, valid, round.plain + place * layout_.inner + first);
+      } else {
+        std::byte* row = round.inner + place * round.inner_stride;
+        prepare_row(layout_.format, made, valid, row + input_bytes(layout_.format, first));
+      }
+    }
+  }
+
+  // A segment's inner rows, which two tasks have made of each group.
+  void quantise(const Round& round, const Segment& segment) const {
+    for (int64_t pair = segment.begin - round.first_pair; pair < segment.end - round.first_pair; ++pair) {
+      std::byte* row = round.inner + pair * round.inner_stride + input_bytes(layout_.format, segment.cut);
+      const float* from = round.plain + pair * layout_.inner + segment.cut;
+      prepare_row(layout_.format, from, layout_.inner - segment.cut, row);
     }
   }
 
@@ -157,7 +188,8 @@ class Moe {
   void project(const Segment& segment, int64_t matrix, int64_t bias, int64_t then, int64_t first, int valid,
                const void* const* inputs, int count, float (*out)[kBlockRows], int thread) const {
     const int64_t same_rows = matrix == layout_.up ? -1 : layout_.up;
-    const std::byte* const weights = unit(segment, matrix, same_rows, layout_.inner, layout_.hidden, first, 0, thread);
+    const std::byte* const weights =
+        unit(segment, matrix, same_rows, layout_.inner, layout_.hidden, first, block_rows_, 0, thread);
     const std::byte* const next = by_rows_ ? weights : segment.record + first / block_rows_ * block_bytes_ + then;
     isa().unit[layout_.format](weights, next, layout_.hidden, valid, inputs, count, out[0]);
     const float* biases = floats_at(segment, bias);
@@ -199,7 +231,7 @@ class Moe {
     const float* bias = segment.cut > 0 ? nullptr : floats_at(segment, layout_.down_bias);
     float sums[kTile * kUnitRows];
     const std::byte* const weights =
-        this->unit(segment, layout_.down, -1, hidden, layout_.inner, first, segment.cut, thread);
+        this->unit(segment, layout_.down, -1, hidden, layout_.inner, first, kUnitRows, segment.cut, thread);
     const std::byte* const next = by_rows_ ? weights : then;
     isa().unit[layout_.format](weights, next, layout_.inner - segment.cut, rows, inputs, count, sums);
     for (int t = 0; t < count; ++t) {
@@ -222,6 +254,7 @@ class Moe {
   const expertd_expert_layout& layout_;
   const Inputs inputs_;
   const int64_t inner_stride_;
+  const bool halves_;         // whether two tasks make a group of down's input, which is quantised behind them
   const int64_t block_rows_;  // inner rows of a task: floats have no groups, and small experts make few tasks
   const int64_t blocks_, block_bytes_, down_unit_bytes_, rows_per_block_, round_pairs_;
   const bool by_rows_, gathers_;

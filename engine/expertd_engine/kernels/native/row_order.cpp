@@ -21,8 +21,8 @@ __attribute__((always_inline)) inline void fetch(const std::byte* from, int64_t 
 
 }  // namespace
 
-void strips_of_rows(int format, const std::byte* matrix, int64_t rows, int64_t cols, int64_t first, int64_t first_col,
-                    const std::byte* then, std::byte* out) {
+void strips_of_rows(int format, const std::byte* matrix, int64_t rows, int64_t cols, int64_t first, int64_t wanted,
+                    int64_t first_col, const std::byte* then, std::byte* out) {
   const bool paired = format != EXPERTD_INT8;
   const int64_t all = groups_of(cols), stored = paired ? (all + 1) / 2 * 2 : all;
   const int64_t before = first_col / kGroupColumns, groups = all - before;
@@ -31,7 +31,7 @@ void strips_of_rows(int format, const std::byte* matrix, int64_t rows, int64_t c
   const int64_t whole = strips_of(rows) * kStripRows;
   const std::byte* const scales = matrix + padded(whole * row_data) + before * kScales;
   const std::byte* const minima = scales + padded(whole * row_scales);
-  const int64_t strips = std::min<int64_t>(kUnitStrips, strips_of(rows - first));
+  const int64_t strips = std::min<int64_t>(strips_of(wanted), strips_of(rows - first));
   matrix += before * group_bytes;
   for (int64_t strip = 0; strip < strips; ++strip, out += strip_bytes(format, cols - first_col)) {
     const int64_t row = first + strip * kStripRows;

@@ -10,13 +10,13 @@ namespace expertd {
 constexpr int64_t kSegmentBytes = 512;  // 32 of each of 16 rows: a group of int8, or two of 4 bits
 constexpr int64_t kCutColumns = 64;     // where a segment begins in every format
 
-// Rows first .. first + kUnitRows (fewer at the end) of a `rows` x `cols` matrix in the order "rows", from column
-// `first_col` on, as strips of so many columns at `out`, which has room for kUnitStrips of them. `first` is a multiple of
+// Rows first .. first + `wanted` (at most kUnitRows; fewer at the end) of a `rows` x `cols` matrix in the order "rows",
+// from column `first_col` on, as strips of so many columns at `out`, which has room for them. `first` is a multiple of
 // kStripRows, `first_col` of kCutColumns, `format` one of the integers'.
 // `then`: a matrix as large, whose same rows are probably asked for next, or null: those that follow are. Their
 // beginning is fetched meanwhile.
-void strips_of_rows(int format, const std::byte* matrix, int64_t rows, int64_t cols, int64_t first, int64_t first_col,
-                    const std::byte* then, std::byte* out);
+void strips_of_rows(int format, const std::byte* matrix, int64_t rows, int64_t cols, int64_t first, int64_t wanted,
+                    int64_t first_col, const std::byte* then, std::byte* out);
 
 // The same rows of a plain matrix, from column `first_col` on, one after another.
 void ends_of_rows(int format, const std::byte* matrix, int64_t rows, int64_t cols, int64_t first, int64_t first_col,
