@@ -106,7 +106,7 @@ class RouteRecorder(VirtualRouting):
 
     def begin_step(self, limits: Sequence[float], token_ids: Sequence[int]) -> bool:
         follows = self.tokens is not None and self.held.sets.limits.foreseen > 0
-        self._ahead = [self.tokens.expected([token]) for token in token_ids] if self.tokens and follows else []
+        self._ahead = [self.tokens.expected([token]).copy() for token in token_ids] if self.tokens and follows else []
         return True
 
     def end_step(self, sequences: int) -> None:
@@ -187,7 +187,7 @@ def with_slots(
     sets = model.held.sets
     fresh = VirtualExperts(priors or sets.priors, sets.top_k, limits or sets.limits)
     room = replace(model.held.room, wanted=slots, share=1.0, divide=None)
-    held = HeldExperts(model.held.cache, fresh, room)
+    held = HeldExperts(model.held.cache, fresh, room, model.held.library)
     foresight = model.foresight if foresees else None
     tokens = model.tokens if foresees else None
     return VirtualRouting(model.routers, held, score or model.score, foresight, shared_by or model.shared_by, tokens)

@@ -12,6 +12,7 @@ from expertd_engine.experts.events import (
     Demand,
     Denied,
     Drop,
+    Exchange,
     ExpertId,
     Failed,
     Granted,
@@ -63,6 +64,39 @@ def test_a_demand_without_room_waits_for_a_release_and_takes_the_slot() -> None:
     assert ledger.handle(Demand(2, C, 2)) == []
     assert ledger.handle(Release(1)) == [Load(2, C, 1, Priority.DEMAND)]
     assert ledger.state(B) == "absent"
+
+
+def holding(slots: int) -> Ledger:
+    """A and B are leased."""
+    ledger = make(slots)
+    for lease, expert in enumerate((A, B)):
+        ledger.handle(Demand(lease, expert, 0, pairs=0))
+        ledger.handle(Loaded(lease))
+    return ledger
+
+
+def test_an_exchange_gives_the_very_slot_where_there_is_no_other_room() -> None:
+    ledger = holding(slots=2)
+    assert ledger.handle(Exchange(0, 2, C)) == [Load(2, C, 0, Priority.DEMAND)]
+    assert (ledger.state(A), ledger.state(C)) == ("absent", "loading")
+    assert ledger.counters.evictions == {"capacity": 1, "budget_change": 0}
+    assert ledger.handle(Loaded(2)) == [Granted(2, C, 0)]
+    ledger.check()
+
+
+def test_an_exchange_takes_nobody_away_who_is_used_elsewhere_or_for_whom_there_is_room() -> None:
+    roomy = holding(slots=3)
+    assert load_of(roomy.handle(Exchange(0, 2, C))).slot == 2
+    assert roomy.state(A) == "resident"
+    shared = holding(slots=2)
+    shared.handle(Demand(5, A, 0, pairs=0))
+    assert shared.handle(Exchange(0, 2, C)) == [], "C waits for room"
+    assert load_of(shared.handle(Release(1))) == Load(2, C, 1, Priority.DEMAND)
+    at_hand = holding(slots=2)
+    at_hand.handle(Release(1))
+    assert at_hand.handle(Exchange(0, 2, B)) == [Granted(2, B, 1)]
+    for ledger in (roomy, shared, at_hand):
+        ledger.check()
 
 
 def test_waiting_demands_are_served_in_the_order_asked() -> None:

@@ -31,9 +31,6 @@ def learned() -> tuple[TokenMap, np.ndarray]:
     return fit.fit(VOCABULARY), logits
 
 
-NOBODY = np.zeros((len(EXPERTS), max(EXPERTS)), bool)
-
-
 def test_the_experts_that_routers_choose_are_expected(learned: tuple[TokenMap, np.ndarray]) -> None:
     numbers, logits = learned
     routes = TokenRoutes(numbers, TOP_K)
@@ -52,27 +49,11 @@ def test_many_tokens_share_the_weight(learned: tuple[TokenMap, np.ndarray]) -> N
     assert both == pytest.approx((routes.expected([3]) + routes.expected([7])) / 2)
 
 
-def test_the_most_expected_of_those_that_are_lacking_are_wanted(learned: tuple[TokenMap, np.ndarray]) -> None:
-    routes = TokenRoutes(learned[0], TOP_K)
-    expected = routes.expected([3])
-    held = NOBODY.copy()
-    held[0, expected[0].argmax()] = True
-    order = np.where(held, 0, expected).ravel().argsort()[::-1]
-    assert routes.wanted([3], held, 4)[1] == order[:4].tolist()
-    assert set(routes.wanted([3], held, 99)[1]) == set(np.flatnonzero(np.where(held, 0, expected)))
-    assert routes.wanted([3], expected > 0, 4)[1] == []
-
-
 def test_the_pool_answers_as_numpy_does(learned: tuple[TokenMap, np.ndarray]) -> None:
-    rng = np.random.default_rng(1)
     with native_pool(1) as pool:
         native, plain = TokenRoutes(learned[0], TOP_K, pool.library), TokenRoutes(learned[0], TOP_K)
         for tokens in ([3], [3, 7, 11], range(VOCABULARY)):
-            held = rng.random(NOBODY.shape) < 0.3
-            for most in (0, 4, 99):
-                shares, wanted = native.wanted(tokens, held, most)
-                assert shares == pytest.approx(plain.wanted(tokens, held, most)[0], abs=1e-5)
-                assert wanted == plain.wanted(tokens, held, most)[1]
+            assert native.expected(tokens) == pytest.approx(plain.expected(tokens), abs=1e-5)
 
 
 def test_a_map_is_of_one_store(learned: tuple[TokenMap, np.ndarray], tmp_path: Path) -> None:
@@ -88,12 +69,13 @@ def test_what_is_expected_shows_as_soon_as_it_is_read_and_nothing_else_does() ->
     table.expect(ExpertId(0, 2))
     for expert in (2, 3):
         table.loaded(Load(1, ExpertId(0, expert), 9, Priority.DEMAND))
-    assert table.masks[0].tolist() == table.held[0].tolist() == [False, True, True, False]
+    assert table.masks[0].tolist() == table.held[0].tolist() == table.taken[0].tolist() == [False, True, True, False]
     assert table.shown[0].tolist() == [False, True, False, False] and not table.held[1].any()
     assert table.slots[0][[1, 2]].tolist() == [7, 9]
     table.granted(ExpertId(0, 2), 9)
     table.gone(ExpertId(0, 1))
     assert table.masks[0].tolist() == table.shown[0].tolist() == [False, False, True, False]
     table.gone(ExpertId(0, 2))
+    assert not table.told.any() and not table.taken.any()
     table.loaded(Load(2, ExpertId(0, 2), 9, Priority.DEMAND))
     assert not table.held.any(), "nobody asked for it"

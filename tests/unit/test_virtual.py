@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from expertd_engine.errors import EngineError, ResourceError
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.experts.swaps import Action, Hold, Release, SwapLimits
+from expertd_engine.experts.swaps import Action, Hold, Release, Swap, SwapLimits
 from expertd_engine.experts.virtual import VirtualExperts
 
 LAYERS, EXPERTS, TOP_K = 2, 6, 2
@@ -253,14 +253,17 @@ def bringing(foreseen: int = 2, held: int = 4) -> VirtualExperts:
     return sets
 
 
-WANTED = [ExpertId(0, 5), ExpertId(0, 4)]
+def mine(expert: int) -> ExpertId:
+    return ExpertId(0, expert)
+
+
+WANTED = [mine(5), mine(4)]
 SHARES = [[0.0, 0.0, 0.0, 0.1, 0.4, 0.5]].__getitem__
 
 
 def test_what_a_step_will_ask_for_takes_the_place_of_what_is_worth_least() -> None:
     sets = bringing()
-    first, second = [Release(ExpertId(0, 3)), Hold(ExpertId(0, 5))], [Release(ExpertId(0, 2)), Hold(ExpertId(0, 4))]
-    assert sets.bring(WANTED, SHARES) == first + second
+    assert sets.bring(WANTED, SHARES) == [Swap(*map(mine, pair)) for pair in ((5, 3), (4, 2))]
     assert sets.held(0) == {0, 1}, "its room is the newcomer's"
     assert sets.arrived(ExpertId(0, 5)) == [] and sets.swaps == [1]
     assert sets.bring(WANTED, SHARES) == [], "one is there, one on its way"
@@ -268,7 +271,7 @@ def test_what_a_step_will_ask_for_takes_the_place_of_what_is_worth_least() -> No
 
 
 def test_a_step_brings_in_no_more_than_it_may_and_leaves_a_token_enough() -> None:
-    assert len(bringing(foreseen=1).bring(WANTED, SHARES)) == 2
+    assert len(bringing(foreseen=1).bring(WANTED, SHARES)) == 1
     assert bringing(held=TOP_K).bring(WANTED, SHARES) == []
     assert bringing().bring([ExpertId(0, 5)], lambda layer: [0.3, 0.3, 0.3, 0.09, 0.0, 0.01]) == []
 

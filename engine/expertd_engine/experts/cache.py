@@ -20,6 +20,7 @@ from expertd_engine.experts.events import (
     Denied,
     Drop,
     Event,
+    Exchange,
     ExpertId,
     Granted,
     Hint,
@@ -34,7 +35,7 @@ from expertd_engine.experts.events import (
     Used,
 )
 from expertd_engine.experts.governor import Governor
-from expertd_engine.experts.leases import LayerLeases, Lease
+from expertd_engine.experts.leases import Holder, LayerLeases, Lease
 from expertd_engine.experts.ledger import Ledger
 from expertd_engine.experts.lookahead import LayerScan, Lookahead, NoLookahead
 from expertd_engine.experts.pregated import PregatedLookahead
@@ -83,6 +84,8 @@ class ExpertCache:
         self._next_lease = 0
         self._leases: dict[int, Lease] = {}
         self._began = ExpertCounts()
+        self._met: list[tuple[int, int, int]] = []
+        """As `Served`, of the running step."""
 
     # ------------------------------------------------------------ steps
 
@@ -102,7 +105,8 @@ class ExpertCache:
 
     def end_step(self) -> ExpertCounts:
         """The step has ended (well or not): drop stale hints, return what it met."""
-        self.handle([Tick((self._step + 1) * self._period)])
+        met, self._met = self._met, []
+        self.handle([Served(tuple(met)), Tick((self._step + 1) * self._period)])
         self.stalls.end_step()
         return self._totals() - self._began
 
@@ -139,9 +143,10 @@ class ExpertCache:
         self.handle([self._used(layer, experts) for layer, experts in layers])
 
     def served(self, layers: Iterable[tuple[int, int, int]]) -> None:
-        """Held experts have been computed: by layer how many, and the (token, choice) pairs that chose them."""
+        """Held experts have been computed: by layer how many, and the (token, choice) pairs that chose them. The ledger
+        hears of it as the step ends."""
         self.pulse()
-        self.handle([Served(tuple(layers))])
+        self._met += layers
 
     def _used(self, layer: int, experts: Sequence[int]) -> Used:
         counts = Counter(experts)
@@ -200,6 +205,13 @@ class ExpertCache:
         position = self._step * self._period + expert.layer * self._experts_per_layer + expert.expert
         next_use = self._asked.next_use(expert, position)
         return Demand(self._next_lease, expert, position, next_use, scan, pairs)
+
+    def exchange(self, released: Lease, expert: ExpertId, holder: Holder) -> Exchange:
+        """`expert` under a new lease in the place of one that ends, not yet handled."""
+        del self._leases[released.lease_id]
+        self._next_lease += 1
+        self._leases[self._next_lease] = Lease(self._next_lease, 0, expert, holder)
+        return Exchange(released.lease_id, self._next_lease, expert)
 
     def remember(self, lease: Lease) -> None:
         self._leases[lease.lease_id] = lease

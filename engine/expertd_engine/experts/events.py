@@ -120,6 +120,15 @@ class Abort(msgspec.Struct, frozen=True, gc=False):
     lease_ids: tuple[int, ...]
 
 
+class Exchange(msgspec.Struct, frozen=True, gc=False):
+    """One granted lease ends and another, that is no use, is asked for in its place: `Release`, then `Demand` with no
+    pairs. Where there is no other room, the newcomer gets the very slot of who leaves."""
+
+    released: int
+    lease_id: int
+    expert: ExpertId
+
+
 class PastUse(msgspec.Struct, frozen=True, gc=False):
     """What an earlier engine knew of one expert's uses, as of its end: `experts.policy.Facts`, lookups counted back."""
 
@@ -153,7 +162,21 @@ class Tick(msgspec.Struct, frozen=True, gc=False):
     position: int
 
 
-Event = Demand | Used | Served | Predict | Loaded | Failed | Cancelled | Release | Abort | SetBudget | Tick | Remember
+Event = (
+    Demand
+    | Used
+    | Served
+    | Predict
+    | Loaded
+    | Failed
+    | Cancelled
+    | Release
+    | Abort
+    | Exchange
+    | SetBudget
+    | Tick
+    | Remember
+)
 
 # ---------------------------------------------------------------- instructions
 

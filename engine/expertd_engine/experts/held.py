@@ -7,7 +7,7 @@ evict it, and whatever else wants experts has the rest of the budget. `HeldSets`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from expertd_engine.errors import BudgetError
 from expertd_engine.experts.cache import ExpertCache
@@ -15,9 +15,11 @@ from expertd_engine.experts.events import Demand, Event, ExpertId, Release
 from expertd_engine.experts.held_table import HeldTable
 from expertd_engine.experts.leases import ExpertUnavailableError, Lease
 from expertd_engine.experts.ledger import State
-from expertd_engine.experts.swaps import Action, Hold
+from expertd_engine.experts.swap_choice import CANDIDATES, Floats, SwapChooser, most_expected
+from expertd_engine.experts.swaps import Action, Hold, Swap
 from expertd_engine.experts.virtual import VirtualExperts
 from expertd_engine.experts.virtual_room import VirtualRoom
+from expertd_engine.kernels.library import Library
 
 IDLE_STEPS = 256
 """Exact steps in a row after which held experts are given back."""
@@ -82,12 +84,6 @@ class HeldSets(ABC):
             self._carry_out(self.sets.foresee(layer, expected))
             self._take_in()
 
-    def bring(self, wanted: Iterable[ExpertId], expected: Callable[[int], Sequence[float]]) -> None:
-        """As `VirtualExperts.bring`."""
-        if self.sets.is_open:
-            self._carry_out(self.sets.bring(wanted, expected))
-            self._take_in()
-
     def end_step(self, tokens: float) -> None:
         """The virtual step has ended; `tokens` as for `VirtualExperts.end_step`."""
         if self.sets.is_open:
@@ -138,13 +134,18 @@ class HeldSets(ABC):
 class HeldExperts(HeldSets):
     """Leases from `cache` what `sets` decides to hold."""
 
-    def __init__(self, cache: ExpertCache, sets: VirtualExperts, room: VirtualRoom) -> None:
+    def __init__(
+        self, cache: ExpertCache, sets: VirtualExperts, room: VirtualRoom, library: Library | None = None
+    ) -> None:
+        """`library` chooses swaps; without, Python does."""
         super().__init__(sets, room)
+        self.library = library
         self.granted: list[Lease] = []
         """Not yet told to `sets`."""
         self._denied: list[tuple[Lease, str]] = []
         self.cache = cache
         self.table = HeldTable(room.experts)
+        self._chooser = None if library is None else SwapChooser(library, sets, self.table)
         self._held: dict[ExpertId, Lease] = {}
         self._acting = False
         cache.resized = self.fit
@@ -167,6 +168,19 @@ class HeldExperts(HeldSets):
     def pump(self) -> None:
         self.cache.pump()
         self._take_in()
+
+    def bring(self, expected: Floats) -> None:
+        """A step begins that will probably give experts these shares, `[L, widest E]`, of their layers' weight."""
+        if not self.sets.is_open:
+            return
+        if self._chooser is not None and self.sets.is_plain:
+            swaps = self.sets.exchange(self._chooser(expected))
+        else:
+            wanted = most_expected(expected, self.table.taken, CANDIDATES * self.sets.limits.foreseen)
+            swaps = self.sets.bring(wanted, lambda layer: expected[layer].tolist())
+        if swaps:
+            self._exchange(swaps)
+            self._take_in()
 
     def _wait(self) -> None:
         self.cache.wait()
@@ -209,6 +223,16 @@ class HeldExperts(HeldSets):
         was, self._acting = self._acting, True
         self.cache.handle([self._event(action) for action in actions])
         self._acting = was
+
+    def _exchange(self, swaps: Sequence[Swap]) -> None:
+        was, self._acting = self._acting, True
+        self.cache.handle([self._exchanged(swap.newcomer, swap.victim) for swap in swaps])
+        self._acting = was
+
+    def _exchanged(self, newcomer: ExpertId, victim: ExpertId) -> Event:
+        self.table.gone(victim)
+        self.table.expect(newcomer)
+        return self.cache.exchange(self._held.pop(victim), newcomer, self)
 
     def _event(self, action: Action) -> Event:
         if isinstance(action, Hold):

@@ -1,10 +1,11 @@
-"""One layer's sets in virtual mode: who is held, who is coming for whom, what everybody was wanted for of late. Pure.
+"""Sets in virtual mode by layer: who is held, who is coming for whom, what everybody was wanted for of late. Pure.
 
 Owner: `VirtualExperts`, which says when somebody comes or goes; here is known who is best outside and worst inside.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -25,8 +26,10 @@ class HeldLayer:
     held: set[int] = field(default_factory=set)
     coming: dict[int, int | None] = field(default_factory=dict)
     """Newcomer → the held expert it replaces, or `GONE`; None: it fills a free slot."""
+    keeps: bool = True
+    """Best and worst are kept; else they are sought whenever somebody asks, and `observed` need not be called."""
     barred: set[int] = field(default_factory=set)
-    """Could not be loaded, and have not been observed since: asking again at once would ask for ever."""
+    """Could not be loaded, and may not have been observed since: asking again at once would ask for ever."""
     _best: int | None = None
     _worst: int | None = None
     _known: bool = False
@@ -41,8 +44,12 @@ class HeldLayer:
         return self.scores[expert], self.prior[expert]
 
     def outside(self) -> list[int]:
-        inside = self.held.union(self.coming, self.barred)
+        inside = self.held.union(self.coming, self.still_barred())
         return [expert for expert in range(len(self.prior)) if expert not in inside]
+
+    def still_barred(self) -> set[int]:
+        """Those of whom nothing has been observed since."""
+        return {expert for expert in self.barred if not self.scores[expert]} if self.barred else self.barred
 
     def victims(self) -> set[int]:
         """Held, and not being replaced already."""
@@ -61,8 +68,7 @@ class HeldLayer:
     def observed(self) -> None:
         """Others have added to scores."""
         self._known = False
-        if self.barred:
-            self.barred = {expert for expert in self.barred if not self.scores[expert]}
+        self.barred = self.still_barred()
 
     def divide(self, by: float) -> None:
         """Count all scores in a larger unit."""
@@ -105,7 +111,7 @@ class HeldLayer:
         return self.scores[best] - self.scores[worst]
 
     def _seek(self) -> None:
-        if not self._known:
+        if not self._known or not self.keeps:
             self._best = max(self.outside(), key=self.rank, default=None)
             self._worst = min(self.victims(), key=self.rank, default=None)
             self._known = True
@@ -128,3 +134,59 @@ class Spare:
         if not self._victims or worth <= self._victims[-1][0] * factor:
             return None
         return self._victims.pop()[1]
+
+
+class HeldLayers:
+    """The sets of all layers, and what can be asked of them at any time. `keeps`: as of `HeldLayer`."""
+
+    def __init__(self, priors: Sequence[Sequence[float]], top_k: int, *, keeps: bool) -> None:
+        self.priors = priors
+        self.top_k = top_k
+        self.width = max(map(len, priors))
+        self.scores = array("d", bytes(8 * len(priors) * self.width))
+        """`[L, width]`: who adds to them says so by `observed`."""
+        self.unit = 1.0
+        """What an observation made now counts for: scores are never aged, the unit grows instead."""
+        rows = memoryview(self.scores).cast("B").cast("d")
+        self._layers = [
+            HeldLayer(p, rows[n * self.width : n * self.width + len(p)], keeps=keeps) for n, p in enumerate(priors)
+        ]
+        self._loading = 0
+
+    @property
+    def slots(self) -> list[int]:
+        """By layer; zeros while there are no sets."""
+        return [layer.slots for layer in self._layers]
+
+    @property
+    def is_open(self) -> bool:
+        return any(layer.slots for layer in self._layers)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every layer holds enough for a token."""
+        return all(len(layer.held) >= self.top_k for layer in self._layers)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is on its way."""
+        return self._loading == 0
+
+    def held(self, layer: int) -> frozenset[int]:
+        return frozenset(self._layers[layer].held)
+
+    def to_be_held(self, layer: int) -> frozenset[int]:
+        """Who will be held there once all that is on its way has come."""
+        return frozenset(self._layers[layer].victims().union(self._layers[layer].coming))
+
+    def holds(self, layer: int, experts: Iterable[int]) -> bool:
+        """Whether it holds them."""
+        return self._layers[layer].held.issuperset(experts)
+
+    def holds_all(self, layer: int) -> bool:
+        """Whether nobody can be missed there."""
+        return len(self._layers[layer].held) == len(self._layers[layer].prior)
+
+    def score(self, layer: int, expert: int) -> float:
+        """Its windowed score, an observation made now counting in full."""
+        return self._layers[layer].scores[expert] / self.unit

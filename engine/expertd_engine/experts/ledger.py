@@ -35,6 +35,7 @@ from expertd_engine.experts.events import (
     Demand,
     Denied,
     Event,
+    Exchange,
     ExpertId,
     Failed,
     Instruction,
@@ -97,7 +98,8 @@ class Ledger(LedgerBase):
         self._handlers: dict[type, Callable[[Any], None]] = {
             Demand: self._demand, Used: self._used, Served: self._served, Predict: self._predict,
             Loaded: self._loaded, Failed: self._failed, Cancelled: self._cancelled, Release: self._release,
-            Abort: self._abort, SetBudget: self._set_budget, Tick: self._tick, Remember: self._remember,
+            Abort: self._abort, Exchange: self._exchange, SetBudget: self._set_budget, Tick: self._tick,
+            Remember: self._remember,
         }  # fmt: skip
 
     def handle(self, event: Event) -> list[Instruction]:
@@ -168,9 +170,7 @@ class Ledger(LedgerBase):
     # ------------------------------------------------------------ events
 
     def _demand(self, event: Demand) -> None:
-        record = self._residency.record(event.expert)
-        if event.lease_id in self._leases:
-            raise self._residency.story.error(f"law 3: lease {event.lease_id} is asked for twice", record.expert)
+        record = self._asked_for(event.expert, event.lease_id)
         self._leases[event.lease_id] = record
         record.leases[event.lease_id] = None
         self._residency.story.tell(record.expert, "demanded by lease", event.lease_id)
@@ -258,6 +258,26 @@ class Ledger(LedgerBase):
             )
         self._end_lease(event.lease_id, "released by lease")
 
+    def _exchange(self, event: Exchange) -> None:
+        leaves, comes = self._leases.get(event.released), self._asked_for(event.expert, event.lease_id)
+        if leaves is None or not self._takes_the_slot(comes, leaves):
+            self._release(Release(event.released))
+            self._demand(Demand(event.lease_id, event.expert, self._foresight.position, pairs=0))
+            return
+        del self._leases[event.released], leaves.leases[event.released]
+        leaves.failures = 0
+        self._leases[event.lease_id] = comes
+        comes.leases[event.lease_id] = None
+        self._residency.give_slot(leaves, comes)
+
+    def _takes_the_slot(self, comes: Record, leaves: Record) -> bool:
+        """Whether nobody else uses or waits for what leaves, and there is no room beside it."""
+        room, slots = self._room, self._slots
+        alone = leaves.state is State.LEASED and len(leaves.leases) == 1
+        fits = comes.place is State.ABSENT and not comes.leases and comes.nbytes == leaves.nbytes
+        is_full = room.cap == self.budget_bytes and slots.occupied <= room.cap < slots.occupied + comes.nbytes
+        return alone and fits and is_full and not room.line
+
     def _abort(self, event: Abort) -> None:
         ended = [lease_id for lease_id in event.lease_ids if lease_id not in self._leases]
         if ended or len(set(event.lease_ids)) < len(event.lease_ids):
@@ -279,6 +299,13 @@ class Ledger(LedgerBase):
         self._room.remembered = [self._residency.record(expert) for expert in reversed(event.residents)]
 
     # ------------------------------------------------------------ leases
+
+    def _asked_for(self, expert: ExpertId, lease_id: int) -> Record:
+        """The record that a new lease is asked for."""
+        record = self._residency.record(expert)
+        if lease_id in self._leases:
+            raise self._residency.story.error(f"law 3: lease {lease_id} is asked for twice", expert)
+        return record
 
     def _count_lookup(self, record: Record, pairs: int, foreseen: bool) -> None:
         if record.place is State.RESIDENT:

@@ -48,4 +48,11 @@ class Release(msgspec.Struct, frozen=True, gc=False):
     expert: ExpertId
 
 
+class Swap(msgspec.Struct, frozen=True, gc=False):
+    """The victim goes at once, and the newcomer comes into its room: answered as `Hold`."""
+
+    newcomer: ExpertId
+    victim: ExpertId
+
+
 Action = Hold | Release

@@ -11,19 +11,18 @@ once, which bounds the share of the disk that virtual mode may take.
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from expertd_engine.errors import EngineError, ResourceError
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.experts.held_layer import GONE, HeldLayer, Spare
-from expertd_engine.experts.swaps import Action, Hold, Release, SwapLimits
+from expertd_engine.experts.held_layer import GONE, HeldLayers, Spare
+from expertd_engine.experts.swaps import Action, Hold, Release, Swap, SwapLimits
 
 _RESCALE = 2.0**200
 """Where the growing unit of scores is divided out again, long before floats end."""
 
 
-class VirtualExperts:
+class VirtualExperts(HeldLayers):
     """The held sets of all MoE layers. Methods that return actions want them carried out, in order.
 
     `priors[layer][expert]` rank experts that no observation tells apart, such as ‖E‖; `top_k` is the least a layer may
@@ -31,63 +30,16 @@ class VirtualExperts:
     """
 
     def __init__(self, priors: Sequence[Sequence[float]], top_k: int, limits: SwapLimits) -> None:
-        self.priors = priors
-        self.top_k = top_k
+        super().__init__(priors, top_k, keeps=limits.per_step > 0)
         self.limits = limits
         self.swaps = [0] * len(priors)
         """Ended well, by layer, since start."""
-        self.width = max(map(len, priors))
-        self.scores = array("d", bytes(8 * len(priors) * self.width))
-        """`[L, width]`: who adds to them says so by `observed`."""
-        self.unit = 1.0
-        """What an observation made now counts for: scores are never aged, the unit grows instead."""
-        rows = memoryview(self.scores).cast("B").cast("d")
-        self._layers = [HeldLayer(p, rows[n * self.width : n * self.width + len(p)]) for n, p in enumerate(priors)]
         self._observed: set[int] = set()
         """Layers, since swaps were last chosen."""
-        self._loading = 0
+        self._barring: set[int] = set()
+        """Layers in which somebody may be barred."""
         self._has_room = False
         """A layer may have a free slot: looking at all of them after every load is what this saves."""
-
-    # ------------------------------------------------------------ queries
-
-    @property
-    def slots(self) -> list[int]:
-        """By layer; zeros while there are no sets."""
-        return [layer.slots for layer in self._layers]
-
-    @property
-    def is_open(self) -> bool:
-        return any(layer.slots for layer in self._layers)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether every layer holds enough for a token."""
-        return all(len(layer.held) >= self.top_k for layer in self._layers)
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether nothing is on its way."""
-        return self._loading == 0
-
-    def held(self, layer: int) -> frozenset[int]:
-        return frozenset(self._layers[layer].held)
-
-    def to_be_held(self, layer: int) -> frozenset[int]:
-        """Who will be held there once all that is on its way has come."""
-        return frozenset(self._layers[layer].victims().union(self._layers[layer].coming))
-
-    def holds(self, layer: int, experts: Iterable[int]) -> bool:
-        """Whether it holds them."""
-        return self._layers[layer].held.issuperset(experts)
-
-    def holds_all(self, layer: int) -> bool:
-        """Whether nobody can be missed there."""
-        return len(self._layers[layer].held) == len(self._layers[layer].prior)
-
-    def score(self, layer: int, expert: int) -> float:
-        """Its windowed score, an observation made now counting in full."""
-        return self._layers[layer].scores[expert] / self.unit
 
     # ------------------------------------------------------------ size
 
@@ -133,6 +85,8 @@ class VirtualExperts:
 
     def observed(self, layers: Iterable[int]) -> None:
         """Observations of these layers have been added to `scores`, each times `unit`."""
+        if not self.limits.per_step:
+            return
         self._observed.update(layers)
         for layer in layers:
             self._layers[layer].observed()
@@ -143,7 +97,8 @@ class VirtualExperts:
         at = self._layers[layer]
         if at.free > 0:  # it is being filled
             return []
-        lacking = sorted(expected.keys() - at.held - at.coming.keys() - at.barred, key=lambda e: (-expected[e], e))
+        outside = expected.keys() - at.held - at.coming.keys() - at.still_barred()
+        lacking = sorted(outside, key=lambda e: (-expected[e], e))
         if not lacking:
             return []
         spare = sorted(at.victims(), key=lambda e: (expected.get(e, 0.0), at.rank(e)))
@@ -155,26 +110,43 @@ class VirtualExperts:
             actions.append(self._hold(layer, newcomer, victim))
         return actions
 
-    def bring(self, wanted: Iterable[ExpertId], expected: Callable[[int], Sequence[float]]) -> list[Action]:
+    @property
+    def may_begin(self) -> int:
+        """Swaps that may begin as a step begins."""
+        return max(0, min(self.limits.foreseen, self.limits.in_flight - self._loading))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether sets are what is held and what comes for somebody who has left: no free slot, nobody barred."""
+        follows = not self.limits.per_step and not self.limits.ahead
+        barred = any(self._layers[number].still_barred() for number in self._barring)
+        return follows and not self._has_room and not barred
+
+    def bring(self, wanted: Iterable[ExpertId], expected: Callable[[int], Sequence[float]]) -> list[Swap]:
         """The step that begins will probably ask for `wanted`; `expected` says of a layer what share of its weight each
         expert will have. Bring in, the first first, those that are worth more than a held one.
 
         That one leaves at once: its room is the newcomer's, and it is what the step misses least.
         """
-        actions: list[Action] = []
+        swaps: list[Swap] = []
+        most = self.may_begin
         spare: dict[int, Spare] = {}
         for number, newcomer in wanted:
-            if self._loading >= self.limits.in_flight or len(actions) >= 2 * self.limits.foreseen:
+            if len(swaps) >= most:
                 break
             layer = self._layers[number]
-            inside = newcomer in layer.held or newcomer in layer.coming or newcomer in layer.barred
+            inside = newcomer in layer.held or newcomer in layer.coming or newcomer in layer.still_barred()
             if inside or layer.free > 0 or len(layer.held) <= self.top_k:
                 continue
             victims = spare.get(number) or spare.setdefault(number, Spare(layer, expected(number)))
             victim = victims.give_way_to(newcomer, 1 + self.limits.hysteresis)
             if victim is not None:
-                actions += [self._release(number, victim), self._hold(number, newcomer, GONE)]
-        return actions
+                swaps.append(self._swap_out(number, newcomer, victim))
+        return swaps
+
+    def exchange(self, swaps: Iterable[tuple[ExpertId, ExpertId]]) -> list[Swap]:
+        """What `bring` would have chosen: newcomers, and who leaves for each."""
+        return [self._swap_out(newcomer.layer, newcomer.expert, victim.expert) for newcomer, victim in swaps]
 
     def end_step(self, tokens: float) -> list[Action]:
         """The step's observations are in: choose swaps, then age all scores by `tokens`, those of one sequence."""
@@ -223,6 +195,7 @@ class VirtualExperts:
         layer.scores[expert.expert] = 0.0
         layer.barred.add(expert.expert)
         self._has_room = True
+        self._barring.add(expert.layer)
         layer.changed()
         return self._fill()
 
@@ -289,6 +262,11 @@ class VirtualExperts:
         self._layers[number].changed()
         self._loading += 1
         return Hold(ExpertId(number, newcomer))
+
+    def _swap_out(self, number: int, newcomer: int, victim: int) -> Swap:
+        self._layers[number].held.remove(victim)
+        self._hold(number, newcomer, GONE)
+        return Swap(ExpertId(number, newcomer), ExpertId(number, victim))
 
     def _leave(self, number: int, newcomer: int) -> int | None:
         """The newcomer is no longer on its way; whom it was to replace."""

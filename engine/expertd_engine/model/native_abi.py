@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import Any
 
@@ -131,10 +131,22 @@ class Substitution(ctypes.Structure):
     ]
 
 
+class LayerTally(ctypes.Structure):
+    """`expertd_tally`: what one layer of a run among held experts is for the books."""
+
+    _fields_ = [(name, c_void_p) for name in ("norms", "scores", "choices", "replaced", "mass")]
+
+
 class HeldRun(ctypes.Structure):
     """`expertd_held_run`: what a run among held experts leaves."""
 
-    _fields_ = [*((name, c_void_p) for name in ("layers", "weights", "lengths")), ("lengths_stride", c_int64)]
+    _fields_ = [
+        *((name, c_void_p) for name in ("layers", "tallies")),
+        ("unit", c_double),
+        *((name, c_void_p) for name in ("weights", "lengths")),
+        ("lengths_stride", c_int64),
+        *((name, c_void_p) for name in ("served", "row_replaced", "row_mass")),
+    ]
 
 
 class BlockCalls:

@@ -113,10 +113,11 @@ class LayerRun:
 
     def _among_held(self, reroute: Reroute) -> HeldMemory:
         reroute.refresh()
-        if self._held is None or not self._held.is_of(reroute.masks, reroute.shared_by):
-            self._held = HeldMemory(self._described, self._moe, self._chosen, reroute.masks, reroute.shared_by)
+        of = reroute.masks, reroute.shared_by, reroute.tally
+        if self._held is None or not self._held.is_of(*of):
+            self._held = HeldMemory(self._described, self._moe, self._chosen, *of)
             self._held_run = self._run_over(reroute.places)
-        self._held.begin(reroute.limits)
+        self._held.begin(reroute.limits, reroute.unit, reroute.row_sums)
         return self._held
 
     def _run_over(self, slots: Sequence[NDArray[np.int64]]) -> Run:

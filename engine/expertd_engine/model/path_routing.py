@@ -112,7 +112,8 @@ class PathRouting:
     def _count(self, own: Sequence[int], served: Iterable[tuple[int, Served]]) -> None:
         """Who computes rows in the place of their `own`, by row."""
         counts = self.counts
-        counts.activations = [count + len(own) for count in counts.activations]
+        for layer in range(self._layers):
+            counts.activations[layer] += len(own)
         for row, other in served:
             self._mass[row] = sum(other.masses) / len(other.masses)
             for layer in range(self._layers):

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from expertd_engine.model.substitution import Met, Substituted
+from expertd_engine.model.virtual_counts import RowSums, Tally
 from expertd_engine.paths import PathShape, Routes
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -113,6 +114,21 @@ class Reroute(Protocol):
     @property
     def limits(self) -> Floats:
         """What each row of the step may lose in a layer, `[T]`."""
+        ...
+
+    @property
+    def tally(self) -> Tally:
+        """What native code adds to as it passes a layer."""
+        ...
+
+    @property
+    def unit(self) -> float:
+        """What is observed now counts for, in scores."""
+        ...
+
+    @property
+    def row_sums(self) -> RowSums:
+        """What native code adds to, by row of the step."""
         ...
 
     shared_by: int

@@ -9,6 +9,7 @@ anyway, and one for each does as well: so a row never reads many more experts th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -36,22 +37,26 @@ class Substituted:
 
 
 @dataclass(frozen=True, slots=True)
-class Met:
-    """What `n` MoE layers did with `T` rows."""
+class Asked:
+    """What the routers of `n` MoE layers said of `T` rows."""
 
-    layers: list[int]
     chosen: Ids
     weights: Floats
-    """The routers' own choices, `[n, T, K]` both."""
+    """Their own choices, `[n, T, K]` both."""
     lengths: Floats
-    """Of what the routers saw, `[n, T]`."""
-    served: Ids
-    """Who computed, `[n, T, 2K]`: the first `counts` `[n, T]` of each row."""
-    counts: Int32s
-    replaced: Int32s
-    """Choices that others answered for, `[n, T]`."""
-    mass: Floats
-    """Their share of each row's weights, `[n, T]`."""
+    """Of what they saw, `[n, T]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """What `n` MoE layers did with rows, beside what has been added to a `Tally`."""
+
+    layers: list[int]
+    top_k: int
+    served: list[list[int]]
+    """`[n, 2]`: how many experts computed, and for how many (row, choice) pairs."""
+    asked: Callable[[], Asked]
+    """Good until the next run."""
 
 
 def num_substitutes(replaced: Ids | Int32s, top_k: int, shared_by: int) -> Ids:

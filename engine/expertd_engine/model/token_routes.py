@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from expertd_engine.arrays_file import ArraysFile
 from expertd_engine.kernels.library import FORMATS, Library, Matrix
-from expertd_engine.model.substitution import Bools, Floats
+from expertd_engine.model.substitution import Floats
 
 TOKEN_ROUTES_NAME = "token_routes.safetensors"
 RANK = 128
@@ -51,8 +51,8 @@ class TokenMap:
     """`[L, E]`: of the gate weight that each layer gave each expert on the text of the fit."""
 
 
-Ask = Callable[[Floats, Bools, int], tuple[Floats, list[int]]]
-"""Of rows `[T, R]`, as `TokenRoutes.wanted`."""
+Ask = Callable[[NDArray[np.float16]], Floats]
+"""Of rows `[T, R]`, as `TokenRoutes.expected`."""
 
 
 class TokenRoutes:
@@ -64,33 +64,26 @@ class TokenRoutes:
         up = torch.from_numpy(numbers.up).to(torch.bfloat16)
         numbers = replace(numbers, up=up.float().numpy())
         self._tokens = numbers.tokens
-        self._nobody = np.zeros(numbers.shares.shape, bool)
         named = min(math.ceil(_NAMED * top_k), numbers.shares.shape[1])
         self._ask: Ask = (
             partial(_by_numpy, numbers, named) if library is None else NativeRoutes(numbers, up, named, library)
         )
 
     def expected(self, token_ids: Sequence[int]) -> Floats:
-        """`[L, E]`: the share of each layer's gate weight that these tokens will probably give each expert."""
-        return self.wanted(token_ids, self._nobody, 0)[0].copy()
-
-    def wanted(self, token_ids: Sequence[int], held: Bools, most: int) -> tuple[Floats, list[int]]:
-        """As `expected`, good until the next call; and where in it, counted through, lie up to `most` that are not
-        `held` `[L, E]`, the most expected first."""
-        return self._ask(self._tokens[list(token_ids[-_ROWS:])].astype(np.float32), held, most)
+        """`[L, E]`: the share of each layer's gate weight that these tokens will probably give each expert. Good until
+        the next call."""
+        return self._ask(self._tokens[list(token_ids[-_ROWS:])])
 
 
-def _by_numpy(numbers: TokenMap, named: int, rows: Floats, held: Bools, most: int) -> tuple[Floats, list[int]]:
+def _by_numpy(numbers: TokenMap, named: int, rows: NDArray[np.float16]) -> Floats:
     layers, experts = numbers.shares.shape
     # no BLAS: its threads go on spinning on the cores that the layers want
-    logits = (np.einsum("tr,re->te", rows, numbers.up) + numbers.bias).reshape(-1, experts)
+    logits = (np.einsum("tr,re->te", rows.astype(np.float32), numbers.up) + numbers.bias).reshape(-1, experts)
     least = np.partition(logits, -named, axis=1)[:, -named, None]
     weights = np.exp(np.where(logits >= least, logits - logits.max(axis=1, keepdims=True), -np.inf))
     weights /= weights.sum(axis=1, keepdims=True)
     shares: Floats = weights.reshape(-1, layers, experts).mean(axis=0)
-    lacking = np.where(held, 0, shares).ravel()
-    best = (-lacking).argsort(kind="stable")[:most]
-    return shares, best[lacking[best] > 0].tolist()
+    return shares
 
 
 class NativeRoutes:
@@ -99,28 +92,22 @@ class NativeRoutes:
     def __init__(self, numbers: TokenMap, up: torch.Tensor, named: int, library: Library) -> None:
         """`up`: the map's, in bf16."""
         self._call = library.bind(
-            "expertd_foresee", [POINTER(Matrix), c_void_p, c_int64, *[c_int32] * 3, c_void_p, c_int32, *[c_void_p] * 4]
+            "expertd_foresee", [POINTER(Matrix), c_void_p, c_int64, *[c_int32] * 3, c_void_p, c_void_p]
         )
         self._up, self._bias = up.T.contiguous(), numbers.bias
         self._map = Matrix(self._up.data_ptr(), self._bias.ctypes.data, FORMATS["bfloat16"], *self._up.shape)
         self._rows = np.empty((_ROWS, len(numbers.up)), np.float32)
         self._logits = np.empty((_ROWS, len(self._up)), np.float32)
         self._shares = np.empty(numbers.shares.shape, np.float32)
-        self._wanted = np.empty(self._shares.size, np.int64)
-        self._found = c_int32()
         self._given = byref(self._map), self._rows.ctypes.data
         self._sizes = (*self._shares.shape, named)
-        self._results = *(one.ctypes.data for one in (self._logits, self._shares, self._wanted)), byref(self._found)
-        self._held: Bools = np.zeros(0, bool)
-        self._held_at = 0
+        self._results = self._logits.ctypes.data, self._shares.ctypes.data
         """Addresses are kept: to tell one takes numpy up to ten microseconds."""
 
-    def __call__(self, rows: Floats, held: Bools, most: int) -> tuple[Floats, list[int]]:
-        if held is not self._held:
-            self._held, self._held_at = held, held.ctypes.data
+    def __call__(self, rows: NDArray[np.float16]) -> Floats:
         self._rows[: len(rows)] = rows
-        self._call(*self._given, len(rows), *self._sizes, self._held_at, min(most, self._wanted.size), *self._results)
-        return self._shares, self._wanted[: self._found.value].tolist()
+        self._call(*self._given, len(rows), *self._sizes, *self._results)
+        return self._shares
 
 
 _FILE = ArraysFile.of(TOKEN_ROUTES_NAME, 1, TokenMap, "expertd profile")

@@ -23,7 +23,7 @@ from expertd_engine.model.router_kinds import RouterAdapter, adapt_router
 from expertd_engine.model.substitution import Floats
 from expertd_engine.model.token_routes import TokenMap, TokenRoutes
 from expertd_engine.model.virtual_foresight import NextLayers, next_layers
-from expertd_engine.model.virtual_routing import VirtualRouting, importance
+from expertd_engine.model.virtual_routing import Importance, VirtualRouting
 from expertd_engine.planning.profile import Profile
 from expertd_engine.planning.split import split_slots
 
@@ -110,8 +110,8 @@ def build_virtual(
         )
     foresight = _foresight(loaded, index, made.routers, fallbacks if foresees else [])
     told = None if tokens is None else TokenRoutes(tokens, index.top_k, loaded.pool.library if loaded.pool else None)
-    held = HeldExperts(cache, made.sets, made.room)
-    return VirtualRouting(made.routers, held, importance(made.norms), foresight, tokens=told)
+    held = HeldExperts(cache, made.sets, made.room, loaded.pool.library if loaded.pool else None)
+    return VirtualRouting(made.routers, held, Importance(made.norms), foresight, tokens=told)
 
 
 def _along_paths(

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.held import HeldExperts
 from expertd_engine.model.among_held import among_held
 from expertd_engine.model.moe import FEW_ROWS
 from expertd_engine.model.step_routes import Substitute
 from expertd_engine.model.substitution import SHARED_BY, Bools, Floats, Ids, Int32s, Met
-from expertd_engine.model.virtual_counts import VirtualCounts
+from expertd_engine.model.virtual_counts import RowSums, Tally
 from expertd_engine.sequence_stats import Substitutions
 
 
@@ -45,11 +44,6 @@ class TokenForesight(Protocol):
 
     def expected(self, token_ids: Sequence[int]) -> Floats: ...
 
-    def wanted(self, token_ids: Sequence[int], held: Bools, most: int) -> tuple[Floats, list[int]]: ...
-
-
-_CANDIDATES = 3
-"""Experts considered for each swap that a step may begin."""
 
 Layers = int | Ids
 """One, or `[n, 1, 1]`."""
@@ -59,19 +53,21 @@ Score = Callable[[Layers, Floats, Ids, Floats], Floats]
 layers, `[n, T]` and `[n, T, K]`."""
 
 
-def importance(norms: Sequence[Floats]) -> Score:
-    """SwapMoE's score, ‖x‖·g·‖E‖, from the norms `[E]` of each layer's experts."""
+class Importance:
+    """SwapMoE's `Score`, ‖x‖·g·‖E‖, from the norms `[E]` of each layer's experts. Native runs sum it up as they go."""
 
-    width = max(map(len, norms))
-    table = np.zeros(len(norms) * width, np.float32)
-    for layer, row in enumerate(norms):
-        table[layer * width : layer * width + len(row)] = row
+    def __init__(self, norms: Sequence[Floats]) -> None:
+        self._width = max(map(len, norms))
+        self._table = np.zeros(len(norms) * self._width, np.float32)
+        self.norms = [
+            self._table[layer * self._width : layer * self._width + len(row)] for layer, row in enumerate(norms)
+        ]
+        for mine, row in zip(self.norms, norms, strict=True):
+            mine[:] = row
 
-    def score(layer: Layers, lengths: Floats, chosen: Ids, weights: Floats) -> Floats:
-        product: Floats = lengths[..., None] * weights * table.take(layer * width + chosen)
+    def __call__(self, layer: Layers, lengths: Floats, chosen: Ids, weights: Floats) -> Floats:
+        product: Floats = lengths[..., None] * weights * self._table.take(layer * self._width + chosen)
         return product
-
-    return score
 
 
 class VirtualRouting:
@@ -92,7 +88,11 @@ class VirtualRouting:
         """Without `foresight` or `tokens`, or limits that let them bring anyone in, sets follow what has been asked for
         alone. `shared_by`: as `with_substitutes`."""
         self.held = held
-        self.counts = VirtualCounts.of(len(routers))
+        sets = held.sets
+        # With swaps after steps it is asked each time who is best and worst: that is kept up as scores are observed.
+        norms = score.norms if isinstance(score, Importance) and not sets.limits.per_step else None
+        self.tally = Tally(len(routers), norms, sets.scores, sets.width)
+        self.counts = self.tally.counts()
         self.logits: Tensor | None = None
         """Router logits `[T, E]` of the layer about to be routed, where the step's path has them."""
         self._native: Substitute | None = None
@@ -107,31 +107,21 @@ class VirtualRouting:
         self.masks: Sequence[Bools] = held.table.masks
         self.places: Sequence[Ids] = held.table.slots
         self.limits: Floats = np.zeros(0, np.float32)
-        self._substituted = np.zeros(0, np.int64)
-        self._mass: Floats = np.zeros(0, np.float32)
+        self.row_sums = RowSums(0)
         self._choices = 0
         """Of each row, in the layers so far."""
-        self._all_layers = np.arange(len(routers))[:, None, None]
 
     def begin_step(self, limits: Sequence[float], token_ids: Sequence[int]) -> bool:
         """A step of these tokens, with such limits of substituted mass, begins; as `HeldExperts.begin_step`."""
         is_open = self.held.begin_step()
         self.limits = np.array(limits, np.float32)
-        self._substituted = np.zeros(len(limits), np.int64)
-        self._mass = np.zeros(len(limits), np.float32)
+        self.row_sums = RowSums(len(limits))
         self._choices = 0
         if is_open and self.tokens is not None and self.held.sets.limits.foreseen:
-            self._bring(self.tokens, token_ids)
+            if self.settles:
+                self.held.settle()
+            self.held.bring(self.tokens.expected(token_ids))
         return is_open
-
-    def _bring(self, foresight: TokenForesight, token_ids: Sequence[int]) -> None:
-        """Let what the step's tokens will ask for come in: those that are not held, as far as there may be swaps."""
-        if self.settles:
-            self.held.settle()
-        most = _CANDIDATES * self.held.sets.limits.foreseen
-        expected, wanted = foresight.wanted(token_ids, self.held.table.held, most)
-        experts = expected.shape[1]
-        self.held.bring((ExpertId(*divmod(at, experts)) for at in wanted), lambda layer: expected[layer].tolist())
 
     def end_step(self, sequences: int) -> None:
         """The step of so many sequences has ended, well or not."""
@@ -143,8 +133,8 @@ class VirtualRouting:
         """What the rows from `start` to `stop` met in the step, over all layers."""
         return Substitutions(
             choices=(stop - start) * self._choices,
-            substituted=int(self._substituted[start:stop].sum()),
-            mass=float(self._mass[start:stop].sum()) / len(self.routers),
+            substituted=sum(self.row_sums.substituted[start:stop]),
+            mass=sum(self.row_sums.mass[start:stop]) / len(self.routers),
             tokens=stop - start,
         )
 
@@ -173,6 +163,11 @@ class VirtualRouting:
     # ------------------------------------------------------------ native runs
 
     @property
+    def unit(self) -> float:
+        """As `VirtualExperts.unit`."""
+        return self.held.sets.unit
+
+    @property
     def runs(self) -> bool:
         """Whether native code may route layer after layer: nobody is brought in on the way to a layer."""
         return self.routes_natively and not self._foresees
@@ -190,29 +185,16 @@ class VirtualRouting:
         """Layers have run on: what `route` would have noted of them."""
         if not met.layers:
             return
-        self._choices += len(met.layers) * met.chosen.shape[2]
-        whole = len(met.layers) == len(self.routers)
-        at = self._all_layers if whole else np.array(met.layers)[:, None, None]
-        values = self.score(at, met.lengths, met.chosen, met.weights)
-        self._substituted += met.replaced.sum(axis=0)
-        self._mass += met.mass.sum(axis=0)
-        self.counts.add(met)
-        self._observe(met.layers, at, met.chosen, values)
-        self.held.cache.served(_served(met, self.held.sets.width))
-
-    def _observe(self, layers: list[int], at: Ids, chosen: Ids, values: Floats) -> None:
-        """What choices `[n, T, K]` of layers, `at` `[n, 1, 1]`, count for."""
-        sets = self.held.sets
-        if sets.limits.per_step:  # after each step it is asked who is best and worst: kept up as they are observed
-            sets.observe_each(layers, _sums_of_layers(chosen, values))
+        self._choices += len(met.layers) * met.top_k
+        self.held.cache.served(
+            [(layer, experts, pairs) for layer, (experts, pairs) in zip(met.layers, met.served, strict=True)]
+        )
+        if self.tally.norms is not None:
+            self.held.sets.observed(met.layers)
             return
-        where, counting = (at * sets.width + chosen).ravel(), values.ravel().astype(np.float64)
-        scores = np.frombuffer(sets.scores)
-        if chosen.shape[1] == 1:  # a row chooses nobody twice
-            scores[where] += counting * sets.unit
-        else:
-            scores += np.bincount(where, counting, len(scores)) * sets.unit
-        sets.observed(layers)
+        asked = met.asked()
+        values = self.score(np.array(met.layers)[:, None, None], asked.lengths, asked.chosen, asked.weights)
+        self.held.sets.observe_each(met.layers, _sums_of_layers(asked.chosen, values))
 
     def _foresee(self, layer: int, hidden: Tensor) -> None:
         """Let the next layer's set begin to follow what the step will ask of it."""
@@ -250,8 +232,7 @@ class VirtualRouting:
 
     def count(self, layer: int, replaced: Ids | Int32s, mass: Floats) -> None:
         """How many of each row's choices others answer for `[T]`, and the mass `[T]` of those."""
-        self._substituted += replaced
-        self._mass += mass
+        self.row_sums.add(replaced, mass)
         self.counts.substituted[layer] += int(replaced.sum())
         self.counts.mass[layer] += float(mass.sum())
 
@@ -270,14 +251,3 @@ def _sums_of_layers(chosen: Ids, values: Floats) -> Iterable[tuple[list[int], li
     if chosen.shape[1] == 1:
         return zip(chosen[:, 0].tolist(), values[:, 0].tolist(), strict=True)
     return map(_sums, chosen, values)
-
-
-def _served(met: Met, experts: int) -> list[tuple[int, int, int]]:
-    """By layer: its number, how many of `experts` computed, and for how many pairs."""
-    pairs = met.counts.sum(axis=1)
-    distinct = pairs
-    if met.counts.shape[1] > 1:
-        used = np.zeros((len(met.layers), experts), bool)
-        np.put_along_axis(used, met.served.reshape(len(met.layers), -1), True, axis=1)
-        distinct = used.sum(axis=1)
-    return list(zip(met.layers, distinct.tolist(), pairs.tolist(), strict=True))

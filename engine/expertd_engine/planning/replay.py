@@ -141,7 +141,10 @@ def replay_virtual(
     _settle(sets, sets.resize([slots]))
     lost = 0.0
     for number, choice in enumerate(tokens):
-        _settle(sets, _foreseen(sets, choice.expected) if limits.foreseen else sets.foresee(0, choice.expected))
+        if limits.foreseen:
+            _bring(sets, choice.expected)
+        else:
+            _settle(sets, sets.foresee(0, choice.expected))
         held = sets.held(0)
         if number >= warm:
             missing = sum(w for e, w in zip(choice.experts, choice.weights, strict=True) if e not in held)
@@ -151,12 +154,13 @@ def replay_virtual(
     return lost / max(1, len(tokens) - warm)
 
 
-def _foreseen(sets: VirtualExperts, expected: Mapping[int, float]) -> list[Action]:
+def _bring(sets: VirtualExperts, expected: Mapping[int, float]) -> None:
     """As a step begins; of the swaps that all layers may begin together a layer gets one at most, as it seldom gets
     more."""
     wanted = sorted(expected.keys() - sets.held(0), key=lambda expert: (-expected[expert], expert))
     shares = [expected.get(expert, 0.0) for expert in range(len(sets.priors[0]))]
-    return sets.bring([ExpertId(0, expert) for expert in wanted], lambda layer: shares)
+    for swap in sets.bring([ExpertId(0, expert) for expert in wanted], lambda layer: shares):
+        _settle(sets, sets.arrived(swap.newcomer))
 
 
 def _settle(sets: VirtualExperts, actions: list[Action]) -> None:

@@ -166,12 +166,26 @@ typedef struct expertd_run {
 EXPERTD_API int expertd_run_forward(expertd_pool *pool, const expertd_run *run, int32_t first,
                                     const expertd_moe_call *experts, const expertd_step *step, int32_t *reached);
 
+/* What one layer of a run among held experts is for the books. Results are added to what is there. */
+typedef struct expertd_tally {
+  const float *norms; /* [experts]: a choice counts for length(y) * weight * norm of its expert */
+  double *scores;     /* [experts]: `unit` times what the rows' own choices count for; null: somebody else sums them */
+  int64_t *choices;   /* the rows' own */
+  int64_t *replaced;  /* of these */
+  double *mass;       /* the share that was replaced, summed over rows */
+} expertd_tally;
+
 /* What a run leaves of layers that it routes among held experts: by layer, from its own place in each array on. */
 typedef struct expertd_held_run {
-  const expertd_substitution *layers; /* [layers]; those without routed experts are not read */
+  const expertd_substitution *layers; /* [layers]; those without routed experts are not read, here and in `tallies` */
+  const expertd_tally *tallies;       /* [layers] */
+  double unit;
   float *weights; /* layer l's own weights, for `chosen` of the run: [rows, top_k] at weights + l * chosen_stride */
   float *lengths; /* of what its router saw: [rows] at lengths + l * lengths_stride */
   int64_t lengths_stride;
+  int64_t *served;       /* [layers, 2]: experts that computed, and the (row, choice) pairs that they computed for */
+  int64_t *row_replaced; /* [rows], added to: over layers, the choices that others answered for */
+  double *row_mass;      /* [rows], added to: over layers, their share of the row's weights */
 } expertd_held_run;
 
 /* expertd_run_forward, but each layer's rows go to held experts, all of them resident. `reached` is also the first layer

@@ -41,6 +41,7 @@ class Chosen {
     return prepare(run, layer, step);
   }
   const expertd_moe_call& call() const { return call_; }
+  int64_t pairs() const { return static_cast<int64_t>(rows_.size()); }
 
  private:
   bool prepare(const expertd_run& run, int32_t layer, const expertd_step& step) {
@@ -96,9 +97,16 @@ void check_run(const expertd_run* run, int32_t first, const expertd_step* step, 
 }
 
 void check_held(const expertd_run& run, const expertd_held_run* held, int32_t first, const expertd_step& step) {
-  require(held != nullptr && held->layers && held->weights && held->lengths, "held, or something it needs, is null");
-  for (int32_t layer = first; layer < run.layers; ++layer)
-    if (run.layouts[layer]) check_substitution(run.blocks[layer]->router, held->layers[layer], step.rows);
+  require(held != nullptr && held->layers && held->tallies && held->weights && held->lengths && held->served &&
+              held->row_replaced && held->row_mass,
+          "held, or something it needs, is null");
+  for (int32_t layer = first; layer < run.layers; ++layer) {
+    if (!run.layouts[layer]) continue;
+    check_substitution(run.blocks[layer]->router, held->layers[layer], step.rows);
+    const expertd_tally& tally = held->tallies[layer];
+    require(tally.choices && tally.replaced && tally.mass && (tally.norms || !tally.scores),
+            "the tally of layer " + std::to_string(layer) + " lacks something");
+  }
 }
 
 // The length of a row, in sixteen partial sums whatever the processor.
@@ -166,10 +174,35 @@ class Run {
 
   // What the router wanted, whoever serves it.
   void observe(int32_t layer, int64_t count) {
-    std::copy_n(step_.weights, count, held_->weights + layer * run_.chosen_stride);
+    float* const lengths = held_->lengths + layer * held_->lengths_stride;
     const int64_t width = run_.blocks[layer]->hidden;
-    for (int64_t row = 0; row < step_.rows; ++row)
-      held_->lengths[layer * held_->lengths_stride + row] = length_of(step_.normed + row * width, width);
+    std::copy_n(step_.weights, count, held_->weights + layer * run_.chosen_stride);
+    for (int64_t row = 0; row < step_.rows; ++row) lengths[row] = length_of(step_.normed + row * width, width);
+    if (held_->tallies[layer].scores) add_scores(layer, lengths);
+    count_layer(layer, count);
+  }
+
+  // A row's products and their sum over rows are rounded as where Python does this.
+  void add_scores(int32_t layer, const float* lengths) {
+    const expertd_tally& tally = held_->tallies[layer];
+    const expertd_router& router = run_.blocks[layer]->router;
+    sums_.assign(router.experts, 0.0);
+    for (int64_t row = 0, i = 0; row < step_.rows; ++row)
+      for (int32_t k = 0; k < router.top_k; ++k, ++i)
+        sums_[step_.experts[i]] += double(lengths[row] * step_.weights[i] * tally.norms[step_.experts[i]]);
+    for (int32_t e = 0; e < router.experts; ++e) tally.scores[e] += sums_[e] * held_->unit;
+  }
+
+  void count_layer(int32_t layer, int64_t count) {
+    const expertd_tally& tally = held_->tallies[layer];
+    const expertd_substitution& s = held_->layers[layer];
+    *tally.choices += count;
+    for (int64_t row = 0; row < step_.rows; ++row) {
+      *tally.replaced += s.replaced[row], held_->row_replaced[row] += s.replaced[row];
+      *tally.mass += s.mass[row], held_->row_mass[row] += s.mass[row];
+    }
+    held_->served[2 * layer] = chosen_.call().num_experts;
+    held_->served[2 * layer + 1] = chosen_.pairs();
   }
 
   Pool& pool_;
@@ -178,6 +211,7 @@ class Run {
   const expertd_step& step_;
   Chosen chosen_;
   std::vector<uint8_t> now_;
+  std::vector<double> sums_;
 };
 
 }  // namespace
