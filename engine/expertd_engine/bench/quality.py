@@ -39,13 +39,13 @@ WINDOW = 256
 CALIBRATION = 2
 """Windows of other text, for static pruning; `expertd profile` takes its text from there, too."""
 METHODS = (
-    "planned", "foreseen", "genetic", "importance", "swapmoe", "counts", "norms", "gate-norms", "random",
+    "planned", "even", "foreseen", "genetic", "importance", "swapmoe", "counts", "norms", "gate-norms", "random",
     "cache-prior",
 )  # fmt: skip
-"""`planned` is what is served where there is a profile, `importance` where there is none. `foreseen` is `planned` with
-swaps on the way to a layer; `genetic` splits slots over layers by SwapMoE's search, from the same profile. In `swapmoe`
-one expert answers for one. Then SwapMoE by token counts, static pruning by ‖E‖ and by gate × norm on other text, random
-sets, all masked as the papers have it; cache-prior routing, which may fetch."""
+"""`planned` is what is served where there is a profile, `importance` where there is none. `even` is `planned` with as
+many slots in each layer; `genetic` splits them by SwapMoE's search, from the same profile; `foreseen` has swaps on
+the way to a layer. In `swapmoe` one expert answers for one. Then SwapMoE by token counts, static pruning by ‖E‖ and
+by gate × norm on other text, random sets, all masked as the papers have it; cache-prior routing, which may fetch."""
 
 SPLITS = ("planned", "foreseen", "genetic")
 """Methods that give layers unequal slots, by the store's profile."""
@@ -120,6 +120,7 @@ class LayerQuality(QualityBench):
         published = partial(with_slots, self._model, slots, foresees=False, shared_by=1)
         made: dict[str, Callable[[], VirtualRouting]] = {
             "planned": lambda: with_slots(self._model, slots, served),
+            "even": lambda: with_slots(self._model, slots, served),
             "genetic": lambda: with_slots(self._model, slots, served),
             "importance": lambda: with_slots(self._model, slots, after, priors=self._norms, foresees=False),
             "foreseen": lambda: with_slots(self._model, slots, replace(after, ahead=SwapLimits().ahead)),
