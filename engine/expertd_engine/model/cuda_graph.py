@@ -67,6 +67,8 @@ class GraphLauncher:
         """Runs the program once for each bucket, which compiles its kernels, then captures it. What the steps' inputs
         say at the moment is computed: the caller has made all rows padding."""
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._program = program
+        """Kept: graphs know addresses alone, and whatever lies there is to stay."""
         self._ended = torch.cuda.Event()
         for bucket in sorted(rows, reverse=True):  # the largest first: the others find room in its memory
             program(bucket)
