@@ -99,8 +99,9 @@ class DeviceSession(EngineSession):
     def foresee(self, on: bool) -> None:
         cache = self._engine.cache
         cache.lookahead = self._foresight if on else NoLookahead()
-        known = self._routes is not None and self._at_once and on
-        cache.foreknown = self._routes.step_numbers if known else nothing_known
+        cache.foreknown = nothing_known
+        if self._routes is not None and self._at_once and on:
+            cache.foreknown = self._routes.step_numbers
         cache.routes = self._layer_routes if self._foresight.exactness != "none" and on else self._reported_routes
 
     def _layer_routes(self, layer: int) -> Sequence[int]:

@@ -7,12 +7,15 @@ absent from the host's copy, and may write it into a slot that it was handed. Th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from expertd_engine.experts.events import Event, ExpertId, Instruction
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 HIT, READ, WAITED, LANDED, COMPUTED, SHARED = 0, 1, 2, 3, 4, 5
 """Where a use found its record: in a slot; at home, over the link; in a slot whose copy it waited for; at home, and
@@ -113,8 +116,8 @@ class Fetch(msgspec.Struct, frozen=True, gc=False):
     `first[l] + e`.
 
     `evict`: others give way for them, and until `spare` slots more are empty, last those that the step before used, if
-    that is `untold`; and what landed has been told. Else only into slots that are empty already. `unready`: slots that
-    may not be written before the next boundary, and who is in each.
+    that is `untold`; and what landed has been told. Else only into slots that are empty already, and no more than
+    `most`. `unready`: slots that may not be written before the next boundary, and who is in each.
     """
 
     numbers: NDArray[np.int64]
@@ -122,6 +125,7 @@ class Fetch(msgspec.Struct, frozen=True, gc=False):
     unready: Mapping[int, ExpertId]
     evict: bool
     spare: int = 0
+    most: int | None = None
 
 
 class Fetched(msgspec.Struct, frozen=True, gc=False):

@@ -154,8 +154,7 @@ class Executor:
                 self.publication.moved(expert, slot)
 
     def _fetch(self, fetching: Fetching) -> None:
-        for expert, slot in zip(fetching.experts, fetching.slots, strict=True):
-            self.publication.fetch(expert, slot)
+        self.publication.fetch(fetching.experts, fetching.slots)
         self._fetching[fetching.number] = fetching
         sizes = [self._record_bytes[layer] for layer, _ in fetching.experts]
         self.copies.fetch(fetching.number, self._moves(fetching), sizes)

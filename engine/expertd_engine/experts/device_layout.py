@@ -5,6 +5,7 @@ The table is one array of 32-bit words, so that one scatter applies all that a b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expertd_engine.experts.events import ExpertId
@@ -88,11 +89,11 @@ class TableLayout:
         flag = 4 * (layer * self.experts + index) + 2
         words[flag] = words[flag + 1] = words[self.ready + slot] = 0
 
-    def note_copying(self, words: Words, expert: ExpertId, slot: int) -> None:
-        """Into `words`: to have the record awaited in the slot, into which it is being copied. The upper half of the
+    def note_copying(self, words: Words, experts: Sequence[ExpertId], slots: Sequence[int]) -> None:
+        """Into `words`: to have each record awaited in its slot, into which it is being copied. The upper half of the
         word is never anything but 0."""
-        layer, index = expert
-        words[4 * (layer * self.experts + index) + 2] = slot + 1
+        for (layer, index), slot in zip(experts, slots, strict=True):
+            words[4 * (layer * self.experts + index) + 2] = slot + 1
 
     def held_words(self, expert: ExpertId, is_held: bool) -> Words:
         """Whether virtual mode may route to the expert."""

@@ -9,6 +9,7 @@ need cool: who comes, who gives way and where everybody goes is settled at once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,10 +47,12 @@ class PlanningLedger(SlotLedger):
     # ------------------------------------------------------------ before a step
 
     def _fetch(self, event: Fetch) -> None:
-        absent, pool = self._absent(event.numbers), self.pool
+        pool = self.pool
         if event.evict:
             self._recall()  # a step that finds everything lands nothing
         empty = [slot for use in _EMPTY for slot in pool.slots(use) if slot not in event.unready]
+        most = len(empty) if event.most is None else min(len(empty), event.most)
+        absent = self._absent(event.numbers, None if event.evict else most)
         lacking = len(absent) + event.spare - len(empty) if event.evict else 0
         given_up = self._give_up(lacking, event) if lacking > 0 else []
         passed_on = given_up[: max(0, len(absent) - len(empty))]
@@ -67,9 +70,10 @@ class PlanningLedger(SlotLedger):
         if slots:
             self._issued(absent[: len(slots)], slots)
 
-    def _absent(self, numbers: NDArray[np.int64]) -> list[Record]:
+    def _absent(self, numbers: NDArray[np.int64], most: int | None) -> list[Record]:
+        """The first of them, up to so many."""
         records = map(self._records.__getitem__, self._uses.outside(numbers))
-        return [record for record in records if record.place is State.ABSENT]
+        return list(islice((record for record in records if record.place is State.ABSENT), most))
 
     def _give_up(self, count: int, event: Fetch) -> list[Record]:
         """Up to so many of whom the step does not use and whose slots may be written, those who give way first."""
@@ -100,9 +104,12 @@ class PlanningLedger(SlotLedger):
         """absent → loading, as `Residency.load`."""
         residency, counters = self._residency, self._residency.counters
         first, tell = residency.last_load + 1, residency.story.tell
+        first_of, notable = self._uses.first, self._uses.notable
         for load_id, (record, slot) in enumerate(zip(records, slots, strict=True), first):
             record.slot, record.load_id, record.place, record.pending = slot, load_id, State.LOADING, True
             record.priority = Priority.PREFETCH
+            layer, expert = record.expert
+            notable[first_of[layer] + expert] = FETCHED
             tell(record.expert, "fetched into slot", slot)
         residency.last_load += len(records)
         residency.loads.update(enumerate(records, first))
@@ -111,7 +118,6 @@ class PlanningLedger(SlotLedger):
         residency.prefetching_bytes += _bytes(records)
         counters.prefetch_issued += len(records)
         counters.prefetch_pending += len(records)
-        self._notable[[self._uses.number(expert) for expert in experts]] = FETCHED
         for begin in range(0, len(records), _TOGETHER):
             chunk = slice(begin, begin + _TOGETHER)
             self._last_fetch += 1

@@ -25,6 +25,9 @@ _SPARE_BYTES, _SPARE_SHARE = 48 * 2**20, 32
 """Slots are kept empty for so many bytes, but at most such a part of them: what is copied while it is planned who gives
 way for the rest of a step."""
 
+_FIRST = 2
+"""Records whose copies begin before the others are even looked at, since each takes the host some time."""
+
 
 def nothing_known() -> NDArray[np.int64]:
     """Of a step whose routes are not known when it begins."""
@@ -53,8 +56,9 @@ class Plans:
         cache.copies.end_fetches()
         fetch, unready = partial(Fetch, known, untold), cache.publication.unready
         if len(untold):
-            executor.handle([fetch(unready, evict=False)])
-            cache.copies.give(GIVEN_AT_ONCE)
+            for most in (_FIRST, None):
+                executor.handle([fetch(unready, evict=False, most=most)])
+                cache.copies.give(GIVEN_AT_ONCE)
         else:
             self._digest.take_in()  # or what landed would count as absent
         executor.pump([])

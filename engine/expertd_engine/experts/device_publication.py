@@ -91,11 +91,12 @@ class Publication:
         self._layout.note_copied(self._words, expert, slot, self._slots[slot])
         self._copied[slot] = expert
 
-    def fetch(self, expert: ExpertId, slot: int) -> None:
-        """No launch runs, and all words that were taken are applied: the record is copied into the slot from now on,
-        and the next launch may meet it there. The slot is none of the `unready`."""
-        self._layout.note_copying(self._words, expert, slot)
-        self._retired.pop(slot, None)
+    def fetch(self, experts: Sequence[ExpertId], slots: Sequence[int]) -> None:
+        """No launch runs, and all words that were taken are applied: `experts[i]` is copied into `slots[i]` from now
+        on, and the next launch may meet it there. The slots are none of the `unready`."""
+        self._layout.note_copying(self._words, experts, slots)
+        for slot in slots:
+            self._retired.pop(slot, None)
 
     @property
     def unready(self) -> dict[int, ExpertId]:

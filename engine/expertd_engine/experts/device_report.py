@@ -57,7 +57,7 @@ def read_report(report: Report, launch: Launch, shared_bytes: SharedBytes) -> It
 
 def read_at_once(report: Report, launch: Launch, first: NDArray[np.int64]) -> Met | None:
     """All that was met; None where there is more to tell of it. `first`: the number of each layer's first expert."""
-    layers, rows = np.nonzero(np.arange(report.seen.shape[1]) < report.counts[:, None])
+    layers, rows = np.nonzero(_is_met(report, report.seen.shape[1]))
     experts, sources, _, pairs = report.seen[layers, rows].T.astype(np.int64)
     if not len(layers) or launch.scan or max(READ, WAITED) < sources.max():
         return None
@@ -70,21 +70,29 @@ def count_report(
 ) -> ExpertCounts:  # fmt: skip
     """Lookups by result; the time that the link took is estimated, since nobody can look at the clock in a kernel.
     `computed_s`: what the processor took for those left to it, whose bytes stay where they are."""
-    rows = int(report.counts.max())
-    is_met = np.arange(rows) < report.counts[:, None]  # rows behind are of steps before
+    counts = report.counts.tolist()
+    rows = max(counts)
     sources = report.seen[:, :rows, 1]
-    totals = np.bincount(sources[is_met], minlength=_SOURCES).tolist()
-    nbytes = 0
+    met = sources if min(counts) == rows else sources[_is_met(report, rows)]
+    told = met.astype(np.int8).tobytes()
+    totals = [told.count(source) for source in range(_SOURCES)]
+    nbytes = start = 0
     if totals[READ] or totals[LANDED] or totals[SHARED]:  # else nothing crossed
-        is_read = is_met & ((sources == READ) | (sources == LANDED))
-        shared = is_met & (sources == SHARED)
-        first = np.where(shared, report.seen[:, :rows, 2], 0).max(axis=1, initial=0)
-        cuts = [(layer, int(first[layer])) for layer in shared.any(axis=1).nonzero()[0].tolist()]
-        nbytes = int(is_read.sum(axis=1) @ np.array(record_bytes)) + sum(shared_bytes(*cut) for cut in cuts)
+        for layer, count in enumerate(counts):
+            here = told[start : start + count]
+            start += count
+            nbytes += (here.count(READ) + here.count(LANDED)) * record_bytes[layer]
+            if (shared := here.find(SHARED)) >= 0:
+                nbytes += shared_bytes(layer, int(report.seen[layer, shared, 2]))
     missing = sum(totals[source] for source in _MISSING)
     # Of a copy that was waited for, half was under way already: nobody knows better.
     stall_s = (nbytes + totals[WAITED] * max(record_bytes) / 2) / link_bytes_per_s + computed_s
     return ExpertCounts(totals[HIT], totals[WAITED], missing, nbytes, stall_s)
+
+
+def _is_met(report: Report, rows: int) -> NDArray[np.bool_]:
+    """`[layers, rows]`: those behind are of steps before."""
+    return np.arange(rows) < report.counts[:, None]
 
 
 def num_misses(seen: Seen) -> int:

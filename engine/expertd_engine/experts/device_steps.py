@@ -115,7 +115,9 @@ class DeviceSteps:
         self._scan, self._layers_known, self._scanned = scan, 0, ExpertCounts()
         self.fetched.clear()
         self._known = self.foreknown() if self.foresees and self.plans.fetches else NOTHING
-        hints = () if len(self._known) else tuple(self._asked.begin_step(self._step, token_ids))
+        if len(self._known):
+            return  # its plan begins copies before anything else
+        hints = tuple(self._asked.begin_step(self._step, token_ids))
         self._executor.pump([Predict(hints)] if hints else [])
 
     def before_launch(self, *, may_ask: bool = True) -> bool:

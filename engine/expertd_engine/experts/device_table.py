@@ -6,12 +6,14 @@ of a launch); inside a launch kernels publish what they landed, and the copies l
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from expertd_engine.experts.device_layout import TableLayout, Words
 from expertd_engine.experts.device_streams import AddressMove, Device
@@ -82,6 +84,7 @@ class DeviceTable:
         self._is_blank = True
         """Whether the next `apply` would change nothing."""
         self._host_report = [device.pinned(rows + layout.layers, torch.int32) for _ in range(2)]
+        self._reports = [self._as_report(host.numpy()) for host in self._host_report]
         self._turn = 0
         self._numbers = device.pinned(layout.slots + 1, torch.int64)
         self._numbers.copy_(torch.arange(layout.slots + 1))
@@ -132,9 +135,7 @@ class DeviceTable:
 
     def report(self, turn: int) -> Report:
         """What was copied out in a turn, once the launch has ended."""
-        host = self._host_report[turn].numpy()
-        rows = self.seen.numel()
-        return Report(host[:rows].reshape(self.seen.shape), host[rows:])
+        return self._reports[turn]
 
     @property
     def turn(self) -> int:
@@ -146,6 +147,10 @@ class DeviceTable:
         """Layers of the running step whose routes are known."""
         return int(self._progress[0])
 
+    def _as_report(self, host: NDArray[np.int32]) -> Report:
+        rows = self.seen.numel()
+        return Report(host[:rows].reshape(self.seen.shape), host[rows:])
+
     def _send(self, index: list[int], value: list[int]) -> None:
         count = len(index)
         if not count and self._is_blank:
@@ -153,7 +158,7 @@ class DeviceTable:
         self._buffer = buffer = 1 - self._buffer
         self._sent[buffer].wait()  # or what was sent from it last would never arrive
         indices, values = self._host_parts[buffer]
-        indices[:count], values[:count] = index, value
+        indices[:count], values[:count] = array("q", index), array("i", value)  # numpy takes lists more slowly
         indices[count : self._used[buffer]] = self.layout.unread
         self._used[buffer], self._is_blank = count, not count
         self._device.compute.copy([(self._update, self._host_updates[buffer])])

@@ -8,12 +8,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.policy import Facts, Policy, Victims
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 NOTED, FETCHED = 1, 2
 

@@ -39,6 +39,11 @@ class StepInputs:
         self._mine = {name: part.numpy() for name, part in mine.items()}
         self._tables = self._mine.pop("rest").reshape(sequences, blocks)
         self._limits = self._mine.pop("limits").view(np.float32)
+        self._mine["positions"][:] = PADDING
+        self._used = 0
+        """Rows that the step before had."""
+        self._told: list[list[int]] = [[] for _ in range(sequences)]
+        """What each block table says, as far as it was told."""
 
     def fill(
         self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], limits: Sequence[float] = ()
@@ -49,13 +54,18 @@ class StepInputs:
         """
         count, mine = len(token_ids), self._mine
         assert count <= self.rows and len(spans) <= self.sequences
-        mine["num_rows"][0] = count
-        mine["ids"][:count], mine["ids"][count:] = token_ids, 0
-        mine["positions"][:count], mine["positions"][count:] = positions, PADDING
-        self._limits[: len(limits)] = limits
+        ids, places = mine["ids"], mine["positions"]
+        if count < self._used:
+            ids[count : self._used], places[count : self._used] = 0, PADDING
+        mine["num_rows"][0] = self._used = count
+        ids[:count], places[:count] = token_ids, positions
+        if limits:
+            self._limits[: len(limits)] = limits
         for index, span in enumerate(spans):
             mine["row_table"][span.row : span.row + span.length] = index
-            self._tables[index, : len(span.blocks)] = span.blocks
+            if self._told[index] != span.blocks:  # most steps go on in the block that they had
+                self._tables[index, : len(span.blocks)] = span.blocks
+                self._told[index] = list(span.blocks)
         self._device.copy_(self._host, non_blocking=True)
 
 

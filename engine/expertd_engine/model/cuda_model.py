@@ -118,6 +118,7 @@ class DeviceModel:
         self._program = parts.dense.program(room, invariant=invariant)
         self._best = torch.zeros(limits.rows, dtype=torch.int64, device=device)
         self._best_host = torch.zeros(limits.rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._best_numbers = self._best_host.numpy()
         self._logits_host = torch.zeros(few, parts.dense.vocabulary, pin_memory=device.type == "cuda")
         self._given = [
             GivenRoutes(len(layouts), rows, parts.top_k, device) if given_routes else None
@@ -210,7 +211,7 @@ class DeviceModel:
             virtual.send(len(tokens.ids))
         experts.after_launch()
         launcher.wait(experts.poll)
-        best = self._best_host.numpy()
+        best = self._best_numbers
         logits = {place: self._logits_host[row].clone() for place, row in wanted.items()}
         return StepOutcome([int(best[row]) for row in tokens.logit_rows], logits)
 
