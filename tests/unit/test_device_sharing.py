@@ -109,6 +109,16 @@ def test_steps_that_missed_nothing_do_not_tell_whether_sharing_pays() -> None:
     assert one.payoff.trials == 0
 
 
+def test_a_step_that_asked_nobody_for_want_of_misses_does_not_tell_either() -> None:
+    one, told = balanced(), 0
+    for _ in range(SETTLED + HOLD):
+        one.begin_timed(1)
+        one.before_launch(may_ask=False)
+        one.end_timed(1.0, missed=1)
+        told += one.payoff.trials
+    assert told == 0
+
+
 def test_nothing_is_tried_before_the_balance_is_found() -> None:
     one = sharing()
     for _ in range(SETTLED + HOLD):
@@ -125,6 +135,7 @@ def test_a_trial_compares_steps_of_one_budget(monkeypatch: pytest.MonkeyPatch) -
     def steps(count: int, shared_s: float) -> None:
         for _ in range(count):
             one.begin_timed(1)
+            one.before_launch(may_ask=True)
             one.end_timed(shared_s if one.payoff.is_on else 1.0, missed=1)
 
     half, whole = (BLOCK * len(TRIAL) // 2, BLOCK * len(TRIAL))

@@ -27,7 +27,7 @@ from expertd_engine.experts.device_events import (
     Retire,
     Seen,
 )
-from expertd_engine.experts.device_layout import HOME, TableLayout, signed
+from expertd_engine.experts.device_layout import HOME, TableLayout, Words, halves, signed
 from expertd_engine.experts.device_ledger import DeviceLedger
 from expertd_engine.experts.device_pool import ChunkPlan, Use
 from expertd_engine.experts.device_publication import Publication
@@ -40,6 +40,13 @@ from expertd_engine.experts.policy import LRU, Facts, make_policy
 from expertd_engine.experts.residency import State
 from support.device_caches import EXPERTS, LAYERS, PLAN, make_cache, make_ledger
 from support.fake_device import RECORD, FakeDevice
+
+
+def address_words(layout: TableLayout, expert: ExpertId, address: int) -> Words:
+    words: Words = {}
+    layout.note_address(words, expert, halves(address))
+    return words
+
 
 # ------------------------------------------------------------ chunks and slots
 
@@ -133,7 +140,7 @@ def test_addresses_survive_being_two_words() -> None:
     layout = TableLayout(LAYERS, EXPERTS, slots=4, landing=4)
     table = DeviceTable(layout, EXPERTS, HostDevice())
     address = 0xFFFF_8765_FEDC_B001
-    table.stage(layout.address_words(ExpertId(1, 5), address) | layout.slot_words(2, address - 1))
+    table.stage(address_words(layout, ExpertId(1, 5), address) | layout.slot_words(2, address - 1))
     table.apply()
     assert table.entries[1, 5].tolist() == [address - 2**64, 0]
     assert int(table.slot_address[2]) == address - 1 - 2**64 and int(table.entries[0].abs().sum()) == 0
@@ -148,7 +155,7 @@ def test_more_words_than_one_launch_applies() -> None:
     words: dict[int, int] = {}
     for layer in range(40):
         for expert in range(64):
-            words |= layout.address_words(ExpertId(layer, expert), 4096 * (64 * layer + expert))
+            words |= address_words(layout, ExpertId(layer, expert), 4096 * (64 * layer + expert))
     table.stage(words)
     table.apply()
     assert torch.equal(table.entries[..., 0].flatten(), 4096 * torch.arange(40 * 64))
@@ -159,7 +166,7 @@ def test_boundaries_that_follow_each_other_quickly_lose_no_word() -> None:
     layout = TableLayout(LAYERS, EXPERTS, slots=4, landing=4)
     table = DeviceTable(layout, EXPERTS, device)
     for expert in range(4):  # nothing has been sent when the next is staged
-        table.stage(layout.address_words(ExpertId(1, expert), 4096 * (expert + 1)))
+        table.stage(address_words(layout, ExpertId(1, expert), 4096 * (expert + 1)))
         device.compute.run(table.apply)
     device.compute.mark().wait()
     assert table.entries[1, :, 0].tolist() == [4096, 8192, 12288, 16384, 0, 0]

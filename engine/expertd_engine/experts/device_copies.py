@@ -2,8 +2,8 @@
 
 Owner: the engine thread, which submits and asks; there are no threads here. What has not begun can be taken back; what
 has begun ends. Only so much is begun ahead that the lane does not run dry until somebody asks again: what a kernel
-reads over the same link comes between records. Not so where a step's records are fetched together:
-it reads nothing then.
+reads over the same link comes between records. Not so where a step's records are fetched together: its kernels read
+nothing themselves then.
 """
 
 from __future__ import annotations

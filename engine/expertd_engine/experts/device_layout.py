@@ -69,14 +69,8 @@ class TableLayout:
         """Length of the table, a multiple of two."""
         return (self.unread + 2) // 2 * 2
 
-    def address_words(self, expert: ExpertId, address: int) -> Words:
-        """To have the record read at `address`."""
-        words: Words = {}
-        self.note_address(words, expert, halves(address))
-        return words
-
     def note_address(self, words: Words, expert: ExpertId, address: Halves) -> None:
-        """`address_words`, into `words`."""
+        """Into `words`: to have the record read at `address`."""
         layer, index = expert
         first = 4 * (layer * self.experts + index)
         words[first], words[first + 1] = address

@@ -52,8 +52,8 @@ class Plans:
         """A step is about to be launched that uses the experts of these numbers (`Fetch`): bring in all that it lacks.
         `untold`: those of the launch before, if that knew them too; what it met is told while this one runs."""
         cache, executor = self._cache, self._executor
+        cache.copies.end_fetches()  # which a launch may wait for
         cache.device.compute.mark().wait()  # whatever read slots, and all words, are past
-        cache.copies.end_fetches()
         fetch, unready = partial(Fetch, known, untold), cache.publication.unready
         if len(untold):
             for most in (_FIRST, None):

@@ -58,15 +58,16 @@ class Sharing:
         self.payoff.begin_step(rows if judged else None)
 
     def end_timed(self, seconds: float, missed: int) -> None:
-        """It has ended well. One that missed nothing had nothing to share, and tells nothing."""
+        """It has ended well. One that missed nothing had nothing to share, and tells nothing; nor does one that asked
+        nobody for want of misses before it."""
         self._hits = 0 if missed else self._hits + 1
-        if missed:
+        if missed and self.asks is self.payoff.is_on:
             self.payoff.end_step(seconds)
 
     def before_launch(self, *, may_ask: bool) -> bool:
         """Have the next launch find the table as it is to be; whether it is to ask at all. All launches before have
         ended. `may_ask`: its program can."""
-        self.asks = self.balance is None or (may_ask and self.payoff.is_on and self._hits < _QUIET)
+        self.asks = may_ask and (self.balance is None or (self.payoff.is_on and self._hits < _QUIET))
         if self.balance is not None and self.asks and self._changed:
             self._changed = False
             self._write(self.balance.splits)

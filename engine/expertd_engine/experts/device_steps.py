@@ -114,7 +114,8 @@ class DeviceSteps:
         self._ask()
         self._scan, self._layers_known, self._scanned = scan, 0, ExpertCounts()
         self.fetched.clear()
-        self._known = self.foreknown() if self.foresees and self.plans.fetches else NOTHING
+        may_fetch = not scan and self.foresees and self.plans.fetches  # law 5
+        self._known = self.foreknown() if may_fetch else NOTHING
         if len(self._known):
             return  # its plan begins copies before anything else
         hints = tuple(self._asked.begin_step(self._step, token_ids))
@@ -217,6 +218,7 @@ class DeviceSteps:
 
     def abandon_step(self) -> None:
         """The step failed, wherever it was. What was sent for it is applied, nothing that it landed is trusted."""
+        self.copies.give_all()  # what was launched may wait for them
         if self._staged_words:
             self.device.compute.mark().wait()
             if self.table.layers_known == 0:  # then nothing has landed, and nobody knows whether it was applied

@@ -83,13 +83,14 @@ class VirtualWork:
 
     def send(self, rows: int) -> None:
         """Behind a step of so many rows: have what it left sent to the host."""
-        self._turn = 1 - self._turn
         count = self._asked.numel() + rows * self._met[0].numel()
         self._hosts[self._turn][:count].copy_(self._left[:count], non_blocking=True)
 
     def told(self, rows: int) -> Told:
-        """What was sent last, once the device has come past it."""
+        """What was sent last, once the device has come past it: asked once a step. It stands until the next but one is
+        sent; what a step left that failed, and is never asked about, is written over."""
         told = self._told[self._turn]
+        self._turn = 1 - self._turn
         return Told(told.asked, told.met[:rows])
 
     def _shared_by(self, rows: int) -> int:

@@ -9,6 +9,9 @@ import triton.language as tl
 
 from expertd_engine.kernels.cuda.products import INTERPRETED
 
+_FETCHING = tl.constexpr(64)
+"""Programs that bring a record in, at most: no more than any card runs at once, since they wait for each other."""
+
 
 @triton.jit
 def resolved(
@@ -26,23 +29,26 @@ def resolved(
 def fetch(
     record: tl.tensor, target: tl.tensor, fetched: tl.tensor, part: tl.tensor, parts: tl.tensor, NBYTES: tl.constexpr
 ) -> None:
-    """Program `part` of the `parts` that bring a record of NBYTES into a slot: back when all of it is there.
+    """Program `part` of the `parts` of an expert, the first of which bring its record of NBYTES into a slot: back when
+    all of it is there.
 
-    They wait for each other, which ends because programs begin in the order of their numbers and those of an expert
-    follow one another: whoever runs beside them waits for nobody that comes later. In the interpreter each runs to its
-    end before the next, and brings in all.
+    Those first ones wait for each other, which ends because programs begin in the order of their numbers, they follow
+    one another, and there is room for all of them: whoever runs beside them waits for nobody that comes later. In the
+    interpreter each runs to its end before the next, and brings in all.
     """
     PIECE: tl.constexpr = 2048  # int64: as much as a program has under way at once
+    parts = tl.minimum(parts, _FETCHING)
     if INTERPRETED:
         part, parts = part - part, parts - parts + 1
     source, slot = record.to(tl.pointer_type(tl.int64)), target.to(tl.pointer_type(tl.int64))
     tl.multiple_of(source, 16)
     tl.multiple_of(slot, 16)
-    for first in range(part * PIECE, NBYTES // 8, parts * PIECE):
+    brings = (part < parts).to(tl.int32)
+    for first in range(part * PIECE, NBYTES // 8 * brings, parts * PIECE):
         at = first + tl.arange(0, PIECE)
         tl.store(slot + at, tl.load(source + at, mask=at < NBYTES // 8), mask=at < NBYTES // 8)
     tl.debug_barrier()  # all of the program's share is written before it says so
-    there = tl.atomic_add(fetched, 1, sem="acq_rel") + 1
+    there = tl.atomic_add(fetched, brings, sem="acq_rel") + brings
     while there < parts:
         there = tl.atomic_add(fetched, 0, sem="acquire")
 
