@@ -23,12 +23,16 @@ from expertd_engine.config import Config
 from expertd_engine.console import Progress, progress_bar, run_command, silent
 from expertd_engine.errors import StoreError
 from expertd_engine.experts.events import Failed, Load, Priority
+from expertd_engine.experts.held import HeldExperts
 from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.store import ExpertStore
+from expertd_engine.experts.store_format import StoreIndex
 from expertd_engine.experts.transfer import Transfers
+from expertd_engine.experts.virtual import VirtualExperts
 from expertd_engine.messages import Sampling, Submit, TextInput
-from expertd_engine.model.token_routes import MapFit, TokenRoutes, write_token_map
+from expertd_engine.model.token_routes import MapFit, TokenMap, TokenRoutes, write_token_map
 from expertd_engine.model.virtual_build import following_tokens, priors_of
+from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.planning.profile import PROFILE_VERSION, BoxProfile, MemoryProfile, Profile
 from expertd_engine.profile_file import write_profile
 from expertd_engine.sensitivity import ModelMeasure
@@ -111,9 +115,18 @@ def learn_tokens(text: TextEngine, store: ExpertStore, tokens: int, progress: Pr
         )
     numbers = fit.fit(text.engine.info.vocab_size)
     write_token_map(store.path, numbers, store.index.store_id)
-    virtual.tokens = TokenRoutes(numbers, store.index.top_k)
-    virtual.held.sets.limits = following_tokens(virtual.held.sets.limits)
-    virtual.held.sets.priors = priors_of(numbers, store.index)
+    text.engine.runner.virtual = _following(virtual, numbers, store.index)
+
+
+def _following(model: VirtualRouting, numbers: TokenMap, index: StoreIndex) -> VirtualRouting:
+    """The model's virtual mode as whoever serves the profiled store has it. Made anew: sets, and who chooses their
+    swaps, are made for their limits."""
+    held = model.held
+    held.close()
+    sets = VirtualExperts(priors_of(numbers, index), held.sets.top_k, following_tokens(held.sets.limits))
+    following = HeldExperts(held.cache, sets, held.room, held.library)
+    tokens = TokenRoutes(numbers, index.top_k, held.library)
+    return VirtualRouting(model.routers, following, model.score, model.foresight, model.shared_by, tokens)
 
 
 def _windows(store: ExpertStore, tokens: int, length: int = WINDOW) -> list[Window]:

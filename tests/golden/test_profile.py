@@ -13,6 +13,7 @@ from expertd_engine.bench import planned
 from expertd_engine.bench.quality import quality
 from expertd_engine.bench.text_decoder import Decoder
 from expertd_engine.bench.virtual_speed import virtual_speed
+from expertd_engine.calibration import TextEngine
 from expertd_engine.config import Config, Size
 from expertd_engine.errors import UsageError
 from expertd_engine.experts.store import ExpertStore
@@ -23,7 +24,7 @@ from expertd_engine.planning.planner import Request, make_plan
 from expertd_engine.planning.profile import Profile
 from expertd_engine.prepare import prepare
 from expertd_engine.profile_file import read_profile, write_profile
-from expertd_engine.profiling import profile
+from expertd_engine.profiling import learn_tokens, profile
 from support.engine import running_engine, without_trials
 from support.tiny_checkpoints import make_checkpoint
 
@@ -55,6 +56,26 @@ def profiled(store: ExpertStore, quick_start: None) -> Profile:
     measured = profile(store, config, tokens=40, routings=["uniform"], learned=512)
     write_profile(store, measured)
     return measured
+
+
+def test_what_is_learned_is_followed_at_once(store: ExpertStore) -> None:
+    """The step that a profile times is one that swaps, as it does where it serves."""
+    config = Config(
+        model=str(store.path), threads=1, max_model_len=192, max_sequences=4, prefix_cache=False,
+        expert_budget=Size(share=0.9), virtual_slots=6,
+    )  # fmt: skip
+    text = TextEngine(store, config)
+    try:
+        learn_tokens(text, store, 512)
+        routing = text.virtual
+        assert routing is not None and routing.tally.norms is not None
+        for token in range(30):
+            routing.begin_step([1.0], [token])
+            routing.end_step(1)
+            routing.held.settle()
+        assert sum(routing.held.sets.swaps) > 0
+    finally:
+        text.close()
 
 
 def test_who_serves_a_profiled_store_follows_its_tokens(store: ExpertStore, profiled: Profile) -> None:

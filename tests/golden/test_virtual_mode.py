@@ -135,7 +135,7 @@ def test_native_runs_route_as_layers_do_one_by_one(
     """Logits have the same bits, and what is learned and reported is the same."""
     store = stores[family]
     slots = [top_k_of(store) + 1] * len(ExpertStore.open(store).index.layers)
-    met, logits, scores = [], [], []
+    met, logits, scores, told, mass = [], [], [], [], []
     with running_engine(store, threads=2, expert_budget="75%", prefix_cache=False) as engine:
         model, tap = virtual_of(engine), Tap(engine)
         for number, natively in enumerate((False, True)):
@@ -152,8 +152,11 @@ def test_native_runs_route_as_layers_do_one_by_one(
             sets = routing.held.sets
             scores.append([sets.score(layer, e) for layer in range(len(slots)) for e in range(len(sets.priors[layer]))])
             counts = routing.counts
+            told.append([list(counts.activations), list(counts.substituted)])
+            mass.append(list(counts.mass))
             routing.held.close()
     assert torch.equal(*logits)
+    assert told[0] == told[1] and mass[0] == pytest.approx(mass[1], rel=1e-5)
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     for layers, run_on in zip(*met, strict=True):
         assert (layers.choices, layers.substituted) == (run_on.choices, run_on.substituted)

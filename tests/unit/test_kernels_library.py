@@ -246,7 +246,7 @@ def test_kernels_that_are_not_there_or_not_ours_say_so(tmp_path: Path, monkeypat
 @needs_kernels
 def test_kernels_of_another_interface_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "ABI_VERSION", 0)
-    with pytest.raises(KernelsMissing, match="have interface 3, not 0: install again"):
+    with pytest.raises(KernelsMissing, match="have interface 4, not 0: install again"):
         library.load.__wrapped__()
 
 

@@ -271,7 +271,10 @@ class Ledger(LedgerBase):
         self._residency.give_slot(leaves, comes)
 
     def _takes_the_slot(self, comes: Record, leaves: Record) -> bool:
-        """Whether nobody else uses or waits for what leaves, and there is no room beside it."""
+        """Whether nobody else uses or waits for what leaves, and there is no room beside it, nor many idle experts, of
+        whom one may be worth less."""
+        if self._residency.idle_bytes > 2 * self._largest:  # more than what swaps pass through
+            return False
         room, slots = self._room, self._slots
         alone = leaves.state is State.LEASED and len(leaves.leases) == 1
         fits = comes.place is State.ABSENT and not comes.leases and comes.nbytes == leaves.nbytes

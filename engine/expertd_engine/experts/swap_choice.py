@@ -65,6 +65,11 @@ class SwapChooser:
     def __call__(self, expected: Floats) -> list[tuple[ExpertId, ExpertId]]:
         """Newcomers, and who leaves for each, where these shares `[L, widest E]` of layers' weight are expected."""
         if expected is not self._expected:
+            fits = expected.shape == self._table.held.shape and expected.flags.c_contiguous
+            if not fits or expected.dtype != np.float32:
+                raise ValueError(
+                    f"{expected.dtype} {expected.shape} is not what sets of {self._table.held.shape} are told"
+                )
             self._expected, self._expected_at = expected, expected.ctypes.data
         self._call(byref(self._described), self._expected_at, self._sets.may_begin, *self._results)
         found = self._found.value

@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-#define EXPERTD_ABI_VERSION 3
+#define EXPERTD_ABI_VERSION 4
 
 enum expertd_status {
   EXPERTD_OK = 0,

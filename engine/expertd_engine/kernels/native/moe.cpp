@@ -35,12 +35,12 @@ struct Round {
   float* plain;  // [pairs, inner]: what is quantised between the phases, if tasks are halved
 };
 
-// Blocks of kBlockRows inner rows that are asked for.
-int64_t count_blocks(const expertd_moe_call& arguments, const int32_t* cuts) {
+// Tasks of the first phase, each a block of kBlockRows inner rows for at most `rows` pairs.
+int64_t count_tasks(const expertd_moe_call& arguments, const int32_t* cuts, int64_t rows) {
   int64_t count = 0;
   for (int32_t expert = 0; expert < arguments.num_experts; ++expert) {
-    const bool none = arguments.pair_begin[expert] == arguments.pair_begin[expert + 1];
-    if (!none) count += ceil_div(arguments.layout->inner - (cuts ? cuts[expert] : 0), kBlockRows);
+    const int64_t pairs = arguments.pair_begin[expert + 1] - arguments.pair_begin[expert];
+    count += ceil_div(arguments.layout->inner - (cuts ? cuts[expert] : 0), kBlockRows) * ceil_div(pairs, rows);
   }
   return count;
 }
@@ -55,7 +55,7 @@ class Moe {
         inputs_(inputs),
         inner_stride_(input_bytes(layout_.format, layout_.inner)),
         halves_(!is_float_format(layout_.format) && pool.threads() > 1 &&
-                count_blocks(arguments, cuts) < kFewTasks * pool.threads()),
+                count_tasks(arguments, cuts, rows_per_block(inputs.stride)) < kFewTasks * pool.threads()),
         block_rows_(halves_ || (is_float_format(layout_.format) && !cuts) ? kStripRows : kBlockRows),
         blocks_(ceil_div(layout_.inner, block_rows_)),
         block_bytes_(block_rows_ / kStripRows * strip_bytes(layout_.format, layout_.hidden)),
