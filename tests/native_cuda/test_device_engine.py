@@ -110,6 +110,7 @@ class AllKnown(NoLookahead):
 def test_what_a_step_is_known_to_lack_is_fetched_and_changes_no_bit(tmp_path: Path) -> None:
     store = make_store(FAMILY, tmp_path)
     results: list[Generated] = []
+    missed: list[int] = []
     for knows in (True, False):
         channel = make_channel("exact")
         routing = make_routing("uniform", shape_of(store.index), seed=1)
@@ -124,10 +125,12 @@ def test_what_a_step_is_known_to_lack_is_fetched_and_changes_no_bit(tmp_path: Pa
             engine.cache.settle()
             engine.cache.ledger.check()
             counters, link = engine.cache.ledger.counters, engine.cache.link
-            assert bool(link.landed + link.read) is not knows and bool(link.prefetched) is knows
+            assert link.landed + link.read > 0 and bool(link.prefetched) is knows
             assert counters.prefetch_issued == sum(counters.covered) == counters.prefetch_used
-            assert bool(sum(counters.misses)) is not knows and counters.evictions["capacity"] > 0
+            assert counters.evictions["capacity"] > 0
+            missed.append(sum(counters.misses))
     known, unknown = results
+    assert missed[0] <= len(store.index.layers) * store.index.top_k < missed[1], "the prompt's step alone misses any"
     assert [output.logprobs for output in known.outputs] == [output.logprobs for output in unknown.outputs]
 
 
