@@ -26,7 +26,7 @@ import torch
 # never compiles anything.
 if not torch.cuda.is_available():
     # None is Python's own word for "import finds none" (language reference, 5.3.1).
-    sys.modules.setdefault("triton", None)  # type: ignore[arg-type]  # stubs know modules alone here
+    sys.modules.setdefault("triton", None)  # type: ignore[arg-type]  # None bars the import; stubs allow modules alone
 
 from expertd_engine.config import config_from_json
 from expertd_engine.core import Forward

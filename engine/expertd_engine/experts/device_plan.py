@@ -23,8 +23,6 @@ from expertd_engine.experts.residency import Record, State
 
 _EMPTY = (Use.COLD, Use.COOLING, Use.FREE)
 """What a copy may be made into while no launch runs."""
-
-
 _TOGETHER = 16
 """Records whose copies are complete together: telling of so many holds up the look at a running step by little."""
 _RESULTS: tuple[tuple[int, LookupResult], ...] = ((HIT, "hit"), (WAITED, "late"), (READ, "miss"))

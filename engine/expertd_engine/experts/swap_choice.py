@@ -71,7 +71,8 @@ class SwapChooser:
                     f"{expected.dtype} {expected.shape} is not what sets of {self._table.held.shape} are told"
                 )
             self._expected, self._expected_at = expected, expected.ctypes.data
-        self._call(byref(self._described), self._expected_at, self._sets.may_begin, *self._results)
+        most = min(self._sets.may_begin, len(self._newcomers))  # limits may have changed since there was room made
+        self._call(byref(self._described), self._expected_at, most, *self._results)
         found = self._found.value
         pairs = zip(self._newcomers[:found].tolist(), self._victims[:found].tolist(), strict=True)
         return [(self._expert(newcomer), self._expert(victim)) for newcomer, victim in pairs]
