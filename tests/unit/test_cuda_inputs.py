@@ -36,6 +36,7 @@ def test_each_step_is_told_anew(steps: Sequence[tuple[list[tuple[int, int, list[
         ids = [100 * number + row for row in range(count)]
         limits = [0.25 * (number + row) for row in range(count)] if has_limits else []
         inputs.fill(ids, positions, spans, limits)
+        inputs.take()
         assert inputs.num_rows.tolist() == [count]
         assert inputs.ids.tolist() == ids + [0] * (ROWS - count)
         assert inputs.positions.tolist() == positions + [PADDING] * (ROWS - count)

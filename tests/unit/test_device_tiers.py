@@ -167,7 +167,7 @@ def test_boundaries_that_follow_each_other_quickly_lose_no_word() -> None:
     table = DeviceTable(layout, EXPERTS, device)
     for expert in range(4):  # nothing has been sent when the next is staged
         table.stage(address_words(layout, ExpertId(1, expert), 4096 * (expert + 1)))
-        device.compute.run(table.apply)
+        table.apply_now()
     device.compute.mark().wait()
     assert table.entries[1, :, 0].tolist() == [4096, 8192, 12288, 16384, 0, 0]
 

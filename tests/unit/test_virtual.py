@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from expertd_engine.errors import EngineError, ResourceError
+from expertd_engine.experts import held_layer
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.swaps import Action, Hold, Release, Swap, SwapLimits
 from expertd_engine.experts.virtual import VirtualExperts
@@ -283,6 +285,36 @@ def test_equal_experts_are_not_swapped_back_and_forth() -> None:
         sets.observe(0, {token % 8: 1.0, (token + 3) % 8: 1.0})
         settle(sets, sets.end_step(1))
     assert sum(sets.swaps) < 40, "round robin: every expert is worth the same"
+
+
+@given(st.data())
+def test_layers_sought_at_once_choose_as_each_would_alone(data: st.DataObject) -> None:
+    """Sums are whole numbers: the two ways to add them round alike."""
+    experts = [6, 4, 6, 5, 6, 4, 6]
+    priors = [[float((7 * e + 3 * layer) % 11) for e in range(count)] for layer, count in enumerate(experts)]
+    limits = SwapLimits(half_life=8.0, per_step=1, in_flight=data.draw(st.integers(1, 9)), ahead=0)
+    together, alone = (VirtualExperts(priors, 2, limits) for _ in range(2))
+    slots = [data.draw(st.integers(2, count)) for count in experts]
+    waiting = [action.expert for action in together.resize(slots)]
+    assert [action.expert for action in alone.resize(slots)] == waiting
+    for _ in range(data.draw(st.integers(1, 8))):
+        sums = np.zeros((len(experts), max(experts)), np.float32)
+        for layer, count in enumerate(experts):
+            sums[layer, :count] = data.draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
+            alone.observe(layer, {e: value for e, value in enumerate(sums[layer].tolist()) if value})
+        together.observe_all(sums)
+        actions = together.end_step(8.0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(held_layer, "_MANY", len(experts) + 1)
+            assert alone.end_step(8.0) == actions
+        waiting += [action.expert for action in actions if isinstance(action, Hold)]
+        while waiting and data.draw(st.booleans()):
+            newcomer = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))
+            ends = data.draw(st.sampled_from(["arrived", "arrived", "failed"]))
+            further = [getattr(sets, ends)(newcomer) for sets in (together, alone)]
+            assert further[0] == further[1]
+            waiting += [action.expert for action in further[0] if isinstance(action, Hold)]
+    assert together.swaps == alone.swaps
 
 
 def test_no_swap_where_none_is_allowed() -> None:

@@ -72,11 +72,13 @@ def planner(
 ) -> str:
     """Measure the profiled stores at `paths`: the report. Raises StoreError for one without profile, or without that
     routing in it. No `routings`: memory alone; nor that without `memory`."""
+    profiled = [(store, read_profile(store)) for store in map(ExpertStore.open, paths)]
+    for _, profile in profiled:
+        for routing in routings:
+            make_plan(profile, _request(BUDGETS[0], routing))  # what cannot be foretold is said before hours are spent
     speeds: list[_Speed] = []
     memories: list[MemoryRun] = []
-    for path in paths:
-        store = ExpertStore.open(path)
-        profile = read_profile(store)
+    for store, profile in profiled:
         for routing in routings:
             speeds += _speeds(store, profile, routing, rounds, tokens)
         memories += memory_runs(store, profile) if memory else []

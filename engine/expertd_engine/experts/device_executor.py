@@ -170,8 +170,7 @@ class Executor:
         """
         boundary = self.publication.boundary(awaited=True)
         self._table.stage(boundary.words)
-        self._device.compute.run(self._table.apply)
-        self.copies.after(self._device.compute.mark())
+        self.copies.after(self._table.apply_now())
         self.handle([Cooled(boundary.retired), *events])
 
     def drain(self) -> None:

@@ -1,13 +1,12 @@
 """What virtual mode holds on a device: experts that its ledger keeps, and the words by which kernels know of them.
 
 Owner: the engine thread. `virtual` decides. An expert that is kept is in a slot from the boundary on that says so to
-the kernels; what a step asked for is worked into the sets while the next one runs, some layers at each look.
+the kernels; what a step asked for is worked into the sets while the next one runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +21,6 @@ from expertd_engine.experts.residency import State
 from expertd_engine.experts.swaps import Action, Hold
 from expertd_engine.experts.virtual import VirtualExperts
 from expertd_engine.experts.virtual_room import VirtualRoom
-
-_LAYERS_AT_ONCE = 8
-"""Between two looks at the running launch."""
 
 
 class DeviceHeld(HeldSets):
@@ -68,15 +64,8 @@ class DeviceHeld(HeldSets):
         self._take_in()
 
     def _digest(self, asked: Callable[[], NDArray[np.float32]], tokens: float) -> Iterator[None]:
-        sums = asked()
-        layers, experts = np.nonzero(sums)
-        values, chosen = sums[layers, experts].tolist(), experts.tolist()
-        ends = np.searchsorted(layers, np.arange(len(sums) + 1)).tolist()
-        pairs = [(chosen[first:last], values[first:last]) for first, last in pairwise(ends)]
-        for first in range(0, len(sums), _LAYERS_AT_ONCE):
-            few = pairs[first : first + _LAYERS_AT_ONCE]
-            self.sets.observe_each(range(first, first + len(few)), few)
-            yield
+        self.sets.observe_all(asked())
+        yield
         self.end_step(tokens)
 
     def _go_on(self) -> None:

@@ -73,6 +73,8 @@ def count_report(
     counts = report.counts.tolist()
     rows = max(counts)
     sources = report.seen[:, :rows, 1]
+    if not sources.any():  # what lies behind a layer's last row, of steps before, is of no account then
+        return ExpertCounts(sum(counts), 0, 0, 0, computed_s)
     met = sources if min(counts) == rows else sources[_is_met(report, rows)]
     told = met.astype(np.int8).tobytes()
     totals = [told.count(source) for source in range(_SOURCES)]

@@ -141,6 +141,7 @@ class DeviceSteps:
         self.table.copy_out()
         self._staged_words = False
         position, ended = self._step * self.period, self.device.compute.mark()
+        self.table.applied(ended)
         turn = self.table.turn
         launch = Launch(self._step, position, self._experts, turn, self._scan, whole, ended, self._known)
         if self.computing is not None:
@@ -222,7 +223,7 @@ class DeviceSteps:
         if self._staged_words:
             self.device.compute.mark().wait()
             if self.table.layers_known == 0:  # then nothing has landed, and nobody knows whether it was applied
-                self.device.compute.run(self.table.apply)
+                self.table.apply_now()
             self.after_launch(whole=False)
         if self.computing is not None:
             self.device.compute.mark().wait()  # what runs still may wait for an answer

@@ -16,14 +16,15 @@ import torch
 from numpy.typing import NDArray
 
 from expertd_engine.experts.device_layout import TableLayout, Words
-from expertd_engine.experts.device_streams import AddressMove, Device
+from expertd_engine.experts.device_streams import AddressMove, Device, Mark
 from expertd_engine.experts.events import ExpertId
+from expertd_engine.kernels.given import apply_words
 
 if TYPE_CHECKING:
     from expertd_engine.kernels.cuda.resolve import TablePointers
 
 _UPDATE_WORDS = 2048
-"""Words that one `apply` changes; a boundary of more is applied in several, outside of any graph."""
+"""Words that one `apply` changes; a boundary of more is applied in several, outside of any graph. A multiple of 128."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +73,13 @@ class DeviceTable:
         self.progress = device.pinned(1, torch.int32)
         """int32 `[1]` in host memory: layers of the running step whose routes are known."""
         self._progress = self.progress.numpy()
-        self._update = torch.zeros(3 * _UPDATE_WORDS, dtype=torch.int32, device=where)
-        self._index, self._value = _update_parts(self._update)
-        self._index.fill_(layout.unread)
-        self._host_updates = [device.pinned(3 * _UPDATE_WORDS, torch.int32) for _ in range(2)]
-        self._host_parts = [[part.numpy() for part in _update_parts(one)] for one in self._host_updates]
-        self._used = [_UPDATE_WORDS, _UPDATE_WORDS]
-        """Words that a buffer was last filled with."""
-        self._sent = [device.compute.mark() for _ in range(2)]
-        self._buffer = 0
-        self._is_blank = True
-        """Whether the next `apply` would change nothing."""
+        self._staged = device.pinned(2 * _UPDATE_WORDS, torch.int32).view(2, _UPDATE_WORDS)
+        """Which words the next `apply` changes, and what they become; it reads them here, in the host's memory."""
+        self._index, self._value = self._staged.numpy()
+        self._index.fill(layout.unread)
+        self._num_staged = 0
+        self._applied = device.compute.mark()
+        """By then what is staged was applied."""
         self._host_report = [device.pinned(rows + layout.layers, torch.int32) for _ in range(2)]
         self._reports = [self._as_report(host.numpy()) for host in self._host_report]
         self._turn = 0
@@ -113,20 +110,29 @@ class DeviceTable:
     # ------------------------------------------------------------ boundaries
 
     def stage(self, words: Words) -> None:
-        """Send what the next `apply` changes."""
+        """Write down what the next `apply` changes. Waits until what was staged before has been applied."""
         index, value = list(words), list(words.values())
         while len(index) > _UPDATE_WORDS:
-            self._send(index[:_UPDATE_WORDS], value[:_UPDATE_WORDS])
-            self._device.compute.run(self.apply)
-            self._device.compute.mark().wait()
+            self._write_down(index[:_UPDATE_WORDS], value[:_UPDATE_WORDS])
+            self.apply_now()
             index, value = index[_UPDATE_WORDS:], value[_UPDATE_WORDS:]
-        self._send(index, value)
+        self._write_down(index, value)
         self._progress[0] = 0
 
     def apply(self) -> None:
-        """The first work of a launch: change the staged words, forget the last report. May be captured in a graph."""
-        self._words.scatter_(0, self._index, self._value)
-        self.seen_count.zero_()
+        """The first work of a launch: change the staged words, forget the last report. May be captured in a graph;
+        whoever launches it says when it has run: `applied`."""
+        apply_words(self._staged, self._words, self.seen_count)
+
+    def apply_now(self) -> Mark:
+        """Have the staged words applied by a launch of its own; it has ended at the mark."""
+        self._device.compute.run(self.apply)
+        self.applied(mark := self._device.compute.mark())
+        return mark
+
+    def applied(self, mark: Mark) -> None:
+        """By then what is staged was applied."""
+        self._applied = mark
 
     def copy_out(self) -> None:
         """The last work of a launch: what it met, to host memory."""
@@ -151,18 +157,14 @@ class DeviceTable:
         rows = self.seen.numel()
         return Report(host[:rows].reshape(self.seen.shape), host[rows:])
 
-    def _send(self, index: list[int], value: list[int]) -> None:
-        count = len(index)
-        if not count and self._is_blank:
+    def _write_down(self, index: list[int], value: list[int]) -> None:
+        count, before = len(index), self._num_staged
+        if not count and not before:
             return
-        self._buffer = buffer = 1 - self._buffer
-        self._sent[buffer].wait()  # or what was sent from it last would never arrive
-        indices, values = self._host_parts[buffer]
-        indices[:count], values[:count] = array("q", index), array("i", value)  # numpy takes lists more slowly
-        indices[count : self._used[buffer]] = self.layout.unread
-        self._used[buffer], self._is_blank = count, not count
-        self._device.compute.copy([(self._update, self._host_updates[buffer])])
-        self._sent[buffer] = self._device.compute.mark()
+        self._applied.wait()  # or what was staged before might never arrive
+        self._index[:count], self._value[:count] = array("i", index), array("i", value)  # numpy takes lists more slowly
+        self._index[count:before] = self.layout.unread
+        self._num_staged = count
 
     # ------------------------------------------------------------ what the copies lane does
 
@@ -174,8 +176,3 @@ class DeviceTable:
     def complete(self, slot: int) -> AddressMove:
         """What says that the record is all there."""
         return self._first_ready + 4 * slot, self._yes, 4
-
-
-def _update_parts(update: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of `[3 · N]` int32: which words change, int64 `[N]`, and what they become, int32 `[N]`."""
-    return update[: 2 * _UPDATE_WORDS].view(torch.int64), update[2 * _UPDATE_WORDS :]

@@ -15,6 +15,7 @@ from expertd_engine.kernels.cuda.experts import ExpertLayout, decode_tiles, expe
 from expertd_engine.kernels.cuda.experts_prefill import PairGroups, combine, experts_prefill
 from expertd_engine.kernels.cuda.host_experts import Asking, Mailbox
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers, publish, resolve
+from expertd_engine.kernels.given import take
 
 
 class GivenRoutes:
@@ -26,9 +27,12 @@ class GivenRoutes:
         self._numbers = self._host.numpy()
 
     def fill(self, routes: NDArray[np.int64]) -> None:
-        """Send the step's routes `[rows, layers, top_k]`."""
+        """Write down the step's routes `[rows, layers, top_k]`, for the next `take`."""
         self._numbers[:, : len(routes)] = routes.transpose(1, 0, 2)
-        self._device.copy_(self._host, non_blocking=True)
+
+    def take(self) -> None:
+        """Among the first work of a step. May be captured in a graph."""
+        take(self._host, self._device)
 
     def of(self, layer: int, rows: int) -> Tensor:
         """int32 `[rows, top_k]`"""

@@ -1,7 +1,7 @@
 """What a step is told, in memory that never moves: tokens, positions, block tables. Owns their pinned twin.
 
 A captured step reads these very addresses, so that filling them anew and launching it again is a new step. All numbers
-lie in one int32 tensor and go to the device in one copy.
+lie in one int32 tensor, which the step itself takes over first.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertd_engine.kernels.given import take
 from expertd_engine.model.step_rows import Span
 
 PADDING = -1
@@ -48,9 +49,9 @@ class StepInputs:
     def fill(
         self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], limits: Sequence[float] = ()
     ) -> None:
-        """Send one step, ordered before whatever is launched next on the current stream. `limits`: in virtual mode.
+        """Write down one step, for the next `take`. `limits`: in virtual mode.
 
-        The caller has waited for the step before: its copy has long been made.
+        The caller has waited for the step before, which has taken its own.
         """
         count, mine = len(token_ids), self._mine
         assert count <= self.rows and len(spans) <= self.sequences
@@ -66,7 +67,10 @@ class StepInputs:
             if self._told[index] != span.blocks:  # most steps go on in the block that they had
                 self._tables[index, : len(span.blocks)] = span.blocks
                 self._told[index] = list(span.blocks)
-        self._device.copy_(self._host, non_blocking=True)
+
+    def take(self) -> None:
+        """The first work of a step, on the current stream. May be captured in a graph."""
+        take(self._host, self._device)
 
 
 def _parts(whole: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:

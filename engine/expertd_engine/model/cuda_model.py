@@ -176,7 +176,7 @@ class DeviceModel:
 
     def _run_few(self, experts: TableExperts, rows: int) -> None:
         """What a graph is captured of."""
-        self._table.apply()
+        self._take(self._given[0])
         self._program.run_layers(rows, experts)
         experts.finish(rows)
         self._run_head(rows)
@@ -184,11 +184,18 @@ class DeviceModel:
     def _run_virtual(self, rows: int) -> None:
         """The same in virtual mode."""
         assert self.virtual is not None
-        self._table.apply()
+        self._take(None)
         self.virtual.forget(rows)
         self._program.run_layers(rows, self._few_virtual, virtual=self.virtual)
         self._few_virtual.finish(rows)
         self._run_head(rows)
+
+    def _take(self, given: GivenRoutes | None) -> None:
+        """What the host has left for this launch."""
+        self._table.apply()
+        self._inputs.take()
+        if given is not None:
+            given.take()
 
     def _run_head(self, rows: int) -> None:
         self._program.run_head(self._program.hidden[:rows], self._best)
@@ -217,8 +224,10 @@ class DeviceModel:
 
     def _large(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
         program, rows = self._program, len(tokens.ids)
+        self._inputs.take()
         if self._given[1] is not None and tokens.routes is not None:
             self._given[1].fill(tokens.routes)
+            self._given[1].take()
         tiles = torch.tensor(query_tiles(tokens.spans), dtype=torch.int32).to(self._device, non_blocking=True)
         virtual = None if tokens.limits is None else self.virtual
         with experts.stage(held_alone=virtual is not None and min(tokens.limits or ()) >= 1) as staging:

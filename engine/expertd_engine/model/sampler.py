@@ -149,19 +149,28 @@ def _draw(adjusted: torch.Tensor, row: SampleRow) -> int:
     # than `tiny`, but not all processors divide by them.
     scores = (adjusted - adjusted.max()) / max(sampling.temperature, torch.finfo(torch.float32).tiny)
     ids = _candidates(scores, sampling)
-    cumulative = scores[ids].softmax(-1).double().cumsum(0)
+    cumulative = _picked(scores, ids).softmax(-1).double().cumsum(0)
     target = uniform(sampling.seed, row.choice_index, row.position) * float(cumulative[-1])
-    chosen = min(int(torch.searchsorted(cumulative, target, right=True)), len(ids) - 1)
-    return int(ids[chosen])
+    chosen = min(int(torch.searchsorted(cumulative, target, right=True)), len(cumulative) - 1)
+    return chosen if ids is None else int(ids[chosen])
 
 
-def _candidates(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Ids that top-k, min-p and top-p leave, in this order, each renormalised. The best of `scores` is 0."""
-    by_count = 0 < sampling.top_k < len(scores)
-    ids = best_ids(scores, sampling.top_k) if by_count else torch.arange(len(scores))
+def _candidates(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
+    """Ids that top-k, min-p and top-p leave, in this order, each renormalised; None: all. The best of `scores` is 0."""
+    ids = best_ids(scores, sampling.top_k) if 0 < sampling.top_k < len(scores) else None
     if sampling.min_p > 0:
-        ids = ids[scores[ids] >= math.log(sampling.min_p)]
-    return ids[_nucleus(scores[ids], sampling.top_p)] if sampling.top_p < 1 else ids
+        ids = _among(ids, (_picked(scores, ids) >= math.log(sampling.min_p)).nonzero().flatten())
+    if sampling.top_p < 1:
+        ids = _among(ids, _nucleus(_picked(scores, ids), sampling.top_p))
+    return ids
+
+
+def _picked(scores: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+    return scores if ids is None else scores[ids]
+
+
+def _among(ids: torch.Tensor | None, places: torch.Tensor) -> torch.Tensor:
+    return places if ids is None else ids[places]
 
 
 def _nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -134,7 +134,8 @@ class Profile(_Part, frozen=True):
         """Raises StoreError for a routing that was not profiled."""
         found = {curve.routing: curve for curve in self.model.misses}
         if routing not in found:
-            raise StoreError(f"routing {routing!r} was not profiled: there are {', '.join(found)}")
+            others = ", ".join(found)
+            raise StoreError(f"routing {routing!r} was not profiled: there are {others} (`profile --routing` adds one)")
         return found[routing]
 
 

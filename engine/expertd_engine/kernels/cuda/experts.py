@@ -47,6 +47,8 @@ class Tiles:
     warps: int
     stages: int
     """Spans under way at once."""
+    registers: int | None = None
+    """Of a thread, at most: of how many programs a multiprocessor has room for. None: as many as the compiler likes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ def gate_up(
         ACTIVATION=layout.activation, ALPHA=layout.alpha, LIMIT=layout.limit,
         FETCHED=layout.nbytes if layout.quantised else 0, MT=_ROWS,
         SHARES=shares, ASKS=asking is not None, CHOICES=triton.next_power_of_2(scratch.top_k),
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
 
 
@@ -149,7 +151,8 @@ def down(
         *answer_of(asking),
         **record_constants(layout, tiles, layout.hidden, layout.inner), TOP_K=scratch.top_k,
         DOWN=layout.offsets[2], BIAS=layout.biases[2], FETCHES=layout.quantised,
-        MT=_ROWS, SHARES=shares, ASKS=asking is not None, num_warps=tiles.warps, num_stages=tiles.stages,
+        MT=_ROWS, SHARES=shares, ASKS=asking is not None,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
 
 

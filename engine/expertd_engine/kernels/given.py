@@ -1,0 +1,31 @@
+"""What the host has written for a launch, taken in by the launch itself, straight from the host's pinned memory.
+
+To ask for a copy costs the host more time than to write the numbers, and a captured launch takes in what is there when
+it runs. So the host may write only while no launch is under way that has yet to read.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def take(source: Tensor, target: Tensor) -> None:
+    """Copy `source` int32, contiguous and pinned, into `target` of as many numbers on the device."""
+    if target.device.type == "cpu":
+        target.copy_(source)
+    else:
+        from expertd_engine.kernels.cuda import given  # its kernels need what a box without a card lacks
+
+        given.take(source, target)
+
+
+def apply_words(staged: Tensor, words: Tensor, cleared: Tensor) -> None:
+    """`words[staged[0, i]] = staged[1, i]` for int32 `staged` `[2, N]`, pinned, N a multiple of 128; and `cleared`
+    int32, of N numbers at most, becomes zeros. Indices may occur again where it does not matter who comes last."""
+    if words.device.type == "cpu":
+        words.scatter_(0, staged[0].long(), staged[1])
+        cleared.zero_()
+    else:
+        from expertd_engine.kernels.cuda import given
+
+        given.apply_words(staged, words, cleared)
