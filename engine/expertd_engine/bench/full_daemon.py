@@ -30,6 +30,8 @@ ANSWER = 12
 """Tokens that each stream says after its prompt."""
 START_S = 600.0
 _POLL_S = 0.1
+_PATIENCE_S = 86400
+"""All contexts full may take long, and the last of the streams wait for the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ def _command(folder: Path, memory: MemoryProfile, flags: Mapping[str, int], kv_b
         "--max-model-len": memory.max_model_len,
         "--max-sequences": memory.max_sequences,
         "--max-step-tokens": memory.max_step_tokens,
+        "--max-queue-wait-s": _PATIENCE_S,
     }
     command = [sys.executable, "-m", "expertd_server", "serve", str(folder), "--port", "0"]
     return command + [part for flag, value in {**limits, **flags}.items() for part in (flag, str(value))]
