@@ -110,6 +110,9 @@ DEVICE_EXPERTS_BF16 = Tolerance(5e-3, 2e-2)
 """The same with rows and what lies between the matrices rounded to bfloat16."""
 DEVICE_ATTENTION = {torch.float32: Tolerance(3.3e-7, 1.3e-6), torch.bfloat16: Tolerance(3.6e-3, 1.4e-2)}
 """The device's attention against float64 with the same keys and values, by their type. Results are near 1."""
+DEVICE_DRAW = Tolerance(1.0e-8, 4e-8)
+"""Shares of tokens, rounded to float32 and summed, against float64's: so far beside a token's share may the number lie
+that the device draws it by."""
 
 PREGATED_LOGPROBS = Tolerance(9.6e-7, 3.8e-6)
 """Log-probabilities of answers of tiny pre-gated models in float32 against the same classes in plain transformers."""

@@ -308,7 +308,9 @@ def test_layers_sought_at_once_choose_as_each_would_alone(data: st.DataObject) -
             patch.setattr(held_layer, "_MANY", len(experts) + 1)
             assert alone.end_step(8.0) == actions
         waiting += [action.expert for action in actions if isinstance(action, Hold)]
-        while waiting and data.draw(st.booleans()):
+        while waiting:
+            if not data.draw(st.booleans()):
+                break
             newcomer = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))
             ends = data.draw(st.sampled_from(["arrived", "arrived", "failed"]))
             further = [getattr(sets, ends)(newcomer) for sets in (together, alone)]

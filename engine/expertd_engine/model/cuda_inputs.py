@@ -6,15 +6,18 @@ lie in one int32 tensor, which the step itself takes over first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from expertd_engine.kernels.given import take
+from expertd_engine.model.sampler import Draw
 from expertd_engine.model.step_rows import Span
 
+_NO_DRAWS: Mapping[int, Draw] = MappingProxyType({})
 PADDING = -1
 """Position of a row that is none: it writes no keys, attends to nothing and reaches no expert."""
 
@@ -24,7 +27,8 @@ class StepInputs:
 
     def __init__(self, rows: int, sequences: int, blocks: int, device: torch.device) -> None:
         self.rows, self.sequences = rows, sequences
-        sizes = {"num_rows": 1, "ids": rows, "positions": rows, "row_table": rows, "limits": rows}
+        each = ("ids", "positions", "row_table", "limits", "temperatures", "least", "words")
+        sizes = {"num_rows": 1} | dict.fromkeys(each, rows)
         total = sum(sizes.values()) + sequences * blocks
         self._host = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.zeros(total, dtype=torch.int32, device=device)
@@ -35,25 +39,34 @@ class StepInputs:
         """`[rows]` which block table a row's sequence has."""
         self.limits = theirs["limits"].view(torch.float32)
         """float32 `[rows]`: in virtual mode, the share of a row's weights that may be substituted."""
+        self.draws = theirs["temperatures"].view(torch.float32), theirs["least"].view(torch.float32), theirs["words"]
+        """`[rows]` each: how a row's token is drawn from its logits, as `kernels.cuda.draw.Drawing` takes it."""
         self.tables = theirs["rest"].view(sequences, blocks)
         """`[sequences, blocks]`; what lies beyond a sequence's end is of others, and read by nobody."""
         self._mine = {name: part.numpy() for name, part in mine.items()}
         self._tables = self._mine.pop("rest").reshape(sequences, blocks)
-        self._limits = self._mine.pop("limits").view(np.float32)
+        self._limits, self._temperatures, self._least = (
+            self._mine.pop(name).view(np.float32) for name in ("limits", "temperatures", "least")
+        )
+        self._words = self._mine.pop("words").view(np.uint32)
         self._mine["positions"][:] = PADDING
         self._used = 0
         """Rows that the step before had."""
+        self._drew: Iterable[int] = ()
+        """Those of them that drew."""
         self._told: list[list[int]] = [[] for _ in range(sequences)]
         """What each block table says, as far as it was told."""
 
     def fill(
-        self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], limits: Sequence[float] = ()
-    ) -> None:
-        """Write down one step, for the next `take`. `limits`: in virtual mode.
+        self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], limits: Sequence[float] = (),
+        draws: Mapping[int, Draw] = _NO_DRAWS,
+    ) -> None:  # fmt: skip
+        """Write down one step, for the next `take`. `limits`: in virtual mode. `draws`: by row; the others take the
+        best.
 
         The caller has waited for the step before, which has taken its own.
         """
-        count, mine = len(token_ids), self._mine
+        count, mine, words = len(token_ids), self._mine, self._words
         assert count <= self.rows and len(spans) <= self.sequences
         ids, places = mine["ids"], mine["positions"]
         if count < self._used:
@@ -62,6 +75,12 @@ class StepInputs:
         ids[:count], places[:count] = token_ids, positions
         if limits:
             self._limits[: len(limits)] = limits
+        for row in self._drew:
+            self._temperatures[row] = 0.0
+        for row, draw in draws.items():
+            self._temperatures[row], self._least[row] = draw.temperature, draw.least
+            words[row] = draw.word
+        self._drew = tuple(draws)
         for index, span in enumerate(spans):
             mine["row_table"][span.row : span.row + span.length] = index
             if self._told[index] != span.blocks:  # most steps go on in the block that they had

@@ -6,9 +6,9 @@ but for the rows that somebody reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from expertd_engine.kernels.cuda.draw import Drawing
 from expertd_engine.kernels.cuda.host_experts import Mailbox
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers
 from expertd_engine.model.cuda_build import DeviceParts
@@ -26,6 +27,7 @@ from expertd_engine.model.cuda_inputs import StepInputs
 from expertd_engine.model.cuda_kv import DeviceKV
 from expertd_engine.model.cuda_program import ProgramRoom, query_tiles
 from expertd_engine.model.cuda_virtual import VirtualWork
+from expertd_engine.model.sampler import Draw
 from expertd_engine.model.step_rows import StepRows
 
 
@@ -82,18 +84,21 @@ class StepTokens(StepRows):
     """What a step on a device is told."""
 
     read: frozenset[int] = frozenset()
-    """Places in `logit_rows` whose logits are read; of the others the best token is all."""
+    """Places in `logit_rows` whose logits are read; of the others the token is all."""
     routes: NDArray[np.int64] | None = None
     """`[rows, layers, top_k]`, in the place of the routers' choices."""
     limits: Sequence[float] | None = None
     """In virtual mode: of each row, the share of its weights that may be substituted in a layer."""
+    draws: Mapping[int, Draw] = field(default_factory=dict)
+    """By row of the step, of those of `logit_rows` that draw their token on the device."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """`best[i]` is the token with the highest logit of `logit_rows[i]`; `logits[i]` float32 `[V]`, where read."""
+    """`tokens[i]` is what `logit_rows[i]` draws, or the token with its highest logit; `logits[i]` float32 `[V]`, where
+    read."""
 
-    best: list[int]
+    tokens: list[int]
     logits: dict[int, Tensor]
 
 
@@ -116,9 +121,10 @@ class DeviceModel:
         alone = limits.rows if invariant else few
         room = ProgramRoom(kv, self._inputs, logits, hidden, limits.rows, alone, dtype)
         self._program = parts.dense.program(room, invariant=invariant)
-        self._best = torch.zeros(limits.rows, dtype=torch.int64, device=device)
-        self._best_host = torch.zeros(limits.rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._best_numbers = self._best_host.numpy()
+        self._tokens = torch.zeros(limits.rows, dtype=torch.int64, device=device)
+        self._tokens_host = torch.zeros(limits.rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._token_numbers = self._tokens_host.numpy()
+        self._draw = Drawing(few, parts.dense.vocabulary, device)
         self._logits_host = torch.zeros(few, parts.dense.vocabulary, pin_memory=device.type == "cuda")
         self._given = [
             GivenRoutes(len(layouts), rows, parts.top_k, device) if given_routes else None
@@ -165,7 +171,7 @@ class DeviceModel:
         return self._large(tokens, experts)
 
     def _fill(self, tokens: StepTokens) -> None:
-        self._inputs.fill(tokens.ids, tokens.positions, tokens.spans, tokens.limits or ())
+        self._inputs.fill(tokens.ids, tokens.positions, tokens.spans, tokens.limits or (), tokens.draws)
 
     def _made_launcher(self, program: Callable[[int], None], *, is_graph: bool) -> Launcher:
         self._inputs.fill((), (), ())
@@ -198,8 +204,9 @@ class DeviceModel:
             given.take()
 
     def _run_head(self, rows: int) -> None:
-        self._program.run_head(self._program.hidden[:rows], self._best)
-        self._best_host[:rows].copy_(self._best[:rows], non_blocking=True)
+        logits = self._program.run_head(self._program.hidden[:rows], self._tokens)
+        self._draw(logits, self._tokens, self._inputs.draws)
+        self._tokens_host[:rows].copy_(self._tokens[:rows], non_blocking=True)
 
     def _small(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
         virtual = None if tokens.limits is None else self.virtual
@@ -218,9 +225,9 @@ class DeviceModel:
             virtual.send(len(tokens.ids))
         experts.after_launch()
         launcher.wait(experts.poll)
-        best = self._best_numbers
+        chosen = self._token_numbers
         logits = {place: self._logits_host[row].clone() for place, row in wanted.items()}
-        return StepOutcome([int(best[row]) for row in tokens.logit_rows], logits)
+        return StepOutcome([int(chosen[row]) for row in tokens.logit_rows], logits)
 
     def _large(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
         program, rows = self._program, len(tokens.ids)
@@ -237,18 +244,21 @@ class DeviceModel:
             program.run_layers(rows, self._many, tiles, virtual)
             if virtual is not None:
                 virtual.send(rows)
-            best, logits = self._large_head(tokens)
+            chosen, logits = self._large_head(tokens)
         experts.scanned(self._many.counts.tolist())
-        return StepOutcome(best, logits)
+        return StepOutcome(chosen, logits)
 
     def _large_head(self, tokens: StepTokens) -> tuple[list[int], dict[int, Tensor]]:
         """The head over the rows that are asked about, as many at a time as there is room for. Waits for its tokens."""
-        best: list[int] = []
+        chosen: list[int] = []
         logits: dict[int, Tensor] = {}
         room = len(self._program.logits)
         for first in range(0, len(tokens.logit_rows), room):
             wanted = torch.tensor(tokens.logit_rows[first : first + room]).to(self._device)
-            made = self._program.run_head(self._program.hidden[wanted], self._best)
-            best += self._best[: len(wanted)].tolist()
+            made = self._program.run_head(self._program.hidden[wanted], self._tokens)
+            if tokens.draws:
+                temperatures, least, words = (each[wanted] for each in self._inputs.draws)
+                self._draw(made, self._tokens, (temperatures, least, words))
+            chosen += self._tokens[: len(wanted)].tolist()
             logits |= {first + i: made[i].cpu() for i in range(len(wanted)) if first + i in tokens.read}
-        return best, logits
+        return chosen, logits

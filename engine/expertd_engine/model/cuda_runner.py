@@ -17,11 +17,11 @@ from expertd_engine.model.cuda_model import DeviceModel, StepOutcome, StepTokens
 from expertd_engine.model.cuda_virtual import DeviceVirtual
 from expertd_engine.model.moe import MoELayer
 from expertd_engine.model.read_out import logit_positions, read_out, sample_row
-from expertd_engine.model.sampler import SampleRow, sample, takes_the_best
+from expertd_engine.model.sampler import Draw, SampleRow, plain_draw, sample, takes_the_best
 from expertd_engine.model.step_routes import RouteSource
 from expertd_engine.model.step_rows import Span
 from expertd_engine.sequence_stats import Substitutions
-from expertd_engine.step_plan import Chunk, StepPlan
+from expertd_engine.step_plan import StepPlan
 
 
 class DeviceRunner:
@@ -93,14 +93,21 @@ class DeviceRunner:
         spans: list[Span] = []
         rows: list[int] = []
         read: list[int] = []
+        draws: dict[int, Draw] = {}
         for chunk in plan.chunks:
             spans.append(Span(len(ids), chunk.start, chunk.num_tokens, chunk.sequence.block_table))
-            read += range(len(rows), len(rows) + _num_read(chunk))
+            read += range(len(rows), len(rows) + len(chunk.prompt_logprob_positions))
             rows += [len(ids) + position - chunk.start for position in logit_positions(chunk)]
+            if chunk.samples:
+                how = None if chunk.sequence.constrainer is not None else sample_row(chunk.sequence)
+                if how is not None and (draw := plain_draw(how)) is not None:
+                    draws[rows[-1]] = draw
+                elif how is None or not takes_the_best(how):
+                    read.append(len(rows) - 1)
             ids += chunk.sequence.tokens(chunk.start, chunk.stop)
             positions += range(chunk.start, chunk.stop)
         routes = None if self._routes is None else self._routes.step_routes(len(ids))
-        return StepTokens(ids, positions, spans, rows, frozenset(read), routes, limits)
+        return StepTokens(ids, positions, spans, rows, frozenset(read), routes, limits, draws)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +122,4 @@ class _OutcomeLogits:
     def choose(self, row: int, how: SampleRow) -> tuple[int, TokenLogprob | None]:
         if row in self.outcome.logits:
             return sample(self.outcome.logits[row], how)
-        return self.outcome.best[row], None
-
-
-def _num_read(chunk: Chunk) -> int:
-    """Of the chunk's rows that are asked about, how many have their logits read: all that score, which come first, and
-    the one that chooses a token, unless the best is taken."""
-    sequence = chunk.sequence
-    best_is_all = sequence.constrainer is None and takes_the_best(sample_row(sequence))
-    return len(chunk.prompt_logprob_positions) + (chunk.samples and not best_is_all)
+        return self.outcome.tokens[row], None

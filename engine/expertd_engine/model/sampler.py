@@ -17,6 +17,8 @@ from expertd_engine.messages import Sampling, TokenLogprob, TopLogprob
 
 _MASK64 = 2**64 - 1
 _NUCLEUS_FIRST = 256
+_TINY, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+"""float32 has numbers smaller than the first, but not all processors divide by them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,18 @@ class SampleRow:
     @property
     def position(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What a row draws by whose logits are taken as they are, from all tokens: as `_draw`, for whoever has the logits
+    elsewhere."""
+
+    temperature: float
+    least: float
+    """How far a logit, divided by the temperature, may lie behind the best."""
+    word: int
+    """The row's uniform number in units of 2^-32, rounded down."""
 
 
 class NoTokenLeft(Exception):
@@ -61,6 +75,17 @@ def sample(logits: torch.Tensor, row: SampleRow) -> tuple[int, TokenLogprob | No
 def takes_the_best(row: SampleRow) -> bool:
     """Whether the token with the highest logit is all that `sample` would look for."""
     return row.sampling.temperature == 0 and row.sampling.logprobs is None and _changes_nothing(row)
+
+
+def plain_draw(row: SampleRow) -> Draw | None:
+    """How the row draws, where that takes no more than one number; None where `sample` has more to do."""
+    sampling = row.sampling
+    filters = sampling.top_k > 0 or sampling.top_p < 1
+    if sampling.temperature == 0 or sampling.logprobs is not None or filters or not _changes_nothing(row):
+        return None
+    least = math.log(sampling.min_p) if sampling.min_p > 0 else -_LARGEST
+    word = int(uniform(sampling.seed, row.choice_index, row.position) * 2.0**32)
+    return Draw(max(sampling.temperature, _TINY), least, word)
 
 
 def token_logprob(logits: torch.Tensor, token: int, num_top: int) -> TokenLogprob:
@@ -145,9 +170,8 @@ def _ends_of_bad_words(row: SampleRow) -> list[int]:
 def _draw(adjusted: torch.Tensor, row: SampleRow) -> int:
     """Inverse of the cumulative distribution over the candidates."""
     sampling = row.sampling
-    # Relative to the best, so that a temperature near zero overflows to no more than -inf. float32 has smaller numbers
-    # than `tiny`, but not all processors divide by them.
-    scores = (adjusted - adjusted.max()) / max(sampling.temperature, torch.finfo(torch.float32).tiny)
+    # Relative to the best, so that a temperature near zero overflows to no more than -inf.
+    scores = (adjusted - adjusted.max()) / max(sampling.temperature, _TINY)
     ids = _candidates(scores, sampling)
     cumulative = _picked(scores, ids).softmax(-1).double().cumsum(0)
     target = uniform(sampling.seed, row.choice_index, row.position) * float(cumulative[-1])

@@ -182,7 +182,7 @@ def decode_tiles(layout: ExpertLayout, cols: int) -> Tiles:
     if layout.format == "float32":
         return _fitting(Tiles(16, 128, 2, 2), layout, cols)
     if layout.format == "bfloat16":
-        return _fitting(Tiles(32, 256, 4, 4) if is_down else Tiles(16, 256, 2, 4), layout, cols)
+        return _fitting(Tiles(32, 256, 2, 3) if is_down else Tiles(16, 256, 2, 3), layout, cols)
     span = 32 if layout.format in ("int4", "int4s") else 128
     return _fitting(Tiles(32 if is_down else 16, span, 2, 4), layout, cols)
 
