@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -34,7 +35,7 @@ from expertd_engine.planning.misses import Split
 from expertd_engine.planning.startup_plan import GROWTH_BYTES
 from golden.tolerances import DEVICE_FLOAT32_LOGITS
 from support.device_engine import SEED, device_engine, make_store
-from support.engine import Generated, generate
+from support.engine import Generated, answers, generate, submit_of
 from support.tiny_checkpoints import make_model
 
 FAMILY = "mixtral"
@@ -60,6 +61,32 @@ def test_an_engine_gives_the_models_numbers_at_every_budget_and_with_foresight(t
     expected = [output.logprobs for output in whole.outputs]
     assert all([output.logprobs for output in other.outputs] == expected for other in others)
     assert largest_error(whole) <= DEVICE_FLOAT32_LOGITS.allowed
+
+
+def test_a_token_is_drawn_alike_whether_its_logits_are_read_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a step of more rows than a graph has and in one of fewer, beside a row that takes the best."""
+    store = make_store(FAMILY, tmp_path)
+    drawn = Sampling(max_tokens=2, temperature=1.3, seed=5, ignore_eos=True)
+    read: list[int] = []
+    options = {"max_sequences": 2, "max_step_tokens": 12, "max_model_len": 32, "expert_budget": "100%"}
+    with device_engine(store, "cpu", **options) as engine:
+        step = engine.runner.model.step
+
+        def counted(tokens: StepTokens, experts: DeviceCache) -> StepOutcome:
+            read.append(len(tokens.read))
+            outcome: StepOutcome = step(tokens, experts)
+            return outcome
+
+        monkeypatch.setattr(engine.runner.model, "step", counted)
+        best = submit_of(2, PROMPT, msgspec.structs.replace(drawn, temperature=0.0))
+        there = answers(engine, [submit_of(1, PROMPT, drawn), best])
+        assert read == [0, 0]
+        here = answers(engine, [submit_of(1, PROMPT, msgspec.structs.replace(drawn, logprobs=0)), best])
+        assert read == [0, 0, 1, 1]
+    assert [one.token_ids for one in there] == [one.token_ids for one in here]
+    assert there[0].token_ids != there[1].token_ids
 
 
 def expect_kv_to_give_way(engine: Any) -> None:
