@@ -36,8 +36,10 @@ def test_words_change_and_counts_are_cleared(used: int, cleared: int) -> None:
     found = []
     for how, device in ((kernels, DEVICE), (given, "cpu")):
         words, counts = before.clone().to(device), torch.ones(cleared, dtype=torch.int32, device=device)
-        how.apply_words(pinned(staged), words, counts)
-        assert not counts.any()
+        turn, taken = pinned(torch.tensor([7], dtype=torch.int32)), pinned(torch.zeros(2, dtype=torch.int32))
+        how.apply_words(pinned(staged), turn, words, counts, taken)
+        assert not counts.any() and words.device == counts.device  # and whoever looks at them has waited
+        assert taken.tolist() == [7, 7]
         found.append(words.cpu())
     expected = before.clone()
     expected[staged[0, :used].long()] = staged[1, :used]
@@ -48,4 +50,4 @@ def test_words_change_and_counts_are_cleared(used: int, cleared: int) -> None:
 def test_more_to_clear_than_words_is_refused() -> None:
     staged, words = torch.zeros(2, 128, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
     with pytest.raises(ValueError, match="128 words beside 129"):
-        kernels.apply_words(staged, words, torch.zeros(129, dtype=torch.int32))
+        kernels.apply_words(staged, words[:1], words, torch.zeros(129, dtype=torch.int32), words[:1])

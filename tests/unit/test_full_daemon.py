@@ -81,10 +81,10 @@ def test_experts_and_kv_fill_their_budgets_before_memory_is_read(
     assert (streams, prompt + answer, vocabulary) == (2, 64, 257), "9 blocks hold two sequences of 64 tokens"
     assert (filled.experts, filled.kv) == (LIMIT - MINIMUM + 1, 2 * 4 * 1000)
     assert filled.peak >= peak_rss_bytes() // 2 > 0
-    flags = dict(zip(daemon.command[-10::2], daemon.command[-9::2], strict=True))
+    flags = dict(zip(daemon.command[-12::2], daemon.command[-11::2], strict=True))
     assert flags == {
         "--kv-budget": "9000", "--max-model-len": "64", "--max-sequences": "4", "--max-step-tokens": "64",
-        "--expert-budget": str(LIMIT),
+        "--max-queue-wait-s": "86400", "--expert-budget": str(LIMIT),
     }  # fmt: skip
 
 

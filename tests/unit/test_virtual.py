@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from expertd_engine.errors import EngineError, ResourceError
-from expertd_engine.experts import held_layer
 from expertd_engine.experts.events import ExpertId
+from expertd_engine.experts.held_ranks import HeldRanks
 from expertd_engine.experts.swaps import Action, Hold, Release, Swap, SwapLimits
 from expertd_engine.experts.virtual import VirtualExperts
 
@@ -294,6 +294,7 @@ def test_layers_sought_at_once_choose_as_each_would_alone(data: st.DataObject) -
     priors = [[float((7 * e + 3 * layer) % 11) for e in range(count)] for layer, count in enumerate(experts)]
     limits = SwapLimits(half_life=8.0, per_step=1, in_flight=data.draw(st.integers(1, 9)), ahead=0)
     together, alone = (VirtualExperts(priors, 2, limits) for _ in range(2))
+    ranks = HeldRanks(together)
     slots = [data.draw(st.integers(2, count)) for count in experts]
     waiting = [action.expert for action in together.resize(slots)]
     assert [action.expert for action in alone.resize(slots)] == waiting
@@ -302,11 +303,10 @@ def test_layers_sought_at_once_choose_as_each_would_alone(data: st.DataObject) -
         for layer, count in enumerate(experts):
             sums[layer, :count] = data.draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
             alone.observe(layer, {e: value for e, value in enumerate(sums[layer].tolist()) if value})
-        together.observe_all(sums)
+        ranks.observe(sums)
+        ranks.seek()
         actions = together.end_step(8.0)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(held_layer, "_MANY", len(experts) + 1)
-            assert alone.end_step(8.0) == actions
+        assert alone.end_step(8.0) == actions
         waiting += [action.expert for action in actions if isinstance(action, Hold)]
         while waiting:
             if not data.draw(st.booleans()):

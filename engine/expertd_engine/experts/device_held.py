@@ -16,6 +16,7 @@ from expertd_engine.experts.device_events import Keep, LetGo
 from expertd_engine.experts.device_pool import Use
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.held import HeldSets
+from expertd_engine.experts.held_ranks import HeldRanks
 from expertd_engine.experts.leases import ExpertUnavailableError
 from expertd_engine.experts.residency import State
 from expertd_engine.experts.swaps import Action, Hold
@@ -29,6 +30,7 @@ class DeviceHeld(HeldSets):
     def __init__(self, cache: DeviceCache, sets: VirtualExperts, room: VirtualRoom) -> None:
         super().__init__(sets, room)
         self._cache = cache
+        self._ranks = HeldRanks(sets)
         self._was_open = False
         self._serves = False
         """Every layer holds enough for a token; once that is so it stays so, until sets are made anew."""
@@ -64,8 +66,9 @@ class DeviceHeld(HeldSets):
         self._take_in()
 
     def _digest(self, asked: Callable[[], NDArray[np.float32]], tokens: float) -> Iterator[None]:
-        self.sets.observe_all(asked())
+        self._ranks.observe(asked())
         yield
+        self._ranks.seek()
         self.end_step(tokens)
 
     def _go_on(self) -> None:

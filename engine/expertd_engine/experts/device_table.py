@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from expertd_engine.experts.device_layout import TableLayout, Words
 from expertd_engine.experts.device_streams import AddressMove, Device, Mark
 from expertd_engine.experts.events import ExpertId
-from expertd_engine.kernels.given import apply_words
+from expertd_engine.kernels.given import PART, apply_words
 
 if TYPE_CHECKING:
     from expertd_engine.kernels.cuda.resolve import TablePointers
 
 _UPDATE_WORDS = 2048
-"""Words that one `apply` changes; a boundary of more is applied in several, outside of any graph. A multiple of 128."""
+"""That one `apply` changes, a multiple of `PART`; a boundary of more is applied in several, outside of any graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,14 @@ class DeviceTable:
         self._index, self._value = self._staged.numpy()
         self._index.fill(layout.unread)
         self._num_staged = 0
+        self._turn_staged, self._taken = (
+            device.pinned(1, torch.int32),
+            device.pinned(_UPDATE_WORDS // PART, torch.int32),
+        )
+        """Which of all stagings it is, and which one each part of an `apply` has read last."""
+        self._number, self._numbers_taken = self._turn_staged.numpy(), self._taken.numpy()
         self._applied = device.compute.mark()
-        """By then what is staged was applied."""
+        """By then what is staged was applied, at the latest."""
         self._host_report = [device.pinned(rows + layout.layers, torch.int32) for _ in range(2)]
         self._reports = [self._as_report(host.numpy()) for host in self._host_report]
         self._turn = 0
@@ -122,7 +128,7 @@ class DeviceTable:
     def apply(self) -> None:
         """The first work of a launch: change the staged words, forget the last report. May be captured in a graph;
         whoever launches it says when it has run: `applied`."""
-        apply_words(self._staged, self._words, self.seen_count)
+        apply_words(self._staged, self._turn_staged, self._words, self.seen_count, self._taken)
 
     def apply_now(self) -> Mark:
         """Have the staged words applied by a launch of its own; it has ended at the mark."""
@@ -131,7 +137,7 @@ class DeviceTable:
         return mark
 
     def applied(self, mark: Mark) -> None:
-        """By then what is staged was applied."""
+        """By then what is staged was applied, at the latest."""
         self._applied = mark
 
     def copy_out(self) -> None:
@@ -161,10 +167,12 @@ class DeviceTable:
         count, before = len(index), self._num_staged
         if not count and not before:
             return
-        self._applied.wait()  # or what was staged before might never arrive
+        if (self._numbers_taken != self._number).any():
+            self._applied.wait()  # or what was staged before might never arrive
         self._index[:count], self._value[:count] = array("i", index), array("i", value)  # numpy takes lists more slowly
         self._index[count:before] = self.layout.unread
         self._num_staged = count
+        self._number += 1
 
     # ------------------------------------------------------------ what the copies lane does
 

@@ -8,17 +8,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
-
-Bools: TypeAlias = NDArray[np.bool_]
-Doubles: TypeAlias = NDArray[np.float64]
 
 _LEAST = 1e-300
-_MANY = 4
-"""Layers from which on it is quicker to seek in all of them at once."""
 
 GONE = -1
 """In a victim's place: it has left already."""
@@ -171,14 +162,12 @@ class HeldLayers:
         self._layers = [
             HeldLayer(p, rows[n * self.width : n * self.width + len(p)], keeps=keeps) for n, p in enumerate(priors)
         ]
-        self._table: Doubles = np.frombuffer(self.scores).reshape(len(priors), self.width)
-        self._priors: Doubles = np.full(self._table.shape, -np.inf)
-        for row, prior in zip(self._priors, priors, strict=True):
-            row[: len(prior)] = prior
-        self._outside: Bools = np.zeros(self._table.shape, bool)
-        self._victims: Bools = np.zeros(self._table.shape, bool)
-        """Right for layers that are as told."""
         self._loading = 0
+
+    @property
+    def layers(self) -> Sequence[HeldLayer]:
+        """For whoever seeks in all of them at once."""
+        return self._layers
 
     @property
     def slots(self) -> list[int]:
@@ -217,29 +206,3 @@ class HeldLayers:
     def score(self, layer: int, expert: int) -> float:
         """Its windowed score, an observation made now counting in full."""
         return self._layers[layer].scores[expert] / self.unit
-
-    def _seek(self, numbers: Iterable[int]) -> None:
-        """Find out best and worst of these layers, where they are many: as each would, but all at once."""
-        rows = [number for number in numbers if self._layers[number].is_to_be_sought]
-        if len(rows) < _MANY:
-            return
-        for number in rows:
-            if not (layer := self._layers[number]).is_as_told:
-                layer.is_as_told = True
-                for told, now in (self._outside[number], layer.outside()), (self._victims[number], layer.victims()):
-                    told[:] = False
-                    told[list(now)] = True
-        at: list[int] | slice = rows if len(rows) < len(self._layers) else slice(None)
-        scores, priors = self._table[at], self._priors[at]
-        best = _first(scores, priors, self._outside[at])
-        worst = _first(-scores, -priors, self._victims[at])
-        for number, comes, goes in zip(rows, best, worst, strict=True):
-            self._layers[number].know(comes, goes)
-
-
-def _first(scores: Doubles, priors: Doubles, among: Bools) -> list[int | None]:
-    """In each row the highest score among these, of equals the highest prior, of equals the lowest id."""
-    found = np.where(among, scores, -np.inf)
-    highest = among & (found == found.max(axis=1, keepdims=True))
-    places = np.where(highest, priors, -np.inf).argmax(axis=1)
-    return [place if any_ else None for place, any_ in zip(places.tolist(), highest.any(axis=1).tolist(), strict=True)]

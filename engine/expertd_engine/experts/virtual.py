@@ -13,9 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from expertd_engine.errors import EngineError, ResourceError
 from expertd_engine.experts.events import ExpertId
 from expertd_engine.experts.held_layer import GONE, HeldLayers, Spare
@@ -85,11 +82,6 @@ class VirtualExperts(HeldLayers):
         self._observed.update(layers)
         for layer, (experts, values) in zip(layers, sums, strict=True):
             known[layer].observe(experts, values, unit)
-
-    def observe_all(self, sums: NDArray[np.float32]) -> None:
-        """As `observe`, of all layers and all experts: `[L, widest E]`."""
-        self._table += sums * self.unit
-        self.observed(range(len(self._layers)))
 
     def observed(self, layers: Iterable[int]) -> None:
         """Observations of these layers have been added to `scores`, each times `unit`."""
@@ -217,7 +209,6 @@ class VirtualExperts(HeldLayers):
 
     def _by_gain(self) -> list[int]:
         """Observed layers, largest gain first: loads under way are few and must go where they win most."""
-        self._seek(self._observed)
         gains = sorted((-self._layers[number].gain(), number) for number in self._observed)
         return [number for gain, number in gains if gain < 0]
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+PART = 128
+"""Words that one program applies."""
+
 
 def take(source: Tensor, target: Tensor) -> None:
     """Copy `source` int32, contiguous and pinned, into `target` of as many numbers on the device."""
@@ -19,13 +22,17 @@ def take(source: Tensor, target: Tensor) -> None:
         given.take(source, target)
 
 
-def apply_words(staged: Tensor, words: Tensor, cleared: Tensor) -> None:
-    """`words[staged[0, i]] = staged[1, i]` for int32 `staged` `[2, N]`, pinned, N a multiple of 128; and `cleared`
-    int32, of N numbers at most, becomes zeros. Indices may occur again where it does not matter who comes last."""
+def apply_words(staged: Tensor, turn: Tensor, words: Tensor, cleared: Tensor, taken: Tensor) -> None:
+    """`words[staged[0, i]] = staged[1, i]` for int32 `staged` `[2, N]`, pinned, N a multiple of `PART`; and `cleared`
+    int32, of N numbers at most, becomes zeros. Indices may occur again where it does not matter who comes last.
+
+    `turn` int32 `[1]` comes to all of `taken` int32 `[N / PART]`, both pinned, once nothing more is read of `staged`.
+    """
     if words.device.type == "cpu":
         words.scatter_(0, staged[0].long(), staged[1])
         cleared.zero_()
+        taken.fill_(int(turn))
     else:
         from expertd_engine.kernels.cuda import given
 
-        given.apply_words(staged, words, cleared)
+        given.apply_words(staged, turn, words, cleared, taken)

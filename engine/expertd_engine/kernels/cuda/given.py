@@ -6,7 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TAKEN, _APPLIED = 1024, 128
+from expertd_engine.kernels.given import PART
+
+_TAKEN = 1024
 """Numbers a program."""
 
 
@@ -16,13 +18,15 @@ def take(source: Tensor, target: Tensor) -> None:
     _take_kernel[(triton.cdiv(count, _TAKEN),)](source, target, count, BLOCK=_TAKEN, num_warps=8)
 
 
-def apply_words(staged: Tensor, words: Tensor, cleared: Tensor) -> None:
+def apply_words(staged: Tensor, turn: Tensor, words: Tensor, cleared: Tensor, taken: Tensor) -> None:
     """See `kernels.given`."""
     count = staged.shape[1]
-    if count % _APPLIED or cleared.numel() > count:
-        raise ValueError(f"{count} words beside {cleared.numel()} to clear: a multiple of {_APPLIED}, and no fewer")
-    _apply_kernel[(count // _APPLIED,)](
-        staged, words, cleared, cleared.numel(), COUNT=count, BLOCK=_APPLIED, num_warps=_APPLIED // 32
+    if count != PART * len(taken) or cleared.numel() > count:
+        raise ValueError(
+            f"{count} words beside {cleared.numel()} to clear in {len(taken)} parts: {PART} a part, and no fewer"
+        )
+    _apply_kernel[(len(taken),)](
+        staged, turn, words, cleared, taken, cleared.numel(), COUNT=count, BLOCK=PART, num_warps=PART // 32
     )
 
 
@@ -34,10 +38,14 @@ def _take_kernel(source: tl.tensor, target: tl.tensor, count: tl.tensor, BLOCK: 
 
 @triton.jit
 def _apply_kernel(
-    staged: tl.tensor, words: tl.tensor, cleared: tl.tensor, num_cleared: tl.tensor,
+    staged: tl.tensor, turn: tl.tensor, words: tl.tensor, cleared: tl.tensor, taken: tl.tensor, num_cleared: tl.tensor,
     COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(0)
+    i = part * BLOCK + tl.arange(0, BLOCK)
+    number = tl.load(turn, volatile=True)
     index, value = tl.load(staged + i, volatile=True), tl.load(staged + COUNT + i, volatile=True)
     tl.store(words + index, value)
     tl.store(cleared + i, 0, i < num_cleared)
+    nothing = tl.sum(tl.where(index < 0, value, 0), 0)  # no index is; but to know that, all must have been read
+    tl.store(taken + part, number + nothing)
