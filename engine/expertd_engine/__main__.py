@@ -15,7 +15,8 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a store is complete; nothing is fetched while serving
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,8 +26,8 @@ import torch
 # transformers loads PyTorch's compiler, and that Triton where it is installed: 100 MiB of a budget, on a processor that
 # never compiles anything.
 if not torch.cuda.is_available():
-    # None is Python's own word for "import finds none" (language reference, 5.3.1).
-    sys.modules.setdefault("triton", None)  # type: ignore[arg-type]  # None bars the import; stubs allow modules alone
+    # None is Python's own word for "import finds none" (language reference, 5.3.1), which the stubs leave out.
+    cast("dict[str, ModuleType | None]", sys.modules).setdefault("triton", None)
 
 from expertd_engine.config import config_from_json
 from expertd_engine.core import Forward

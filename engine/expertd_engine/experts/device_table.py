@@ -78,12 +78,11 @@ class DeviceTable:
         self._index, self._value = self._staged.numpy()
         self._index.fill(layout.unread)
         self._num_staged = 0
-        self._turn_staged, self._taken = (
-            device.pinned(1, torch.int32),
-            device.pinned(_UPDATE_WORDS // PART, torch.int32),
-        )
-        """Which of all stagings it is, and which one each part of an `apply` has read last."""
-        self._number, self._numbers_taken = self._turn_staged.numpy(), self._taken.numpy()
+        self._staging = device.pinned(1, torch.int32)
+        """Counts what was staged."""
+        self._taken = device.pinned(_UPDATE_WORDS // PART, torch.int32)
+        """Which of it each part of an `apply` has read last."""
+        self._last_staged, self._last_taken = self._staging.numpy(), self._taken.numpy()
         self._applied = device.compute.mark()
         """By then what is staged was applied, at the latest."""
         self._host_report = [device.pinned(rows + layout.layers, torch.int32) for _ in range(2)]
@@ -128,7 +127,7 @@ class DeviceTable:
     def apply(self) -> None:
         """The first work of a launch: change the staged words, forget the last report. May be captured in a graph;
         whoever launches it says when it has run: `applied`."""
-        apply_words(self._staged, self._turn_staged, self._words, self.seen_count, self._taken)
+        apply_words(self._staged, self._staging, self._words, self.seen_count, self._taken)
 
     def apply_now(self) -> Mark:
         """Have the staged words applied by a launch of its own; it has ended at the mark."""
@@ -167,12 +166,12 @@ class DeviceTable:
         count, before = len(index), self._num_staged
         if not count and not before:
             return
-        if (self._numbers_taken != self._number).any():
+        if (self._last_taken != self._last_staged).any():
             self._applied.wait()  # or what was staged before might never arrive
         self._index[:count], self._value[:count] = array("i", index), array("i", value)  # numpy takes lists more slowly
         self._index[count:before] = self.layout.unread
         self._num_staged = count
-        self._number += 1
+        self._last_staged += 1
 
     # ------------------------------------------------------------ what the copies lane does
 
