@@ -18,6 +18,7 @@ from expertd_engine.device_virtual import may_be_virtual
 from expertd_engine.errors import ConfigError
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_staging import Chunk
+from expertd_engine.experts.device_streams import Mark
 from expertd_engine.kernels.cuda.host_experts import Mailbox
 from expertd_engine.kernels.cuda.resolve import TablePointers
 from expertd_engine.memory import available_bytes
@@ -41,7 +42,7 @@ class _EmptyTable:
         self.pointers = TablePointers(
             entries=words(layers, experts, 2, dtype=torch.int64), slot_address=words(1, dtype=torch.int64),
             ready=words(1), landing=words(2), head=words(1), tail=words(1),
-            seen=words(layers, experts, 4), seen_count=words(layers), progress=words(1),
+            seen=words(layers, experts, 4), seen_count=words(layers), progress=words(1), launch=words(1),
         )  # fmt: skip
         self.held = words(layers, experts)
 
@@ -62,12 +63,14 @@ class _NoExperts:
 
     def before_launch(self, *, may_ask: bool) -> bool:
         """Every step is staged: neither this nor the next two are called."""
-        return False
+        raise NotImplementedError
 
-    def after_launch(self) -> None:
+    def after_launch(self) -> Mark:
         """See above."""
+        raise NotImplementedError
 
-    poll = after_launch
+    def poll(self) -> None:
+        """See above."""
 
     def stage(self, *, held_alone: bool) -> AbstractContextManager[_NoExperts]:
         return nullcontext(self)

@@ -159,7 +159,9 @@ def _assemble(
     prefixes = PrefixCache(pool, store.index.store_id) if config.prefix_cache else None
     limits = SchedulerLimits(config.max_sequences, config.max_step_tokens, context.limits.model_len)
     refusal = (lambda: virtual.reason) if isinstance(virtual, NoVirtualMode) else virtual.held.refusal
-    core = EngineCore(Scheduler(limits, pool, prefixes), wrap(runner), loaded.eos_token_ids, context.constrain, refusal)
+    scheduler = Scheduler(limits, pool, prefixes)
+    runner.look_ahead = scheduler.look_ahead
+    core = EngineCore(scheduler, wrap(runner), loaded.eos_token_ids, context.constrain, refusal)
     warm = _warm_restart(context, cache)
     if warm is not None:
         warm.recall()

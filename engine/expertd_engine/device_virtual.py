@@ -37,4 +37,4 @@ def open_virtual(context: Context, model: DeviceModel, cache: DeviceCache) -> De
         context.fallbacks.append("virtual mode swaps experts after steps alone: on a device no route is foreseen")
     if config.expert_mode == "virtual" and lacks_norms(store.index):
         context.fallbacks.append("virtual mode weighs all experts alike: this store has no norms; prepare it again")
-    return DeviceVirtual(model.virtual, DeviceHeld(cache, made.sets, made.room), made.norms, store.index.top_k)
+    return DeviceVirtual(DeviceHeld(cache, made.sets, made.room), made.norms, store.index.top_k)

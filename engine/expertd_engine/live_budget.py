@@ -43,6 +43,7 @@ class LiveBudget:
     def set(self, message: SetBudget) -> BudgetSet:
         """Change a budget, or say why not; then nothing has changed."""
         error, ledger = None, self._engine.cache.ledger
+        self._engine.runner.settle()
         try:
             if message.memory_budget_bytes is not None:
                 self._set_memory(message.memory_budget_bytes, message.expert_budget_bytes)
@@ -55,6 +56,7 @@ class LiveBudget:
     def tick(self, memory: MemoryUse) -> None:
         """Once in a while: give back KV that has become idle, and what memory is above its budget."""
         pool = self._engine.pool
+        self._engine.runner.settle()
         if self.memory_budget_bytes is not None and pool.capacity > self._planned_blocks:
             self._set_memory(self.memory_budget_bytes, None)
         self._drop_blocks()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Collection
 
 from expertd_engine.batching import Chooser
 from expertd_engine.kv_pool import KVPool
@@ -54,6 +55,15 @@ class Queues:
             if victim is sequence:
                 return False
         sequence.block_table += self._pool.allocate(max(count, 0))
+        return True
+
+    def extend(self, reach: Collection[tuple[Sequence, int]]) -> bool:
+        """Blocks for the tokens of each sequence up to and including a position, at nobody's cost; or none at all."""
+        more = [(one, self._pool.blocks_for(position + 1) - len(one.block_table)) for one, position in reach]
+        if not self._pool.can_allocate(sum(max(count, 0) for _, count in more)):
+            return False
+        for sequence, count in more:
+            sequence.block_table += self._pool.allocate(max(count, 0))
         return True
 
     def end(self, sequence: Sequence, reason: FinishReason) -> None:

@@ -45,6 +45,8 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         """All and only the live ones."""
         self._in_flight: StepPlan | None = None
+        self._ahead: StepPlan | None = None
+        """What was said to come next; see `look_ahead`."""
         self._trials = Trials()
         self._arrivals = 0
         self._step = 0
@@ -132,6 +134,8 @@ class Scheduler:
         """The next step, with blocks allocated for it; None if no sequence is live."""
         if self._in_flight is not None:
             raise EngineError(f"step {self._in_flight.step} has not been answered")
+        if (promised := self._promised()) is not None:
+            return promised
         preempted: list[Sequence] = []
         chunks = self._next_trial(preempted)
         if chunks:
@@ -143,6 +147,24 @@ class Scheduler:
         if self._sequences:
             raise EngineError(f"no step can be formed for {len(self._sequences)} live sequences")
         return None
+
+    def look_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The step that follows `plan`, which is in flight, if all it brings is tokens: each of its sequences decodes
+        the one it is about to be given, but those for which that is the last. None where it cannot be said.
+
+        Its blocks are allocated, for which nobody gives way, and `schedule` gives it next, less the sequences that have
+        ended by then; never, if all have or `plan` fails. Whoever arrives meanwhile begins behind it.
+        """
+        running = self._queues.running
+        is_all = len(running) == len(plan.chunks) and all(chunk.samples for chunk in plan.chunks)
+        if plan is not self._in_flight or not is_all or self._trials.are_left or not self._filler.is_full_of(running):
+            return None
+        live = [one for one in plan.chunks if one.sequence.state is SequenceState.RUNNING]
+        chunks = [Chunk(one.sequence, one.stop, 1, True) for one in live if one.stop + 1 < one.sequence.max_length]
+        if not chunks or not self._queues.extend([(one.sequence, one.stop) for one in chunks]):
+            return None
+        self._ahead = StepPlan(self._step, plan.mode, tuple(chunks), (), plan.queue)
+        return self._ahead
 
     def update_from_output(self, plan: StepPlan, sampled_token_ids: Mapping[int, int]) -> list[Chunk]:
         """Advance the plan's sequences and append their sampled tokens (by sequence id).
@@ -204,6 +226,21 @@ class Scheduler:
             return tuple(modes)
         other: ExpertMode = "virtual" if self._mode == "exact" else "exact"
         return (self._mode, other) if self._mode_steps < self.limits.max_mode_steps else (other, self._mode)
+
+    def _promised(self) -> StepPlan | None:
+        """What `look_ahead` said would come, begun; None where nothing is left of it."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return None
+        chunks = [
+            one
+            for one in ahead.chunks
+            if one.sequence.state is SequenceState.RUNNING and one.sequence.num_computed_tokens == one.start
+        ]
+        if chunks:
+            return self._begin_step(ahead.mode, chunks, [])
+        self._step += 1  # its number is known to whoever computes it already
+        return None
 
     def _next_trial(self, preempted: list[Sequence]) -> list[Chunk]:
         """Chunks of the next group to be tried alone of which any member still runs; empty if there is none."""

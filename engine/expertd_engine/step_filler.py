@@ -27,6 +27,12 @@ class StepFiller:
         # Where all step, decodes leave a token for every row that prefills; else the more run, the more is to choose.
         return self.limits.max_sequences if self._chooser.passes_over else self.limits.max_rows
 
+    def is_full_of(self, running: Collection[Sequence]) -> bool:
+        """Whether a step of one token for each of these leaves nobody out: no one waits who could be admitted, and no
+        one is passed over."""
+        could_begin = self._queues.waiting and len(running) < self._max_running
+        return not (could_begin or self._chooser.passes_over) and len(running) <= self.limits.max_step_tokens
+
     def fill(self, mode: ExpertMode, preempted: list[Sequence]) -> list[Chunk]:
         """Chunks of a step of `mode`, blocks allocated; empty if none of its sequences can compute. Whoever gave way
         for it is added to `preempted`."""

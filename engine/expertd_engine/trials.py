@@ -18,6 +18,11 @@ class Trials:
         self._on_trial = False
         """The step in flight is such a group."""
 
+    @property
+    def are_left(self) -> bool:
+        """Whether the next step is such a group, or the one in flight is."""
+        return self._on_trial or bool(self._groups)
+
     def next(self) -> Sequence[int]:
         """The ids to be tried next; none, where the next step is one as any other."""
         self._on_trial = bool(self._groups)

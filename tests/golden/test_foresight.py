@@ -274,7 +274,7 @@ def test_while_predictions_do_not_pay_layers_run_on_and_bits_stay(store: Path) -
     with running_engine(store, predictor="learned") as engine:
         payoff, turns, listens = governor_of(engine).payoff, itertools.count(), itertools.count()
 
-        def begin_step(rows: int | None) -> bool:
+        def begin_step(rows: int | None, *, ahead: bool = False) -> bool:
             payoff.is_on = payoff._kept = next(turns) // 7 % 2 == 0
             payoff._left = 999 * (next(listens) // 21 % 2)  # the predictor listens all along, or not while it is off
             return payoff.is_on

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
 
 from expertd_engine import step_costs
 from expertd_engine.bench import planned
+from expertd_engine.bench.foretold import MemoryRun
 from expertd_engine.bench.quality import quality
 from expertd_engine.bench.text_decoder import Decoder
 from expertd_engine.bench.virtual_speed import virtual_speed
 from expertd_engine.calibration import TextEngine
 from expertd_engine.config import Config, Size
-from expertd_engine.errors import UsageError
+from expertd_engine.errors import BudgetError, UsageError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.model.virtual_build import FORESEEN
 from expertd_engine.model.virtual_routing import VirtualRouting
@@ -192,10 +194,31 @@ def test_a_virtual_token_is_timed_beside_one_of_a_smaller_model(store: ExpertSto
 def test_plans_stand_beside_what_is_measured(
     store: ExpertStore, profiled: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planned, "BUDGETS", ("100%", "50%"))
-    monkeypatch.setattr(planned, "memory_runs", lambda *args: [planned.MemoryRun("all", make_plan(profiled, ALL), 1)])
-    values = json.loads(planned.planner([store.path], ["model", "uniform"], rounds=1, tokens=4).splitlines()[-1])
+    monkeypatch.setattr(planned, "memory_runs", lambda *args: [MemoryRun("all", make_plan(profiled, ALL), 1)])
+    values = planner_values(store, ["100%", "50%"])
     assert [run["run"].split(", ")[1:] for run in values["speed"]] == [
         [routing, budget] for routing in ("model", "uniform") for budget in ("100%", "50%")
     ]
     assert all(run["tok_s"] > 0 and run["foretold_tok_s"] > 0 for run in values["speed"])
+    rounds = [one for run in values["speed"] for one in run["rounds"]]
+    assert len(rounds) == 8 and all(min(one.values()) > 0 for one in rounds)
+    assert values["memory"][0]["used_bytes"] == 1
+
+
+def test_without_room_for_every_expert_once_more_there_is_no_pace(
+    store: ExpertStore, profiled: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crowded(store: ExpertStore, config: Config, *others: Any) -> Decoder:
+        if config.expert_budget is not None:
+            raise BudgetError("available memory", 1, 2, "every expert")
+        return Decoder(store, config, *others)
+
+    monkeypatch.setattr(planned, "Decoder", crowded)
+    values = planner_values(store, ["50%"], memory=False)
+    assert all(run["tok_s"] > 0 and run["pace"] is run["error_at_pace"] is None for run in values["speed"])
+
+
+def planner_values(store: ExpertStore, budgets: list[str], *, memory: bool = True) -> dict[str, Any]:
+    told = planned.planner([store.path], ["model", "uniform"], budgets, rounds=2, tokens=10, memory=memory)
+    values: dict[str, Any] = json.loads(told.splitlines()[-1])
+    return values

@@ -97,7 +97,8 @@ def make_table(entries: Tensor, slots: int = 64) -> TablePointers:
     landing = torch.arange(64, dtype=torch.int32, device="cuda") % slots
     addresses = torch.zeros(slots, dtype=torch.int64, device="cuda")
     seen = ints(LAYERS, entries.shape[1], 4)
-    return TablePointers(entries, addresses, ints(slots), landing, ints(1), ints(1), seen, ints(LAYERS), progress)
+    told = seen, ints(LAYERS), progress, ints(1)
+    return TablePointers(entries, addresses, ints(slots), landing, ints(1), ints(1), *told)
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def test_what_is_foreseen_is_copied_beside_a_running_step(cache: DeviceCache) ->
     """Long products stand in for a step; hints come while they run, the next boundary publishes what they brought."""
     told = cache.lookahead
     assert isinstance(told, Told)
-    cache.routes = lambda layer: ()
+    cache.routes = lambda: lambda layer: ()
     cache.fill()
     busy = torch.randn(8192, 8192, device="cuda")
     foreseen = [ExpertId(layer, EXPERTS - 1 - e) for e in range(2) for layer in range(0, LAYERS, 2)]
@@ -157,7 +157,7 @@ def test_what_is_foreseen_is_copied_beside_a_running_step(cache: DeviceCache) ->
         cache.after_launch()
         running = cache.device.compute.mark()
         told.next = [Hint(e, (step + 1) * LAYERS * EXPERTS + e.layer * EXPERTS + e.expert) for e in foreseen]
-        cache.table.progress[0] = 1
+        cache.table.progress[0] = int(cache.table.launch) + 1
         before = cache.link.prefetched
         while not running.done():
             cache.poll()

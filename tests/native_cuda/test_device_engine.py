@@ -30,7 +30,8 @@ from expertd_engine.experts.device_plans import nothing_known
 from expertd_engine.experts.lookahead import EveryExpert, Exactness, NoLookahead
 from expertd_engine.live_budget import LiveBudget
 from expertd_engine.messages import Sampling, SetBudget
-from expertd_engine.model.cuda_model import StepOutcome, StepTokens
+from expertd_engine.model.cuda_model import Running, StepTokens
+from expertd_engine.model.cuda_runner import nothing_follows
 from expertd_engine.planning.misses import Split
 from expertd_engine.planning.startup_plan import GROWTH_BYTES
 from golden.tolerances import DEVICE_FLOAT32_LOGITS
@@ -72,14 +73,14 @@ def test_a_token_is_drawn_alike_whether_its_logits_are_read_or_not(
     read: list[int] = []
     options = {"max_sequences": 2, "max_step_tokens": 12, "max_model_len": 32, "expert_budget": "100%"}
     with device_engine(store, "cpu", **options) as engine:
-        step = engine.runner.model.step
+        told = engine.runner._tokens
 
-        def counted(tokens: StepTokens, experts: DeviceCache) -> StepOutcome:
+        def counted(*arguments: Any) -> StepTokens:
+            tokens: StepTokens = told(*arguments)
             read.append(len(tokens.read))
-            outcome: StepOutcome = step(tokens, experts)
-            return outcome
+            return tokens
 
-        monkeypatch.setattr(engine.runner.model, "step", counted)
+        monkeypatch.setattr(engine.runner, "_tokens", counted)
         best = submit_of(2, PROMPT, msgspec.structs.replace(drawn, temperature=0.0))
         there = answers(engine, [submit_of(1, PROMPT, drawn), best])
         assert read == [0, 0]
@@ -87,6 +88,37 @@ def test_a_token_is_drawn_alike_whether_its_logits_are_read_or_not(
         assert read == [0, 0, 1, 1]
     assert [one.token_ids for one in there] == [one.token_ids for one in here]
     assert there[0].token_ids != there[1].token_ids
+
+
+def test_steps_launched_behind_others_bring_the_same_tokens(tmp_path: Path) -> None:
+    """Beside each other a drawn answer and a shorter one that takes the best, few of whose experts are there."""
+    store = make_store(FAMILY, tmp_path)
+    how = Sampling(max_tokens=5, temperature=1.3, seed=5, ignore_eos=True)
+    short = msgspec.structs.replace(how, max_tokens=3, temperature=0.0)
+    found: list[list[list[int]]] = []
+    with device_engine(store, "cpu", **FEW_RESIDENT) as engine:
+        runner = engine.runner
+        for look_ahead in (runner.look_ahead, nothing_follows):
+            runner.look_ahead = look_ahead
+            number = 2 * len(found)
+            asked = [submit_of(number, PROMPT[:2], how), submit_of(number + 1, PROMPT[2:], short)]
+            found.append([one.token_ids for one in answers(engine, asked)])
+            assert (runner.steps_ahead, runner.steps_in_vain) == (3, 0), "not the first that has so few rows"
+        counters = engine.cache.ledger.counters
+        lookups = counters.lookups()
+        runner.look_ahead = engine.core.scheduler.look_ahead
+        expected = found[0][1][:2]
+        [stopped] = answers(
+            engine, [submit_of(8, PROMPT[2:], msgspec.structs.replace(short, stop_token_ids=expected[1:]))]
+        )
+        assert stopped.token_ids == expected and runner.is_ahead
+        runner.idle()
+        assert (runner.steps_ahead, runner.steps_in_vain) == (4, 1)
+        engine.cache.settle()
+        engine.cache.ledger.check()
+        layers, top_k = len(store.index.layers), store.index.top_k
+        assert counters.lookups() - lookups >= 2 * layers * top_k, "what ran for nobody is told as well"
+    assert found[0] == found[1] and found[0][0] != found[0][1]
 
 
 def expect_kv_to_give_way(engine: Any) -> None:
@@ -239,19 +271,17 @@ def test_foresight_is_measured_with_and_without_in_an_engine_that_is_retuned(
     with closing(DeviceSession(spec, torch.device("cpu"))) as session:
         few, foreseen = session.describe().expert_budget, list[str]()
 
-        def step(tokens: StepTokens, experts: DeviceCache) -> StepOutcome:
+        def begin(tokens: StepTokens, experts: DeviceCache) -> Running:
             """Computes nothing: no kernel need be interpreted."""
             foreseen.append(experts.lookahead.exactness)
             experts.before_launch()
-            experts.after_launch()
-            experts.poll()
-            return StepOutcome([0] * len(tokens.logit_rows), {})
+            return Running(tokens, 0, None, experts.after_launch())
 
         def turns(cell: Cell) -> Turns:
             session.retune(cell.budget, cell.routing, cell.hints, 1)
             return take_turns(session, request)
 
-        monkeypatch.setattr(session._engine.runner.model, "step", step)
+        monkeypatch.setattr(session._engine.runner.model, "begin", begin)
         said = json.loads(report(spec, request, [Cell("calibrated:fine", "50%", "default")], turns).splitlines()[-1])
         assert session.describe().expert_budget > few
     [cell] = said["cells"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from expertd_engine.experts.store_format import tensor_bytes
-from expertd_engine.kernels.cuda.experts import ACTIVATIONS, ExpertLayout, experts_decode
+from expertd_engine.kernels.cuda import experts
+from expertd_engine.kernels.cuda.experts import ACTIVATIONS, ExpertLayout, Tiles, down, experts_decode
 from expertd_engine.kernels.cuda.experts_prefill import PairGroups, combine, experts_prefill
 from expertd_engine.kernels.cuda.resolve import FAR, ExpertScratch
 from expertd_engine.kernels.row_order import ROW_FORMATS, row_bytes
@@ -83,6 +85,28 @@ def test_more_rows_than_a_program_takes_at_once() -> None:
     world = ExpertWorld(Kind(experts=2, top_k=2), far=(1,), free=(0,))
     x, (index, weights) = world.rows(64, torch.float32), world.routes(64)
     assert error(world.decode(x, index, weights), world.expected(x, index, weights)) <= DEVICE_EXPERTS.allowed
+
+
+@pytest.mark.parametrize(("top_k", "registers"), [(8, None), (9, 168)])
+def test_rows_of_many_experts_leave_room_for_more_programs(
+    top_k: int, registers: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the registers of down alone, in bfloat16 alone; results stay right."""
+    cuts: list[Tiles] = []
+
+    def noted(*arguments: Any, **options: Any) -> None:
+        cuts.append(arguments[-1])
+        down(*arguments, **options)
+
+    monkeypatch.setattr(experts, "down", noted)
+    for format in ("bfloat16", "int4"):
+        world = ExpertWorld(Kind(format, experts=10, top_k=top_k))
+        x, (index, weights) = world.rows(1, torch.float32), world.routes(1)
+        assert error(world.decode(x, index, weights), world.expected(x, index, weights)) <= DEVICE_EXPERTS.allowed
+    layout = ExpertWorld(Kind("bfloat16")).layout
+    assert [cut.registers for cut in cuts] == [registers, None]
+    assert replace(cuts[0], registers=None) == experts.decode_tiles(layout, layout.inner)
+    assert experts.decode_tiles(layout, layout.hidden, top_k).registers is None
 
 
 def test_rows_of_padding_are_left_alone() -> None:

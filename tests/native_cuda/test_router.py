@@ -18,7 +18,7 @@ from expertd_engine.kernels.library import FORMATS, Matrix
 from expertd_engine.model.among_held import Select, among_held
 from expertd_engine.model.native_abi import Block, BlockCalls, Norm, NormKind, Router, Scores, Step
 from expertd_engine.model.router_rules import Groups, ScoreTopK, TopKSoftmax, share, sigmoid_scores, softmax_scores
-from expertd_engine.model.substitution import widest
+from expertd_engine.model.substitution import SHARED_FROM, widest
 from support.interpreter import DEVICE
 from support.kernels import needs_kernels, pool_on
 
@@ -45,6 +45,9 @@ RULES = [
     Rule(Scores.SIGMOID, 12, 3, 3, 2, 2, True, True, 1.5),
     Rule(Scores.SOFTMAX, 8, 2, 4, 1, 1),
 ]
+SIX = Rule(Scores.SIGMOID, 16, 6, 4, 2, 2, True, True, 1.5)
+TEN = Rule(Scores.SOFTMAX, 16, 10, shares=True)
+"""Of equal logits each choice weighs a tenth, but for roundings."""
 
 
 class World:
@@ -171,6 +174,35 @@ def test_rows_among_held_experts_are_those_of_the_cpu(rule: Rule, shared_by: int
     assert torch.equal(named, (spread(rule, *ours) != 0).float()), "who is named again is somebody who computes"
     asked = spread(rule, torch.from_numpy(chosen), weights * y.norm(dim=1, keepdim=True))[:-1].sum(dim=0)
     torch.testing.assert_close(among.asked.cpu(), asked, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.999])
+@pytest.mark.parametrize(("rule", "spread_by"), [(RULES[0], 0.3), (SIX, 0.3), (TEN, 0.0)])
+def test_two_answer_from_a_tenth_of_the_row_on(rule: Rule, spread_by: float, limit: float) -> None:
+    world, width = World(rule, ""), widest(rule.top_k, 2)
+    world.x, world.matrix = world.x[:1], world.matrix * np.float32(spread_by)
+    index, weights, _, logits = world.on_device()
+    logits = logits - 1e-6 * torch.arange(rule.experts)  # of equals the lower id is the better
+    shares, counts = weights[0] / weights[0].sum(), set()
+    for lost, mass in zip(index[0].tolist(), shares.tolist(), strict=True):
+        held = torch.ones(rule.experts, dtype=torch.int32)
+        held[lost] = 0
+        among = Among(
+            held=held.to(DEVICE), counted=torch.empty(1, rule.experts, device=DEVICE),
+            limits=torch.full((1,), limit, device=DEVICE), num_rows=torch.ones(1, dtype=torch.int32, device=DEVICE),
+            asked=torch.zeros(rule.experts, device=DEVICE), met=torch.zeros(1, MET, device=DEVICE),
+            experts=torch.zeros(1, width, dtype=torch.int32, device=DEVICE),
+            weights=torch.zeros(1, width, device=DEVICE), shared_by=2,
+        )  # fmt: skip
+        world.on_device(among)
+        ours = spread(rule, among.experts.cpu().long(), among.weights.cpu())
+        row = logits, index.numpy().astype(np.int64), weights.numpy(), held.numpy() != 0
+        theirs = among_held(rule_of(world), *row, np.array([limit], np.float32), 2)
+        expected = spread(rule, torch.from_numpy(theirs.index), torch.from_numpy(theirs.weights))
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+        assert int(among.met[0, 0]) == 1
+        counts.add((mass < SHARED_FROM - 1e-4, ours.count_nonzero().item() - rule.top_k))
+    assert counts == ({(False, 1)} if rule is TEN else {(True, 0), (False, 1)})
 
 
 @pytest.mark.parametrize("rule", RULES[:2])

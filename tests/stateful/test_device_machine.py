@@ -129,10 +129,11 @@ class DeviceMachine(RuleBasedStateMachine):
             self.cache.computing = cast(HostCompute, Idle(self.lands))
             self.cache.ledger.brings_in = True
         if knows:
-            self.cache.routes = lambda layer: ()
+            self.cache.routes = lambda: lambda layer: ()
         self.cache.plans.launches_ahead = ahead
         self.lookups = 0
-        self.running: FakeStep | None = None
+        self.running: list[FakeStep] = []
+        """Launched, the first one first, and not said to have ended: two at most."""
 
     # ------------------------------------------------------------ steps
 
@@ -145,11 +146,12 @@ class DeviceMachine(RuleBasedStateMachine):
         """Also while the one before still runs: then the host is a step ahead, unless it knows what the step uses, and
         waits."""
         for routes, foreseen, computed, copied, known in steps:
+            self._end(1)
             self.told.next = sorted(foreseen)
             step = self._begin(routes, scan=copied == 1, known=known)
             step.give(self.device.lanes[0])
             self.cache.after_launch()
-            self.running = step
+            self.running.append(step)
             self.advance(1, copied)
             self.advance(0, computed)
             self.cache.poll()
@@ -157,8 +159,9 @@ class DeviceMachine(RuleBasedStateMachine):
     @rule(routes=ROUTES, after=st.integers(-1, LAYERS - 1), known=st.booleans())
     def fail(self, routes: Sequence[dict[int, int]], after: int, known: bool) -> None:
         """After some layers, the last of which has not written what it landed; or before anything was launched."""
+        self._end(1)
         self.cache.settle()
-        self.running = None
+        self.running.clear()
         step = self._begin(routes, False, known)
         step.fails_after = after
         if after >= 0:
@@ -167,21 +170,25 @@ class DeviceMachine(RuleBasedStateMachine):
         self.lookups -= sum(map(len, routes))
         self.cache.abandon_step()
 
-    @precondition(lambda self: self.running is not None)
+    @precondition(lambda self: self.running)
     @rule()
     def finish(self) -> None:
-        assert self.running is not None
+        """The first of those that run has ended."""
         counts = self.cache.end_step()
-        sources = [source for _, source in self.running.met]
+        sources = [source for _, source in self.running.pop(0).met]
         expected = (sources.count(HIT), sources.count(WAITED))
         assert (counts.hits, counts.late) == expected and counts.misses == len(sources) - sum(expected)
         over_link = counts.misses - sources.count(COMPUTED) - sources.count(SHARED)
         assert counts.loaded_bytes == RECORD * over_link + SHARED_BYTES * sources.count(SHARED)
-        self.running = None
+
+    def _end(self, but: int) -> None:
+        while len(self.running) > but:
+            self.finish()
 
     @rule(routes=ROUTES, computed=st.integers(0, 2), copied=st.integers(0, 9))
     def prefill(self, routes: Sequence[dict[int, int]], computed: int, copied: int) -> None:
         """Every expert of every layer comes by, once, and is there while it is read."""
+        self._end(0)
         self.cache.begin_step((), scan=True)
         compute = self.device.lanes[0]
         with self.cache.stage() as staging:
@@ -197,7 +204,6 @@ class DeviceMachine(RuleBasedStateMachine):
         self.cache.scanned([[chosen.get(expert, 0) for expert in range(EXPERTS)] for chosen in routes])
         self.lookups += sum(map(len, routes))
         assert self.cache.end_step().misses + self.cache.end_step().hits == sum(map(len, routes))
-        self.running = None
 
     def _begin(self, routes: Sequence[dict[int, int]], scan: bool, known: bool) -> FakeStep:
         self.lookups += sum(map(len, routes))
@@ -315,6 +321,9 @@ class HeldMachine(DeviceMachine):
         """A step whose rows go to held experts alone finds them all, whatever else is under way."""
         held = self._held()
         self.told.next = []
+        if not held.may_go_ahead:
+            self._end(0)
+        self._end(1)
         if not held.begin_step():
             return
         self.cache.begin_step(())
@@ -327,10 +336,10 @@ class HeldMachine(DeviceMachine):
         self.device.lanes[0].run(lambda: self._mask_is(routes))
         self.cache.after_launch()
         self.lookups += sum(map(len, routes))
-        self.running = step
+        self.running.append(step)
         self.advance(lane, 6)
         self.cache.poll()
-        self.finish()
+        self._end(0)
         assert all(routes) and [source for _, source in step.met] == [HIT] * sum(map(len, routes))
         sums = np.array(asked, np.float32).reshape(LAYERS, EXPERTS)
         held.digest(lambda: sums, 1.0)

@@ -6,16 +6,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from expertd_engine.model.cuda_runner import DeviceRunner
+
 from expertd_engine.bench.generated import GeneratedRoutes
-from expertd_engine.core import Forward, StepResult
+from expertd_engine.core import Forward
 from expertd_engine.experts.lookahead import Lookahead
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.prepare import prepare
-from expertd_engine.step_plan import StepPlan
 from support.engine import make_config
 from support.tiny_checkpoints import make_checkpoint
 
@@ -40,13 +42,10 @@ def device_engine(
     config = make_config(**{"max_sequences": 4, "max_step_tokens": 48, "threads": 1, **options})
     at = torch.device(device)
 
-    def announced(runner: Forward) -> Forward:
-        def forward(plan: StepPlan) -> StepResult:
-            if routes is not None:
-                routes.begin_step([(0, sum(chunk.num_tokens for chunk in plan.chunks))])
-            return runner(plan)
-
-        return forward
+    def announced(runner: DeviceRunner) -> Forward:
+        if routes is not None:
+            runner.beginning = lambda plan: routes.begin_step([(0, sum(chunk.num_tokens for chunk in plan.chunks))])
+        return runner
 
     engine = start_on_device(
         store, config, os.getpid(), lambda stage, fraction: None, announced, at, lookahead=lookahead, routes=routes

@@ -60,7 +60,7 @@ class TinyDevice:
             row += len(part)
         ids = [token for _, _, part in parts for token in part]
         self._inputs.fill(ids, [p for _, start, part in parts for p in range(start, start + len(part))], spans)
-        self._inputs.take()
+        self._inputs.take(self.best)
         tiles = torch.tensor(query_tiles(spans), dtype=torch.int32) if tiled else None
         self._program.run_layers(row, StandIn(), tiles)
         logits = self._program.run_head(self._program.workspace.hidden[:row], self.best)

@@ -116,6 +116,7 @@ class ExpertWorld:
             torch.full((2, kind.experts, 4), -9, dtype=torch.int32, device=DEVICE),
             torch.zeros(2, dtype=torch.int32, device=DEVICE),
             progress.pin_memory() if DEVICE == "cuda" else progress,
+            torch.zeros(1, dtype=torch.int32, device=DEVICE),
         )
 
     def rows(self, count: int, dtype: torch.dtype) -> Tensor:

@@ -243,7 +243,7 @@ class FakeStep:
             table.seen[layer, row] = torch.tensor([expert, source, slot if source == LANDED else -1, pairs])
             self.met.append((layer, source))
         table.seen_count[layer] = len(chosen)
-        table.progress[0] = layer + 1
+        table.progress[0] = int(table.launch) + layer + 1
 
     def _read(self) -> bool:
         """Wait for what is being copied, then read all, and write what lands."""

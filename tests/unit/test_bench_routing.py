@@ -177,7 +177,7 @@ def test_what_is_known_at_once_is_the_whole_step_and_nothing_beyond() -> None:
     source = GeneratedRoutes(routing("uniform"), channel, streams=2)
     lookahead = ChannelLookahead(source, channel, slots_of=lambda layer: [-1] * 15 + [7])
     source.begin_step([(0, 1), (1, 1)])
-    experts, period = source.step_experts(), 6 * 16
+    experts, period = source.announced.experts(), 6 * 16
     assert experts == [sorted(set(source.route(layer, 2).ravel().tolist())) for layer in range(6)]
     hints = list(lookahead.begin_step(3, [1, 2]))
     named = [(layer, e) for layer, chosen in enumerate(experts) for e in chosen if e != 15]

@@ -35,8 +35,12 @@ def test_each_step_is_told_anew(steps: Sequence[tuple[list[tuple[int, int, list[
         count = len(positions)
         ids = [100 * number + row for row in range(count)]
         limits = [0.25 * (number + row) for row in range(count)] if has_limits else []
-        inputs.fill(ids, positions, spans, limits)
-        inputs.take()
+        unseen = [row for row in range(count) if row % 3 == number % 3]  # of which the step before brings the token
+        brought = torch.tensor([100 * number + row for row in reversed(range(ROWS))])
+        told_ids = [row - ROWS if row in unseen else one for row, one in enumerate(ids)]
+        assert inputs.fill(told_ids, positions, spans, limits) == (number + 1) % 2
+        inputs.take(brought)
+        assert inputs.turn.tolist() == [(number + 1) % 2]
         assert inputs.num_rows.tolist() == [count]
         assert inputs.ids.tolist() == ids + [0] * (ROWS - count)
         assert inputs.positions.tolist() == positions + [PADDING] * (ROWS - count)

@@ -65,18 +65,20 @@ def test_a_host_hears_of_routes_only_while_hints_pay() -> None:
     cache.lookahead = tried = Tried(Names())
     asked: list[int] = []
 
-    def routes(layer: int) -> list[int]:
+    def heard(layer: int) -> list[int]:
         asked.append(layer)
         return [0]
 
-    cache.routes = routes
+    cache.routes = lambda: heard
 
     def step() -> None:
         cache.begin_step([0])
         cache.before_launch()
+        cache.table.apply()
         cache.after_launch()
-        cache.table.progress[0] = 1
+        cache.table.progress[0] = int(cache.table.launch) + 1
         cache.poll()
+        cache.end_step()
 
     for on in (False, True):
         tried.payoff.is_on = on
@@ -96,7 +98,7 @@ def test_while_hints_do_not_pay_a_devices_step_makes_the_calls_of_no_foresight()
 
     devices = FakeDevice(), FakeDevice()
     bare, foreseeing = (make_cache(4, device) for device in devices)
-    foreseeing.lookahead, foreseeing.routes = (tried := Tried(Names())), lambda layer: [0]
+    foreseeing.lookahead, foreseeing.routes = (tried := Tried(Names())), lambda: lambda layer: [0]
     tried.payoff.is_on = False
     without, off = (calls_of(partial(steps, *both)) for both in zip((bare, foreseeing), devices, strict=True))
     assert without == off and off["expertd_engine.experts.device_steps", "DeviceSteps.poll"] == 3

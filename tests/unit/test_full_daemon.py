@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -34,7 +35,7 @@ class FakeDaemon:
     command: list[str] = field(default_factory=list)
     kept: Kept | None = None
     beside: set[str] = field(default_factory=set)
-    streams: tuple[int, ...] = ()
+    streams: tuple[Any, ...] = ()
 
     @contextmanager
     def run(self, command: Sequence[str], timeout_s: float) -> Iterator[tuple[int, int]]:
@@ -49,7 +50,7 @@ class FakeDaemon:
         resident = self.resident.pop(0) if len(self.resident) > 1 else self.resident[0]
         return 200, json.dumps({"memory": {"experts": {"resident": resident, "limit": LIMIT, "minimum": MINIMUM}}})
 
-    def answer(self, port: int, *asked: int) -> list[object]:
+    def answer(self, port: int, *asked: Any) -> list[object]:
         self.streams = asked
         return []
 
@@ -77,9 +78,9 @@ def test_experts_and_kv_fill_their_budgets_before_memory_is_read(
     daemon = faked(monkeypatch, 0, RESIDENT, LIMIT - MINIMUM, LIMIT - MINIMUM + 1)
     filled = full_daemon.fill(store, LIMITS, {"--expert-budget": LIMIT}, kv_blocks=9)
     assert daemon.resident == [LIMIT - MINIMUM + 1], "it looked on until nothing more fits"
-    streams, prompt, answer, vocabulary, _ = daemon.streams
-    assert (streams, prompt + answer, vocabulary) == (2, 64, 257), "9 blocks hold two sequences of 64 tokens"
-    assert (filled.experts, filled.kv) == (LIMIT - MINIMUM + 1, 2 * 4 * 1000)
+    prompts, answer, vocabulary, _ = daemon.streams
+    assert [prompt + answer for prompt in prompts] == [64, 16, 32, 32] and vocabulary == 257
+    assert (filled.experts, filled.kv) == (LIMIT - MINIMUM + 1, 9 * 1000)
     assert filled.peak >= peak_rss_bytes() // 2 > 0
     flags = dict(zip(daemon.command[-12::2], daemon.command[-11::2], strict=True))
     assert flags == {
@@ -96,7 +97,27 @@ def test_every_expert_is_named_as_if_the_daemon_had_been_warm(
     assert daemon.kept is not None and daemon.kept.store_id == store.index.store_id
     assert daemon.kept.remember.residents == tuple(store.experts())
     assert daemon.beside == {file.name for file in store.path.iterdir()}
-    assert daemon.streams[:3] == (1, 16 - full_daemon.ANSWER, full_daemon.ANSWER), "one stream at least"
+    assert daemon.streams[:2] == ([8], 8), "one stream at least"
+
+
+@pytest.mark.parametrize(("kv_blocks", "longest"), [(2912, 8192), (512, 8192), (513, 256), (600, 8192), (33, 512)])
+def test_every_block_is_in_use_at_once_as_far_as_sequences_reach(kv_blocks: int, longest: int) -> None:
+    limits = msgspec.structs.replace(LIMITS, max_sequences=32, max_step_tokens=512, max_model_len=8192)
+    lengths, answer = full_daemon.contexts(limits, kv_blocks, longest)
+    assert lengths[0] == longest == max(lengths) and len(lengths) <= 32
+    assert sum(lengths) == 16 * min(kv_blocks, 32 * longest // 16)
+    assert min(lengths) > answer
+    prompts = sum(lengths) - answer * len(lengths)
+    last_begins = prompts / (512 - len(lengths))  # steps, if each takes what decodes leave of its tokens
+    assert answer >= min(last_begins + full_daemon.ANSWER, longest // 2)
+
+
+def test_with_blocks_for_it_every_sequence_is_there_and_without_one_is() -> None:
+    limits = msgspec.structs.replace(LIMITS, max_sequences=32, max_step_tokens=512, max_model_len=8192)
+    lengths, _ = full_daemon.contexts(limits, 2912, 8192)
+    assert len(lengths) == 32 and set(lengths[1:]) == {77 * 16, 78 * 16}
+    assert full_daemon.contexts(limits, 513, 256)[0] == [256] * 32
+    assert full_daemon.contexts(limits, 512, 8192)[0] == [8192]
 
 
 def test_a_daemon_that_does_not_fill_is_an_error(store: ExpertStore, monkeypatch: pytest.MonkeyPatch) -> None:

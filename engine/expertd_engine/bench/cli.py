@@ -121,7 +121,8 @@ def _planner(options: argparse.Namespace) -> str:
 
     routings = [] if options.only == "memory" else options.routing.split(",")
     memory = options.only != "speed"
-    return planner(options.stores, routings, rounds=options.rounds, tokens=options.tokens, memory=memory)
+    budgets = options.budgets.split(",")
+    return planner(options.stores, routings, budgets, rounds=options.rounds, tokens=options.tokens, memory=memory)
 
 
 def _make_model(options: argparse.Namespace) -> str:

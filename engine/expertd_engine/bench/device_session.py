@@ -7,7 +7,8 @@ given changes. What a step's routes were is read off the generator, after the cl
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,21 +17,24 @@ import numpy as np
 import torch
 
 from expertd_engine.bench.engine_spec import config_of, generated
-from expertd_engine.bench.generated import ChannelLookahead
-from expertd_engine.bench.protocol import EngineFacts, EngineSpec
+from expertd_engine.bench.generated import Announced, ChannelLookahead
+from expertd_engine.bench.protocol import Decoded, EngineFacts, EngineSpec
 from expertd_engine.bench.routing import Ids
 from expertd_engine.bench.session import EngineSession
 from expertd_engine.bench.yardstick import Yardstick
 from expertd_engine.config import Config, parse_size
 from expertd_engine.console import silent
-from expertd_engine.core import StepResult
+from expertd_engine.core import Forward, StepResult
 from expertd_engine.device_experts import foresight_for
 from expertd_engine.device_startup import start_on_device
 from expertd_engine.errors import UsageError
+from expertd_engine.experts.device_listening import Heard
 from expertd_engine.experts.device_plans import nothing_known
 from expertd_engine.experts.lookahead import Lookahead, NoLookahead
+from expertd_engine.model.cuda_runner import nothing_follows
 from expertd_engine.sequence_stats import ExpertCounts
 from expertd_engine.snapshot import Tiers
+from expertd_engine.step_plan import StepPlan
 
 CUDA = torch.device("cuda", 0)
 
@@ -61,6 +65,10 @@ class DeviceSession(EngineSession):
         self._device = device
         self._moved = 0
         """Bytes that had crossed the link after the last step."""
+        self._announced: dict[int, Announced] = {}
+        """What steps that have begun are routed to, by the plan's number, until the yardstick has it."""
+        self._called, self._announcing_s = -1, 0.0
+        """The plan asked for last, and the time that it took to announce it, if that was not before."""
         super().__init__(spec)
         self._reported_routes = self._engine.cache.routes
         self._foresight: Lookahead = self._engine.cache.lookahead
@@ -104,10 +112,50 @@ class DeviceSession(EngineSession):
             cache.foreknown = self._routes.step_numbers
         cache.routes = self._layer_routes if self._foresight.exactness != "none" and on else self._reported_routes
 
-    def _layer_routes(self, layer: int) -> Sequence[int]:
-        """What a layer of the running step routes to: foresight is told of it when the layer has routed."""
+    def _layer_routes(self) -> Heard:
+        """What the layers of the step that begins route to: foresight is told of each when it has routed."""
         assert self._routes is not None
-        return self._routes.step_experts()[layer]
+        announced = self._routes.announced
+        return lambda layer: announced.experts()[layer]
+
+    def _watch(self, runner: Any) -> Forward:
+        """As `EngineSession._watch`. What the bench takes while the device goes on is part of what it measures: only
+        where the device stands still meanwhile is that time taken off."""
+        runner.beginning = self._announce
+
+        def forward(plan: StepPlan) -> StepResult:
+            self._called, self._announcing_s, before = plan.step, 0.0, runner.steps_ahead
+            result: StepResult = runner(plan)
+            ended = time.perf_counter()
+            self._counts += self._met(result)
+            if plan.phase == "decode":
+                self._yardstick.add(self._step_experts(plan))
+            self._announced = {step: one for step, one in self._announced.items() if step > plan.step}
+            if runner.steps_ahead == before:
+                self._streams.own_s += time.perf_counter() - ended
+            self._streams.own_s += self._announcing_s
+            return result
+
+        return forward
+
+    def _announce(self, plan: StepPlan) -> None:
+        began = time.perf_counter()
+        super()._announce(plan)
+        assert self._routes is not None
+        self._announced[plan.step] = self._routes.announced
+        if plan.step == self._called:
+            self._announcing_s = time.perf_counter() - began
+
+    def steps(self, arms: Iterable[bool], streams: int) -> list[Decoded]:
+        """As `EngineSession.steps`. None of these is launched behind another, or it would begin in the other's arm."""
+        runner = self._engine.runner
+        ahead, runner.look_ahead = runner.look_ahead, nothing_follows
+        try:
+            if runner.is_ahead:
+                self._streams.step()
+            return super().steps(arms, streams)
+        finally:
+            runner.look_ahead = ahead
 
     def tiers(self) -> Tiers:
         """What crossed the link, and who computes misses."""
@@ -123,9 +171,8 @@ class DeviceSession(EngineSession):
         moved, self._moved = total - self._moved, total
         return replace(result.experts, loaded_bytes=moved)
 
-    def _step_experts(self) -> Sequence[Sequence[int]]:
-        assert self._routes is not None
-        return _StepExperts(self._routes.current)
+    def _step_experts(self, plan: StepPlan) -> Sequence[Sequence[int]]:
+        return _StepExperts(self._announced[plan.step].routes)
 
     def _load_all(self) -> None:
         """Where the budget holds every expert, see that every one is on the card."""

@@ -130,7 +130,11 @@ def _add_planner(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--routing", default="model,calibrated:fine", metavar="R,…", help="(default: model,calibrated:fine)"
     )
-    command.add_argument("--rounds", type=_positive, default=3, metavar="N", help="of all budgets (default: 3)")
+    command.add_argument(
+        "--budgets", default="100%,75%,50%,35%,20%", metavar="SIZE,…",
+        help="for experts, as for serve (default: 100%%,75%%,50%%,35%%,20%%)",
+    )  # fmt: skip
+    command.add_argument("--rounds", type=_positive, default=5, metavar="N", help="of all budgets (default: 5)")
     command.add_argument("--tokens", type=_positive, default=64, metavar="N", help="timed in each (default: 64)")
     command.add_argument("--only", choices=("speed", "memory"), help="of the two (default: both)")
 

@@ -27,7 +27,7 @@ from expertd_engine.planning.profile import MemoryProfile
 from expertd_engine.warm_restart import NAME, Kept
 
 ANSWER = 12
-"""Tokens that each stream says after its prompt."""
+"""Tokens that streams say together, each after its prompt, at least."""
 START_S = 600.0
 _POLL_S = 0.1
 _PATIENCE_S = 86400
@@ -46,20 +46,34 @@ class Filled:
 def fill(
     store: ExpertStore, memory: MemoryProfile, flags: Mapping[str, int], kv_blocks: int, longest: int | None = None
 ) -> Filled:
-    """Run a daemon with these flags beside `memory`'s limits, load experts up to its budget, and continue sequences of
-    `longest` tokens (by default the model's), as many at once as may be and `kv_blocks` hold.
+    """Run a daemon with these flags beside `memory`'s limits, load experts up to its budget, and continue as many
+    sequences at once as may be, one of them of `longest` tokens (by default the model's), until `kv_blocks` are in use.
 
     Raises EngineError for a daemon that does not start, fill or answer.
     """
-    tokens = min(memory.max_model_len, longest or memory.max_model_len)
-    blocks_each = -(-tokens // memory.block_tokens)
-    streams = max(1, min(memory.max_sequences, kv_blocks // blocks_each))
+    lengths, answer = contexts(memory, kv_blocks, min(memory.max_model_len, longest or memory.max_model_len))
+    blocks = sum(-(-tokens // memory.block_tokens) for tokens in lengths)
     vocabulary = msgspec.json.decode((store.path / "config.json").read_bytes())["vocab_size"]
     with _warm(store) as folder, running_daemon(_command(folder, memory, flags, kv_blocks), START_S) as (port, pid):
         experts = _fill_experts(port)
-        run_streams(port, streams, tokens - ANSWER, ANSWER, vocabulary, 0)
+        run_streams(port, [tokens - answer for tokens in lengths], answer, vocabulary, 0)
         peak = sum(peak_rss_bytes(one) for one in process_tree(pid))
-    return Filled(peak, experts, streams * blocks_each * memory.kv_block)
+    return Filled(peak, experts, blocks * memory.kv_block)
+
+
+def contexts(memory: MemoryProfile, kv_blocks: int, longest: int) -> tuple[list[int], int]:
+    """Tokens of each sequence, and how many of these are its answer. One is as long as may be, others share the blocks
+    that it leaves: attention over many long prompts would take hours, and blocks cost as much memory whoever has them.
+    Answers are long enough that nobody has ended when the last one begins its own, as far as half of `longest` allows.
+    """
+    size, rows = memory.block_tokens, memory.max_sequences
+    steps = -(-min(kv_blocks * size, rows * longest) // max(1, memory.max_step_tokens - rows))
+    answer = min(steps + ANSWER, longest // 2)
+    whole, least = -(-longest // size), answer // size + 1  # blocks; the least have room for a prompt
+    left = max(0, kv_blocks - whole)
+    others = min(rows - 1, left // least)
+    shares = [min(whole, (left + other) // others) for other in range(others)]  # as even as they can be
+    return [longest, *(min(longest, share * size) for share in shares)], answer
 
 
 @contextmanager

@@ -51,6 +51,53 @@ class _Stream:
         return _between(self._predicted, start, stop)
 
 
+class Announced:
+    """The tokens of one step, what they are routed to, and what is foreseen of them and of those after them."""
+
+    def __init__(self, shape: RoutingShape, streams: Sequence[_Stream], rows: Sequence[tuple[int, int, int]]) -> None:
+        """`rows`: stream, first and last + 1 token, in the order of the step's rows."""
+        self._shape, self._streams, self._rows = shape, streams, rows
+        parts = [streams[number].routes(start, stop) for number, start, stop in rows]
+        self.routes: Ids = np.concatenate(parts) if parts else np.empty((0, shape.layers, shape.top_k), np.int64)
+        """`[rows, layers, top_k]`"""
+        self._experts: list[list[int]] | None = None
+        """By layer, once they were asked for."""
+        self._numbers: Ids | None = None
+        self._predictions: dict[tuple[bool, int], list[list[list[int]]]] = {}
+        """By token and layer: of the rows' own tokens (False) and of each stream's next (True), and by lead, where they
+        were asked for."""
+
+    def experts(self) -> list[list[int]]:
+        """The distinct experts of each layer, ascending."""
+        if self._experts is None:
+            by_layer = self.routes.swapaxes(0, 1).reshape(self._shape.layers, -1)
+            self._experts = [sorted(set(chosen)) for chosen in by_layer.tolist()]
+        return self._experts
+
+    def numbers(self) -> Ids:
+        """Likewise in a row, expert e of layer l as `l * E + e`; nothing for a step of many tokens: that may use nearly
+        all."""
+        if self._numbers is None:
+            few = self.routes if len(self.routes) <= _FEW else self.routes[:0]
+            self._numbers = np.unique(few + self._shape.experts * np.arange(self._shape.layers)[:, None])
+        return self._numbers
+
+    def predicted(self, layer: int, lead: int, *, next_step: bool) -> list[int]:
+        """What the channel gives, `lead` layers ahead, for `layer` of these tokens; or of the next token of each of
+        their streams. Distinct, ascending.
+        """
+        tokens = self._predictions.get((next_step, lead))
+        if tokens is None:
+            tokens = self._predictions[next_step, lead] = self._predict(lead, next_step)
+        return sorted({expert for token in tokens for expert in token[layer]})
+
+    def _predict(self, lead: int, next_step: bool) -> list[list[list[int]]]:
+        """`[tokens][layers][top_k]`, for all that `predicted` may be asked with this lead."""
+        spans = [(number, stop, stop + 1) if next_step else (number, start, stop) for number, start, stop in self._rows]
+        parts = (self._streams[number].predicted(start, stop) for number, start, stop in spans)
+        return [token for part in parts for token in part[:, :, lead - 1].tolist()]
+
+
 class GeneratedRoutes:
     """A `RouteSource`: tokens of a step are, in order, the next ones of the streams that `begin_step` names."""
 
@@ -58,15 +105,8 @@ class GeneratedRoutes:
         self.shape: RoutingShape = routing.shape
         self._exact = channel is not None and channel.is_exact
         self._streams = [_Stream(routing, channel, number, streams) for number in range(streams)]
-        self._rows: list[tuple[int, int, int]] = []
-        """Stream, first and last + 1 token, in the order of rows."""
-        self._routes = np.empty((0, self.shape.layers, self.shape.top_k), np.int64)
-        self._experts: list[list[int]] | None = None
-        """Of the step last announced, by layer, once they were asked for."""
-        self._numbers: Ids | None = None
-        self._predictions: dict[tuple[bool, int], list[list[list[int]]]] = {}
-        """By token and layer: of the rows' own tokens (False) and of each stream's next (True), and by lead, where they
-        were asked for."""
+        self.announced = Announced(self.shape, self._streams, ())
+        """The step last announced."""
 
     def become(self, other: GeneratedRoutes) -> None:
         """Go on as `other`, which is done with."""
@@ -78,20 +118,17 @@ class GeneratedRoutes:
             stream.reserve(tokens)
 
     def begin_step(self, rows: Sequence[tuple[int, int]]) -> None:
-        """The step about to run has these rows: `(stream, tokens)` in order. Its streams move on by as many tokens."""
-        self._rows = []
-        parts = []
+        """The step that comes next has these rows: `(stream, tokens)` in order. Its streams move on by as many
+        tokens."""
+        spans = []
         for number, count in rows:
             stream = self._streams[number]
             start, stream.position = stream.position, stream.position + count
-            self._rows.append((number, start, stream.position))
-            parts.append(stream.routes(start, stream.position))
-        self._routes = np.concatenate(parts)
-        self._experts = self._numbers = None
-        self._predictions.clear()
+            spans.append((number, start, stream.position))
+        self.announced = Announced(self.shape, self._streams, spans)
         if self._exact:  # while the step is not timed yet: a pre-gating router has told by now
-            self.step_experts()
-            self.step_numbers()
+            self.announced.experts()
+            self.announced.numbers()
 
     def route(self, layer: int, num_rows: int) -> Ids:
         """Expert ids `[num_rows, top_k]` for the running step. Raises ValueError for rows nobody announced."""
@@ -99,45 +136,13 @@ class GeneratedRoutes:
 
     def step_routes(self, num_rows: int) -> Ids:
         """`[num_rows, layers, top_k]`, as `route`."""
-        if num_rows != len(self._routes):
-            raise ValueError(f"the step has {num_rows} rows; {len(self._routes)} were announced")
-        return self._routes
-
-    def step_experts(self) -> list[list[int]]:
-        """The distinct experts of each layer of the step last announced, ascending."""
-        if self._experts is None:
-            by_layer = self._routes.swapaxes(0, 1).reshape(self.shape.layers, -1)
-            self._experts = [sorted(set(chosen)) for chosen in by_layer.tolist()]
-        return self._experts
+        if num_rows != len(self.announced.routes):
+            raise ValueError(f"the step has {num_rows} rows; {len(self.announced.routes)} were announced")
+        return self.announced.routes
 
     def step_numbers(self) -> Ids:
-        """Likewise in a row, expert e of layer l as `l * E + e`; nothing for a step of many tokens: that may use nearly
-        all."""
-        if self._numbers is None:
-            few = self._routes if len(self._routes) <= _FEW else self._routes[:0]
-            self._numbers = np.unique(few + self.shape.experts * np.arange(self.shape.layers)[:, None])
-        return self._numbers
-
-    @property
-    def current(self) -> Ids:
-        """Routes of the step last announced, `[rows, layers, top_k]`."""
-        return self._routes
-
-    def predicted(self, layer: int, lead: int, *, next_step: bool) -> list[int]:
-        """What the channel gives, `lead` layers ahead, for `layer` of this step's tokens; or of the next token of each
-        of its streams. Distinct, ascending.
-        """
-        lead = 1 if self._exact else lead  # what is known at all is known at every lead
-        tokens = self._predictions.get((next_step, lead))
-        if tokens is None:
-            tokens = self._predictions[next_step, lead] = self._predict(lead, next_step)
-        return sorted({expert for token in tokens for expert in token[layer]})
-
-    def _predict(self, lead: int, next_step: bool) -> list[list[list[int]]]:
-        """`[tokens][layers][top_k]`, for all that `predicted` may be asked in this step with this lead."""
-        spans = [(number, stop, stop + 1) if next_step else (number, start, stop) for number, start, stop in self._rows]
-        parts = (self._streams[number].predicted(start, stop) for number, start, stop in spans)
-        return [token for part in parts for token in part[:, :, lead - 1].tolist()]
+        """`Announced.numbers` of the step last announced."""
+        return self.announced.numbers()
 
 
 class ChannelLookahead:
@@ -161,12 +166,17 @@ class ChannelLookahead:
         self._period = source.shape.layers * source.shape.experts
         self._told: dict[int, set[int]] = {}
         """Experts named at the latest lead, by the position at which their layer begins, in that order."""
+        self._steps: dict[int, Announced] = {}
+        """Those begun last: one may begin before the one before it has ended."""
 
     def begin_step(self, step: int, token_ids: Sequence[int]) -> Iterable[Hint]:
+        self._steps = {one: told for one, told in self._steps.items() if one == step - 1} | {
+            step: self._source.announced
+        }
         if not self._at_once or not 0 < len(token_ids) <= _FEW:
             return ()
         begin, experts = step * self._period, self._source.shape.experts
-        by_layer = self._source.step_experts()
+        by_layer = self._source.announced.experts()
         self._told = {begin + layer * experts: set(one) for layer, one in enumerate(by_layer)}
         return [
             Hint(ExpertId(layer, expert), begin + layer * experts + expert)
@@ -175,7 +185,7 @@ class ChannelLookahead:
         ]
 
     def routed(self, step: int, layer: int, experts: Sequence[int]) -> Iterable[Hint]:
-        shape = self._source.shape
+        shape, announced = self._source.shape, self._steps.get(step, self._source.announced)
         hints: list[Hint] = []
         now = step * self._period + layer * shape.experts
         while self._told and (passed := next(iter(self._told))) <= now:
@@ -185,7 +195,7 @@ class ChannelLookahead:
         said = (next(reversed(self._told), now) - now) // shape.experts if self.exactness == "exact" else 0
         for lead in range(said + 1, self._leads + 1):
             ahead, target = divmod(layer + lead, shape.layers)
-            named = self._absent(target, self._source.predicted(target, lead, next_step=bool(ahead)))
+            named = self._absent(target, announced.predicted(target, self._known_at(lead), next_step=bool(ahead)))
             begin = now + lead * shape.experts
             hints += [Hint(ExpertId(target, expert), begin + expert) for expert in named]
             self._told[begin] = set(named)
@@ -195,6 +205,10 @@ class ChannelLookahead:
         uses = (begin + expert.expert for begin, told in self._told.items() if expert.expert in told)
         layer = expert.layer * self._source.shape.experts
         return min((use for use in uses if use > after and use % self._period == layer + expert.expert), default=None)
+
+    def _known_at(self, lead: int) -> int:
+        """What is known at all is known at every lead."""
+        return 1 if self.exactness == "exact" else lead
 
     def _absent(self, layer: int, experts: list[int]) -> list[int]:
         if self._slots_of is None:

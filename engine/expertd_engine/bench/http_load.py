@@ -32,12 +32,12 @@ class Stream:
         return [later - sooner for sooner, later in zip(self.tokens_s, self.tokens_s[1:], strict=False)]
 
 
-def run_streams(port: int, streams: int, prompt: int, tokens: int, vocabulary: int, seed: int) -> list[Stream]:
-    """`streams` completions at once: random prompts of `prompt` tokens, `tokens` tokens of answer, greedy."""
+def run_streams(port: int, prompts: Sequence[int], tokens: int, vocabulary: int, seed: int) -> list[Stream]:
+    """Completions at once: random prompts of so many tokens each, `tokens` tokens of answer, greedy."""
     rng = random.Random(seed)
-    prompts = [[rng.randrange(vocabulary) for _ in range(prompt)] for _ in range(streams)]
-    with ThreadPoolExecutor(streams) as pool:
-        return list(pool.map(lambda ids: _stream(port, ids, tokens), prompts))
+    drawn = [[rng.randrange(vocabulary) for _ in range(prompt)] for prompt in prompts]
+    with ThreadPoolExecutor(len(drawn)) as pool:
+        return list(pool.map(lambda ids: _stream(port, ids, tokens), drawn))
 
 
 def get(port: int, path: str) -> tuple[int, str]:

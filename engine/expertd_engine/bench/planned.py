@@ -1,160 +1,159 @@
 """`expertd bench planner`: what `expertd plan` foretells beside what is then measured, by model, routing and budget.
 
-Speed is of one sequence that continues text in this process. Memory is of a daemon whose contexts clients fill, all
-processes at their peaks, read from outside.
+Speed is of one sequence that continues text in this process, in turns with another whose experts are all there, with
+reads of records before and after. Memory is of a daemon whose contexts clients fill, all processes at their peaks, read
+from outside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 from tokenizers import Tokenizer
 
+from expertd_engine.bench.foretold import Cell, MemoryRun, Paces, report
 from expertd_engine.bench.full_daemon import fill
 from expertd_engine.bench.perplexity import held_out
-from expertd_engine.bench.report import finish, mebibytes, number, percent
 from expertd_engine.bench.routing import make_routing, shape_of
-from expertd_engine.bench.text_decoder import Decoder, Timed
-from expertd_engine.config import Config, parse_size
+from expertd_engine.bench.text_decoder import Decoder, Timed, take_turns
+from expertd_engine.config import Config, Size, parse_size
+from expertd_engine.errors import BudgetError
 from expertd_engine.experts.store import ExpertStore
-from expertd_engine.planning.planner import Plan, Request, make_plan
+from expertd_engine.planning.planner import Plan, Request, make_plan, predict_exact, reading_s
 from expertd_engine.planning.profile import Profile
 from expertd_engine.profile_file import read_profile
+from expertd_engine.read_times import ReadTimer
 
-BUDGETS = ("100%", "75%", "50%", "35%", "20%")
-"""Descending: a budget is shrunk to, so that what stays resident is what serving would have kept."""
 SKIPPED = 4
 """Windows of text that profiles are made from."""
 PROMPTS = 16
-HEADER = ("model, routing, budget", "foretold tok/s", "measured", "error", "hits foretold", "measured")
-MEMORY_HEADER = ("model, budget", "foretold memory", "measured", "over")
-
-
-@dataclass(slots=True)
-class _Speed:
-    label: str
-    plan: Plan
-    timed: Timed
-
-    @property
-    def tok_s(self) -> float:
-        return 1 / median(self.timed.means_s)
-
-    @property
-    def hit_rate(self) -> float:
-        return 1 - sum(map(sum, self.timed.missed)) / max(1, self.timed.lookups)
-
-    @property
-    def error(self) -> float:
-        """Of the plan: above 0, it foretold too much."""
-        return self.plan.tok_s / self.tok_s - 1
-
-
-@dataclass(slots=True)
-class MemoryRun:
-    """Of one budget: the plan, and what was seen."""
-
-    label: str
-    plan: Plan
-    used: int
-
-    @property
-    def over(self) -> float:
-        """Share by which the plan is above the most that was used."""
-        return self.plan.memory_bytes / self.used - 1
+READ_PASSES = 3
+"""Before each window, and after it."""
 
 
 def planner(
-    paths: Sequence[Path], routings: Sequence[str], *, rounds: int = 3, tokens: int = 64, memory: bool = True
+    paths: Sequence[Path],
+    routings: Sequence[str],
+    budgets: Sequence[str],
+    *,
+    rounds: int = 5,
+    tokens: int = 64,
+    memory: bool = True,
 ) -> str:
     """Measure the profiled stores at `paths`: the report. Raises StoreError for one without profile, or without that
-    routing in it. No `routings`: memory alone; nor that without `memory`."""
+    routing in it, and ConfigError or BudgetError for what is no budget of it. No `routings`: memory alone; nor that
+    without `memory`."""
     profiled = [(store, read_profile(store)) for store in map(ExpertStore.open, paths)]
     for _, profile in profiled:
-        for routing in routings:
-            make_plan(profile, _request(BUDGETS[0], routing))  # what cannot be foretold is said before hours are spent
-    speeds: list[_Speed] = []
+        for request in (_request(text, routing) for text in budgets for routing in routings or ["model"]):
+            make_plan(profile, request)  # what cannot be foretold is said before hours are spent
+    cells: list[Cell] = []
     memories: list[MemoryRun] = []
+    unanchored: dict[str, str] = {}
     for store, profile in profiled:
         for routing in routings:
-            speeds += _speeds(store, profile, routing, rounds, tokens)
-        memories += memory_runs(store, profile) if memory else []
-    return _report(speeds, memories)
+            found, reason = _Speeds(store, profile, routing).cells(budgets, rounds, tokens)
+            cells += found
+            unanchored |= {f"{store.index.name}, {routing}": reason} if reason else {}
+        memories += memory_runs(store, profile, budgets) if memory else []
+    return report(cells, memories, unanchored)
 
 
-def _speeds(store: ExpertStore, profile: Profile, routing: str, rounds: int, tokens: int) -> list[_Speed]:
-    found = [
-        _Speed(f"{store.index.name}, {routing}, {text}", make_plan(profile, _request(text, routing)), Timed(text))
-        for text in BUDGETS
-    ]
-    windows = held_out(Tokenizer.from_file(str(store.path / "tokenizer.json")), SKIPPED + PROMPTS)[SKIPPED:]
-    config = Config(
-        model=str(store.path),
-        threads=profile.box.threads,
-        io_threads=profile.box.io_threads,
-        prefix_cache=False,
-        max_model_len=profile.memory.max_model_len,
-        max_sequences=2,
-    )
-    decoder = Decoder(store, config, windows, make_routing(routing, shape_of(store.index)))
-    try:
-        for _ in range(rounds):
-            decoder.refill()
-            for one in found:
-                decoder.set_budget(one.plan.expert_budget_bytes)
-                decoder.window(["exact"], tokens, one.timed)
-    finally:
-        decoder.close()
-    return found
+class _Speeds:
+    """Decode of one store along one routing."""
+
+    def __init__(self, store: ExpertStore, profile: Profile, routing: str) -> None:
+        self._store, self._profile, self._routing = store, profile, routing
+        self._windows = held_out(
+            Tokenizer.from_file(str(store.path / "tokenizer.json")), SKIPPED + PROMPTS
+        )[SKIPPED:]  # fmt: skip
+        self._config = Config(
+            model=str(store.path),
+            threads=profile.box.threads,
+            io_threads=profile.box.io_threads,
+            prefix_cache=False,
+            max_model_len=profile.memory.max_model_len,
+            max_sequences=2,
+        )
+
+    def cells(self, budgets: Sequence[str], rounds: int, tokens: int) -> tuple[list[Cell], str]:
+        """By budget, and why there are no anchors; empty where there are."""
+        plans = {text: make_plan(self._profile, _request(text, self._routing)) for text in budgets}
+        windows, anchors = ({text: Timed(text) for text in budgets} for _ in range(2))
+        reads: dict[str, list[float]] = {text: [] for text in budgets}
+        with ExitStack() as stack:
+            decoder = stack.enter_context(closing(self._decoder(self._config)))
+            fits = decoder.holds_all
+            if fits:
+                decoder.refill()  # before it is asked whether as much is free once more
+            anchor, reason = self._anchor()
+            if anchor is not None:
+                stack.enter_context(closing(anchor))
+            timer = stack.enter_context(closing(ReadTimer(self._store, self._profile.box.io_threads, self._read)))
+            for turn in range(rounds):
+                if fits:
+                    decoder.refill()
+                for text, plan in sorted(plans.items(), key=lambda one: -one[1].expert_budget_bytes):
+                    # Descending: what stays resident is what serving would have kept.
+                    decoder.set_budget(plan.expert_budget_bytes)
+                    if anchor is None:
+                        decoder.window(["exact"], tokens, windows[text])
+                        continue
+                    before_s = self._read_s(timer)
+                    take_turns(turn, tokens, (anchor, "exact", anchors[text]), (decoder, "exact", windows[text]))
+                    reads[text].append((before_s + self._read_s(timer)) / 2)
+        return [self._cell(text, plans[text], windows[text], anchors[text], reads[text]) for text in budgets], reason
+
+    def _cell(self, text: str, plan: Plan, window: Timed, anchor: Timed, reads_s: Sequence[float]) -> Cell:
+        profile, curve = self._profile, self._profile.curve(self._routing)
+        _, resident_s = predict_exact(profile, curve, profile.expert_bytes)
+        read_s = sum(profile.box.reads_s[: self._read])
+        paces = [
+            Paces(resident_s / one_s, read_s / now_s)
+            for one_s, now_s in zip(anchor.means_s, reads_s, strict=True)
+        ]  # fmt: skip
+        label = f"{self._store.index.name}, {self._routing}, {text}"
+        reading = reading_s(profile, curve, plan.expert_budget_bytes)
+        return Cell(label, plan, reading, window.means_s, paces, window.hit_rate)
+
+    @property
+    def _read(self) -> int:
+        """Records that are read at once, at most, to tell how fast reads are."""
+        return min(self._profile.top_k, len(self._profile.box.reads_s))
+
+    def _read_s(self, timer: ReadTimer) -> float:
+        """Seconds that one record takes, then two at once, and so on, all together."""
+        passes = (sum(map(timer.seconds, range(1, self._read + 1))) for _ in range(READ_PASSES))
+        return median(passes)
+
+    def _anchor(self) -> tuple[Decoder | None, str]:
+        """One more engine, that keeps every expert; or none, and why."""
+        try:
+            anchor = self._decoder(replace(self._config, expert_budget=Size(share=1.0)))
+        except BudgetError as error:
+            return None, str(error)
+        anchor.refill()
+        return anchor, ""
+
+    def _decoder(self, config: Config) -> Decoder:
+        return Decoder(self._store, config, self._windows, make_routing(self._routing, shape_of(self._store.index)))
 
 
 def _request(budget: str, routing: str = "model") -> Request:
     return Request(expert_budget=parse_size(budget, share_allowed=True), routing=routing)
 
 
-# ---------------------------------------------------------------- memory
-
-
-def memory_runs(store: ExpertStore, profile: Profile) -> list[MemoryRun]:
+def memory_runs(store: ExpertStore, profile: Profile, budgets: Sequence[str]) -> list[MemoryRun]:
     """One daemon for each budget: memory that one has had is not always given back."""
     found = []
     threads = {"--threads": profile.box.threads, "--io-threads": profile.box.io_threads}
-    for text in BUDGETS:
+    for text in budgets:
         plan = make_plan(profile, _request(text))
         flags = {"--expert-budget": plan.expert_budget_bytes, **threads}
         used = fill(store, profile.memory, flags, plan.kv_blocks).peak
         found.append(MemoryRun(f"{store.index.name}, {text}", plan, used))
     return found
-
-
-# ---------------------------------------------------------------- the report
-
-
-def _report(speeds: Sequence[_Speed], memories: Sequence[MemoryRun]) -> str:
-    rows = [
-        (
-            one.label, number(one.plan.tok_s), number(one.tok_s), f"{one.error:+.1%}", percent(one.plan.hit_rate),
-            percent(one.hit_rate),
-        )
-        for one in speeds
-    ]  # fmt: skip
-    notes = [
-        *([" · ".join(MEMORY_HEADER)] if memories else []),
-        *(
-            f"{one.label} · {mebibytes(one.plan.memory_bytes)} · {mebibytes(one.used)} · {one.over:+.1%}"
-            for one in memories
-        ),
-    ]
-    values = {
-        "command": "planner",
-        "speed": [{"run": one.label, "foretold_tok_s": one.plan.tok_s, "tok_s": one.tok_s} for one in speeds],
-        "memory": [
-            {"run": one.label, "foretold_bytes": one.plan.memory_bytes, "used_bytes": one.used} for one in memories
-        ],
-        "largest_speed_error": max((abs(one.error) for one in speeds), default=None),
-        "memory_over": [one.over for one in memories],
-    }
-    return finish("plans beside measurements", HEADER, rows, notes, values)

@@ -129,7 +129,7 @@ def _vocabulary(options: Options) -> int:
 def _round(options: Options, port: int, vocabulary: int, turn: int) -> _Round:
     before = _metrics(port)
     began = time.perf_counter()
-    streams = run_streams(port, options.engine.streams, options.prompt, options.tokens, vocabulary, turn)
+    streams = run_streams(port, [options.prompt] * options.engine.streams, options.tokens, vocabulary, turn)
     elapsed_s = time.perf_counter() - began
     after = _metrics(port)
     counted = {name: after[name] - before.get(name, 0.0) for name in after}

@@ -214,28 +214,32 @@ class EngineSession:
 
         def forward(plan: StepPlan) -> StepResult:
             began = time.perf_counter()
-            if self._routes:
-                stream_of = self._streams.stream_of
-                self._routes.begin_step([(stream_of[one.sequence.sequence_id], one.num_tokens) for one in plan.chunks])
+            self._announce(plan)
             started = time.perf_counter()
             result = runner(plan)
             ended = time.perf_counter()
             self._counts += self._met(result)
             if plan.phase == "decode":
-                self._yardstick.add(self._step_experts())
+                self._yardstick.add(self._step_experts(plan))
             self._streams.own_s += started - began + time.perf_counter() - ended
             return result
 
         return forward
 
+    def _announce(self, plan: StepPlan) -> None:
+        """Whose rows come."""
+        if self._routes:
+            stream_of = self._streams.stream_of
+            self._routes.begin_step([(stream_of[one.sequence.sequence_id], one.num_tokens) for one in plan.chunks])
+
     def _met(self, result: StepResult) -> ExpertCounts:
         """What a step met, `loaded_bytes` being all that was moved meanwhile."""
         return result.experts
 
-    def _step_experts(self) -> Sequence[Sequence[int]]:
-        """The distinct experts that the step just run asked for, by layer."""
+    def _step_experts(self, plan: StepPlan) -> Sequence[Sequence[int]]:
+        """The distinct experts that the plan, just run, asked for, by layer."""
         if self._routes:
-            return [np.unique(chosen).tolist() for chosen in self._routes.current.swapaxes(0, 1)]
+            return [np.unique(chosen).tolist() for chosen in self._routes.announced.routes.swapaxes(0, 1)]
         return (self._seen or self._recorder).take_step()
 
     def start(self, prompt: int, tokens: int) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from expertd_engine.bench.generated import GeneratedRoutes
 from expertd_engine.bench.routing import Routing
+from expertd_engine.bench.turns import turns_of
 from expertd_engine.config import Config
 from expertd_engine.console import silent
 from expertd_engine.core import Forward, StepResult
@@ -26,6 +27,8 @@ from expertd_engine.step_plan import StepPlan
 PROMPT = 64
 WARM = 32
 """Tokens of each stream that are not timed."""
+_AT_ONCE = 8
+"""Tokens of a turn that are timed."""
 
 
 def longest(tokens: int, warm: int = WARM) -> int:
@@ -50,6 +53,11 @@ class Timed:
     """Of timed tokens."""
     choices: int = 0
     substituted: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Of timed tokens' lookups."""
+        return 1 - sum(map(sum, self.missed)) / max(1, self.lookups)
 
 
 class Window:
@@ -198,16 +206,37 @@ class Decoder:
         self._engine.core.submit(Submit(sequence_id, [TextInput(prompt)], how, mode=mode), time.perf_counter())
         return sequence_id
 
-    def _watch(self, runner: Forward) -> Forward:
+    def _watch(self, runner: Any) -> Forward:
         """Told by mode what steps stood still."""
+        announces = hasattr(runner, "beginning")
+        """On a device, where steps may begin before they are asked for."""
+        if announces:
+            runner.beginning = self._announce
 
         def forward(plan: StepPlan) -> StepResult:
             stalls = self._engine.cache.stalls
             before = stalls.total_s
-            if self._routes is not None:
-                self._routes.begin_step([(0, chunk.num_tokens) for chunk in plan.chunks])
-            result = runner(plan)
+            if not announces:
+                self._announce(plan)
+            result: StepResult = runner(plan)
             self._stalls_s[plan.mode] += stalls.total_s - before
             return result
 
         return forward
+
+    def _announce(self, plan: StepPlan) -> None:
+        """Whose rows come."""
+        if self._routes is not None:
+            self._routes.begin_step([(0, chunk.num_tokens) for chunk in plan.chunks])
+
+
+def take_turns(pair: int, tokens: int, *contenders: tuple[Decoder, ExpertMode, Timed]) -> None:
+    """Time so many tokens of two, moments apart: what else the box does meets both alike. The first token of a turn,
+    which finds the other's bytes in the caches, is not timed. `pair` says, as chance does, who begins."""
+    windows = [decoder.opened([mode], tokens, timed) for decoder, mode, timed in contenders]
+    blocks = [_AT_ONCE] * (tokens // _AT_ONCE) + [tokens % _AT_ONCE] * (tokens % _AT_ONCE > 0)
+    left = [iter(blocks) for _ in windows]
+    for which in turns_of(pair, len(blocks), 1):
+        windows[which].go_on(next(left[which]), unseen=1)
+    for window in windows:
+        window.end()

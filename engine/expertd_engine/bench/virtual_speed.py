@@ -18,16 +18,12 @@ from expertd_engine.bench.cut_store import cut_store
 from expertd_engine.bench.perplexity import held_out
 from expertd_engine.bench.report import finish, number, percent, spread
 from expertd_engine.bench.stats import median_interval, percentile, ratio_interval
-from expertd_engine.bench.text_decoder import Decoder, Timed, longest
-from expertd_engine.bench.turns import turns_of
+from expertd_engine.bench.text_decoder import Decoder, Timed, longest, take_turns
 from expertd_engine.config import Config, Device, Size
 from expertd_engine.experts.device_slab import plan_chunks
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import StoreIndex
-from expertd_engine.messages import ExpertMode
 
-_AT_ONCE = 8
-"""Tokens of a turn that are timed."""
 HEADER = ("run", "ms/token", "95 %", "p95 ms", "stall ms/token", "substituted", "expert MB/token")
 
 
@@ -52,23 +48,12 @@ def virtual_speed(
         ours = Decoder(store, _holding(common, store.index, slots), prompts)
         theirs = Decoder(cut, replace(common, model=str(cut.path)), prompts)
         for pair in range(pairs):
-            _take_turns(pair, tokens, (theirs, "exact", whole), (ours, "virtual", alone))
+            take_turns(pair, tokens, (theirs, "exact", whole), (ours, "virtual", alone))
         for _ in range(pairs):
             ours.window(["virtual", "exact"], tokens, beside)
         ours.close()
         theirs.close()
     return _report(store, slots, pairs, tokens, (alone, whole, beside))
-
-
-def _take_turns(pair: int, tokens: int, *contenders: tuple[Decoder, ExpertMode, Timed]) -> None:
-    """Time so many tokens of two, moments apart: what else the box does meets both alike."""
-    windows = [decoder.opened([mode], tokens, timed) for decoder, mode, timed in contenders]
-    blocks = [_AT_ONCE] * (tokens // _AT_ONCE) + [tokens % _AT_ONCE] * (tokens % _AT_ONCE > 0)
-    left = [iter(blocks) for _ in windows]
-    for which in turns_of(pair, len(blocks), 1):
-        windows[which].go_on(next(left[which]), unseen=1)
-    for window in windows:
-        window.end()
 
 
 def _holding(config: Config, index: StoreIndex, slots: int) -> Config:

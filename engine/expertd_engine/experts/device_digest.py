@@ -37,6 +37,8 @@ class Digest:
         self._prefetches_before = 0
         self._going: Iterator[None] = iter(())
         self._unread: Launch | None = None
+        self._telling: Launch | None = None
+        """Whom `_going` tells of, if of any."""
         self._first = np.cumsum([0, *cache.ledger.experts_per_layer])[:-1]
 
     def begin(self, launch: Launch) -> None:
@@ -60,7 +62,10 @@ class Digest:
         next(self._going, None)
 
     def finish(self) -> None:
-        """Take in all that has begun."""
+        """Take in all that has begun, waiting for the end of the launch that it is of."""
+        if self._telling is not None:
+            self._telling.ended.wait()
+            self._telling = None
         for _ in self._going:
             self._executor.copies.begin()  # the link need not wait for it
 
@@ -98,8 +103,13 @@ class Digest:
         return self._cache.ledger.pool.limit - len(self._cache.ledger.kept)
 
     def _told(self, launch: Launch) -> Iterator[None]:
-        """Tell of a launch, piece by piece."""
-        launch.ended.wait()
+        """Tell of a launch, piece by piece, once it has ended."""
+        self._telling = launch
+        return self._pieces(launch)
+
+    def _pieces(self, launch: Launch) -> Iterator[None]:
+        while not launch.ended.done():
+            yield
         report = self._cache.table.report(launch.turn)
         end = Tick((launch.step + 1) * self._cache.period)
         if len(launch.known) and (met := read_at_once(report, launch, self._first)) is not None:

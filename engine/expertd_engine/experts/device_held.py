@@ -51,6 +51,11 @@ class DeviceHeld(HeldSets):
             self._take_in()
         return self._serves
 
+    @property
+    def may_go_ahead(self) -> bool:
+        """Whether `begin_step` would wait for nothing, and so may be called while a step runs still."""
+        return self._serves and self.sets.is_open and not self._idle_steps and not self._waits_for_nobody()
+
     def digest(self, asked: Callable[[], NDArray[np.float32]], tokens: float) -> None:
         """A virtual step has ended; `asked()`, `[layers, experts]`, is what its rows would have asked of each expert,
         `tokens` as for `end_step`. Taken in while the next step runs, or before the one after it."""

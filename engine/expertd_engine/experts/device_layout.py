@@ -24,7 +24,7 @@ class TableLayout:
     """A table of `layers` × `experts` entries, `slots` slots, and a circular list of `landing` places, a power of two.
 
     entries int64 [layers, experts, 2] · slot_address int64 [slots] · ready [slots] · landing [landing] · head · tail ·
-    held [layers, experts] · one word that nobody reads
+    held [layers, experts] · launch · one word that nobody reads
     """
 
     layers: int
@@ -61,8 +61,12 @@ class TableLayout:
         return self.tail + 1
 
     @property
-    def unread(self) -> int:
+    def launch(self) -> int:
         return self.held + self.layers * self.experts
+
+    @property
+    def unread(self) -> int:
+        return self.launch + 1
 
     @property
     def words(self) -> int:

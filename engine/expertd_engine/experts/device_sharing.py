@@ -51,18 +51,17 @@ class Sharing:
         """Whether an expert may be divided between the two."""
         return self.balance is not None
 
-    def begin_timed(self, rows: int | None) -> None:
+    def begin_timed(self, rows: int | None, *, ahead: bool = False) -> None:
         """A step of so many decoding rows is about to begin; None: one that nothing is tried in. Sharing is not judged
-        before its balance has been found."""
+        before its balance has been found. `ahead`: as for `PayOff.begin_step`."""
         judged = self.balance is not None and self.balance.is_settled
-        self.payoff.begin_step(rows if judged else None)
+        self.payoff.begin_step(rows if judged else None, ahead=ahead)
 
-    def end_timed(self, seconds: float, missed: int) -> None:
+    def end_timed(self, seconds: float | None, missed: int) -> None:
         """It has ended well. One that missed nothing had nothing to share, and tells nothing; nor does one that asked
         nobody for want of misses before it."""
         self._hits = 0 if missed else self._hits + 1
-        if missed and self.asks is self.payoff.is_on:
-            self.payoff.end_step(seconds)
+        self.payoff.end_step(seconds if missed and self.asks is self.payoff.is_on else None)
 
     def before_launch(self, *, may_ask: bool) -> bool:
         """Have the next launch find the table as it is to be; whether it is to ask at all. All launches before have

@@ -7,6 +7,7 @@ what the step before it met, chooses who gives way, and prefetches; what that ch
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -26,6 +27,7 @@ from expertd_engine.experts.device_host import HostTier
 from expertd_engine.experts.device_host_compute import HostCompute
 from expertd_engine.experts.device_layout import TableLayout
 from expertd_engine.experts.device_ledger import DeviceLedger
+from expertd_engine.experts.device_listening import Heard, Listener, Listening, unheard
 from expertd_engine.experts.device_plans import NOTHING, Plans, nothing_known
 from expertd_engine.experts.device_publication import Boundary
 from expertd_engine.experts.device_report import Launch, count_report
@@ -42,6 +44,9 @@ from expertd_engine.sequence_stats import ExpertCounts
 _LANDING_MOST = 4096
 _MARGIN = 2
 """Layers that are too near for a copy."""
+_LAST_LAYERS = 8
+"""The last of so many parts of a step: the next one is launched behind it, which takes the host no longer than that,
+and as late as may be, since what the host has learned until then is what the next one finds."""
 
 
 class DeviceSteps:
@@ -66,26 +71,24 @@ class DeviceSteps:
         """Called when the budget has changed."""
         self.meanwhile: Callable[[], None] = _nobody
         """Called again and again while a launch runs, for what may wait until there is time."""
-        self.routes: Callable[[int], Sequence[int]] = _unknown
-        """What a layer of the running step routes to, where that is known to the host before it has ended."""
+        self.routes: Callable[[], Heard] = _nothing_heard
+        """Asked when a step begins, for who will say of its layers what they have routed to."""
         self.foreknown: Callable[[], NDArray[np.int64]] = nothing_known
         """The distinct experts of the step that begins, layer by layer, where all of them are known by then; else
         nothing. Expert e of layer l is number `first[l] + e` of all."""
         self._asked: Lookahead = lookahead
-        self._heard: Callable[[int], Sequence[int]] = _unknown
+        self._heard: Heard = unheard
         """Of lookahead and routes, by the running step: of neither while hints do not pay, as if nobody gave any."""
         self.record_bytes = [index.record_bytes(layer) for layer in range(len(index.layers))]
         experts = max(ledger.experts_per_layer)
         landing = 1 << min(ledger.num_slots, _LANDING_MOST).bit_length()
         layout = TableLayout(len(self.record_bytes), experts, ledger.num_slots, landing)
         self.table = DeviceTable(layout, report_rows, device)
-        self._executor = Executor(device, host, ledger, self.table, self.record_bytes)
-        self.slab, self.publication, self.copies = (
-            self._executor.slab, self._executor.publication, self._executor.copies
-        )  # fmt: skip
-        self.link = self._executor.link
+        self._executor = executor = Executor(device, host, ledger, self.table, self.record_bytes)
+        self.slab, self.publication = executor.slab, executor.publication
+        self.copies, self.link = executor.copies, executor.link
         self.period, self._experts = layout.layers * experts, experts
-        self._step = self._layers_known = 0
+        self._step = 0
         self._scan = self._staged_words = False
         self._scanned = ExpertCounts()
         self._known = NOTHING
@@ -101,6 +104,9 @@ class DeviceSteps:
         self._digest = Digest(self, self._executor)
         self.plans = Plans(self, self._executor, self._digest)
         self._last: Launch | None = None
+        self._running: deque[Launch] = deque()
+        """Those of which `end_step` has not been called, at most two."""
+        self._listener = Listener(self.table)
         self._executor.begin()
         self.link_bytes_per_s = math.inf if device.shares_memory else self._measure_link()
         self.cpu_bytes_per_s = 0.0
@@ -109,10 +115,11 @@ class DeviceSteps:
     # ------------------------------------------------------------ a step
 
     def begin_step(self, token_ids: Sequence[int], scan: bool = False) -> None:
-        """A new step over these tokens begins. `scan`: of prompt tokens alone (law 5)."""
+        """A new step over these tokens begins. `scan`: of prompt tokens alone (law 5). Of one that is launched behind
+        another which runs still (`may_go_ahead`) no token is known yet."""
         self._step += 1
         self._ask()
-        self._scan, self._layers_known, self._scanned = scan, 0, ExpertCounts()
+        self._scan, self._scanned = scan, ExpertCounts()
         self.fetched.clear()
         may_fetch = not scan and self.foresees and self.plans.fetches  # law 5
         self._known = self.foreknown() if may_fetch else NOTHING
@@ -127,17 +134,19 @@ class DeviceSteps:
         if self._step == 1:
             self._executor.handle([self._digest.wanted()])
         if len(self._known):
-            self._heard = _unknown  # there is nothing left to foresee
+            self._heard = unheard  # there is nothing left to foresee
             self.plans.fetch(self._known, NOTHING if self._last is None else self._last.known)
         self._digest.finish()
         self._boundary = self.publication.boundary()
-        self.table.stage(self._boundary.words)
+        launch = self.table.stage(self._boundary.words)
+        self._listener.begin(Listening(self._step, launch, self._asked, self._heard), behind=bool(self._running))
         self._before = self.device.compute.mark()
         self._staged_words = True
         return self.computing is not None and self.computing.begin_step(may_ask=may_ask)
 
-    def after_launch(self, whole: bool = True) -> None:
-        """The launch is under way: have its report sent, and take in what the one before met."""
+    def after_launch(self, whole: bool = True) -> Mark:
+        """The launch is under way: have its report sent, and take in what the one before met. By the mark all that was
+        given to the device for it has ended."""
         self.table.copy_out()
         self._staged_words = False
         position, ended = self._step * self.period, self.device.compute.mark()
@@ -150,19 +159,31 @@ class DeviceSteps:
         self._executor.pump([Cooled(self._boundary.retired)])
         self._digest.begin(launch)
         self._last = launch
+        self._running.append(launch)
+        return ended
+
+    @property
+    def may_go_ahead(self) -> bool:
+        """Whether the next step may be launched behind the one that runs: nobody has to know its tokens first, or what
+        the processor was asked."""
+        return self.foreknown is nothing_known and self.computing is None and not self.by_layer
+
+    @property
+    def nears_end(self) -> bool:
+        """Whether all but the last layers of the running launch have routed."""
+        layers = self.table.layout.layers
+        return self._listener.layers >= layers - -(-layers // _LAST_LAYERS)
 
     def poll(self) -> None:
         """Again and again while a launch runs: take in complete copies, what is foreseen as layers route, and some of
         what the launch before met.
         """
         events: list[DeviceEvent] = []
-        known = self.table.layers_known
-        if self._heard is not _unknown and known > self._layers_known:
-            self.ledger.foreseen_until(self._step * self.period + self._worth_copying(known) * self._experts)
-            # The newest layer says what the others would have said, for layers that have not run yet.
-            hints = tuple(self._asked.routed(self._step, known - 1, self._heard(known - 1)))
-            events += [Predict(hints)] if hints else []
-            self._layers_known = known
+        if (heard := self._listener.hear()) is not None:
+            launch, hints = heard
+            first = self._worth_copying(launch.layers)
+            self.ledger.foreseen_until(launch.step * self.period + first * self._experts)
+            events += [Predict(tuple(hints))] if hints else []
         self._executor.pump(events)
         self._digest.go_on()
         self.copies.begin()  # what the digest has just asked for need not wait for the next poll
@@ -173,16 +194,16 @@ class DeviceSteps:
         """Whether hints are taken now; None where nobody foresees."""
         return payoff_of(self.lookahead)
 
-    def begin_timed(self, rows: int | None) -> None:
-        """A step of so many decoding rows is about to begin; None: one of another kind. Of two things that are tried in
-        time one waits for the other."""
+    def begin_timed(self, rows: int | None, *, ahead: bool = False) -> None:
+        """A step of so many decoding rows is about to begin; None: one of another kind. `ahead`: behind another that
+        runs still. Of two things that are tried in time one waits for the other."""
         if (payoff := self.payoff) is not None:
-            payoff.begin_step(rows)
+            payoff.begin_step(rows, ahead=ahead)
         if (sharing := self.sharing) is not None:
-            sharing.begin_timed(None if payoff is not None and payoff.is_timed else rows)
+            sharing.begin_timed(None if payoff is not None and payoff.is_timed else rows, ahead=ahead)
 
-    def end_timed(self, seconds: float, missed: int) -> None:
-        """It has ended well, and so many of its lookups missed."""
+    def end_timed(self, seconds: float | None, missed: int) -> None:
+        """The first that was begun has ended, well, and so many of its lookups missed. None: for nobody."""
         if (payoff := self.payoff) is not None:
             payoff.end_step(seconds)
         if (sharing := self.sharing) is not None:
@@ -197,20 +218,21 @@ class DeviceSteps:
         """Settle whom the step that begins asks for hints, and whether it hears of its routes."""
         pays = (payoff := self.payoff) is None or payoff.is_on
         self._asked = self.lookahead if pays else _UNFORESEEN
-        self._heard = self.routes if self.foresees else _unknown
+        self._heard = self.routes() if self.foresees else unheard
 
     def _worth_copying(self, known: int) -> int:
         """The first layer for which a copy begun now is announced early enough; those before read what they lack."""
         return known + _MARGIN + self.copies.begun // 2
 
     def end_step(self) -> ExpertCounts:
-        """The launch has ended: what it met. The ledger learns of it while the next one runs."""
+        """The first launch that runs has ended: what it met. The ledger learns of it while the next one runs."""
         self.pulse()
-        if self._last is None or self._last.step != self._step:
+        if not self._running:
             return self._scanned
-        self._last.ended.wait()
+        launch = self._running.popleft()
+        launch.ended.wait()
         computed_s = 0.0 if self.computing is None else self.computing.end_step()
-        report = self.table.report(self._last.turn)
+        report = self.table.report(launch.turn)
         counts = count_report(report, self.record_bytes, self.link_bytes_per_s, self.shared_bytes, computed_s)
         self.stalls.add("link_estimated", counts.stall_s - computed_s)
         self.stalls.add("host_compute", computed_s)
@@ -218,13 +240,16 @@ class DeviceSteps:
         return counts
 
     def abandon_step(self) -> None:
-        """The step failed, wherever it was. What was sent for it is applied, nothing that it landed is trusted."""
+        """The step failed, wherever it was, and with it the one behind it. What was sent for it is applied, nothing
+        that it landed is trusted."""
         self.copies.give_all()  # what was launched may wait for them
         if self._staged_words:
             self.device.compute.mark().wait()
-            if self.table.layers_known == 0:  # then nothing has landed, and nobody knows whether it was applied
+            if not self._listener.has_begun:  # then nothing has landed, and nobody knows whether it was applied
                 self.table.apply_now()
             self.after_launch(whole=False)
+        self._running.clear()
+        self._listener.forget()
         if self.computing is not None:
             self.device.compute.mark().wait()  # what runs still may wait for an answer
             self.computing.end_step()
@@ -260,7 +285,7 @@ class DeviceSteps:
 
     def foreseen_late(self, seen: Seen, step: int) -> list[DeviceEvent]:
         """Where nobody knows routes while a step runs, a lookahead hears of them when it has ended."""
-        if self._heard is not _unknown:
+        if self._heard is not unheard:
             return []
         hints = tuple(self._asked.routed(step, seen.layer, seen.experts))
         return [Predict(hints)] if hints else []
@@ -282,8 +307,8 @@ def _nobody() -> None:
     return None
 
 
-def _unknown(layer: int) -> Sequence[int]:
-    return ()
+def _nothing_heard() -> Heard:
+    return unheard
 
 
 _UNFORESEEN = NoLookahead()

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _UPDATE_WORDS = 2048
 """That one `apply` changes, a multiple of `PART`; a boundary of more is applied in several, outside of any graph."""
+_MOST_LAYERS, _LAUNCHES = 2**14, 2**16
+"""What `progress` tells layers and launches apart by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,9 @@ class DeviceTable:
         self.head, self.tail = self._words[layout.head :][:1], self._words[layout.tail :][:1]
         self.held = self._words[layout.held :][:experts].view(layout.layers, layout.experts)
         """int32 `[layers, experts]`: 1 for those that virtual mode may route to, else 0."""
+        self.launch = self._words[layout.launch :][:1]
+        """int32 `[1]`: what `progress` is counted from in the running launch."""
+        self._staged_launch = 0
         rows = layout.layers * report_rows * 4
         self._report = torch.zeros(rows + layout.layers, dtype=torch.int32, device=where)
         self.seen = self._report[:rows].view(layout.layers, report_rows, 4)
@@ -71,7 +76,7 @@ class DeviceTable:
         self.seen_count = self._report[rows:]
         """int32 `[layers]`: rows of `seen` that count."""
         self.progress = device.pinned(1, torch.int32)
-        """int32 `[1]` in host memory: layers of the running step whose routes are known."""
+        """int32 `[1]` in host memory: `launch` and the layers of the running step whose routes are known."""
         self._progress = self.progress.numpy()
         self._staged = device.pinned(2 * _UPDATE_WORDS, torch.int32).view(2, _UPDATE_WORDS)
         """Which words the next `apply` changes, and what they become; it reads them here, in the host's memory."""
@@ -110,19 +115,22 @@ class DeviceTable:
             seen=self.seen,
             seen_count=self.seen_count,
             progress=self.progress,
+            launch=self.launch,
         )
 
     # ------------------------------------------------------------ boundaries
 
-    def stage(self, words: Words) -> None:
-        """Write down what the next `apply` changes. Waits until what was staged before has been applied."""
-        index, value = list(words), list(words.values())
+    def stage(self, words: Words) -> int:
+        """Write down what the next `apply` changes. Waits until what was staged before has been applied. By what it
+        returns `layers_known` knows the launch."""
+        self._staged_launch = (self._staged_launch // _MOST_LAYERS + 1) % _LAUNCHES * _MOST_LAYERS
+        index, value = [*words, self.layout.launch], [*words.values(), self._staged_launch]
         while len(index) > _UPDATE_WORDS:
             self._write_down(index[:_UPDATE_WORDS], value[:_UPDATE_WORDS])
             self.apply_now()
             index, value = index[_UPDATE_WORDS:], value[_UPDATE_WORDS:]
         self._write_down(index, value)
-        self._progress[0] = 0
+        return self._staged_launch
 
     def apply(self) -> None:
         """The first work of a launch: change the staged words, forget the last report. May be captured in a graph;
@@ -153,10 +161,10 @@ class DeviceTable:
         """Of the last `copy_out`. It stands until the one after the next."""
         return self._turn
 
-    @property
-    def layers_known(self) -> int:
-        """Layers of the running step whose routes are known."""
-        return int(self._progress[0])
+    def layers_known(self, launch: int) -> int:
+        """Layers of a launch, the last or the one before, whose routes are known; 0 once another has begun."""
+        known = int(self._progress[0]) - launch
+        return known if 0 < known <= self.layout.layers else 0
 
     def _as_report(self, host: NDArray[np.int32]) -> Report:
         rows = self.seen.numel()
@@ -164,8 +172,6 @@ class DeviceTable:
 
     def _write_down(self, index: list[int], value: list[int]) -> None:
         count, before = len(index), self._num_staged
-        if not count and not before:
-            return
         if (self._last_taken != self._last_staged).any():
             self._applied.wait()  # or what was staged before might never arrive
         self._index[:count], self._value[:count] = array("i", index), array("i", value)  # numpy takes lists more slowly

@@ -9,6 +9,7 @@ goes on for a while: then the ways differ little, and it costs little. What tria
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from statistics import fmean, median, stdev
 
@@ -56,13 +57,13 @@ class PayOff:
         """Steps until the next trial."""
         self._trial: dict[int, _Times] = {}
         """By rows, for like is compared with like: seconds of the trial's steps, without and with."""
-        self._timed: _Times | None = None
-        """Where the running step's seconds belong."""
+        self._begun: deque[tuple[_Times | None, bool]] = deque()
+        """Of the steps that run, the oldest first: where its seconds belong, and whether it has predictions."""
 
     @property
     def is_timed(self) -> bool:
-        """Whether the running step belongs to a trial."""
-        return self._timed is not None
+        """Whether the step begun last belongs to a trial."""
+        return bool(self._begun) and self._begun[-1][0] is not None
 
     def begin_off(self) -> None:
         """Until the first trial has told, make none. No step has begun."""
@@ -71,33 +72,37 @@ class PayOff:
     def begin_anew(self) -> None:
         """What a step takes has changed for another reason: a trial under way begins once more. No step runs."""
         self._trial.clear()
-        self._timed = None
+        self._begun.clear()
 
     @property
     def is_near(self) -> bool:
         """Whether predictions are made, or may be soon."""
         return self._kept or self._left <= NOTICE
 
-    def begin_step(self, rows: int | None) -> bool:
-        """A step of so many decoding rows begins; None: one of another kind, which foresees and is not timed."""
-        self._timed = None
-        self.is_on = self._kept
-        if rows is None:
-            return self.is_on
-        if self._left > 0:
+    def begin_step(self, rows: int | None, *, ahead: bool = False) -> bool:
+        """A step of so many decoding rows begins; None: one of another kind, which foresees and is not timed. `ahead`:
+        the one before has not ended; else it has, or never will."""
+        if not ahead:
+            self._begun.clear()
+        self.is_on, times = self._kept, None
+        if rows is not None and self._left > 0:
             self._left -= 1
-            return self.is_on
-        self._timed = self._trial.setdefault(rows, ([], []))
-        self.is_on = TRIAL[sum(map(len, self._timed)) // BLOCK % len(TRIAL)]
+        elif rows is not None:
+            times = self._trial.setdefault(rows, ([], []))
+            steps = sum(map(len, times)) + sum(one is times for one, _ in self._begun)
+            self.is_on = TRIAL[steps // BLOCK % len(TRIAL)]
+        self._begun.append((times, self.is_on))
         return self.is_on
 
-    def end_step(self, seconds: float) -> None:
-        """The step has ended well."""
-        if self._timed is None:
+    def end_step(self, seconds: float | None) -> None:
+        """Of the steps that run the first has ended, well. None: it is no measure of anything."""
+        times, was_on = self._begun.popleft() if self._begun else (None, False)
+        if times is None or seconds is None:
             return
-        self._timed[self.is_on].append(seconds)
-        if sum(map(len, self._timed)) % (BLOCK * len(TRIAL)) == 0:
-            self._judge(*self._timed)
+        times[was_on].append(seconds)
+        is_current = any(one is times for one in self._trial.values())
+        if is_current and sum(map(len, times)) % (BLOCK * len(TRIAL)) == 0:
+            self._judge(*times)
 
     def _judge(self, without: list[float], with_: list[float]) -> None:
         """A round has ended: the trial too, unless more steps could tell."""
@@ -117,7 +122,7 @@ class PayOff:
         self.switches += before is not self._kept
         self.trials += 1
         self._hold = min(2 * self._hold, LONGEST) if before is self._kept else HOLD
-        self.is_on, self._left, self._timed = self._kept, max(self._hold, math.ceil(lost / COST)), None
+        self.is_on, self._left = self._kept, max(self._hold, math.ceil(lost / COST))
         self._trial.clear()
 
 

@@ -1,4 +1,4 @@
-"""What the host has written for a launch, taken in by the launch itself, straight from the host's pinned memory.
+"""What host and launches give each other, read and written by the launch itself, straight in the host's pinned memory.
 
 To ask for a copy costs the host more time than to write the numbers, and a captured launch takes in what is there when
 it runs. So the host may write only while no launch is under way that has yet to read.
@@ -20,6 +20,31 @@ def take(source: Tensor, target: Tensor) -> None:
         from expertd_engine.kernels.cuda import given  # its kernels need what a box without a card lacks
 
         given.take(source, target)
+
+
+def take_step(source: Tensor, target: Tensor, ids: slice, brought: Tensor) -> None:
+    """As `take`; but of the numbers `ids`, -1 - r becomes what `brought` int64 `[R]` has of row r: the token that the
+    launch before brought, which the host has not seen yet."""
+    if target.device.type == "cpu":
+        target.copy_(source)
+        tokens = target[ids]
+        unseen = tokens < 0
+        tokens[unseen] = brought[-1 - tokens[unseen].long()].int()
+    else:
+        from expertd_engine.kernels.cuda import given
+
+        given.take_step(source, target, ids, brought)
+
+
+def hand_over(source: Tensor, target: Tensor, turn: Tensor) -> None:
+    """The last work of a launch: `source` int64 `[R]` into row `turn` (int32 `[1]`, on the device) of pinned `target`
+    `[2, N]`, N ≥ R. The host may read one row while a launch writes into the other."""
+    if source.device.type == "cpu":
+        target[int(turn), : len(source)] = source
+    else:
+        from expertd_engine.kernels.cuda import given
+
+        given.hand_over(source, target, turn)
 
 
 def apply_words(staged: Tensor, turn: Tensor, words: Tensor, cleared: Tensor, taken: Tensor) -> None:

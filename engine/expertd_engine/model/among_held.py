@@ -41,12 +41,13 @@ def among_held(
     lowered = torch.where(torch.from_numpy(stays), asked.amin(dim=1, keepdim=True) - 1, asked)
     allowed = held | stays
     lost = replaced[rows].sum(axis=1)
-    more = int((num_substitutes(lost, chosen.shape[1], shared_by) - lost).max())
+    wanted = num_substitutes(lost, mass[rows], chosen.shape[1], shared_by)
+    more = int((wanted - lost).max())
     top_k = min(chosen.shape[1] + more, int(allowed.sum(axis=1).min()))
     found, scores = select(lowered, torch.from_numpy(allowed), top_k)
     others = found.numpy()
     useful = np.where(np.take_along_axis(stays, others, axis=1), 0, scores.float().numpy())
-    some, parts = with_substitutes(chosen[rows], weights[rows], replaced[rows], others, useful, shared_by)
+    some, parts = with_substitutes(chosen[rows], weights[rows], replaced[rows], others, useful, wanted)
     index, shares = widened(chosen, weights, some.shape[1])
     index[rows], shares[rows] = some, parts
     return Substituted(index, shares, replaced.sum(axis=1), mass)

@@ -32,10 +32,6 @@ class Launcher(Protocol):
         """Start the program for `rows` rows, one of the buckets. Does not wait."""
         ...
 
-    def wait(self, meanwhile: Callable[[], None]) -> None:
-        """Until all that was given to the current stream has ended; `meanwhile` is called again and again."""
-        ...
-
 
 class EagerLauncher:
     """Launches kernel by kernel. On a CPU everything has ended when `launch` returns."""
@@ -43,21 +39,13 @@ class EagerLauncher:
     def __init__(self, program: Callable[[int], None], rows: Sequence[int], device: torch.device) -> None:
         """On a card, runs the program once for each bucket, which compiles its kernels; as `GraphLauncher` does."""
         self._program = program
-        self._ended = None if device.type == "cpu" else torch.cuda.Event()
-        if self._ended is not None:
+        if device.type != "cpu":
             for bucket in sorted(rows, reverse=True):
                 program(bucket)
             torch.cuda.synchronize()
 
     def launch(self, rows: int) -> None:
         self._program(rows)
-
-    def wait(self, meanwhile: Callable[[], None]) -> None:
-        if self._ended is not None:
-            self._ended.record()
-        meanwhile()
-        while self._ended is not None and not self._ended.query():
-            meanwhile()
 
 
 class GraphLauncher:
@@ -69,7 +57,6 @@ class GraphLauncher:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._program = program
         """Kept: graphs know addresses alone, and whatever lies there is to stay."""
-        self._ended = torch.cuda.Event()
         for bucket in sorted(rows, reverse=True):  # the largest first: the others find room in its memory
             program(bucket)
             torch.cuda.synchronize()
@@ -77,12 +64,6 @@ class GraphLauncher:
 
     def launch(self, rows: int) -> None:
         self._graphs[rows].replay()
-
-    def wait(self, meanwhile: Callable[[], None]) -> None:
-        self._ended.record()
-        meanwhile()
-        while not self._ended.query():
-            meanwhile()
 
     def _captured(self, program: Callable[[int], None], rows: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

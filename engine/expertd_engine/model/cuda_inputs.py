@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertd_engine.kernels.given import take
+from expertd_engine.kernels.given import take_step
 from expertd_engine.model.sampler import Draw
 from expertd_engine.model.step_rows import Span
 
@@ -28,13 +28,17 @@ class StepInputs:
     def __init__(self, rows: int, sequences: int, blocks: int, device: torch.device) -> None:
         self.rows, self.sequences = rows, sequences
         each = ("ids", "positions", "row_table", "limits", "temperatures", "least", "words")
-        sizes = {"num_rows": 1} | dict.fromkeys(each, rows)
+        sizes = {"num_rows": 1, "turn": 1} | dict.fromkeys(each, rows)
+        self._ids = slice(2, 2 + rows)
+        """Where they lie among all numbers."""
         total = sum(sizes.values()) + sequences * blocks
         self._host = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.zeros(total, dtype=torch.int32, device=device)
         mine, theirs = _parts(self._host, sizes), _parts(self._device, sizes)
         self.num_rows, self.ids, self.positions = theirs["num_rows"], theirs["ids"], theirs["positions"]
         """`[1]` real rows; `[rows]` token ids; `[rows]` positions, `PADDING` beyond the real ones."""
+        self.turn = theirs["turn"]
+        """`[1]`: 0 and 1 by turns."""
         self.row_table = theirs["row_table"]
         """`[rows]` which block table a row's sequence has."""
         self.limits = theirs["limits"].view(torch.float32)
@@ -60,11 +64,11 @@ class StepInputs:
     def fill(
         self, token_ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], limits: Sequence[float] = (),
         draws: Mapping[int, Draw] = _NO_DRAWS,
-    ) -> None:  # fmt: skip
-        """Write down one step, for the next `take`. `limits`: in virtual mode. `draws`: by row; the others take the
-        best.
+    ) -> int:  # fmt: skip
+        """Write down one step, for the next `take`: its turn. An id of -1 - r: the token that row r of the step before
+        brings. `limits`: in virtual mode. `draws`: by row; the others take the best.
 
-        The caller has waited for the step before, which has taken its own.
+        The step before has taken its own.
         """
         count, mine, words = len(token_ids), self._mine, self._words
         assert count <= self.rows and len(spans) <= self.sequences
@@ -86,10 +90,13 @@ class StepInputs:
             if self._told[index] != span.blocks:  # most steps go on in the block that they had
                 self._tables[index, : len(span.blocks)] = span.blocks
                 self._told[index] = list(span.blocks)
+        turn = mine["turn"][0] = 1 - mine["turn"][0]
+        return int(turn)
 
-    def take(self) -> None:
-        """The first work of a step, on the current stream. May be captured in a graph."""
-        take(self._host, self._device)
+    def take(self, brought: Tensor) -> None:
+        """The first work of a step, on the current stream; `brought` int64 `[R]`: tokens of the step before, by its
+        rows. May be captured in a graph."""
+        take_step(self._host, self._device, self._ids, brought)
 
 
 def _parts(whole: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:

@@ -17,16 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from expertd_engine.experts.device_streams import Mark
 from expertd_engine.kernels.cuda.draw import Drawing
 from expertd_engine.kernels.cuda.host_experts import Mailbox
 from expertd_engine.kernels.cuda.resolve import ExpertScratch, TablePointers
+from expertd_engine.kernels.given import hand_over
 from expertd_engine.model.cuda_build import DeviceParts
 from expertd_engine.model.cuda_experts import GivenRoutes, Stage, StagedExperts, TableExperts
 from expertd_engine.model.cuda_graph import EagerLauncher, GraphLauncher, Launcher, bucket_of
 from expertd_engine.model.cuda_inputs import StepInputs
 from expertd_engine.model.cuda_kv import DeviceKV
 from expertd_engine.model.cuda_program import ProgramRoom, query_tiles
-from expertd_engine.model.cuda_virtual import VirtualWork
+from expertd_engine.model.cuda_virtual import Told, VirtualWork
 from expertd_engine.model.sampler import Draw
 from expertd_engine.model.step_rows import StepRows
 
@@ -59,7 +61,10 @@ class ExpertSource(Protocol):
         """Whether the launch is to ask the processor for what it misses; `may_ask`: there is a program that does."""
         ...
 
-    def after_launch(self) -> None: ...
+    def after_launch(self) -> Mark:
+        """By the mark all that was given to the device has ended."""
+        ...
+
     def poll(self) -> None: ...
     def stage(self, *, held_alone: bool) -> AbstractContextManager[Stage]: ...
     def scanned(self, pairs: Sequence[Sequence[int]]) -> None: ...
@@ -81,7 +86,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class StepTokens(StepRows):
-    """What a step on a device is told."""
+    """What a step on a device is told. Of one that begins behind another of few rows, an id of -1 - r is the token that
+    row r of that one brings."""
 
     read: frozenset[int] = frozenset()
     """Places in `logit_rows` whose logits are read; of the others the token is all."""
@@ -96,10 +102,22 @@ class StepTokens(StepRows):
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
     """`tokens[i]` is what `logit_rows[i]` draws, or the token with its highest logit; `logits[i]` float32 `[V]`, where
-    read."""
+    read. `told`: of a step of virtual mode."""
 
     tokens: list[int]
     logits: dict[int, Tensor]
+    told: Told | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A step of few rows that was launched."""
+
+    tokens: StepTokens
+    turn: int
+    """Where its tokens will be."""
+    told: Told | None
+    ended: Mark
 
 
 class DeviceModel:
@@ -122,7 +140,7 @@ class DeviceModel:
         room = ProgramRoom(kv, self._inputs, logits, hidden, limits.rows, alone, dtype)
         self._program = parts.dense.program(room, invariant=invariant)
         self._tokens = torch.zeros(limits.rows, dtype=torch.int64, device=device)
-        self._tokens_host = torch.zeros(limits.rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._tokens_host = torch.zeros(2, few, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._token_numbers = self._tokens_host.numpy()
         self._draw = Drawing(few, parts.dense.vocabulary, device)
         self._logits_host = torch.zeros(few, parts.dense.vocabulary, pin_memory=device.type == "cuda")
@@ -165,13 +183,49 @@ class DeviceModel:
     @torch.inference_mode()
     def step(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
         """Compute one step. Raises torch.OutOfMemoryError, and what `experts` raises; the next step can run then."""
-        if len(tokens.ids) <= self._limits.buckets[-1] and not experts.by_layer:
-            return self._small(tokens, experts)
+        if self.is_small(tokens, experts):
+            running = self.begin(tokens, experts)
+            self.wait(running, experts.poll)
+            return self.outcome(running)
         self._fill(tokens)
         return self._large(tokens, experts)
 
-    def _fill(self, tokens: StepTokens) -> None:
-        self._inputs.fill(tokens.ids, tokens.positions, tokens.spans, tokens.limits or (), tokens.draws)
+    def is_small(self, tokens: StepTokens, experts: ExpertSource) -> bool:
+        """Whether the step is one launch, which can be waited for; `step` alone computes the others."""
+        return len(tokens.ids) <= self._limits.buckets[-1] and not experts.by_layer
+
+    @torch.inference_mode()
+    def begin(self, tokens: StepTokens, experts: ExpertSource) -> Running:
+        """Launch a small step, behind the one before if that has not ended, but not behind two. Raises as `step`."""
+        virtual = None if tokens.limits is None else self.virtual
+        asks = experts.before_launch(may_ask=virtual is None and self._asking_launcher is not None)
+        turn = self._fill(tokens)  # only now, since copies may have been begun
+        if self._given[0] is not None and tokens.routes is not None:
+            self._given[0].fill(tokens.routes)
+        launcher = self._launcher if virtual is None else self._virtual_launcher
+        if asks and virtual is None and self._asking_launcher is not None:
+            launcher = self._asking_launcher
+        launcher.launch(bucket_of(len(tokens.ids)))
+        for place in tokens.read:  # sent behind the step, not fetched after it: that would be one more wait
+            row = tokens.logit_rows[place]
+            self._logits_host[row].copy_(self._program.logits[row], non_blocking=True)
+        told = None if virtual is None else virtual.send(len(tokens.ids))
+        return Running(tokens, turn, told, experts.after_launch())
+
+    def wait(self, running: Running, meanwhile: Callable[[], None]) -> None:
+        """Until it has ended. `meanwhile` is called again and again, at least once."""
+        meanwhile()
+        while not running.ended.done():
+            meanwhile()
+
+    def outcome(self, running: Running) -> StepOutcome:
+        """Of a step that has ended, asked for before the next but one begins; if logits are read, before the next."""
+        tokens, chosen = running.tokens, self._token_numbers[running.turn]
+        logits = {place: self._logits_host[tokens.logit_rows[place]].clone() for place in tokens.read}
+        return StepOutcome([int(chosen[row]) for row in tokens.logit_rows], logits, running.told)
+
+    def _fill(self, tokens: StepTokens) -> int:
+        return self._inputs.fill(tokens.ids, tokens.positions, tokens.spans, tokens.limits or (), tokens.draws)
 
     def _made_launcher(self, program: Callable[[int], None], *, is_graph: bool) -> Launcher:
         self._inputs.fill((), (), ())
@@ -199,39 +253,18 @@ class DeviceModel:
     def _take(self, given: GivenRoutes | None) -> None:
         """What the host has left for this launch."""
         self._table.apply()
-        self._inputs.take()
+        self._inputs.take(self._tokens)
         if given is not None:
             given.take()
 
     def _run_head(self, rows: int) -> None:
         logits = self._program.run_head(self._program.hidden[:rows], self._tokens)
         self._draw(logits, self._tokens, self._inputs.draws)
-        self._tokens_host[:rows].copy_(self._tokens[:rows], non_blocking=True)
-
-    def _small(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
-        virtual = None if tokens.limits is None else self.virtual
-        asks = experts.before_launch(may_ask=virtual is None and self._asking_launcher is not None)
-        self._fill(tokens)  # only now, since copies may have been begun
-        if self._given[0] is not None and tokens.routes is not None:
-            self._given[0].fill(tokens.routes)
-        launcher = self._launcher if virtual is None else self._virtual_launcher
-        if asks and virtual is None and self._asking_launcher is not None:
-            launcher = self._asking_launcher
-        launcher.launch(bucket_of(len(tokens.ids)))
-        wanted = {place: tokens.logit_rows[place] for place in tokens.read}
-        for row in wanted.values():  # sent behind the step, not fetched after it: that would be one more wait
-            self._logits_host[row].copy_(self._program.logits[row], non_blocking=True)
-        if virtual is not None:
-            virtual.send(len(tokens.ids))
-        experts.after_launch()
-        launcher.wait(experts.poll)
-        chosen = self._token_numbers
-        logits = {place: self._logits_host[row].clone() for place, row in wanted.items()}
-        return StepOutcome([int(chosen[row]) for row in tokens.logit_rows], logits)
+        hand_over(self._tokens[:rows], self._tokens_host, self._inputs.turn)
 
     def _large(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
         program, rows = self._program, len(tokens.ids)
-        self._inputs.take()
+        self._inputs.take(self._tokens)
         if self._given[1] is not None and tokens.routes is not None:
             self._given[1].fill(tokens.routes)
             self._given[1].take()
@@ -242,11 +275,10 @@ class DeviceModel:
             if virtual is not None:
                 virtual.forget(rows)
             program.run_layers(rows, self._many, tiles, virtual)
-            if virtual is not None:
-                virtual.send(rows)
+            told = None if virtual is None else virtual.send(rows)
             chosen, logits = self._large_head(tokens)
         experts.scanned(self._many.counts.tolist())
-        return StepOutcome(chosen, logits)
+        return StepOutcome(chosen, logits, told)
 
     def _large_head(self, tokens: StepTokens) -> tuple[list[int], dict[int, Tensor]]:
         """The head over the rows that are asked about, as many at a time as there is room for. Waits for its tokens."""

@@ -1,10 +1,15 @@
-"""The engine's `Forward` on a device: one planned step through the device model, and its tokens. Decides nothing."""
+"""The engine's `Forward` on a device: planned steps through the device model, and their tokens. Decides nothing.
+
+A step of few rows nears its end; what comes next is known but for its tokens, which lie on the device already: then it
+is launched behind, before the host has seen them. So the device goes on while the host takes in what a step brought.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,19 +18,40 @@ from expertd_engine.core import StepFailed, StepResult
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.leases import ExpertUnavailableError
 from expertd_engine.messages import TokenLogprob
-from expertd_engine.model.cuda_model import DeviceModel, StepOutcome, StepTokens
+from expertd_engine.model.cuda_model import DeviceModel, Running, StepOutcome, StepTokens
 from expertd_engine.model.cuda_virtual import DeviceVirtual
 from expertd_engine.model.moe import MoELayer
 from expertd_engine.model.read_out import logit_positions, read_out, sample_row
-from expertd_engine.model.sampler import Draw, SampleRow, plain_draw, sample, takes_the_best
+from expertd_engine.model.sampler import Draw, SampleRow, needs_no_logits, plain_draw, sample, takes_the_best
 from expertd_engine.model.step_routes import RouteSource
 from expertd_engine.model.step_rows import Span
 from expertd_engine.sequence_stats import Substitutions
 from expertd_engine.step_plan import StepPlan
 
+LookAhead = Callable[[StepPlan], StepPlan | None]
+
+
+def nothing_follows(plan: StepPlan) -> StepPlan | None:
+    """A `LookAhead` that launches nothing behind anything."""
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A step that is under way, or was computed at once."""
+
+    plan: StepPlan
+    tokens: StepTokens
+    done: Running | StepOutcome
+
+    def last_rows(self) -> dict[int, int]:
+        """By sequence, the row that brings its token."""
+        ends = accumulate(chunk.num_tokens for chunk in self.plan.chunks)
+        return {chunk.sequence.sequence_id: end - 1 for chunk, end in zip(self.plan.chunks, ends, strict=True)}
+
 
 class DeviceRunner:
-    """Owns nothing but the connections between model and expert cache."""
+    """Owns the connections between model and expert cache, and the step that was launched behind the last."""
 
     layers: Sequence[MoELayer] = ()
     """Experts run inside the model's own steps."""
@@ -38,36 +64,124 @@ class DeviceRunner:
         is no virtual mode."""
         self.virtual = virtual
         self.model = model
+        self.look_ahead: LookAhead = nothing_follows
+        """`Scheduler.look_ahead`: what follows a step, to be launched behind it."""
+        self.beginning: Callable[[StepPlan], None] = _unannounced
+        """Told of each plan before its routes are asked for."""
+        self.steps_ahead = self.steps_in_vain = 0
+        """Steps that were launched behind another; of these, those that nobody wanted when they had ended."""
         self._cache = cache
         self._routes = routes
+        self._ahead: _Begun | None = None
+        self._ended_s = 0.0
+        """When the last step had ended."""
 
     def __call__(self, plan: StepPlan) -> StepResult:
-        began = time.perf_counter()
+        called = time.perf_counter()
+        ahead = self._taken(plan)
+        began = self._ended_s if ahead else called
         try:
-            tokens = self._tokens(plan, self._limits(plan))
-        except ExpertUnavailableError as error:
-            raise StepFailed((), str(error)) from error
-        self._cache.begin_timed(len(tokens.ids) if plan.phase == "decode" and plan.mode == "exact" else None)
-        foreseen = tokens.ids if plan.mode == "exact" else ()  # virtual mode does without the model's own experts
-        self._cache.begin_step(foreseen, scan=all(chunk.is_prefill for chunk in plan.chunks))
-        try:
-            outcome = self.model.step(tokens, self._cache)
+            begun = ahead or self._begin(plan)
+            outcome = self._finished(begun, plan)
         except (ExpertUnavailableError, MemoryError, torch.OutOfMemoryError) as error:
-            self._cache.abandon_step()
+            self._abandon()
             raise StepFailed((), str(error) or "the device has no memory left for this step") from error
         experts = self._cache.end_step()
-        substitutions = self._end_mode(plan, tokens)
-        sampled, prompt_logprobs = read_out(plan, _OutcomeLogits(outcome))
-        duration_s = time.perf_counter() - began
-        self._cache.end_timed(duration_s, experts.misses)
-        return StepResult(sampled, duration_s, prompt_logprobs, experts, substitutions)
+        substitutions = self._end_mode(begun, outcome)
+        places = None if begun.plan is plan else _places(plan, begun.plan)
+        sampled, prompt_logprobs = read_out(plan, _OutcomeLogits(outcome, places))
+        self._ended_s = time.perf_counter()
+        self._cache.end_timed(self._ended_s - began, experts.misses)
+        return StepResult(sampled, self._ended_s - called, prompt_logprobs, experts, substitutions)
 
     def idle(self) -> None:
         """There is no step to compute: take in what has been copied."""
+        self._drop()
         self._cache.pump()
         if self.virtual is not None:
             self.virtual.held.finish()
             self.virtual.held.pump()
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a step is under way that nobody has asked for yet."""
+        return self._ahead is not None
+
+    def settle(self) -> None:
+        """What was launched ahead has ended; it may still be asked for. Call it before memory is taken away."""
+        if self._ahead is not None and isinstance(self._ahead.done, Running):
+            self._ahead.done.ended.wait()
+
+    # ------------------------------------------------------------ steps
+
+    def _begin(self, plan: StepPlan, behind: _Begun | None = None) -> _Begun:
+        """Launch the step, or compute it. `behind` another, it is one that waits for nothing."""
+        self.beginning(plan)
+        tokens = self._tokens(plan, self._limits(plan), behind)
+        is_timed = plan.phase == "decode" and plan.mode == "exact"
+        self._cache.begin_timed(len(tokens.ids) if is_timed else None, ahead=behind is not None)
+        known = plan.mode == "exact" and behind is None  # virtual mode does without the model's own experts
+        self._cache.begin_step(tokens.ids if known else (), scan=all(chunk.is_prefill for chunk in plan.chunks))
+        if self.model.is_small(tokens, self._cache):
+            return _Begun(plan, tokens, self.model.begin(tokens, self._cache))
+        return _Begun(plan, tokens, self.model.step(tokens, self._cache))
+
+    def _finished(self, begun: _Begun, plan: StepPlan) -> StepOutcome:
+        """Wait for the step, of which the plan is what is left. The next one is launched before it has ended, or at
+        least before it is looked at."""
+        if isinstance(begun.done, StepOutcome):
+            return begun.done
+        may_follow = self._may_go_on(begun)
+
+        def meanwhile() -> None:
+            nonlocal may_follow
+            self._cache.poll()
+            if may_follow and self._cache.nears_end:
+                may_follow = False
+                self._go_on(begun, plan)
+
+        self.model.wait(begun.done, meanwhile)
+        if may_follow:
+            self._go_on(begun, plan)
+        return self.model.outcome(begun.done)
+
+    def _may_go_on(self, begun: _Begun) -> bool:
+        """Whether the step after this one needs nothing of what the host is still to see of it."""
+        if not self._cache.may_go_ahead or begun.tokens.read:
+            return False
+        if begun.plan.mode == "virtual" and (self.virtual is None or begun.tokens.limits is None):
+            return False
+        sequences = [chunk.sequence for chunk in begun.plan.chunks]
+        return all(one.constrainer is None and needs_no_logits(sample_row(one, unseen=1)) for one in sequences)
+
+    def _go_on(self, begun: _Begun, plan: StepPlan) -> None:
+        """Launch what follows the plan, if that is known by now."""
+        if plan.mode == "virtual" and self.virtual is not None and not self.virtual.held.may_go_ahead:
+            return
+        if (following := self.look_ahead(plan)) is not None:
+            self._ahead = self._begin(following, behind=begun)
+            self.steps_ahead += 1
+
+    def _taken(self, plan: StepPlan) -> _Begun | None:
+        """The plan's step, if it is under way already."""
+        if self._ahead is not None and self._ahead.plan.step != plan.step:
+            self._drop()
+        ahead, self._ahead = self._ahead, None
+        return ahead
+
+    def _drop(self) -> None:
+        """What was launched ahead is nobody's any more. It ran all the same: what it met is told."""
+        if (ahead := self._ahead) is None or not isinstance(ahead.done, Running):
+            return
+        self._ahead = None
+        self.steps_in_vain += 1
+        self.model.wait(ahead.done, self._cache.poll)
+        self._cache.end_step()
+        self._cache.end_timed(None, 0)
+
+    def _abandon(self) -> None:
+        self._ahead = None
+        self._cache.abandon_step()
 
     def _limits(self, plan: StepPlan) -> list[float] | None:
         """Of each row of a virtual step; None in exact mode, and where the budget is too small for the other. Raises
@@ -76,35 +190,38 @@ class DeviceRunner:
             return None
         return [chunk.sequence.max_substituted_mass for chunk in plan.chunks for _ in range(chunk.num_tokens)]
 
-    def _end_mode(self, plan: StepPlan, tokens: StepTokens) -> dict[int, Substitutions]:
+    def _end_mode(self, begun: _Begun, outcome: StepOutcome) -> dict[int, Substitutions]:
         """What virtual mode did to each sequence."""
         if self.virtual is None:
             return {}
+        plan = begun.plan
         if plan.mode == "exact":
             self.virtual.held.exact_step()
-        if tokens.limits is None:
+        if outcome.told is None:
             return {}
-        met = self.virtual.end_step([chunk.num_tokens for chunk in plan.chunks])
+        met = self.virtual.end_step(outcome.told, [chunk.num_tokens for chunk in plan.chunks])
         return {chunk.sequence.sequence_id: one for chunk, one in zip(plan.chunks, met, strict=True)}
 
-    def _tokens(self, plan: StepPlan, limits: list[float] | None) -> StepTokens:
+    def _tokens(self, plan: StepPlan, limits: list[float] | None, behind: _Begun | None) -> StepTokens:
         ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
         rows: list[int] = []
         read: list[int] = []
         draws: dict[int, Draw] = {}
+        unseen = behind.last_rows() if behind else {}
         for chunk in plan.chunks:
-            spans.append(Span(len(ids), chunk.start, chunk.num_tokens, chunk.sequence.block_table))
+            sequence = chunk.sequence
+            spans.append(Span(len(ids), chunk.start, chunk.num_tokens, sequence.block_table))
             read += range(len(rows), len(rows) + len(chunk.prompt_logprob_positions))
             rows += [len(ids) + position - chunk.start for position in logit_positions(chunk)]
             if chunk.samples:
-                how = None if chunk.sequence.constrainer is not None else sample_row(chunk.sequence)
+                how = None if sequence.constrainer is not None else sample_row(sequence, unseen=int(bool(unseen)))
                 if how is not None and (draw := plain_draw(how)) is not None:
                     draws[rows[-1]] = draw
                 elif how is None or not takes_the_best(how):
                     read.append(len(rows) - 1)
-            ids += chunk.sequence.tokens(chunk.start, chunk.stop)
+            ids += [-1 - unseen[sequence.sequence_id]] if unseen else sequence.tokens(chunk.start, chunk.stop)
             positions += range(chunk.start, chunk.stop)
         routes = None if self._routes is None else self._routes.step_routes(len(ids))
         return StepTokens(ids, positions, spans, rows, frozenset(read), routes, limits, draws)
@@ -115,11 +232,27 @@ class _OutcomeLogits:
     """`read_out.StepLogits` of a device's step."""
 
     outcome: StepOutcome
+    places: Sequence[int] | None
+    """Where each row asked for stands among the step's own; None: they are these."""
 
     def of(self, row: int) -> Tensor:
-        return self.outcome.logits[row]
+        return self.outcome.logits[self._place(row)]
 
     def choose(self, row: int, how: SampleRow) -> tuple[int, TokenLogprob | None]:
-        if row in self.outcome.logits:
-            return sample(self.outcome.logits[row], how)
-        return self.outcome.tokens[row], None
+        place = self._place(row)
+        if place in self.outcome.logits:
+            return sample(self.outcome.logits[place], how)
+        return self.outcome.tokens[place], None
+
+    def _place(self, row: int) -> int:
+        return row if self.places is None else self.places[row]
+
+
+def _places(plan: StepPlan, launched: StepPlan) -> list[int]:
+    """Of each row of a step that decodes, where it stands in the one that was launched ahead for it and others."""
+    place_of = {chunk.sequence.sequence_id: place for place, chunk in enumerate(launched.chunks)}
+    return [place_of[chunk.sequence.sequence_id] for chunk in plan.chunks]
+
+
+def _unannounced(plan: StepPlan) -> None:
+    return None

@@ -27,7 +27,7 @@ from expertd_engine.sequence_stats import Substitutions
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What a step's kernels left. It stands until the step after the next is sent."""
+    """What a step's kernels left."""
 
     asked: Floats
     """`[layers, experts]`: ‖x‖ · weight that the routers themselves gave each expert."""
@@ -81,16 +81,13 @@ class VirtualWork:
         if rows > 1:
             self._asked.zero_()
 
-    def send(self, rows: int) -> None:
-        """Behind a step of so many rows: have what it left sent to the host."""
+    def send(self, rows: int) -> Told:
+        """Behind a step of so many rows: have what it left sent to the host. It is there once the device has come past
+        it, and stands until the next but one is sent."""
+        self._turn = 1 - self._turn
         count = self._asked.numel() + rows * self._met[0].numel()
         self._hosts[self._turn][:count].copy_(self._left[:count], non_blocking=True)
-
-    def told(self, rows: int) -> Told:
-        """What was sent last, once the device has come past it: asked once a step. It stands until the next but one is
-        sent; what a step left that failed, and is never asked about, is written over."""
         told = self._told[self._turn]
-        self._turn = 1 - self._turn
         return Told(told.asked, told.met[:rows])
 
     def _shared_by(self, rows: int) -> int:
@@ -100,10 +97,10 @@ class VirtualWork:
 class DeviceVirtual:
     """Counts what virtual steps did to their rows, and lets held sets follow; as `VirtualRouting` on a processor."""
 
-    def __init__(self, work: VirtualWork, held: DeviceHeld, norms: Sequence[NDArray[np.float32]], top_k: int) -> None:
+    def __init__(self, held: DeviceHeld, norms: Sequence[NDArray[np.float32]], top_k: int) -> None:
         """`norms`: of each layer's experts."""
         self.held = held
-        self._work, self._top_k, self._tokens = work, top_k, 0
+        self._top_k, self._tokens = top_k, 0
         self._met = np.zeros((len(norms), MET))
         """Summed over rows, since start, but for what is `_uncounted`."""
         self._uncounted: list[Floats] = []
@@ -111,11 +108,10 @@ class DeviceVirtual:
         for layer, row in enumerate(norms):
             self._norms[layer, : len(row)] = row
 
-    def end_step(self, lengths: Sequence[int]) -> list[Substitutions]:
-        """A virtual step over sequences of so many rows each has ended, well: what it did to each. The device stands
-        still meanwhile: all else waits for the next launch."""
+    def end_step(self, told: Told, lengths: Sequence[int]) -> list[Substitutions]:
+        """A virtual step over sequences of so many rows each has ended, well: what it did to each. All that need not be
+        told at once is left for while the next step runs."""
         rows = sum(lengths)
-        told = self._work.told(rows)
         self._tokens += rows
         self._uncounted.append(told.met)
         self.held.digest(partial(self._importance, told), rows / max(1, len(lengths)))

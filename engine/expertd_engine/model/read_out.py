@@ -66,8 +66,9 @@ def read_out(plan: StepPlan, logits: StepLogits) -> tuple[dict[int, SampledToken
     return sampled, scored
 
 
-def sample_row(sequence: Sequence) -> SampleRow:
-    """What decides the sequence's next token besides its logits."""
+def sample_row(sequence: Sequence, unseen: int = 0) -> SampleRow:
+    """What decides the sequence's next token besides its logits, or the one after so many that are not known yet, where
+    that does not depend on them."""
     return SampleRow(
         sequence.sampling,
         sequence.choice_index,
@@ -75,4 +76,5 @@ def sample_row(sequence: Sequence) -> SampleRow:
         sequence.output_token_ids,
         sequence.banned_until_min(),
         None if sequence.constrainer is None else sequence.constrainer.allowed(),
+        unseen,
     )

@@ -162,6 +162,9 @@ class Runner:
         else:
             self.virtual.held.pump()
 
+    def settle(self) -> None:
+        """Nothing runs between steps."""
+
     def _logits(self, plan: StepPlan, routes: StepRoutes, token_ids: list[int]) -> torch.Tensor:
         spans: list[Span] = []
         logit_rows: list[int] = []

@@ -33,10 +33,12 @@ class SampleRow:
     """Token ids that may not come now, such as end-of-sequence before `min_tokens`."""
     allowed: bytes | None = None
     """What the constraint lets come, a bit for each token id (see `request.Constrainer`)."""
+    unseen: int = 0
+    """Output tokens that are not known yet."""
 
     @property
     def position(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.unseen
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +74,22 @@ def sample(logits: torch.Tensor, row: SampleRow) -> tuple[int, TokenLogprob | No
     return token, token_logprob(logits, token, sampling.logprobs)
 
 
+def needs_no_logits(row: SampleRow) -> bool:
+    """Whether whoever has the logits elsewhere may choose: `takes_the_best`, or there is a `plain_draw`."""
+    sampling = row.sampling
+    filters = sampling.temperature != 0 and (sampling.top_k > 0 or sampling.top_p < 1)
+    return sampling.logprobs is None and not filters and _changes_nothing(row)
+
+
 def takes_the_best(row: SampleRow) -> bool:
     """Whether the token with the highest logit is all that `sample` would look for."""
-    return row.sampling.temperature == 0 and row.sampling.logprobs is None and _changes_nothing(row)
+    return row.sampling.temperature == 0 and needs_no_logits(row)
 
 
 def plain_draw(row: SampleRow) -> Draw | None:
     """How the row draws, where that takes no more than one number; None where `sample` has more to do."""
     sampling = row.sampling
-    filters = sampling.top_k > 0 or sampling.top_p < 1
-    if sampling.temperature == 0 or sampling.logprobs is not None or filters or not _changes_nothing(row):
+    if sampling.temperature == 0 or not needs_no_logits(row):
         return None
     least = math.log(sampling.min_p) if sampling.min_p > 0 else -_LARGEST
     word = int(uniform(sampling.seed, row.choice_index, row.position) * 2.0**32)

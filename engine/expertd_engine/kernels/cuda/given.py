@@ -14,8 +14,23 @@ _TAKEN = 1024
 
 def take(source: Tensor, target: Tensor) -> None:
     """See `kernels.given`."""
+    take_step(source, target, slice(0, 0), source)
+
+
+def take_step(source: Tensor, target: Tensor, ids: slice, brought: Tensor) -> None:
+    """See `kernels.given`."""
     count = source.numel()
-    _take_kernel[(triton.cdiv(count, _TAKEN),)](source, target, count, BLOCK=_TAKEN, num_warps=8)
+    _take_kernel[(triton.cdiv(count, _TAKEN),)](
+        source, target, count, brought, ids.start, ids.stop, BLOCK=_TAKEN, num_warps=8
+    )
+
+
+def hand_over(source: Tensor, target: Tensor, turn: Tensor) -> None:
+    """See `kernels.given`."""
+    count = len(source)
+    _hand_over_kernel[(1,)](
+        source, target, turn, count, target.stride(0), BLOCK=max(32, triton.next_power_of_2(count)), num_warps=1
+    )
 
 
 def apply_words(staged: Tensor, turn: Tensor, words: Tensor, cleared: Tensor, taken: Tensor) -> None:
@@ -30,10 +45,24 @@ def apply_words(staged: Tensor, turn: Tensor, words: Tensor, cleared: Tensor, ta
     )
 
 
-@triton.jit
-def _take_kernel(source: tl.tensor, target: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
+@triton.jit(do_not_specialize=["first", "last"])
+def _take_kernel(
+    source: tl.tensor, target: tl.tensor, count: tl.tensor, brought: tl.tensor, first: tl.tensor, last: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(target + i, tl.load(source + i, i < count, 0, volatile=True), i < count)
+    value = tl.load(source + i, i < count, 0, volatile=True)
+    unseen = (i >= first) & (i < last) & (value < 0)
+    known = tl.load(brought + (-1 - value), unseen, 0).to(value.dtype)
+    tl.store(target + i, tl.where(unseen, known, value), i < count)
+
+
+@triton.jit
+def _hand_over_kernel(
+    source: tl.tensor, target: tl.tensor, turn: tl.tensor, count: tl.tensor, stride: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    i = tl.arange(0, BLOCK)
+    tl.store(target + tl.load(turn) * stride + i, tl.load(source + i, i < count, 0), i < count)
 
 
 @triton.jit

@@ -49,7 +49,9 @@ class TablePointers:
     seen_count: Tensor
     """int32 `[L]`"""
     progress: Tensor
-    """int32 `[1]`, host memory that the device can write: layers whose routes are known in this step."""
+    """int32 `[1]`, host memory that the device can write: `launch` and the layers whose routes are known in it."""
+    launch: Tensor
+    """int32 `[1]`: a number that says which launch this is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ def resolve(
     pairs = triton.next_power_of_2(rows * top_k)
     _resolve_kernel[(1,)](
         *(table.entries, table.slot_address, table.ready, table.landing, table.head, table.tail),
-        *(table.seen, table.seen_count, table.progress, top_k_index, num_rows),
+        *(table.seen, table.seen_count, table.progress, table.launch, top_k_index, num_rows),
         *(scratch.totals, scratch.experts, scratch.target, scratch.begin, scratch.address, scratch.land, scratch.wait),
         *(scratch.cut, scratch.pairs, scratch.row_pairs),
         *((table.head, table.head, table.head) if left is None else (left.splits, left.missed, left.clock)),
@@ -220,18 +222,18 @@ def _publish(
 @triton.jit(do_not_specialize=["layer"])
 def _resolve_kernel(
     entries: tl.tensor, slot_address: tl.tensor, ready: tl.tensor, landing: tl.tensor, head: tl.tensor, tail: tl.tensor,
-    seen: tl.tensor, seen_count: tl.tensor, progress: tl.tensor, index: tl.tensor, num_rows: tl.tensor,
-    totals: tl.tensor, distinct_experts: tl.tensor, targets: tl.tensor, begin: tl.tensor, address: tl.tensor,
-    land: tl.tensor, wait: tl.tensor, cuts: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor, splits: tl.tensor,
-    missed: tl.tensor, clock: tl.tensor, layer: tl.tensor, experts: tl.tensor, width: tl.tensor, ring: tl.tensor,
-    left_width: tl.tensor,
+    seen: tl.tensor, seen_count: tl.tensor, progress: tl.tensor, launch: tl.tensor, index: tl.tensor,
+    num_rows: tl.tensor, totals: tl.tensor, distinct_experts: tl.tensor, targets: tl.tensor, begin: tl.tensor,
+    address: tl.tensor, land: tl.tensor, wait: tl.tensor, cuts: tl.tensor, pairs: tl.tensor, row_pairs: tl.tensor,
+    splits: tl.tensor, missed: tl.tensor, clock: tl.tensor, layer: tl.tensor, experts: tl.tensor, width: tl.tensor,
+    ring: tl.tensor, left_width: tl.tensor,
     NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
     PAIRS: tl.constexpr, COMPARED: tl.constexpr, LEAVES: tl.constexpr, AGAIN_WITHIN: tl.constexpr,
 ) -> None:  # fmt: skip
     if layer > 0:
         _publish(entries, slot_address, totals, distinct_experts, targets, layer - 1, experts, WIDTH)
         tl.debug_barrier()  # the layer before is read before this one is written
-    rows = tl.minimum(tl.load(num_rows), ROWS)
+    rows, this = tl.minimum(tl.load(num_rows), ROWS), tl.load(launch)
     count = _sort_pairs(index, rows, pairs, row_pairs, NUM_EXPERTS, EXPERTS, TOP_K, PAIRS, COMPARED)
     expert = tl.arange(0, EXPERTS)
     chosen = count > 0
@@ -277,7 +279,7 @@ def _resolve_kernel(
     tl.store(seen_count + layer, distinct)
     if LEAVES:
         tl.store(clock, now)  # sums of all warps lie between this and its load
-    tl.store(progress, layer + 1)
+    tl.store(progress, this + layer + 1)
 
 
 @triton.jit

@@ -20,10 +20,10 @@ from expertd_engine.kernels.cuda.selection import (
     by_logits,
     by_scores,
     scored,
-    sums_of_four,
+    sums_of_five,
     sums_of_two,
 )
-from expertd_engine.kernels.cuda.substitute import Among, answer, ask, stand_ins
+from expertd_engine.kernels.cuda.substitute import Among, answer, ask, most_answering, stand_ins
 from expertd_engine.model.native_abi import NormKind, Scores
 
 _EXPERTS_AT_ONCE = 4
@@ -188,7 +188,7 @@ def _select(
         score = scored(score, lives, SCORES)
     chosen = lives & (place < TOP_K)
     taken = tl.where(chosen, score, 0.0)
-    lost, serving, serves = 0.0, 0.0, chosen
+    lost, serving, serving_each, serves, each = 0.0, 0.0, 0.0, chosen, chosen
     if counted is None:
         whole, total = sums_of_two(score, taken)
     else:
@@ -196,9 +196,13 @@ def _select(
             is_held = lives & (tl.load(counted + expert, lives, 0.0) > 1.0)
             counts = tl.sum(tl.sum(tl.where(is_held, HELD, chosen.to(tl.int32)), 1), 0)
         else:
-            serves = stand_ins(is_held, chosen, ahead, counts, counts % HELD, TOP_K, SHARED)
-        stood = tl.where(serves, tl.maximum(score, 1e-30), 0.0)
-        whole, total, lost, serving = sums_of_four(score, taken, tl.where(is_held, 0.0, taken), stood)
+            missed = counts % HELD
+            serves = stand_ins(is_held, chosen, ahead, counts, most_answering(missed, TOP_K, SHARED), TOP_K)
+            each = stand_ins(is_held, chosen, ahead, counts, missed, TOP_K)
+        worth = tl.maximum(score, 1e-30)
+        whole, total, lost, serving, serving_each = sums_of_five(
+            score, taken, tl.where(is_held, 0.0, taken), tl.where(serves, worth, 0.0), tl.where(each, worth, 0.0)
+        )
     per_score, total_share = scale, total
     if PLAIN and SCORES == 2:
         per_score, total_share = scale / whole, total / whole
@@ -210,7 +214,7 @@ def _select(
         weight = taken * per_score
         ask(asked + expert, length * weight, chosen, lives, ALONE)
         answer(
-            logits, score, expert, g, lives, place, ahead, is_held, serves, serving, weight, total * per_score,
+            logits, score, expert, g, lives, place, ahead, is_held, serving, serving_each, weight, total * per_score,
             lost * per_score, counts, favour, limit, met + met_at, served + served_at, shares + served_at,
             TOP_K, WIDTH, SHARED, SCORES, GROUPS, KEPT, BEST, PLAIN,
         )  # fmt: skip

@@ -186,15 +186,15 @@ def sums_of_two(a: tl.tensor, b: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
-def sums_of_four(
-    a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+def sums_of_five(
+    a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor, e: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """As `sums_of_two`."""
     COUNT: tl.constexpr = a.shape[0] * a.shape[1]
-    a, b = tl.reshape(a, (COUNT,)), tl.reshape(b, (COUNT,))
-    c, d = tl.reshape(c, (COUNT,)), tl.reshape(d, (COUNT,))
-    a, b, c, d = tl.reduce((a, b, c, d), 0, _four_added)
-    return a, b, c, d
+    a, b, c = tl.reshape(a, (COUNT,)), tl.reshape(b, (COUNT,)), tl.reshape(c, (COUNT,))
+    d, e = tl.reshape(d, (COUNT,)), tl.reshape(e, (COUNT,))
+    a, b, c, d, e = tl.reduce((a, b, c, d, e), 0, _five_added)
+    return a, b, c, d, e
 
 
 @triton.jit
@@ -205,8 +205,8 @@ def _two_added(
 
 
 @triton.jit
-def _four_added(
-    a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor,
-    more_a: tl.tensor, more_b: tl.tensor, more_c: tl.tensor, more_d: tl.tensor,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    return a + more_a, b + more_b, c + more_c, d + more_d
+def _five_added(
+    a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor, e: tl.tensor,
+    more_a: tl.tensor, more_b: tl.tensor, more_c: tl.tensor, more_d: tl.tensor, more_e: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    return a + more_a, b + more_b, c + more_c, d + more_d, e + more_e

@@ -14,7 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from expertd_engine.kernels.cuda.selection import HELD, in_best_groups, places
+from expertd_engine.model.substitution import ROUNDING, SHARED_FROM
 
+_SHARED_FROM = tl.constexpr(SHARED_FROM)
+_ROUNDING = tl.constexpr(float(ROUNDING))
 MET = 3
 """Numbers told of each row and layer: choices replaced, the share of the row's weights that they had, choices read over
 the link."""
@@ -56,20 +59,24 @@ def ask(asked: tl.tensor, wanted: tl.tensor, chosen: tl.tensor, lives: tl.tensor
 
 @triton.jit
 def stand_ins(
-    held: tl.tensor, chosen: tl.tensor, ahead: tl.tensor, counts: tl.tensor, replaced: tl.tensor,
-    TOP_K: tl.constexpr, SHARED: tl.constexpr,
+    held: tl.tensor, chosen: tl.tensor, ahead: tl.tensor, counts: tl.tensor, most: tl.tensor, TOP_K: tl.constexpr
 ) -> tl.tensor:  # fmt: skip
-    """Which of the `held` answer for so many `replaced` choices, where logits alone decide: all of the choices that are
-    held come before all others. `counts`: as in `answer`."""
-    wanted = tl.where(counts >= HELD * TOP_K, TOP_K - counts % HELD + _most(replaced, TOP_K, SHARED), 0)
-    return held & (chosen == 0) & (ahead < tl.where(replaced > 0, wanted, 0))
+    """Which of the `held` answer, `most` of them, where logits alone decide: all of the choices that are held come
+    before all others. `counts`: as in `answer`."""
+    return held & (chosen == 0) & (ahead < tl.where(counts >= HELD * TOP_K, TOP_K - counts % HELD + most, 0))
+
+
+@triton.jit
+def most_answering(replaced: tl.tensor, TOP_K: tl.constexpr, SHARED: tl.constexpr) -> tl.tensor:
+    """`model.substitution.num_substitutes` where what is replaced weighs enough to be shared."""
+    return tl.maximum(replaced, tl.minimum(replaced * SHARED, TOP_K * 3 // 4))
 
 
 @triton.jit
 def answer(
     logits: tl.tensor, score: tl.tensor, expert: tl.tensor, g: tl.tensor, lives: tl.tensor, place: tl.tensor,
-    ahead: tl.tensor, held: tl.tensor, serves: tl.tensor, serving: tl.tensor, weight: tl.tensor, total: tl.tensor,
-    lost: tl.tensor, counts: tl.tensor, favour: tl.tensor, limit: tl.tensor,
+    ahead: tl.tensor, held: tl.tensor, serving: tl.tensor, serving_each: tl.tensor, weight: tl.tensor,
+    total: tl.tensor, lost: tl.tensor, counts: tl.tensor, favour: tl.tensor, limit: tl.tensor,
     met: tl.tensor, experts: tl.tensor, weights: tl.tensor,
     TOP_K: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr,
     KEPT: tl.constexpr, BEST: tl.constexpr, PLAIN: tl.constexpr,
@@ -77,8 +84,9 @@ def answer(
     """One row, whose router put experts `[G, S]` at `place` with `weight`, zeros but for the chosen, out of `score`, of
     whatever sum; `ahead`: `held` experts that come before each, where the router goes by logits alone (`PLAIN`).
     `total` and `lost` weigh all choices and those that are not held, `counts` holds `HELD` for each expert held and 1
-    for each of those. `serves` are who answers if all of those are replaced, of whom scores come to `serving`; where
-    not `PLAIN` that is yet to be found out. Pointers are to this row's numbers.
+    for each of those. If all of those are replaced, scores of who answers come to `serving` where choices are shared,
+    and to `serving_each` where one answers for each; where not `PLAIN` that is yet to be found out. Pointers are to
+    this row's numbers.
 
     Where fewer than TOP_K are held, which is before virtual mode begins, nobody answers for anybody.
     """
@@ -92,15 +100,17 @@ def answer(
     if limit < 1.0:
         replaced = lacking & (_mass_up_to(weight / total, lacking, place, TOP_K) <= limit + 1e-6)
         lost, count = _total(tl.where(replaced, weight, 0.0)), _total(replaced.to(tl.int32))
-        if PLAIN:
-            serves = stand_ins(held, chosen, ahead, counts, count, TOP_K, SHARED)
-            serving = _total(tl.where(serves, tl.maximum(score, 1e-30), 0.0))
-            at = _by_id((chosen & (replaced == 0)) | serves)
+    stays, mass = chosen & (replaced == 0), tl.where(count > 0, lost / total, 0.0)
+    is_shared = mass + _ROUNDING >= _SHARED_FROM
+    most = tl.where(is_shared, most_answering(count, TOP_K, SHARED), count)
     tl.store(met, count.to(tl.float32))
-    tl.store(met + 1, tl.where(count > 0, lost / total, 0.0))
+    tl.store(met + 1, mass)
     tl.store(met + 2, (missed - count).to(tl.float32))
-    stays, most = chosen & (replaced == 0), _most(count, TOP_K, SHARED)
     if PLAIN:
+        serves = stand_ins(held, chosen, ahead, counts, most, TOP_K)
+        serving = tl.where(is_shared, serving, serving_each)
+        if limit < 1.0:
+            serving, at = _total(tl.where(serves, tl.maximum(score, 1e-30), 0.0)), _by_id(stays | serves)
         more = tl.where(count > 0, tl.minimum(most, counts // HELD - TOP_K + missed), 0)
     else:
         logit = tl.load(logits + expert, lives, float("-inf"))
@@ -113,12 +123,6 @@ def answer(
     share = tl.maximum(score, 1e-30) * (lost / tl.maximum(serving, 1e-30))
     _store(expert, at, stays | serves, tl.where(serves, share, tl.where(stays, weight, 0.0)), TOP_K - count + more,
            experts, weights, WIDTH)  # fmt: skip
-
-
-@triton.jit
-def _most(replaced: tl.tensor, TOP_K: tl.constexpr, SHARED: tl.constexpr) -> tl.tensor:
-    """`model.substitution.num_substitutes`."""
-    return tl.maximum(replaced, tl.minimum(replaced * SHARED, TOP_K * 3 // 4))
 
 
 @triton.jit

@@ -12,7 +12,8 @@
 namespace expertd {
 namespace {
 
-constexpr float kRounding = 1e-6f;  // of a sum of shares
+constexpr float kRounding = 1e-6f;   // of a sum of shares
+constexpr float kSharedFrom = 0.1f;  // of a row's weight; model/substitution.py says why
 constexpr int64_t kRowsPerTask = 4;
 
 int64_t work_floats(const expertd_router& router) { return select_scratch(router) + router.experts + 2 * router.top_k; }
@@ -84,6 +85,12 @@ class Row {
       if (!any_ || !replaced_[k]) put(count_++, chosen_[k], weights_[k]);
   }
 
+  // As in model/substitution.py.
+  int64_t num_substitutes(int64_t replaced) const {
+    if (!(mass_ + kRounding >= kSharedFrom)) return replaced;
+    return std::max(replaced, std::min(replaced * s_.shared_by, int64_t(top_k_) * 3 / 4));
+  }
+
   // What stays is ranked last, so that it fills up where the held are few and hides nobody.
   void share_among_others(int32_t replaced) {
     const int32_t n = router_.experts, stay = count_;
@@ -94,8 +101,7 @@ class Row {
       lowered_[experts()[i]] = last;
       allowed_[experts()[i]] = 1;
     }
-    const int64_t shared = std::min(int64_t(replaced) * s_.shared_by, int64_t(top_k_) * 3 / 4);
-    const int64_t most = std::max<int64_t>(replaced, shared);
+    const int64_t most = num_substitutes(replaced);
     const int64_t allowed = n - std::count(allowed_, allowed_ + n, uint8_t{0});
     expertd_router wide = router_;
     wide.top_k = static_cast<int32_t>(std::min(stay + most, allowed));
