@@ -160,7 +160,8 @@ def _assemble(
     limits = SchedulerLimits(config.max_sequences, config.max_step_tokens, context.limits.model_len)
     refusal = (lambda: virtual.reason) if isinstance(virtual, NoVirtualMode) else virtual.held.refusal
     scheduler = Scheduler(limits, pool, prefixes)
-    runner.look_ahead = scheduler.look_ahead
+    if context.parts.dense.is_graph:  # else who launches the next step sees the tokens of this one after all of that
+        runner.look_ahead = scheduler.look_ahead
     core = EngineCore(scheduler, wrap(runner), loaded.eos_token_ids, context.constrain, refusal)
     warm = _warm_restart(context, cache)
     if warm is not None:

@@ -22,6 +22,7 @@ from expertd_engine.live_budget import LiveBudget
 from expertd_engine.memory import MemoryUse
 from expertd_engine.messages import ExpertMap
 from expertd_engine.model.path_routing import PathRouting
+from expertd_engine.model.runner import Runner
 from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.snapshot import Foresight, HistogramData, LayerLookups, LeadOutcomes, Snapshot, VirtualLayer
 from expertd_engine.startup import Engine
@@ -67,6 +68,9 @@ def take_expert_map(engine: AnyEngine) -> ExpertMap:
 def take_snapshot(engine: AnyEngine, meter: StepMeter, memory: MemoryUse, budget: LiveBudget, now: float) -> Snapshot:
     """All counters and gauges as they are between two steps or, in a long one, between two layers."""
     tiers = None if isinstance(engine.cache, ExpertCache) else engine.cache.tiers()
+    if tiers is not None and not isinstance(engine.runner, Runner):
+        ahead, in_vain = engine.runner.steps_ahead, engine.runner.steps_in_vain
+        tiers = msgspec.structs.replace(tiers, steps_ahead=ahead, steps_in_vain=in_vain)
     counted = _counted(engine, meter, memory, budget, now)
     return msgspec.structs.replace(counted, foresight=foresight_of(engine), tiers=tiers)
 

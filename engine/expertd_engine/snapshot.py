@@ -135,6 +135,10 @@ class Tiers(Message, frozen=True):
     """Of their records, or of the part that it computed."""
     shared: Shared | None = None
     """None where they do not share what is missing."""
+    steps_ahead: int = 0
+    """Steps that were launched behind another, before the host had seen its tokens."""
+    steps_in_vain: int = 0
+    """Of these, those whose sequences had all ended by then."""
 
 
 class HistogramData(Message, frozen=True):

@@ -188,6 +188,10 @@ COUNTERS = (
            "layer: that crosses no link.", (), _of_tiers(lambda x: {(): x.computed})),
     Family("host_computed_bytes", "Bytes of the records of host_computed_experts, or of the part that it computed.", (),
            _of_tiers(lambda x: {(): x.computed_bytes})),
+    Family("engine_steps_ahead", "Steps that were launched on a card behind another, before the host had seen its "
+           "tokens.", (), _of_tiers(lambda x: {(): x.steps_ahead})),
+    Family("engine_steps_in_vain", "Of engine_steps_ahead, those whose sequences had all ended by then.", (),
+           _of_tiers(lambda x: {(): x.steps_in_vain})),
     Family("engine_steps", "Forward passes; prefill: with any prompt token in it.", ("phase",),
            _by_key(lambda s: s.steps)),
     Family("engine_cpu_seconds", "Processor time of the engine process, all threads.", (),

@@ -124,6 +124,7 @@ def tiers(found: Tiers) -> dict[str, Any]:
             "computed_bytes": found.computed_bytes,
             "shared": None if found.shared is None else msgspec.structs.asdict(found.shared),
         },
+        "steps": {"ahead": found.steps_ahead, "in_vain": found.steps_in_vain},
     }  # fmt: skip
 
 

@@ -90,13 +90,14 @@ def test_a_token_is_drawn_alike_whether_its_logits_are_read_or_not(
     assert there[0].token_ids != there[1].token_ids
 
 
-def test_steps_launched_behind_others_bring_the_same_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("misses", ["link", "cpu"])
+def test_steps_launched_behind_others_bring_the_same_tokens(tmp_path: Path, misses: str) -> None:
     """Beside each other a drawn answer and a shorter one that takes the best, few of whose experts are there."""
     store = make_store(FAMILY, tmp_path)
     how = Sampling(max_tokens=5, temperature=1.3, seed=5, ignore_eos=True)
     short = msgspec.structs.replace(how, max_tokens=3, temperature=0.0)
     found: list[list[list[int]]] = []
-    with device_engine(store, "cpu", **FEW_RESIDENT) as engine:
+    with device_engine(store, "cpu", **FEW_RESIDENT, device_misses=misses) as engine:
         runner = engine.runner
         for look_ahead in (runner.look_ahead, nothing_follows):
             runner.look_ahead = look_ahead
@@ -118,6 +119,7 @@ def test_steps_launched_behind_others_bring_the_same_tokens(tmp_path: Path) -> N
         engine.cache.ledger.check()
         layers, top_k = len(store.index.layers), store.index.top_k
         assert counters.lookups() - lookups >= 2 * layers * top_k, "what ran for nobody is told as well"
+        assert bool(engine.cache.tiers().computed) is (misses == "cpu")
     assert found[0] == found[1] and found[0][0] != found[0][1]
 
 

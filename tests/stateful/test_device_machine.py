@@ -93,6 +93,9 @@ class Idle:
     def end_step(self) -> float:
         return 0.0
 
+    def give_up(self) -> None:
+        return None
+
     def close(self) -> None:
         return None
 

@@ -31,7 +31,7 @@ def step(one: Sharing, told: list[int], seconds: float = 1.0) -> list[list[list[
     one.after_launch()
     for layer, word in enumerate(told):
         one.later[layer] = word
-    one.end_step()
+    one.end_step(asked=one.asks)
     one.end_timed(seconds, missed=1)
     return found
 
@@ -59,7 +59,7 @@ def test_who_is_later_changes_what_a_later_launch_finds() -> None:
 def test_a_step_that_fails_before_its_launch_tells_nothing() -> None:
     one = sharing()
     step(one, [3, 2, 0])
-    one.end_step()
+    one.end_step(asked=True)
     status = one.as_status()
     assert status is not None and (status.later, status.earlier) == (1, 1)
 
@@ -70,7 +70,7 @@ def test_while_a_card_alone_is_quicker_nobody_is_asked() -> None:
         one.begin_timed(1)
         step_s = 2.0 if one.payoff.is_on else 1.0
         assert one.before_launch(may_ask=True) is one.payoff.is_on
-        one.end_step()
+        one.end_step(asked=one.asks)
         one.end_timed(step_s, missed=1)
     assert (one.payoff.trials, one.payoff.is_on) == (1, False)
     before = one.as_status()
@@ -87,8 +87,21 @@ def test_a_step_whose_program_cannot_ask_tells_the_balance_nothing() -> None:
     speed = [one.balance.cpu_bytes_per_s] if one.balance is not None else []
     for _ in range(100):
         assert not one.before_launch(may_ask=False)
-        one.end_step()
+        one.end_step(asked=one.asks)
     assert one.balance is not None and speed == [one.balance.cpu_bytes_per_s]
+
+
+def test_steps_launched_behind_others_are_judged_by_what_each_asked() -> None:
+    one = balanced()
+    asked: list[bool] = []
+    for number in range(SETTLED + 2):
+        one.begin_timed(1, ahead=number > 0)
+        asked.append(one.before_launch(may_ask=True))
+        if number:
+            one.end_step(asked=asked[-2])
+            one.end_timed(2.0 if asked[-2] else 1.0, missed=1)
+    assert {True, False} == set(asked)
+    assert (one.payoff.trials, one.payoff.is_on, one.payoff.switches) == (1, False, 1)
 
 
 def test_nobody_is_asked_while_nothing_is_missed() -> None:
@@ -96,7 +109,7 @@ def test_nobody_is_asked_while_nothing_is_missed() -> None:
     for missed in (*[0] * 12, 1, 0, 0):
         one.begin_timed(None)
         asked.append(one.before_launch(may_ask=True))
-        one.end_step()
+        one.end_step(asked=one.asks)
         one.end_timed(1.0, missed=missed)
     assert asked == [*[True] * 8, *[False] * 5, True, True]
 
@@ -114,6 +127,7 @@ def test_a_step_that_asked_nobody_for_want_of_misses_does_not_tell_either() -> N
     for _ in range(SETTLED + HOLD):
         one.begin_timed(1)
         one.before_launch(may_ask=False)
+        one.end_step(asked=False)
         one.end_timed(1.0, missed=1)
         told += one.payoff.trials
     assert told == 0
@@ -136,6 +150,7 @@ def test_a_trial_compares_steps_of_one_budget(monkeypatch: pytest.MonkeyPatch) -
         for _ in range(count):
             one.begin_timed(1)
             one.before_launch(may_ask=True)
+            one.end_step(asked=one.asks)
             one.end_timed(shared_s if one.payoff.is_on else 1.0, missed=1)
 
     half, whole = (BLOCK * len(TRIAL) // 2, BLOCK * len(TRIAL))

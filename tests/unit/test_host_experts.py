@@ -144,6 +144,24 @@ def test_what_cannot_be_computed_is_answered_and_ends_the_step(layer: int, exper
         assert compute.end_step() > 0 and compute.computed == 1
 
 
+def test_requests_of_a_step_behind_another_are_looked_for_without_a_pause() -> None:
+    with computing(made("float32", "rows"), absent=(0, 2)) as compute:
+        compute.begin_step()
+        compute.begin_step()
+        compute.ask(0, [1])
+        assert compute.end_step() > 0 and compute.computed == 1
+        compute.ask(0, [3])
+        compute.begin_step()
+        compute.ask(0, [2])
+        with pytest.raises(EngineError, match="expert 2 of layer 0 has no record"):
+            compute.end_step()
+        assert compute.computed == 1, "told with the next"
+        compute.give_up()
+        assert compute.computed == 2
+        compute.give_up()
+        assert compute.end_step() == 0.0
+
+
 @pytest.mark.slow
 def test_no_two_threads_meet_where_they_should_not() -> None:
     assert "checks on" in run(sanitized("host_check", "thread"))

@@ -7,6 +7,7 @@ native thread's business.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -74,8 +75,9 @@ class HostCompute:
         self._thread = HostThread(library, threads, layers, mailbox)
         self._first = Counts()
         """What was computed before the first step."""
-        self._asked = False
-        """Whether the running step asks."""
+        self._asking: deque[bool] = deque()
+        """Of the launches that run, the first one first: whether they ask."""
+        self._watches = False
         self.sharing: Sharing | None = None
         """What a device is told to leave to the processor; None before there is one that asks."""
 
@@ -104,10 +106,12 @@ class HostCompute:
     def begin_step(self, *, may_ask: bool = True) -> bool:
         """A step is about to be launched; whether it is to ask: then its requests are looked for. `may_ask`: its
         program can; where the processor computes all that is missing it does."""
-        self._asked = self.sharing is None or self.sharing.before_launch(may_ask=may_ask)
-        if self._asked:
+        asks = self.sharing is None or self.sharing.before_launch(may_ask=may_ask)
+        self._asking.append(asks)
+        if asks and not self._watches:
+            self._watches = True
             self._thread.begin()
-        return self._asked
+        return asks
 
     def launched(self) -> None:
         """It is under way."""
@@ -115,21 +119,27 @@ class HostCompute:
             self.sharing.after_launch()
 
     def end_step(self) -> float:
-        """It has ended: the seconds that the processor computed for it. Raises EngineError where it could not."""
-        if not self._asked:
-            return 0.0
-        self._asked = False
+        """The first that runs has ended: the seconds that the processor computed since another had. Raises EngineError
+        where it could not."""
+        asked = bool(self._asking) and self._asking.popleft()
         if self.sharing is not None:
-            self.sharing.end_step()
-        before = self.busy_s
+            self.sharing.end_step(asked=asked)
+        if not asked:
+            return 0.0
+        before, self._watches = self.busy_s, any(self._asking)
         try:
-            counts = self._thread.end()
+            counts = self._thread.look() if self._watches else self._thread.end()
         except ValueError as error:
             raise EngineError(f"the processor could not compute a missing expert: {error}") from error
         first = self._first
         self.computed, self.computed_bytes = counts.experts - first.experts, counts.bytes - first.bytes
         self.busy_s = (counts.nanoseconds - first.nanoseconds) / 1e9
         return self.busy_s - before
+
+    def give_up(self) -> None:
+        """Steps have failed, and nothing runs: there is nothing to look for any more. Raises as `end_step`."""
+        while self._asking:
+            self.end_step()
 
     def ask(self, layer: int, experts: Sequence[int], cuts: Sequence[int] = ()) -> None:
         """What a device would ask for one row, of which row 0 of `x` and `weights` are to be there; and wait for it.
@@ -166,6 +176,8 @@ class HostCompute:
         # Second: read so long ago, not in caches.
         alone = [self._timed(layer, experts[:1], beside) for layer, experts in asked]
         self._first = self._thread.end()
+        self._asking.clear()
+        self._watches = False
         bytes_per_s = median(nbytes / seconds for seconds, nbytes in few)
         return bytes_per_s, max(0.0, median(seconds - nbytes / bytes_per_s for seconds, nbytes in alone))
 

@@ -42,6 +42,8 @@ class Sharing:
         """int32 `[L, most + 1, 2]`, on the device."""
         self.asks = True
         """Whether the launch that is under way, or was last, asks the processor."""
+        self._ended_asked = False
+        """Whether the launch that ended last asked."""
         self._changed = False
         self._hits = 0
         """Steps, of late, that missed nothing."""
@@ -61,11 +63,11 @@ class Sharing:
         """It has ended well. One that missed nothing had nothing to share, and tells nothing; nor does one that asked
         nobody for want of misses before it."""
         self._hits = 0 if missed else self._hits + 1
-        self.payoff.end_step(seconds if missed and self.asks is self.payoff.is_on else None)
+        self.payoff.end_step(seconds if missed and self._ended_asked is self.payoff.was_on else None)
 
     def before_launch(self, *, may_ask: bool) -> bool:
-        """Have the next launch find the table as it is to be; whether it is to ask at all. All launches before have
-        ended. `may_ask`: its program can."""
+        """Have the next launch find the table as it is to be; whether it is to ask at all. Of those before it only the
+        last may run still. `may_ask`: its program can."""
         self.asks = may_ask and (self.balance is None or (self.payoff.is_on and self._hits < _QUIET))
         if self.balance is not None and self.asks and self._changed:
             self._changed = False
@@ -78,14 +80,16 @@ class Sharing:
         if self.balance is not None and self.asks and self.balance.refresh():
             self._changed = True
 
-    def end_step(self) -> None:
-        """The launch has ended: take in who was later."""
-        if self.balance is None or not self.asks:
+    def end_step(self, *, asked: bool) -> None:
+        """The first launch that runs has ended, which `asked` or did not: take in who was later. Another may run
+        already, and tell of its first layers."""
+        self._ended_asked = asked
+        if self.balance is None or not asked:
             return
-        for told in self.later.tolist():
+        for layer, told in enumerate(self.later.tolist()):
             if told:
+                self.later[layer] = 0  # told once, even where no launch comes before the next end
                 self.balance.met(told // 2, late=bool(told % 2))
-        self.later.zero_()  # told once, even where no launch comes before the next end
         self.balance.end_step()
 
     def as_status(self) -> Shared | None:

@@ -164,9 +164,8 @@ class DeviceSteps:
 
     @property
     def may_go_ahead(self) -> bool:
-        """Whether the next step may be launched behind the one that runs: nobody has to know its tokens first, or what
-        the processor was asked."""
-        return self.foreknown is nothing_known and self.computing is None and not self.by_layer
+        """Whether the next step may be launched behind the one that runs: nobody has to know its tokens first."""
+        return self.foreknown is nothing_known and not self.by_layer
 
     @property
     def nears_end(self) -> bool:
@@ -252,7 +251,7 @@ class DeviceSteps:
         self._listener.forget()
         if self.computing is not None:
             self.device.compute.mark().wait()  # what runs still may wait for an answer
-            self.computing.end_step()
+            self.computing.give_up()
         self._executor.handle([Tick((self._step + 1) * self.period)])
 
     @property

@@ -65,6 +65,11 @@ class PayOff:
         """Whether the step begun last belongs to a trial."""
         return bool(self._begun) and self._begun[-1][0] is not None
 
+    @property
+    def was_on(self) -> bool:
+        """Whether the step that began first of those that run has predictions."""
+        return self._begun[0][1] if self._begun else self.is_on
+
     def begin_off(self) -> None:
         """Until the first trial has told, make none. No step has begun."""
         self.is_on = self._kept = False

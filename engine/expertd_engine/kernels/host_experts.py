@@ -59,6 +59,7 @@ class HostThread:
         create = library.bind("expertd_host_create", bound)
         self._begin = library.bind("expertd_host_begin", [c_void_p])
         self._end = library.bind("expertd_host_end", [c_void_p, POINTER(Counts)])
+        self._look = library.bind("expertd_host_look", [c_void_p, POINTER(Counts)])
         self._destroy = library.bind("expertd_host_destroy", [c_void_p])
         given = (_Layer * len(layers))(*(layer.struct for layer in layers))
         create(threads, given, len(layers), byref(mailbox), byref(self._host))
@@ -71,6 +72,12 @@ class HostThread:
         """All have been answered: park. Raises ValueError with the reason of the first that failed since the last."""
         counts = Counts()
         self._end(self._host, byref(counts))
+        return counts
+
+    def look(self) -> Counts:
+        """As `end`, but go on: what comes next may have been asked for already."""
+        counts = Counts()
+        self._look(self._host, byref(counts))
         return counts
 
     def close(self) -> None:

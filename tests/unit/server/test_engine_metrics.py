@@ -109,18 +109,22 @@ def test_what_a_card_holds_and_what_crossed_its_link_are_shown_and_zeros_without
     assert shown["expertd_layer_waits_total"] == 7 and shown["expertd_link_duplicates_total"] == 6
     assert shown['expertd_device_misses{by="link"}'] == 1 and shown["expertd_host_computed_experts_total"] == 0
     shared = Shared(True, 4e10, [0.5, 1.0], 3, 4, 1, 0)
-    given = {"misses": "both", "cpu_bytes_per_s": 9e10, "computed": 8, "computed_bytes": 512, "shared": shared}
+    given = {
+        "misses": "both", "cpu_bytes_per_s": 9e10, "computed": 8, "computed_bytes": 512, "shared": shared,
+        "steps_ahead": 9, "steps_in_vain": 2,
+    }  # fmt: skip
     counters.observe(msgspec.structs.replace(snapshot(3), tiers=msgspec.structs.replace(found, **given)))
     shown = samples(counters)
     assert [shown[f'expertd_device_misses{{by="{by}"}}'] for by in ("link", "cpu", "both")] == [0, 0, 1]
     assert (shown["expertd_host_serving_bytes_per_second"], shown["expertd_device_misses_shared"]) == (4e10, 1)
     assert [shown[f"expertd_host_computed_{what}_total"] for what in ("experts", "bytes")] == [8, 512]
     assert shown["expertd_host_bytes_per_second"] == 9e10
+    assert [shown[f"expertd_engine_steps_{how}_total"] for how in ("ahead", "in_vain")] == [9, 2]
     body = tiers(found)
     assert body["link"]["bytes"] == crossed and body["device"]["slots"] == 8 and body["link"]["bytes_per_s"] == 5e10
     assert tiers(msgspec.structs.replace(found, link_bytes_per_s=math.inf))["link"]["bytes_per_s"] is None
     alone = {"by": "link", "cpu_bytes_per_s": None, "computed": 0, "computed_bytes": 0, "shared": None}
-    assert body["misses"] == alone
+    assert body["misses"] == alone and body["steps"] == {"ahead": 0, "in_vain": 0}
 
 
 def test_what_was_being_prefetched_when_an_engine_ended_was_read_in_vain() -> None:

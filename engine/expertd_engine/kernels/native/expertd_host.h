@@ -64,6 +64,9 @@ EXPERTD_API int expertd_host_begin(expertd_host *host);
  * sums that mean nothing, so that nobody waits for ever. */
 EXPERTD_API int expertd_host_end(expertd_host *host, expertd_host_counts *counts);
 
+/* As `end`, but it goes on: requests of a GPU's next step may be there already. */
+EXPERTD_API int expertd_host_look(expertd_host *host, expertd_host_counts *counts);
+
 #ifdef __cplusplus
 }
 #endif

@@ -82,14 +82,23 @@ class Host {
     changed_.notify_all();
   }
 
-  // Waits for the thread to stop looking: then its counts and its failure are nobody else's.
   void end(expertd_host_counts* counts) {
     watching_ = false;
     pool_->pool.stay_awake(false);
-    std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [this] { return parked_; });
-    *counts = counts_;
-    const std::string failure = std::exchange(failure_, "");
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [this] { return parked_; });
+    }
+    look_at(counts);
+  }
+
+  void look_at(expertd_host_counts* counts) {
+    std::string failure;
+    {
+      const std::lock_guard<std::mutex> lock(told_);
+      *counts = counts_;
+      failure = std::exchange(failure_, "");
+    }
     require(failure.empty(), failure);
   }
 
@@ -135,20 +144,31 @@ class Host {
 
   void answer(int32_t number) {
     const auto began = Clock::now();
+    expertd_host_counts done{};
+    std::string failure;
     try {
-      compute();
+      compute(&done);
     } catch (const std::exception& error) {
-      if (failure_.empty()) failure_ = error.what();
+      failure = error.what();
+    }
+    if (!failure.empty()) {  // known before anybody has the sums, which mean nothing
+      const std::lock_guard<std::mutex> lock(told_);
+      if (failure_.empty()) failure_ = failure;
     }
     send(number);
     answered_ = number;
-    ++counts_.requests;
     heard_ = Clock::now();
-    counts_.nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(heard_ - began).count();
+    {
+      const std::lock_guard<std::mutex> lock(told_);
+      ++counts_.requests;
+      counts_.experts += done.experts;
+      counts_.bytes += done.bytes;
+      counts_.nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(heard_ - began).count();
+    }
     __atomic_store_n(box_.done, number, __ATOMIC_RELEASE);
   }
 
-  void compute() {
+  void compute(expertd_host_counts* done) {
     const int32_t number = box_.head[0], rows = box_.head[1], asked = box_.head[2];
     answer_ = sums_.size();  // whoever asks for what there is not is answered too
     require(number >= 0 && number < static_cast<int32_t>(layers_.size()),
@@ -168,9 +188,9 @@ class Host {
     check_moe(call, cuts);
     Call taken(pool_.get());
     run_moe(taken.pool(), call, cuts);
-    counts_.experts += asked;
+    done->experts = asked;
     const int64_t inner = layer.layout.inner;
-    for (const int32_t cut : cuts_) counts_.bytes += layer.record_bytes * (inner - cut) / inner;
+    for (const int32_t cut : cuts_) done->bytes += layer.record_bytes * (inner - cut) / inner;
   }
 
   // Each sum in one store with the number, so that none can be read without it.
@@ -224,8 +244,9 @@ class Host {
   size_t answer_ = 0;  // of them are the last request's
   int32_t answered_;  // and what follows: the watching thread's, or, while that is parked, the caller's
   Clock::time_point heard_;  // of the last request, or of the step's beginning
-  expertd_host_counts counts_{};
+  expertd_host_counts counts_{};  // this and the next are whoever's has the third
   std::string failure_;
+  std::mutex told_;
   std::atomic<bool> watching_{false};
   bool stopping_ = false, parked_ = false;
   std::mutex mutex_;
@@ -270,5 +291,12 @@ extern "C" int expertd_host_end(expertd_host* host, expertd_host_counts* counts)
   return guarded([&] {
     require(host != nullptr && counts != nullptr, "host or counts is null");
     host->host.end(counts);
+  });
+}
+
+extern "C" int expertd_host_look(expertd_host* host, expertd_host_counts* counts) {
+  return guarded([&] {
+    require(host != nullptr && counts != nullptr, "host or counts is null");
+    host->host.look_at(counts);
   });
 }
