@@ -9,8 +9,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
+from random import Random
 
 import msgspec
 import torch
@@ -21,9 +21,13 @@ from expertd_engine.bench.perplexity import WINDOW_TOKENS, all_text, held_out
 from expertd_engine.calibration import LogitRecorder, TextEngine, Window
 from expertd_engine.config import Config
 from expertd_engine.console import Progress, progress_bar, run_command, silent
+from expertd_engine.errors import StoreError
+from expertd_engine.experts.events import Failed, Load, Priority
 from expertd_engine.experts.held import HeldExperts
+from expertd_engine.experts.slab import Slab
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.experts.store_format import StoreIndex
+from expertd_engine.experts.transfer import Transfers
 from expertd_engine.experts.virtual import VirtualExperts
 from expertd_engine.messages import Sampling, Submit, TextInput
 from expertd_engine.model.token_routes import MapFit, TokenMap, TokenRoutes, write_token_map
@@ -31,7 +35,6 @@ from expertd_engine.model.virtual_build import following_tokens, priors_of
 from expertd_engine.model.virtual_routing import VirtualRouting
 from expertd_engine.planning.profile import PROFILE_VERSION, BoxProfile, MemoryProfile, Profile
 from expertd_engine.profile_file import write_profile
-from expertd_engine.read_times import ReadTimer
 from expertd_engine.sensitivity import ModelMeasure
 from expertd_engine.sources import resolve
 from expertd_engine.step_costs import STREAMS, measure_steps
@@ -138,8 +141,27 @@ def _windows(store: ExpertStore, tokens: int, length: int = WINDOW) -> list[Wind
 def _reads(store: ExpertStore, threads: int) -> list[float]:
     """Seconds until the last of n random records is there, for n from 1 to three times top-k."""
     most = min(3 * store.index.top_k, sum(layer.num_experts for layer in store.index.layers))
-    with closing(ReadTimer(store, threads, most)) as timer:
-        return [statistics.median(timer.seconds(records) for _ in range(READ_ROUNDS)) for records in range(1, most + 1)]
+    experts, rng = list(store.experts()), Random(0)
+    slab = Slab(most, max(layout.bytes for layout in store.index.layouts))
+    with store.open_records() as records:
+        transfers = Transfers(records, threads)
+        try:
+            found = []
+            for n in range(1, most + 1):
+                rounds = []
+                for _ in range(READ_ROUNDS):
+                    began = time.perf_counter()
+                    for slot, expert in enumerate(rng.sample(experts, n)):
+                        view = slab.view(slot, store.index.record_bytes(expert.layer))
+                        transfers.submit(Load(slot, expert, slot, Priority.DEMAND), view)
+                    for _ in range(n):
+                        if isinstance(completion := transfers.completions.get(), Failed):
+                            raise StoreError(f"a record cannot be read: {completion.reason}")
+                    rounds.append(time.perf_counter() - began)
+                found.append(statistics.median(rounds))
+        finally:
+            transfers.close()
+    return found
 
 
 def _memory(text: TextEngine, store: ExpertStore, config: Config) -> MemoryProfile:

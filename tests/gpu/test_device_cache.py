@@ -157,7 +157,7 @@ def test_what_is_foreseen_is_copied_beside_a_running_step(cache: DeviceCache) ->
         cache.after_launch()
         running = cache.device.compute.mark()
         told.next = [Hint(e, (step + 1) * LAYERS * EXPERTS + e.layer * EXPERTS + e.expert) for e in foreseen]
-        cache.table.progress[0] = int(cache.table.launch) + 1
+        cache.table.progress[0] = cache.table.staged_launch + 1
         before = cache.link.prefetched
         while not running.done():
             cache.poll()
@@ -193,12 +193,12 @@ def test_a_step_costs_the_host_little(cache: DeviceCache) -> None:
             for _ in range(times):
                 call()
             parts[name] = 1e3 * (time.perf_counter() - began)
-        cache.end_step()
+        met = cache.end_step()
         spent.append(parts)
     middle = {name: sorted(part[name] for part in spent)[len(spent) // 2] for name in spent[0]}
     note(**{f"{name}_ms": value for name, value in middle.items()})
     assert cache.ledger.counters.lookups() == 39 * 8 * LAYERS
-    assert cache.end_step().hits == 8 * LAYERS
+    assert met.hits == 8 * LAYERS
 
 
 def test_a_prefill_streams_what_is_absent(cache: DeviceCache) -> None:

@@ -12,7 +12,7 @@ using namespace check;
 namespace {
 
 constexpr int kExperts = 16, kTopK = 4, kRows = 6;
-constexpr double kSharedFrom = 0.1;
+constexpr double kSharedFrom = 0.125;
 int light = 0, heavy = 0;  // rows that lose something, by whether it is shared
 
 struct Row {

@@ -46,8 +46,8 @@ RULES = [
     Rule(Scores.SOFTMAX, 8, 2, 4, 1, 1),
 ]
 SIX = Rule(Scores.SIGMOID, 16, 6, 4, 2, 2, True, True, 1.5)
-TEN = Rule(Scores.SOFTMAX, 16, 10, shares=True)
-"""Of equal logits each choice weighs a tenth, but for roundings."""
+EIGHT = Rule(Scores.SOFTMAX, 16, 8, shares=True)
+"""Of equal logits each choice weighs an eighth, but for roundings."""
 
 
 class World:
@@ -177,8 +177,8 @@ def test_rows_among_held_experts_are_those_of_the_cpu(rule: Rule, shared_by: int
 
 
 @pytest.mark.parametrize("limit", [1.0, 0.999])
-@pytest.mark.parametrize(("rule", "spread_by"), [(RULES[0], 0.3), (SIX, 0.3), (TEN, 0.0)])
-def test_two_answer_from_a_tenth_of_the_row_on(rule: Rule, spread_by: float, limit: float) -> None:
+@pytest.mark.parametrize(("rule", "spread_by"), [(RULES[0], 0.3), (SIX, 0.3), (EIGHT, 0.0)])
+def test_two_answer_from_an_eighth_of_the_row_on(rule: Rule, spread_by: float, limit: float) -> None:
     world, width = World(rule, ""), widest(rule.top_k, 2)
     world.x, world.matrix = world.x[:1], world.matrix * np.float32(spread_by)
     index, weights, _, logits = world.on_device()
@@ -202,7 +202,7 @@ def test_two_answer_from_a_tenth_of_the_row_on(rule: Rule, spread_by: float, lim
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
         assert int(among.met[0, 0]) == 1
         counts.add((mass < SHARED_FROM - 1e-4, ours.count_nonzero().item() - rule.top_k))
-    assert counts == ({(False, 1)} if rule is TEN else {(True, 0), (False, 1)})
+    assert counts == ({(False, 1)} if rule is EIGHT else {(True, 0), (False, 1)})
 
 
 @pytest.mark.parametrize("rule", RULES[:2])

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 from expertd_engine.core import EngineCore, StepFailed, StepResult
 from expertd_engine.experts.device_cache import DeviceCache
+from expertd_engine.experts.lead import CALM, Lead
 from expertd_engine.kv_pool import KVPool
 from expertd_engine.messages import Finished, Sampling, Submit, TextInput
 from expertd_engine.model.cuda_model import DeviceModel, Running, StepOutcome, StepTokens
@@ -37,7 +38,12 @@ class Ended:
     world: World
 
     def done(self) -> bool:
+        if self._is_past():
+            return True
         self.world.advance()
+        return self._is_past()
+
+    def _is_past(self) -> bool:
         return all(mark is not self for mark, _ in self.world.given)
 
     def wait(self) -> None:
@@ -130,6 +136,7 @@ class Cache:
     may_go_ahead = True
 
     def __init__(self, polls: int) -> None:
+        self.lead = Lead(8)
         self.begun = self.ended = self._polled = 0
         self._polls = polls
         self.timed: list[bool] = []
@@ -318,3 +325,17 @@ def test_a_step_that_cannot_be_launched_ahead_fails_the_one_that_runs_and_both_a
     with pytest.raises(StepFailed, match="as planted"):
         engine.runner(cast(StepPlan, engine.scheduler.schedule()))
     assert engine.cache.begun == 0
+
+
+def test_the_lead_is_as_long_as_the_host_needs() -> None:
+    """Of 24 layers the host needs seven, then, on a busier box, eleven."""
+    lead, late = Lead(24), []
+    for step in range(40 * CALM):
+        needed = 7 if step < 20 * CALM else 11
+        late.append(lead.layers < needed)
+        lead.launched(late=late[-1])
+    assert late[:5] == [True] * 4 + [False] and sum(late[: 20 * CALM]) < 25
+    assert lead.layers in (10, 11, 12) and sum(late[20 * CALM :]) < 25
+    for _ in range(100):
+        lead.launched(late=True)
+    assert lead.layers == 24

@@ -158,7 +158,7 @@ def test_native_code_has_the_same_rule(kind: str) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("limit", [1.0, 0.5])
-def test_two_answer_from_a_tenth_of_the_row_on(limit: float) -> None:
+def test_two_answer_from_an_eighth_of_the_row_on(limit: float) -> None:
     """In both twins: what is short of the bound by a rounding alone is at it."""
     rule, fields = ROUTERS["softmax"]
     router = Router(experts=EXPERTS, top_k=K, scale=1.0, **fields)

@@ -43,6 +43,8 @@ PURE = (
     "experts.lookahead",
     "experts.governor",
     "experts.payoff",
+    "experts.lead",
+    "experts.device_listening",
     "experts.pregated",
     "experts.held_layer",
     "experts.swaps",

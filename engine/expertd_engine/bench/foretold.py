@@ -1,9 +1,8 @@
-"""What plans foretold beside what was measured, on a box whose paces may have changed since it was profiled. Pure.
+"""What plans foretold beside what was measured, on a box whose pace may have changed since it was profiled. Pure.
 
 A box is slower while its neighbours are busy, and errors of a plan that was made on a quiet one then say nothing of the
-plan. So decode with every expert resident, an *anchor*, is timed in turns with each window, and reads of records beside
-it: the profile tells how fast both were when the box was profiled. There are two paces, for computing and for reading:
-who takes cores away slows down what waits for two threads at once far more than what waits for a disk.
+plan. So decode with every expert resident, an *anchor*, is timed in turns with each window: the profile tells how fast
+that was when the box was profiled. What reads cost a step keeps this pace too: it was fitted to steps, not to the disk.
 """
 
 from __future__ import annotations
@@ -16,23 +15,14 @@ from expertd_engine.bench.report import finish, mebibytes, number, percent
 from expertd_engine.planning.planner import Plan
 
 HEADER = (
-    "model, routing, budget", "foretold tok/s", "measured", "error", "pace", "read pace", "error at pace",
-    "hits foretold", "measured",
+    "model, routing, budget", "foretold tok/s", "measured", "error", "pace", "error at pace", "hits foretold",
+    "measured",
 )  # fmt: skip
 MEMORY_HEADER = ("model, budget", "foretold memory", "measured", "over")
 NOTE = (
     "pace: tok/s with every expert resident, timed in turns with each window, over what the profile foretells of it; "
-    "read pace: the same of records read beside the window; both medians of rounds. Error at pace: of what is foretold "
-    "at the paces of each round, so at 100 % what is left is noise"
+    "the median of rounds. Error at pace: of what is foretold at the pace of each round; at 100 % what is left is noise"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Paces:
-    """Of one round, against the profile: 1 as when the box was profiled, above 1 faster."""
-
-    compute: float
-    read: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +31,11 @@ class Cell:
 
     label: str
     plan: Plan
-    reading_s: float
-    """What of the plan's step is foretold to be spent waiting for reads."""
     windows_s: Sequence[float]
     """Of each round: seconds a token."""
-    paces: Sequence[Paces]
-    """Of as many rounds; empty where there can be no anchor."""
+    paces: Sequence[float]
+    """Of as many rounds, against the profile: 1 as when the box was profiled, above 1 faster; empty where there can be
+    no anchor."""
     hit_rate: float
 
     @property
@@ -60,23 +49,16 @@ class Cell:
 
     @property
     def pace(self) -> float | None:
-        return median(one.compute for one in self.paces) if self.paces else None
-
-    @property
-    def read_pace(self) -> float | None:
-        return median(one.read for one in self.paces) if self.paces else None
+        return median(self.paces) if self.paces else None
 
     @property
     def error_at_pace(self) -> float | None:
-        """As `error`, of what is foretold at the paces that the box had in each round; None without. Raises ValueError
+        """As `error`, of what is foretold at the pace that the box had in each round; None without. Raises ValueError
         for paces of another number of rounds."""
         if not self.paces:
             return None
         rounds = zip(self.windows_s, self.paces, strict=True)
-        return median(window_s / self._step_s(paces) for window_s, paces in rounds) - 1
-
-    def _step_s(self, paces: Paces) -> float:
-        return (self.plan.step_s - self.reading_s) / paces.compute + self.reading_s / paces.read
+        return median(window_s * pace / self.plan.step_s for window_s, pace in rounds) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +103,9 @@ def report(cells: Sequence[Cell], memories: Sequence[MemoryRun], unanchored: Map
 def _values(cell: Cell) -> dict[str, object]:
     return {
         "run": cell.label, "foretold_tok_s": cell.plan.tok_s, "tok_s": cell.tok_s, "pace": cell.pace,
-        "read_pace": cell.read_pace, "error_at_pace": cell.error_at_pace,
+        "error_at_pace": cell.error_at_pace,
         "rounds": [
-            {"tok_s": 1 / window_s, "pace": one.compute, "read_pace": one.read}
-            for window_s, one in zip(cell.windows_s, cell.paces, strict=False)
+            {"tok_s": 1 / window_s, "pace": pace} for window_s, pace in zip(cell.windows_s, cell.paces, strict=False)
         ],
     }  # fmt: skip
 
@@ -133,6 +114,6 @@ def _row(cell: Cell) -> list[str]:
     at_pace = cell.error_at_pace
     return [
         cell.label, number(cell.plan.tok_s), number(cell.tok_s), f"{cell.error:+.1%}", number(cell.pace),
-        number(cell.read_pace), "–" if at_pace is None else f"{at_pace:+.1%}", percent(cell.plan.hit_rate),
+        "–" if at_pace is None else f"{at_pace:+.1%}", percent(cell.plan.hit_rate),
         percent(cell.hit_rate),
     ]  # fmt: skip

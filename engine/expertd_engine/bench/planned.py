@@ -1,8 +1,7 @@
 """`expertd bench planner`: what `expertd plan` foretells beside what is then measured, by model, routing and budget.
 
-Speed is of one sequence that continues text in this process, in turns with another whose experts are all there, with
-reads of records before and after. Memory is of a daemon whose contexts clients fill, all processes at their peaks, read
-from outside.
+Speed is of one sequence that continues text in this process, in turns with another whose experts are all there. Memory
+is of a daemon whose contexts clients fill, all processes at their peaks, read from outside.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 from tokenizers import Tokenizer
 
-from expertd_engine.bench.foretold import Cell, MemoryRun, Paces, report
+from expertd_engine.bench.foretold import Cell, MemoryRun, report
 from expertd_engine.bench.full_daemon import fill
 from expertd_engine.bench.perplexity import held_out
 from expertd_engine.bench.routing import make_routing, shape_of
@@ -23,16 +21,13 @@ from expertd_engine.bench.text_decoder import Decoder, Timed, take_turns
 from expertd_engine.config import Config, Size, parse_size
 from expertd_engine.errors import BudgetError
 from expertd_engine.experts.store import ExpertStore
-from expertd_engine.planning.planner import Plan, Request, make_plan, predict_exact, reading_s
+from expertd_engine.planning.planner import Plan, Request, make_plan, predict_exact
 from expertd_engine.planning.profile import Profile
 from expertd_engine.profile_file import read_profile
-from expertd_engine.read_times import ReadTimer
 
 SKIPPED = 4
 """Windows of text that profiles are made from."""
 PROMPTS = 16
-READ_PASSES = 3
-"""Before each window, and after it."""
 
 
 def planner(
@@ -84,7 +79,6 @@ class _Speeds:
         """By budget, and why there are no anchors; empty where there are."""
         plans = {text: make_plan(self._profile, _request(text, self._routing)) for text in budgets}
         windows, anchors = ({text: Timed(text) for text in budgets} for _ in range(2))
-        reads: dict[str, list[float]] = {text: [] for text in budgets}
         with ExitStack() as stack:
             decoder = stack.enter_context(closing(self._decoder(self._config)))
             fits = decoder.holds_all
@@ -93,7 +87,6 @@ class _Speeds:
             anchor, reason = self._anchor()
             if anchor is not None:
                 stack.enter_context(closing(anchor))
-            timer = stack.enter_context(closing(ReadTimer(self._store, self._profile.box.io_threads, self._read)))
             for turn in range(rounds):
                 if fits:
                     decoder.refill()
@@ -103,32 +96,14 @@ class _Speeds:
                     if anchor is None:
                         decoder.window(["exact"], tokens, windows[text])
                         continue
-                    before_s = self._read_s(timer)
                     take_turns(turn, tokens, (anchor, "exact", anchors[text]), (decoder, "exact", windows[text]))
-                    reads[text].append((before_s + self._read_s(timer)) / 2)
-        return [self._cell(text, plans[text], windows[text], anchors[text], reads[text]) for text in budgets], reason
+        return [self._cell(text, plans[text], windows[text], anchors[text]) for text in budgets], reason
 
-    def _cell(self, text: str, plan: Plan, window: Timed, anchor: Timed, reads_s: Sequence[float]) -> Cell:
+    def _cell(self, text: str, plan: Plan, window: Timed, anchor: Timed) -> Cell:
         profile, curve = self._profile, self._profile.curve(self._routing)
         _, resident_s = predict_exact(profile, curve, profile.expert_bytes)
-        read_s = sum(profile.box.reads_s[: self._read])
-        paces = [
-            Paces(resident_s / one_s, read_s / now_s)
-            for one_s, now_s in zip(anchor.means_s, reads_s, strict=True)
-        ]  # fmt: skip
         label = f"{self._store.index.name}, {self._routing}, {text}"
-        reading = reading_s(profile, curve, plan.expert_budget_bytes)
-        return Cell(label, plan, reading, window.means_s, paces, window.hit_rate)
-
-    @property
-    def _read(self) -> int:
-        """Records that are read at once, at most, to tell how fast reads are."""
-        return min(self._profile.top_k, len(self._profile.box.reads_s))
-
-    def _read_s(self, timer: ReadTimer) -> float:
-        """Seconds that one record takes, then two at once, and so on, all together."""
-        passes = (sum(map(timer.seconds, range(1, self._read + 1))) for _ in range(READ_PASSES))
-        return median(passes)
+        return Cell(label, plan, window.means_s, [resident_s / one_s for one_s in anchor.means_s], window.hit_rate)
 
     def _anchor(self) -> tuple[Decoder | None, str]:
         """One more engine, that keeps every expert; or none, and why."""

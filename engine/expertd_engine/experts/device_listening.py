@@ -1,4 +1,4 @@
-"""Hears where the layers of running launches route, and passes on what is foreseen from that. Pure but for the table.
+"""Hears where the layers of running launches route, and passes on what is foreseen from that. Pure.
 
 Owner: the engine thread. While one launch runs another may be given to the device behind it; the table tells which of
 the two is at work.

@@ -36,6 +36,7 @@ from expertd_engine.experts.device_spill import SpilledHost
 from expertd_engine.experts.device_streams import Device, Mark
 from expertd_engine.experts.device_table import DeviceTable
 from expertd_engine.experts.events import Predict, Tick
+from expertd_engine.experts.lead import Lead
 from expertd_engine.experts.lookahead import Lookahead, NoLookahead
 from expertd_engine.experts.payoff import PayOff
 from expertd_engine.experts.store_format import StoreIndex
@@ -44,9 +45,6 @@ from expertd_engine.sequence_stats import ExpertCounts
 _LANDING_MOST = 4096
 _MARGIN = 2
 """Layers that are too near for a copy."""
-_LAST_LAYERS = 8
-"""The last of so many parts of a step: the next one is launched behind it, which takes the host no longer than that,
-and as late as may be, since what the host has learned until then is what the next one finds."""
 
 
 class DeviceSteps:
@@ -107,6 +105,7 @@ class DeviceSteps:
         self._running: deque[Launch] = deque()
         """Those of which `end_step` has not been called, at most two."""
         self._listener = Listener(self.table)
+        self.lead = Lead(layout.layers)
         self._executor.begin()
         self.link_bytes_per_s = math.inf if device.shares_memory else self._measure_link()
         self.cpu_bytes_per_s = 0.0
@@ -169,9 +168,8 @@ class DeviceSteps:
 
     @property
     def nears_end(self) -> bool:
-        """Whether all but the last layers of the running launch have routed."""
-        layers = self.table.layout.layers
-        return self._listener.layers >= layers - -(-layers // _LAST_LAYERS)
+        """Whether it is time to launch the next step behind the running one."""
+        return self._listener.layers >= max(1, self.table.layout.layers - self.lead.layers)
 
     def poll(self) -> None:
         """Again and again while a launch runs: take in complete copies, what is foreseen as layers route, and some of

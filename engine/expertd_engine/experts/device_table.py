@@ -67,7 +67,8 @@ class DeviceTable:
         """int32 `[layers, experts]`: 1 for those that virtual mode may route to, else 0."""
         self.launch = self._words[layout.launch :][:1]
         """int32 `[1]`: what `progress` is counted from in the running launch."""
-        self._staged_launch = 0
+        self.staged_launch = 0
+        """`launch`, as it will be when what is staged has been applied."""
         rows = layout.layers * report_rows * 4
         self._report = torch.zeros(rows + layout.layers, dtype=torch.int32, device=where)
         self.seen = self._report[:rows].view(layout.layers, report_rows, 4)
@@ -123,14 +124,14 @@ class DeviceTable:
     def stage(self, words: Words) -> int:
         """Write down what the next `apply` changes. Waits until what was staged before has been applied. By what it
         returns `layers_known` knows the launch."""
-        self._staged_launch = (self._staged_launch // _MOST_LAYERS + 1) % _LAUNCHES * _MOST_LAYERS
-        index, value = [*words, self.layout.launch], [*words.values(), self._staged_launch]
+        self.staged_launch = (self.staged_launch // _MOST_LAYERS + 1) % _LAUNCHES * _MOST_LAYERS
+        index, value = [*words, self.layout.launch], [*words.values(), self.staged_launch]
         while len(index) > _UPDATE_WORDS:
             self._write_down(index[:_UPDATE_WORDS], value[:_UPDATE_WORDS])
             self.apply_now()
             index, value = index[_UPDATE_WORDS:], value[_UPDATE_WORDS:]
         self._write_down(index, value)
-        return self._staged_launch
+        return self.staged_launch
 
     def apply(self) -> None:
         """The first work of a launch: change the staged words, forget the last report. May be captured in a graph;

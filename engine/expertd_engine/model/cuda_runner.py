@@ -161,6 +161,7 @@ class DeviceRunner:
         if (following := self.look_ahead(plan)) is not None:
             self._ahead = self._begin(following, behind=begun)
             self.steps_ahead += 1
+            self._cache.lead.launched(late=isinstance(begun.done, Running) and begun.done.ended.done())
 
     def _taken(self, plan: StepPlan) -> _Begun | None:
         """The plan's step, if it is under way already."""

@@ -24,7 +24,7 @@ Int32s: TypeAlias = NDArray[np.int32]
 
 SHARED_BY = 2
 """Held experts that answer for one lost choice, as far as there are so many, and as `num_substitutes` has it."""
-SHARED_FROM = 0.1
+SHARED_FROM = 0.125
 """Substituted mass of a row from which on choices are shared. On the sparse export (2,048 tokens; four times and twice
 top-k slots): × perplexity, and experts that compute in a layer.
 
@@ -36,7 +36,7 @@ top-k slots): × perplexity, and experts that compute in a layer.
     0.26  1.0103, 1.0644
 
 Its choices weigh 0.10 to 0.13 each: hardly a row is below a tenth there, while 0.18 has all that lose one choice below
-it. Where a router's weights are uneven many a choice is lighter than a tenth.
+it. Each additional expert costs a card as much as a chosen one.
 """
 ROUNDING = np.float32(1e-6)
 """Of a sum of shares: one that is short of a bound by no more is at the bound, in whatever order it was added up."""

@@ -87,13 +87,7 @@ def predict_exact(profile: Profile, curve: MissCurve, expert_bytes: int) -> tupl
     """Hit rate, and seconds of one sequence's decode step, in an expert budget."""
     hit_rate, missing = at_share(curve, expert_bytes / profile.expert_bytes)
     box = profile.box
-    return hit_rate, box.step_s + box.leave_s * sum(missing) + reading_s(profile, curve, expert_bytes)
-
-
-def reading_s(profile: Profile, curve: MissCurve, expert_bytes: int) -> float:
-    """What of such a step's seconds is spent waiting for reads."""
-    _, missing = at_share(curve, expert_bytes / profile.expert_bytes)
-    return profile.box.overlap * missing_s(missing, profile.box.reads_s)
+    return hit_rate, box.step_s + box.leave_s * sum(missing) + box.overlap * missing_s(missing, box.reads_s)
 
 
 def missing_s(missing: Sequence[float], reads_s: Sequence[float]) -> float:

@@ -125,7 +125,7 @@ EXPERTD_API int expertd_block_finish(expertd_pool *pool, const expertd_block *bl
  * long as their share of the row's weights stays within its limit (1: all are). Choices that stay keep their weight; what
  * the others weighed is shared by held experts, in proportion to their scores: the best by the router's own rule,
  * `shared_by` for each replaced choice while they are at most three quarters of top_k, and one for each at least; one
- * for each where those replaced are less than a tenth of the row's weight. */
+ * for each where those replaced are less than an eighth of the row's weight. */
 typedef struct expertd_substitution {
   const uint8_t *held; /* [experts]: not 0 for at least top_k of them */
   const float *limits; /* [rows]: of the share that is replaced */

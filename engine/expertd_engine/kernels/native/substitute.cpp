@@ -13,7 +13,7 @@ namespace expertd {
 namespace {
 
 constexpr float kRounding = 1e-6f;   // of a sum of shares
-constexpr float kSharedFrom = 0.1f;  // of a row's weight; model/substitution.py says why
+constexpr float kSharedFrom = 0.125f;  // of a row's weight; model/substitution.py says why
 constexpr int64_t kRowsPerTask = 4;
 
 int64_t work_floats(const expertd_router& router) { return select_scratch(router) + router.experts + 2 * router.top_k; }
