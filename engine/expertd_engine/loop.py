@@ -88,7 +88,7 @@ class EngineLoop:
                 steps = core.step(time.monotonic())
                 if steps.outputs or steps.finished or steps.started:
                     self._channel.send(steps)
-            else:
+            if not core.has_work:  # at once: what runs for nobody may keep the processor awake
                 self._engine.runner.idle()
             self._heartbeat()
         self._channel.send(core.end_all(time.monotonic()))

@@ -104,7 +104,8 @@ class Scheduler:
     def abort(self, sequence_id: int) -> Sequence | None:
         """End a live sequence at any point, between `schedule` and its answer too; None if it is not live.
 
-        Its blocks are free at once: none is handed out again before the step in flight has been answered.
+        Its blocks are free at once, and may be handed out while the step in flight writes to them: whoever gets them
+        writes behind it.
         """
         sequence = self._sequences.get(sequence_id)
         if sequence is not None:

@@ -270,7 +270,8 @@ GAUGES = (
 )  # fmt: skip
 
 HISTOGRAMS = (
-    HistogramFamily("engine_step_seconds", "Duration of a step.", ("phase",),
+    HistogramFamily("engine_step_seconds", "Time that the engine took for a step; of one that was launched on a "
+                    "card behind another, from when it was turned to.", ("phase",),
                     lambda s: [((phase,), data) for phase, data in s.step_seconds.items()]),
     HistogramFamily("engine_step_tokens", "Tokens in a step.", ("phase",),
                     lambda s: [((phase,), data) for phase, data in s.step_tokens.items()]),

@@ -290,7 +290,7 @@ def test_whoever_goes_on_keeps_its_own_token_when_another_ends() -> None:
     found = []
     for ahead in (True, False):
         engine = Engine(1, 40, ahead=ahead)
-        one(engine, 1, max_tokens=10, ignore_eos=True, stop_token_ids=list(range(VOCABULARY)), min_tokens=0)
+        one(engine, 1, max_tokens=10, ignore_eos=True, temperature=0.0, stop_token_ids=list(range(VOCABULARY)))
         one(engine, 2, max_tokens=10, ignore_eos=True, temperature=1.0)
         engine.run()
         assert engine.runner.is_ahead is False and len(engine.tokens[1]) == 1
@@ -322,9 +322,16 @@ def test_a_step_that_cannot_be_launched_ahead_fails_the_one_that_runs_and_both_a
     one(engine, 1, max_tokens=6, ignore_eos=True)
     engine.step()
     engine.model.fails = 1
+    plan = cast(StepPlan, engine.scheduler.schedule())
     with pytest.raises(StepFailed, match="as planted"):
-        engine.runner(cast(StepPlan, engine.scheduler.schedule()))
-    assert engine.cache.begun == 0
+        engine.runner(plan)
+    assert not engine.runner.is_ahead
+    engine.scheduler.step_gave_up(plan)
+    engine.run()
+    plain = Engine(1, 40, ahead=False)
+    one(plain, 1, max_tokens=6, ignore_eos=True)
+    plain.run()
+    assert engine.tokens == plain.tokens and len(engine.tokens[1]) == 6
 
 
 def test_the_lead_is_as_long_as_the_host_needs() -> None:

@@ -3,12 +3,14 @@ quicker."""
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_sharing import Sharing
 from expertd_engine.experts.device_streams import HostDevice
-from expertd_engine.experts.payoff import BLOCK, FIRST, GRACE, HOLD, SETTLED, TRIAL
+from expertd_engine.experts.payoff import BLOCK, FIRST, GRACE, HOLD, SETTLED, TRIAL, PayOff
 from expertd_engine.planning.balance import SETTLED as BALANCED
 from expertd_engine.planning.misses import Misses
 from support.device_caches import make_cache
@@ -102,6 +104,31 @@ def test_steps_launched_behind_others_are_judged_by_what_each_asked() -> None:
             one.end_timed(2.0 if asked[-2] else 1.0, missed=1)
     assert {True, False} == set(asked)
     assert (one.payoff.trials, one.payoff.is_on, one.payoff.switches) == (1, False, 1)
+
+
+def test_a_trial_ends_whatever_part_of_the_steps_is_no_measure() -> None:
+    """Steps behind others, of which some miss nothing: blocks wait for as many that do."""
+    for seed in range(20):
+        one, rng, asked = balanced(), Random(seed), [True]
+        one.begin_timed(1)
+        one.before_launch(may_ask=True)
+        for _ in range(4 * SETTLED):
+            one.begin_timed(1, ahead=True)
+            asked.append(one.before_launch(may_ask=True))
+            one.end_step(asked=asked[-2])
+            one.end_timed(2.0 if asked[-2] else 1.0, missed=int(rng.random() < 0.8))
+        assert (one.payoff.trials, one.payoff.is_on) == (1, False)
+
+
+def test_a_budget_that_changes_forgets_no_step_that_runs() -> None:
+    payoff = PayOff()
+    payoff.begin_step(1)
+    payoff.begin_anew()
+    payoff.begin_step(None, ahead=True)
+    assert payoff.was_on and not payoff.is_timed
+    payoff.end_step(1.0)
+    payoff.begin_step(1)
+    assert payoff.was_on
 
 
 def test_nobody_is_asked_while_nothing_is_missed() -> None:

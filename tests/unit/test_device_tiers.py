@@ -33,13 +33,13 @@ from expertd_engine.experts.device_pool import ChunkPlan, Use
 from expertd_engine.experts.device_publication import Publication
 from expertd_engine.experts.device_report import count_report
 from expertd_engine.experts.device_slab import DeviceSlab
-from expertd_engine.experts.device_streams import HostDevice
+from expertd_engine.experts.device_streams import HostDevice, Mark
 from expertd_engine.experts.device_table import DeviceTable, Report
 from expertd_engine.experts.events import ExpertId, Hint, Load, Loaded, Predict, Priority, Tick
 from expertd_engine.experts.policy import LRU, Facts, make_policy
 from expertd_engine.experts.residency import State
 from support.device_caches import EXPERTS, LAYERS, PLAN, make_cache, make_ledger
-from support.fake_device import RECORD, FakeDevice
+from support.fake_device import RECORD, FakeDevice, FakeStep
 
 
 def address_words(layout: TableLayout, expert: ExpertId, address: int) -> Words:
@@ -170,6 +170,31 @@ def test_boundaries_that_follow_each_other_quickly_lose_no_word() -> None:
         table.apply_now()
     device.compute.mark().wait()
     assert table.entries[1, :, 0].tolist() == [4096, 8192, 12288, 16384, 0, 0]
+
+
+def test_nothing_is_launched_behind_a_launch_that_has_yet_to_take_in_what_it_was_given() -> None:
+    device = FakeDevice()
+    cache, lane = make_cache(8, device), device.lanes[0]
+
+    def launch() -> Mark:
+        cache.begin_step(())
+        cache.before_launch()
+        FakeStep(cache.table, [{0: 1} for _ in range(LAYERS)]).give(lane)
+        return cache.after_launch()
+
+    first = launch()
+    while not cache.nears_end:
+        lane.advance()
+    assert not first.done()
+    launch()
+    while not first.done():
+        lane.advance()
+    cache.end_step()
+    looks = []
+    while not cache.table.layers_known(cache.table.staged_launch):
+        looks.append(cache.nears_end)
+        lane.advance()
+    assert looks and not any(looks), "the first's layers are none of the second's"
 
 
 def test_a_slot_handed_out_while_it_is_retired_does_not_cool() -> None:

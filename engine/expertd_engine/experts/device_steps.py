@@ -168,8 +168,10 @@ class DeviceSteps:
 
     @property
     def nears_end(self) -> bool:
-        """Whether it is time to launch the next step behind the running one."""
-        return self._listener.layers >= max(1, self.table.layout.layers - self.lead.layers)
+        """Whether it is time to launch the next step behind the one launched last: which then has taken in all that the
+        host wrote for it."""
+        listener = self._listener
+        return listener.has_begun and listener.layers >= max(1, self.table.layout.layers - self.lead.layers)
 
     def poll(self) -> None:
         """Again and again while a launch runs: take in complete copies, what is foreseen as layers route, and some of
@@ -240,15 +242,14 @@ class DeviceSteps:
         """The step failed, wherever it was, and with it the one behind it. What was sent for it is applied, nothing
         that it landed is trusted."""
         self.copies.give_all()  # what was launched may wait for them
+        self.device.compute.mark().wait()  # then inputs may be written again, and memory be taken away
         if self._staged_words:
-            self.device.compute.mark().wait()
             if not self._listener.has_begun:  # then nothing has landed, and nobody knows whether it was applied
                 self.table.apply_now()
             self.after_launch(whole=False)
         self._running.clear()
         self._listener.forget()
         if self.computing is not None:
-            self.device.compute.mark().wait()  # what runs still may wait for an answer
             self.computing.give_up()
         self._executor.handle([Tick((self._step + 1) * self.period)])
 

@@ -75,9 +75,9 @@ class PayOff:
         self.is_on = self._kept = False
 
     def begin_anew(self) -> None:
-        """What a step takes has changed for another reason: a trial under way begins once more. No step runs."""
+        """What a step takes has changed for another reason: a trial under way begins once more. A step that was begun
+        and is still to be told of belongs to none."""
         self._trial.clear()
-        self._begun.clear()
 
     @property
     def is_near(self) -> bool:
@@ -94,16 +94,16 @@ class PayOff:
             self._left -= 1
         elif rows is not None:
             times = self._trial.setdefault(rows, ([], []))
-            steps = sum(map(len, times)) + sum(one is times for one, _ in self._begun)
-            self.is_on = TRIAL[steps // BLOCK % len(TRIAL)]
+            now = _arm(times)  # steps of the other arm that still run will not count
+            self.is_on = _arm(times, sum(one is times and on is now for one, on in self._begun))
         self._begun.append((times, self.is_on))
         return self.is_on
 
     def end_step(self, seconds: float | None) -> None:
         """Of the steps that run the first has ended, well. None: it is no measure of anything."""
         times, was_on = self._begun.popleft() if self._begun else (None, False)
-        if times is None or seconds is None:
-            return
+        if times is None or seconds is None or was_on is not _arm(times):
+            return  # no measure; or of the block behind one that still lacks a step which brought none
         times[was_on].append(seconds)
         is_current = any(one is times for one in self._trial.values())
         if is_current and sum(map(len, times)) % (BLOCK * len(TRIAL)) == 0:
@@ -129,6 +129,11 @@ class PayOff:
         self._hold = min(2 * self._hold, LONGEST) if before is self._kept else HOLD
         self.is_on, self._left = self._kept, max(self._hold, math.ceil(lost / COST))
         self._trial.clear()
+
+
+def _arm(times: _Times, more: int = 0) -> bool:
+    """Of the next step of a trial that has these times, when so many more have been told."""
+    return TRIAL[(sum(map(len, times)) + more) // BLOCK % len(TRIAL)]
 
 
 def _blocks(seconds: Sequence[float]) -> list[float]:

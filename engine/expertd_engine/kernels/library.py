@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from expertd_engine.errors import ConfigError, EngineError, ResourceError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "int4s": 4}
 ORDERS = {"strips": 0, "rows": 1}
 """In which a record's matrices lie; 0 where nothing is said."""

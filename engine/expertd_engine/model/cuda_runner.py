@@ -177,8 +177,8 @@ class DeviceRunner:
         self._ahead = None
         self.steps_in_vain += 1
         self.model.wait(ahead.done, self._cache.poll)
-        self._cache.end_step()
-        self._cache.end_timed(None, 0)
+        met = self._cache.end_step()
+        self._cache.end_timed(None, met.misses)
 
     def _abandon(self) -> None:
         self._ahead = None

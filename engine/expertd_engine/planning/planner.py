@@ -18,8 +18,9 @@ from expertd_engine.planning.profile import MissCurve, ModelProfile, Profile, at
 from expertd_engine.planning.split import Gain, last_gains, split_slots
 from expertd_engine.planning.startup_plan import Asked, Measured, StartupPlan, plan_memory
 
-SPREAD = 0.01
-"""Of memory: daemons that do the same have been seen to differ by less."""
+SPREAD = 0.015
+"""Of memory: what daemons used at their peaks, all contexts full and all sequences decoding, was 0.992 to 1.010 of the
+sum of their parts."""
 
 
 @dataclass(frozen=True, slots=True)

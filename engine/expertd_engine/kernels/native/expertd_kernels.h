@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-#define EXPERTD_ABI_VERSION 4
+#define EXPERTD_ABI_VERSION 5
 
 enum expertd_status {
   EXPERTD_OK = 0,

@@ -28,7 +28,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int kLooks = 4096;  // at the number before others are let onto the core
-constexpr auto kPatience = std::chrono::milliseconds(200);  // no GPU's step takes so long: then looks are far between
+constexpr auto kPatience = std::chrono::milliseconds(200);  // without any request: then looks are far between
 constexpr auto kNap = std::chrono::microseconds(200);
 
 int32_t read_number(const int32_t* at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
@@ -243,7 +243,7 @@ class Host {
   std::vector<float> sums_;
   size_t answer_ = 0;  // of them are the last request's
   int32_t answered_;  // and what follows: the watching thread's, or, while that is parked, the caller's
-  Clock::time_point heard_;  // of the last request, or of the step's beginning
+  Clock::time_point heard_;  // of the last request, or since when it watches
   expertd_host_counts counts_{};  // this and the next are whoever's has the third
   std::string failure_;
   std::mutex told_;
