@@ -16,7 +16,7 @@ from expertd_engine.errors import BudgetError, StoreError, UsageError
 from expertd_engine.experts.policy import make_policy
 from expertd_engine.experts.swaps import SwapLimits
 from expertd_engine.planning.costs import Step, fit_costs
-from expertd_engine.planning.planner import Request, make_plan, missing_s
+from expertd_engine.planning.planner import SPREAD, Request, make_plan, missing_s
 from expertd_engine.planning.profile import (
     PROFILE_VERSION,
     BoxProfile,
@@ -115,7 +115,7 @@ def test_a_plan_says_what_its_budget_gives() -> None:
     budget = 50_000 + 10_000 + 64 * 2**20 + 48_000 + 400
     plan = make_plan(profile(), Request(memory_budget=parse_size(str(budget))))
     assert plan.expert_budget_bytes == 48_000 and plan.kv_blocks == 4
-    assert plan.memory_bytes == int(1.01 * (60_000 + 48_000 + 400)) <= budget
+    assert plan.memory_bytes == int((1 + SPREAD) * (60_000 + 48_000 + 400)) <= budget
     assert plan.hit_rate == pytest.approx(0.8)
     assert 1 / plan.tok_s == pytest.approx(0.010 + 1.5 * 0.0002 + 0.8 * (1.0 * 0.001 + 0.5 * 0.0015))
     assert plan.divergence == 0
