@@ -18,7 +18,6 @@ from expertd_engine.device_virtual import may_be_virtual
 from expertd_engine.errors import ConfigError
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.device_staging import Chunk
-from expertd_engine.experts.device_streams import Mark
 from expertd_engine.kernels.cuda.host_experts import Mailbox
 from expertd_engine.kernels.cuda.resolve import TablePointers
 from expertd_engine.memory import available_bytes
@@ -51,26 +50,13 @@ class _EmptyTable:
 
 
 class _NoExperts:
-    """An `ExpertSource` of none: what routers choose adds nothing."""
-
-    by_layer = True
+    """A `StageSource` of none: what routers choose adds nothing."""
 
     def __init__(self, device: torch.device) -> None:
         def none(dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(0, dtype=dtype, device=device)
 
         self._chunk = Chunk((), none(torch.int32), none(torch.int64))
-
-    def before_launch(self, *, may_ask: bool) -> bool:
-        """Every step is staged: neither this nor the next two are called."""
-        raise NotImplementedError
-
-    def after_launch(self) -> Mark:
-        """See above."""
-        raise NotImplementedError
-
-    def poll(self) -> None:
-        """See above."""
 
     def stage(self, *, held_alone: bool) -> AbstractContextManager[_NoExperts]:
         return nullcontext(self)
@@ -103,7 +89,7 @@ def measure(context: Context) -> Measured:
         table = _EmptyTable(len(index.layers), parts.experts, where)
         model = make_model(context, kv, table, rehearsal_mailbox(context))
         if parts.not_matched:  # what modules allot on their way is theirs to say
-            model.step(_largest_probe(context), _NoExperts(where))
+            model.step_by_layers(_largest_probe(context), _NoExperts(where))
         del model
     used = context.meter.measure().used_bytes
     kv.free()

@@ -49,7 +49,14 @@ class Table(Protocol):
         ...
 
 
-class ExpertSource(Protocol):
+class StageSource(Protocol):
+    """Who brings experts of steps that run layer by layer."""
+
+    def stage(self, *, held_alone: bool) -> AbstractContextManager[Stage]: ...
+    def scanned(self, pairs: Sequence[Sequence[int]]) -> None: ...
+
+
+class ExpertSource(StageSource, Protocol):
     """Who moves experts while steps run: `experts.device_cache.DeviceCache`."""
 
     @property
@@ -66,8 +73,6 @@ class ExpertSource(Protocol):
         ...
 
     def poll(self) -> None: ...
-    def stage(self, *, held_alone: bool) -> AbstractContextManager[Stage]: ...
-    def scanned(self, pairs: Sequence[Sequence[int]]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +192,7 @@ class DeviceModel:
             running = self.begin(tokens, experts)
             self.wait(running, experts.poll)
             return self.outcome(running)
-        self._fill(tokens)
-        return self._large(tokens, experts)
+        return self.step_by_layers(tokens, experts)
 
     def is_small(self, tokens: StepTokens, experts: ExpertSource) -> bool:
         """Whether the step is one launch, which can be waited for; `step` alone computes the others."""
@@ -262,7 +266,10 @@ class DeviceModel:
         self._draw(logits, self._tokens, self._inputs.draws)
         hand_over(self._tokens[:rows], self._tokens_host, self._inputs.turn)
 
-    def _large(self, tokens: StepTokens, experts: ExpertSource) -> StepOutcome:
+    @torch.inference_mode()
+    def step_by_layers(self, tokens: StepTokens, experts: StageSource) -> StepOutcome:
+        """Compute a step of any number of rows while its experts come. Raises as `step`."""
+        self._fill(tokens)
         program, rows = self._program, len(tokens.ids)
         self._inputs.take(self._tokens)
         if self._given[1] is not None and tokens.routes is not None:

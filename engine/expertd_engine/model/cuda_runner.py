@@ -37,12 +37,12 @@ def nothing_follows(plan: StepPlan) -> StepPlan | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Begun:
-    """A step that is under way, or was computed at once."""
+class _Launched:
+    """A step of few rows that is under way."""
 
     plan: StepPlan
     tokens: StepTokens
-    done: Running | StepOutcome
+    running: Running
 
     def last_rows(self) -> dict[int, int]:
         """By sequence, the row that brings its token."""
@@ -72,23 +72,30 @@ class DeviceRunner:
         """Steps that were launched behind another; of these, those that nobody wanted when they had ended."""
         self._cache = cache
         self._routes = routes
-        self._ahead: _Begun | None = None
+        self._ahead: _Launched | None = None
         self._ended_s = 0.0
         """When the last step had ended."""
 
     def __call__(self, plan: StepPlan) -> StepResult:
         called = time.perf_counter()
-        ahead = self._taken(plan)
-        began = self._ended_s if ahead else called
+        launched = self._taken(plan)
+        began = self._ended_s if launched else called
         try:
-            begun = ahead or self._begin(plan)
-            outcome = self._finished(begun, plan)
+            if launched is None:
+                tokens = self._begin(plan)
+                if self.model.is_small(tokens, self._cache):
+                    launched = self._launch(plan, tokens)
+                else:
+                    outcome = self.model.step(tokens, self._cache)
+            if launched is not None:
+                outcome = self._finished(launched, plan)
         except (ExpertUnavailableError, MemoryError, torch.OutOfMemoryError) as error:
             self._abandon()
             raise StepFailed((), str(error) or "the device has no memory left for this step") from error
         experts = self._cache.end_step()
-        substitutions = self._end_mode(begun, outcome)
-        places = None if begun.plan is plan else _places(plan, begun.plan)
+        ran = plan if launched is None else launched.plan
+        substitutions = self._end_mode(ran, outcome)
+        places = None if ran is plan else _places(plan, ran)
         sampled, prompt_logprobs = read_out(plan, _OutcomeLogits(outcome, places))
         self._ended_s = time.perf_counter()
         self._cache.end_timed(self._ended_s - began, experts.misses)
@@ -109,61 +116,60 @@ class DeviceRunner:
 
     def settle(self) -> None:
         """What was launched ahead has ended; it may still be asked for. Call it before memory is taken away."""
-        if self._ahead is not None and isinstance(self._ahead.done, Running):
-            self._ahead.done.ended.wait()
+        if self._ahead is not None:
+            self._ahead.running.ended.wait()
 
     # ------------------------------------------------------------ steps
 
-    def _begin(self, plan: StepPlan, behind: _Begun | None = None) -> _Begun:
-        """Launch the step, or compute it. `behind` another, it is one that waits for nothing."""
+    def _begin(self, plan: StepPlan, behind: _Launched | None = None) -> StepTokens:
+        """What the step is told, once its experts have been asked about. `behind` another, it waits for nothing."""
         self.beginning(plan)
         tokens = self._tokens(plan, self._limits(plan), behind)
         is_timed = plan.phase == "decode" and plan.mode == "exact"
         self._cache.begin_timed(len(tokens.ids) if is_timed else None, ahead=behind is not None)
         known = plan.mode == "exact" and behind is None  # virtual mode does without the model's own experts
         self._cache.begin_step(tokens.ids if known else (), scan=all(chunk.is_prefill for chunk in plan.chunks))
-        if self.model.is_small(tokens, self._cache):
-            return _Begun(plan, tokens, self.model.begin(tokens, self._cache))
-        return _Begun(plan, tokens, self.model.step(tokens, self._cache))
+        return tokens
 
-    def _finished(self, begun: _Begun, plan: StepPlan) -> StepOutcome:
+    def _launch(self, plan: StepPlan, tokens: StepTokens) -> _Launched:
+        return _Launched(plan, tokens, self.model.begin(tokens, self._cache))
+
+    def _finished(self, launched: _Launched, plan: StepPlan) -> StepOutcome:
         """Wait for the step, of which the plan is what is left. The next one is launched before it has ended, or at
         least before it is looked at."""
-        if isinstance(begun.done, StepOutcome):
-            return begun.done
-        may_follow = self._may_go_on(begun)
+        may_follow = self._may_go_on(launched)
 
         def meanwhile() -> None:
             nonlocal may_follow
             self._cache.poll()
             if may_follow and self._cache.nears_end:
                 may_follow = False
-                self._go_on(begun, plan)
+                self._go_on(launched, plan)
 
-        self.model.wait(begun.done, meanwhile)
+        self.model.wait(launched.running, meanwhile)
         if may_follow:
-            self._go_on(begun, plan)
-        return self.model.outcome(begun.done)
+            self._go_on(launched, plan)
+        return self.model.outcome(launched.running)
 
-    def _may_go_on(self, begun: _Begun) -> bool:
+    def _may_go_on(self, launched: _Launched) -> bool:
         """Whether the step after this one needs nothing of what the host is still to see of it."""
-        if not self._cache.may_go_ahead or begun.tokens.read:
+        if not self._cache.may_go_ahead or launched.tokens.read:
             return False
-        if begun.plan.mode == "virtual" and (self.virtual is None or begun.tokens.limits is None):
-            return False
-        sequences = [chunk.sequence for chunk in begun.plan.chunks]
+        if launched.plan.mode == "virtual" and launched.tokens.limits is None:
+            return False  # the budget is too small for that mode, until it may not be
+        sequences = [chunk.sequence for chunk in launched.plan.chunks]
         return all(one.constrainer is None and needs_no_logits(sample_row(one, unseen=1)) for one in sequences)
 
-    def _go_on(self, begun: _Begun, plan: StepPlan) -> None:
+    def _go_on(self, launched: _Launched, plan: StepPlan) -> None:
         """Launch what follows the plan, if that is known by now."""
         if plan.mode == "virtual" and self.virtual is not None and not self.virtual.held.may_go_ahead:
             return
         if (following := self.look_ahead(plan)) is not None:
-            self._ahead = self._begin(following, behind=begun)
+            self._ahead = self._launch(following, self._begin(following, behind=launched))
             self.steps_ahead += 1
-            self._cache.lead.launched(late=isinstance(begun.done, Running) and begun.done.ended.done())
+            self._cache.lead.launched(late=launched.running.ended.done())
 
-    def _taken(self, plan: StepPlan) -> _Begun | None:
+    def _taken(self, plan: StepPlan) -> _Launched | None:
         """The plan's step, if it is under way already."""
         if self._ahead is not None and self._ahead.plan.step != plan.step:
             self._drop()
@@ -172,11 +178,11 @@ class DeviceRunner:
 
     def _drop(self) -> None:
         """What was launched ahead is nobody's any more. It ran all the same: what it met is told."""
-        if (ahead := self._ahead) is None or not isinstance(ahead.done, Running):
+        if (ahead := self._ahead) is None:
             return
         self._ahead = None
         self.steps_in_vain += 1
-        self.model.wait(ahead.done, self._cache.poll)
+        self.model.wait(ahead.running, self._cache.poll)
         met = self._cache.end_step()
         self._cache.end_timed(None, met.misses)
 
@@ -191,11 +197,10 @@ class DeviceRunner:
             return None
         return [chunk.sequence.max_substituted_mass for chunk in plan.chunks for _ in range(chunk.num_tokens)]
 
-    def _end_mode(self, begun: _Begun, outcome: StepOutcome) -> dict[int, Substitutions]:
+    def _end_mode(self, plan: StepPlan, outcome: StepOutcome) -> dict[int, Substitutions]:
         """What virtual mode did to each sequence."""
         if self.virtual is None:
             return {}
-        plan = begun.plan
         if plan.mode == "exact":
             self.virtual.held.exact_step()
         if outcome.told is None:
@@ -203,7 +208,7 @@ class DeviceRunner:
         met = self.virtual.end_step(outcome.told, [chunk.num_tokens for chunk in plan.chunks])
         return {chunk.sequence.sequence_id: one for chunk, one in zip(plan.chunks, met, strict=True)}
 
-    def _tokens(self, plan: StepPlan, limits: list[float] | None, behind: _Begun | None) -> StepTokens:
+    def _tokens(self, plan: StepPlan, limits: list[float] | None, behind: _Launched | None) -> StepTokens:
         ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
