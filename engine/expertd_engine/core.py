@@ -59,6 +59,10 @@ class Forward(Protocol):
     def __call__(self, plan: StepPlan) -> StepResult: ...
 
 
+def announce_to_nobody(plan: StepPlan) -> None:
+    """For forward passes that nobody has to hear of before they begin."""
+
+
 @dataclass(frozen=True, slots=True)
 class End:
     """Why a sequence ends. `stop_token_id` is set where one of `sampling.stop_token_ids` ended it, not for eos."""

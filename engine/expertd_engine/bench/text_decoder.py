@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expertd_engine.bench.generated import GeneratedRoutes
 from expertd_engine.bench.routing import Routing
@@ -19,10 +19,13 @@ from expertd_engine.core import Forward, StepResult
 from expertd_engine.errors import EngineError
 from expertd_engine.experts.store import ExpertStore
 from expertd_engine.messages import ExpertMode, Sampling, Submit, TextInput
-from expertd_engine.model.runner import Onlooker
+from expertd_engine.model.runner import Onlooker, Runner
 from expertd_engine.startup import start_engine
 from expertd_engine.startup_parts import device_of
 from expertd_engine.step_plan import StepPlan
+
+if TYPE_CHECKING:
+    from expertd_engine.model.cuda_runner import DeviceRunner
 
 PROMPT = 64
 WARM = 32
@@ -206,19 +209,14 @@ class Decoder:
         self._engine.core.submit(Submit(sequence_id, [TextInput(prompt)], how, mode=mode), time.perf_counter())
         return sequence_id
 
-    def _watch(self, runner: Any) -> Forward:
+    def _watch(self, runner: Runner | DeviceRunner) -> Forward:
         """Told by mode what steps stood still."""
-        announces = hasattr(runner, "beginning")
-        """On a device, where steps may begin before they are asked for."""
-        if announces:
-            runner.beginning = self._announce
+        runner.beginning = self._announce
 
         def forward(plan: StepPlan) -> StepResult:
             stalls = self._engine.cache.stalls
             before = stalls.total_s
-            if not announces:
-                self._announce(plan)
-            result: StepResult = runner(plan)
+            result = runner(plan)
             self._stalls_s[plan.mode] += stalls.total_s - before
             return result
 

@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from expertd_engine.core import StepFailed, StepResult
+from expertd_engine.core import StepFailed, StepResult, announce_to_nobody
 from expertd_engine.experts.device_cache import DeviceCache
 from expertd_engine.experts.leases import ExpertUnavailableError
 from expertd_engine.messages import TokenLogprob
@@ -66,8 +66,8 @@ class DeviceRunner:
         self.model = model
         self.look_ahead: LookAhead = nothing_follows
         """`Scheduler.look_ahead`: what follows a step, to be launched behind it."""
-        self.beginning: Callable[[StepPlan], None] = _unannounced
-        """Told of each plan before its routes are asked for."""
+        self.beginning: Callable[[StepPlan], None] = announce_to_nobody
+        """Told of each plan before its routes are asked for: it may begin before it is called for."""
         self.steps_ahead = self.steps_in_vain = 0
         """Steps that were launched behind another; of these, those that nobody wanted when they had ended."""
         self._cache = cache
@@ -258,7 +258,3 @@ def _places(plan: StepPlan, launched: StepPlan) -> list[int]:
     """Of each row of a step that decodes, where it stands in the one that was launched ahead for it and others."""
     place_of = {chunk.sequence.sequence_id: place for place, chunk in enumerate(launched.chunks)}
     return [place_of[chunk.sequence.sequence_id] for chunk in plan.chunks]
-
-
-def _unannounced(plan: StepPlan) -> None:
-    return None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
-from expertd_engine.core import StepFailed, StepResult
+from expertd_engine.core import StepFailed, StepResult, announce_to_nobody
 from expertd_engine.experts.cache import ExpertCache
 from expertd_engine.experts.leases import ExpertUnavailableError
 from expertd_engine.experts.pregated import PregatedLookahead
@@ -61,8 +61,11 @@ class Runner:
         self._cache = cache
         self.routes = routes
         """Chooses experts in the routers' place, for measurements on generated routes."""
+        self.beginning: Callable[[StepPlan], None] = announce_to_nobody
+        """Told of each plan before it is computed, for whoever makes those routes."""
 
     def __call__(self, plan: StepPlan) -> StepResult:
+        self.beginning(plan)
         began = time.perf_counter()
         token_ids = [t for chunk in plan.chunks for t in chunk.sequence.tokens(chunk.start, chunk.stop)]
         routes = StepRoutes(len(token_ids), self._cache, decode_rows=_decode_rows(plan), routes=self.routes)
